@@ -1,0 +1,306 @@
+"""The only reader of model files: a folder with config.json and safetensors shards, never pickle, never code.
+
+`Checkpoint.open` checks every header and name before a byte of tensor data is read and lists all problems at once.
+`rows` then gives any rows of any tensor, through a small sliding memory map or by positional reads: the memory in
+use does not grow with the tensor. Inputs are opened for reading only.
+
+Guarantee: bytes come from the file that `open` saw. A file whose size or mtime changed since is an error
+(ModelError), checked before each read, which also keeps a truncation from killing the process by SIGBUS, but for one
+that falls between the check and the use of a window. An in-place edit within the mtime's granularity is not noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.headers import TensorInfo, read_header
+
+ReadMode = Literal["mmap", "pread"]
+
+# What one mapping covers: large enough that its cost (a few microseconds) vanishes, small enough that the resident
+# size stays small however large the tensor is.
+WINDOW_BYTES = 32 << 20
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def digest(data: Tensor) -> str:
+    """xxh3-128 of a contiguous CPU tensor's bytes, in hex: an identity check, no protection against forgery."""
+    return xxhash.xxh3_128_hexdigest(raw(data))
+
+
+def raw(data: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return data.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _load_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"`{printable(str(file))}` cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"`{printable(str(file))}` is not valid JSON: {printable(str(error))}") from error
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"`{printable(str(folder))}` has no {CONFIG}: not a Hugging Face model folder")
+    config = _load_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ModelError(f"`{printable(str(folder / CONFIG))}` is not a JSON object")
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"`{printable(str(folder))}` is quantised (`quantization_config` in its {CONFIG})",
+            hint="merge the unquantised models, then quantise the result",
+        )
+    return config
+
+
+def _inside(folder: Path, file: Path) -> bool:
+    """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
+    target = file.resolve()
+    if folder in target.parents:
+        return True
+    in_hub_cache = folder.parent.name == "snapshots"
+    return in_hub_cache and target.parent == folder.parent.parent / "blobs"
+
+
+def _shard(folder: Path, name: Any) -> Path:
+    """The path of a shard that an index names, or a ModelError if the name could lead out of the folder."""
+    shown = printable(repr(name))
+    plain = isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & {"/", "\\", "\0", ":"}
+    if not plain:
+        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: not a plain file name")
+    file = folder / str(name)
+    if not _inside(folder, file):
+        raise ModelError(f"`{printable(str(file))}` is a link that leads out of its model folder")
+    if not file.is_file():
+        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}, which is missing")
+    return file
+
+
+def _weight_map(folder: Path) -> dict[str, Any] | None:
+    """Tensor name -> shard name, from the index; None if the folder has a single file."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return None
+    index = _load_json(folder / INDEX)
+    table = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise ModelError(f"`{printable(str(folder / INDEX))}` has no `weight_map`")
+    return table
+
+
+def _tensors_in(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of the model in file order; every problem of every shard at once."""
+    weight_map = _weight_map(folder)
+    if weight_map is None:
+        return _in_file_order(read_header(_single_file(folder)))
+    problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    for shard_name in dict.fromkeys(map(repr, weight_map.values())):
+        names = [name for name, shard in weight_map.items() if repr(shard) == shard_name]
+        try:
+            shard = read_header(_shard(folder, weight_map[names[0]]))
+        except ModelError as error:
+            problems += error.problems
+            continue
+        missing = [name for name in names if name not in shard]
+        problems += [f"shard {shard_name} of `{printable(str(folder))}` lacks `{printable(n)}`" for n in missing]
+        tensors |= {name: shard[name] for name in names if name in shard}
+    if problems:
+        raise ModelError(problems, hint="download the model again, or repair its index")
+    return _in_file_order(tensors)
+
+
+def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Reading in this order is reading forward."""
+    return {t.name: t for t in sorted(tensors.values(), key=lambda t: (t.file.name, t.begin, t.name))}
+
+
+def _single_file(folder: Path) -> Path:
+    single = folder / SINGLE
+    if single.is_file():
+        if not _inside(folder, single):
+            raise ModelError(f"`{printable(str(single))}` is a link that leads out of its model folder")
+        return single
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"`{printable(str(folder))}` has no safetensors, only pickle (`{printable(pickles[0])}`)",
+            hint="pickle can run code and is never loaded; convert it once, where you trust it: `AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder)` in Python, or look for a safetensors revision on the Hub",
+        )
+    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}")
+
+
+@dataclass
+class _File:
+    """An open shard, and the window of it that is mapped."""
+
+    descriptor: int
+    identity: tuple[int, int]  # size, mtime_ns
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    window: Tensor | None = None  # (bytes,) uint8
+    window_start: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """One model on disk. Make it with `open`; use it as a context manager, or `close` it.
+
+    `label` is how messages, the card and mergekit_config.yml call the model (never a local path).
+    """
+
+    folder: Path
+    label: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    read: ReadMode = "mmap"
+    _files: dict[Path, _File] = field(default_factory=dict, repr=False)
+    _identities: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
+        """Check all headers of the model in `folder`; raises ModelError with every problem found."""
+        if not folder.is_dir():
+            raise ModelError(f"there is no model folder `{printable(str(folder))}`")
+        resolved = folder.resolve()
+        checkpoint = cls(resolved, label or resolved.name, _config_of(resolved), _tensors_in(resolved), read)
+        checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}
+        return checkpoint
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in reading order."""
+        return list(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """A cheap identity of the files as they lie here: names, sizes, mtimes, headers. 32 hex digits."""
+        parts = [(f.name, *self._identities[f]) for f in self.files]
+        parts += [(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in self.tensors.values()]  # type: ignore[misc]
+        return xxhash.xxh3_128_hexdigest(repr((parts, sorted(self.config.items()))).encode())
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its own shape and dtype."""
+        info = self.tensors[name]
+        return self._read(info, info.begin, info.end).view(info.dtype).reshape(info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of `matrix_shape`, in the storage dtype, (stop - start, columns).
+
+        The result may be a view of the file: do not write to it, and let go of it soon.
+        """
+        info = self.tensors[name]
+        columns = info.matrix[1]
+        row_bytes = columns * info.dtype.itemsize
+        data = self._read(info, info.begin + start * row_bytes, info.begin + stop * row_bytes)
+        return data.view(info.dtype).reshape(stop - start, columns)
+
+    def _read(self, info: TensorInfo, begin: int, end: int) -> Tensor:
+        """Bytes [begin, end) of the tensor's file as a (bytes,) uint8 tensor that may be viewed as its dtype."""
+        file = self._file(info.file)
+        with file.lock:
+            self._check_unchanged(info.file, file)
+            if begin == end:
+                return torch.empty(0, dtype=torch.uint8)
+            if self.read == "mmap":
+                with suppress(OSError):  # no mmap here (odd filesystem, no address space): read instead
+                    data = _mapped(file, begin, end, info.end)
+                    # A file's header may leave a tensor at an offset that its dtype cannot be viewed at.
+                    return data if data.storage_offset() % info.dtype.itemsize == 0 else data.clone()
+            return self._pread(info, file, begin, end)
+
+    def _pread(self, info: TensorInfo, file: _File, begin: int, end: int) -> Tensor:
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        view = data.numpy().data
+        done = 0
+        while done < len(view):
+            count = _read_into(file.descriptor, view[done:], begin + done)
+            if count == 0:
+                self._changed(info.file)
+            done += count
+        return data
+
+    def _file(self, path: Path) -> _File:
+        if path not in self._files:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            except OSError as error:
+                raise ModelError(f"`{printable(str(path))}` cannot be read: {error.strerror}") from error
+            self._files[path] = _File(descriptor, self._identities[path])
+        return self._files[path]
+
+    def _check_unchanged(self, path: Path, file: _File) -> None:
+        if _identity(os.fstat(file.descriptor)) != file.identity:
+            self._changed(path)
+
+    def _changed(self, path: Path) -> NoReturn:
+        raise ModelError(
+            f"`{printable(str(path))}` changed while it was being read",
+            hint="let it settle, then start again",
+        )
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.window = None
+            os.close(file.descriptor)
+        self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[TensorInfo]:
+        return iter(self.tensors.values())
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _mapped(file: _File, begin: int, end: int, tensor_end: int) -> Tensor:
+    """Bytes [begin, end) out of the file's window, which moves (never beyond this tensor) when they are not in it."""
+    window = file.window
+    if window is None or begin < file.window_start or end > file.window_start + window.numel():
+        start = begin - begin % mmap.ALLOCATIONGRANULARITY
+        stop = max(end, min(tensor_end, start + WINDOW_BYTES))
+        file.window = None  # unmap before mapping: two windows at once would count twice
+        # Private and writable only because torch warns of read-only buffers; nothing ever writes to it.
+        mapping = mmap.mmap(file.descriptor, stop - start, access=mmap.ACCESS_COPY, offset=start)
+        file.window = window = torch.frombuffer(mapping, dtype=torch.uint8)
+        file.window_start = start
+    return window[begin - file.window_start : end - file.window_start]
+
+
+def _read_into(descriptor: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows: safe, each file's reads hold its lock
+    data = os.read(descriptor, len(view))
+    view[: len(data)] = data
+    return len(data)

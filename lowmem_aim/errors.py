@@ -1,0 +1,65 @@
+"""The one exception tree. Every error carries what happened, what to do next, and the process's exit code.
+
+    LowmemAimError               1  a bug of ours, when nothing below fits
+    ├── UsageError               2  a flag or the output folder is wrong
+    │   └── RecipeError          2  the recipe is wrong
+    ├── ModelError               3  an input model (or calibration input) is wrong
+    ├── DiskError                4  too little space, not writable, a write failed
+    ├── MemoryBudgetError        5  something does not fit the memory
+    ├── LockedError              6  another run owns the output folder
+    └── NetworkError             9  the Hub cannot be reached
+
+Problems of one kind are collected and raised together: `problems` holds one line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LowmemAimError(Exception):
+    """Base of all errors that are meant for the user's eyes."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str], hint: str = "") -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.hint = hint
+        super().__init__("\n".join(self.problems))
+
+
+class UsageError(LowmemAimError):
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe is wrong; each problem starts with `file:line:`."""
+
+
+class ModelError(LowmemAimError):
+    exit_code = 3
+
+
+class DiskError(LowmemAimError):
+    exit_code = 4
+
+
+class MemoryBudgetError(LowmemAimError):
+    exit_code = 5
+
+
+class LockedError(LowmemAimError):
+    exit_code = 6
+
+
+class NetworkError(LowmemAimError):
+    exit_code = 9
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` safe for a terminal, a log or a card: control and direction characters escaped, length cut.
+
+    Names that come from files reach people only through here: a tensor may be called `\\x1b[2J`.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[:limit] + "..."

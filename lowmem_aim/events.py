@@ -1,0 +1,45 @@
+"""All that a user interface may see of a run: frozen dataclasses, emitted by the work and drawn by `dashboard`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase begins; `total` is its amount of work in `unit`s."""
+
+    phase: Literal["download", "calibrate", "merge", "finish"]
+    total: int
+    unit: Literal["blocks", "bytes", "files"]
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """`done` more units of the current phase are finished; `item` names the one just finished."""
+
+    done: int
+    item: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseEnded:
+    phase: Literal["download", "calibrate", "merge", "finish"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user should know and that stops nothing."""
+
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+Event = PhaseStarted | Advanced | PhaseEnded | Notice
+Emit = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The Emit of callers that show nothing."""

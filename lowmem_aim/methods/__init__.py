@@ -1,0 +1,19 @@
+"""Weight-space merge methods: pure functions of row slices, one file a family. Importing this registers them all."""
+
+from lowmem_aim.methods import dare, linear, slerp, task_vectors, ties
+from lowmem_aim.methods.method import METHODS, Method, Parameter, PerExpert, Rows, Subject, measure
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Parameter",
+    "PerExpert",
+    "Rows",
+    "Subject",
+    "dare",
+    "linear",
+    "measure",
+    "slerp",
+    "task_vectors",
+    "ties",
+]

@@ -1,0 +1,79 @@
+"""Sums that do not depend on order, slicing, thread count or device: every sum here is exact, rounded once at the end.
+
+A float64 term is cut into pieces, each a small multiple of a power of two 2^s. Adding and subtracting 1.5 * 2^(52+s)
+cuts off such a piece; as many pieces as fit CHUNK add up in float64 without any rounding, in whatever order; the
+pieces' sums meet in one Python integer, in units of 2^-1074, the smallest float64. Two or three cuts exhaust ordinary
+weights. (A scale fixed by dtype and element count, with int64 sums, would do for a narrow range only: bfloat16
+reaches from 1e-38 to 3e38, so a scale that cannot overflow would round every real delta to zero.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods.method import Rows
+
+PIECE_BITS = 30
+# 2^22 pieces below 2^30 units stay below 2^52 units, with one bit to spare for pieces rounded up.
+CHUNK = 1 << 22
+_UNIT = 1074  # units of 2^-1074
+
+
+def exact_sum(terms: Tensor) -> int:
+    """The sum of finite float64 `terms` (any shape, overwritten) as an integer in units of 2^-1074."""
+    flat = terms.reshape(-1)
+    return sum(_chunk_sum(flat[first : first + CHUNK]) for first in range(0, flat.numel(), CHUNK))
+
+
+def _chunk_sum(rest: Tensor) -> int:
+    total = 0
+    while rest.numel() and (largest := float(rest.abs().amax())) != 0.0:
+        if not math.isfinite(largest):
+            raise ValueError("an exact sum needs finite terms")
+        # Every |term| < 2^(s + PIECE_BITS): the first piece takes its PIECE_BITS leading bits.
+        s = max(math.frexp(largest)[1] - PIECE_BITS, -_UNIT)
+        if s + 53 > 1023:  # the cutter would overflow: these terms are summed by Python, exactly, at leisure
+            return total + sum(_units(term) for term in rest.tolist())
+        cutter = math.ldexp(1.5, 52 + s)
+        piece = rest.add(cutter).sub_(cutter)
+        total += _units(float(piece.sum()))
+        rest.sub_(piece)
+    return total
+
+
+def _units(value: float) -> int:
+    numerator, denominator = value.as_integer_ratio()
+    return numerator * ((1 << _UNIT) // denominator)
+
+
+def to_float(units: int) -> float:
+    """Units of 2^-1074 as the nearest float64; ValueError beyond its range."""
+    try:
+        return units / (1 << _UNIT)  # Python rounds the quotient of integers correctly
+    except OverflowError:
+        raise ValueError("a sum is beyond the range of float64") from None
+
+
+class ExactSums:
+    """A fold: exact sums of several float64 terms tensors a slice. Answers with a list of floats."""
+
+    def __init__(self, terms: Callable[[Rows], Sequence[Tensor]]) -> None:
+        """`terms(rows)` gives, slice after slice, the same number of fresh float64 tensors (they are overwritten)."""
+        self._terms = terms
+        self._totals: list[int] = []
+
+    def add(self, rows: Rows) -> None:
+        sums = [exact_sum(term) for term in self._terms(rows)]
+        self._totals = [a + b for a, b in zip(self._totals or [0] * len(sums), sums, strict=True)]
+
+    def finish(self) -> list[float]:
+        return [to_float(total) for total in self._totals]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The terms of a dot product of two float32 tensors; float64 holds each exactly."""
+    return a.to(torch.float64).mul_(b)

@@ -1,0 +1,43 @@
+"""Weighted means of whole weights: linear; and passthrough, one model's weights as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowmem_aim.errors import UsageError
+from lowmem_aim.methods.method import Rows, Script, Subject, Weights, merge_method
+
+ZERO_WEIGHT = 1e-8  # a sum of weights below this is no divisor
+
+
+def weighted_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+    """sum wi Ti, added in model order; a fresh tensor."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += tensor * weight
+    return total
+
+
+@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482")
+def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Script:
+    """sum wi Wi, divided by sum wi."""
+    if normalize and abs(sum(weight)) < ZERO_WEIGHT:
+        raise UsageError(f"`{tensor.name}`: the weights sum to zero, so that `normalize` would divide by it")
+    shares = tuple(w / sum(weight) for w in weight) if normalize else weight
+
+    def combine(rows: Rows) -> Tensor:
+        return weighted_sum(rows.experts, shares)
+
+    return combine
+    yield  # no rounds
+
+
+@merge_method("passthrough", base="listed", most=1, source="mergekit")
+def passthrough(tensor: Subject, *, scale: float = 1.0) -> Script:
+    """W * scale."""
+
+    def combine(rows: Rows) -> Tensor:
+        return rows.experts[0] * scale
+
+    return combine
+    yield  # no rounds

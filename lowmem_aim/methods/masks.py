@@ -1,0 +1,66 @@
+"""Random masks from a counter: each element's draw is a hash of (seed, tensor, model, flat index) and of nothing else.
+
+So a slice draws what the whole tensor would, a resumed run what the first would, and a GPU what the CPU would: all of
+it is integer arithmetic modulo 2^32. The hash is two rounds of a 32-bit finaliser (xor-shift and multiply; constants
+of the `lowbias32` mixer found by C. Wellons' hash prospector) with a fresh key in front of each; one round alone would
+make the masks of two models shuffles of each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_SPAN = 1 << 32  # the counter's low word; its high word goes into the keys
+
+
+def keep_mask(
+    density: float, *, seed: int, name: str, position: int, start: int, count: int, device: torch.device
+) -> Tensor:  # (count,) bool
+    """True with probability `density` (to 2^-32) for the elements start ... start + count - 1 of tensor `name`.
+
+    `position` counts the models without the base.
+    """
+    limit = round(density * _SPAN) - (_SPAN >> 1)  # draws are signed: [-2^31, 2^31)
+    if limit >= _SPAN >> 1:
+        return torch.ones(count, dtype=torch.bool, device=device)
+    parts = []
+    while count > 0:  # a piece ends where the counter's low word wraps
+        low = start % _SPAN
+        length = min(count, _SPAN - low)
+        keys = _keys(seed, name, position, start // _SPAN)
+        parts.append(_draws(low, length, keys, device) < limit)
+        start, count = start + length, count - length
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _keys(seed: int, name: str, position: int, high: int) -> tuple[int, int]:
+    message = f"lowmem-aim mask 1\0{seed}\0{position}\0{high}\0{name}"
+    words = hashlib.blake2b(message.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(words[:4], "little", signed=True), int.from_bytes(words[4:], "little", signed=True)
+
+
+def _draws(low: int, length: int, keys: tuple[int, int], device: torch.device) -> Tensor:  # (length,) int32
+    """Uniform signed 32-bit numbers for the counters low ... low + length - 1."""
+    x = torch.arange(length, dtype=torch.int32, device=device)
+    x += _signed(low)
+    x ^= keys[0]
+    x = _mix(x)
+    x += keys[1]
+    return _mix(x)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers in which every input bit flips every output bit about half the time. In place."""
+    for shift, multiplier in ((16, 0x7FEB352D), (15, _signed(0x846CA68B)), (16, 1)):
+        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # torch shifts in the sign; the mask takes it out
+        if multiplier != 1:
+            x *= multiplier
+    return x
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as int32 holds it."""
+    return (word + (1 << 31)) % _SPAN - (1 << 31)

@@ -1,0 +1,202 @@
+"""What a merge method is: a script over row slices of one tensor.
+
+A method is a generator function. It yields *folds* (measure rounds), each of which sees every slice of the tensor
+once, in order, and is answered with the fold's result; it returns *combine*, which turns one slice of the inputs into
+the same slice of the result:
+
+    @merge_method("ties", ...)
+    def ties(tensor: Subject, *, weight: Weights, density: Densities = (1.0,), ...) -> Script:
+        cuts = yield from keep_largest(tensor, density)      # two or three folds
+        def combine(rows: Rows) -> Tensor: ...
+        return combine
+
+Everything in it is a pure function of tensors: no I/O, no device moves, no global state. The bytes of a result must
+not depend on how the tensor is sliced, so:
+
+- sums over elements go through `exact.ExactSums`;
+- combine is row-local, and elementwise it uses only operations that IEEE 754 rounds correctly (+ - * / sqrt, compare,
+  where). No `alpha=`, addcmul or lerp: torch fuses those on vectors and not on the last few elements of a slice;
+- sums over models are written-out additions in model order; functions of scalars run on the host in float64.
+
+Parameters are declared in the signature; their names and defaults are mergekit's (`lambda_` is its `lambda`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The tensor that is being merged, as far as a method may know it."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    experts: int  # K, the number of models in `Rows.experts`
+    seed: int = 0  # of the random masks
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same rows of one tensor in all models, float32; none of them may be written to."""
+
+    base: Tensor  # (rows, columns); zeros are never invented: methods without a base must not look at it
+    experts: tuple[Tensor, ...]  # K x (rows, columns)
+    start: int  # flat index of the first element in the whole tensor
+
+
+class Fold(Protocol):
+    """One round: `add` sees each slice once, in order; `finish` gives what was measured."""
+
+    def add(self, rows: Rows) -> None: ...
+
+    def finish(self) -> Any: ...
+
+
+Combine = Callable[[Rows], Tensor]  # -> (rows, columns) float32
+Script = Generator[Fold, Any, Combine]
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerExpert:
+    """Marks a parameter that has one value for each expert; inclusive bounds."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a number, inclusive."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values that a parameter may take."""
+
+    values: tuple[bool | str, ...]
+
+
+Weights = Annotated[tuple[float, ...], PerExpert()]
+Densities = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
+# mergekit's rule (|D|_1 / |kept|_1), none, or the DARE paper's 1/density.
+Rescale = Annotated[bool | str, OneOf((False, True, "density"))]
+
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as recipes see it; `default` is REQUIRED if there is none."""
+
+    name: str
+    per_expert: bool
+    kind: Literal["number", "switch", "choice"]
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[bool | str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with `value` for this parameter, or an empty string."""
+        if self.kind == "switch":
+            return "" if isinstance(value, bool) else f"`{self.name}` must be true or false"
+        if self.kind == "choice":
+            allowed = ", ".join(str(c).lower() for c in self.choices)
+            return "" if value in self.choices else f"`{self.name}` must be one of {allowed}"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            return f"`{self.name}` must be a finite number"
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+            return f"`{self.name}` must lie in [{self.low:g}, {self.high:g}], not {value:g}"
+        return ""
+
+
+def _parameter(name: str, hint: Any, default: Any) -> Parameter:
+    name = name.removesuffix("_")
+    marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    for mark in marks:
+        if isinstance(mark, PerExpert):
+            value = default if default is REQUIRED else default[0]
+            return Parameter(name, True, "number", value, mark.low, mark.high)
+        if isinstance(mark, Within):
+            return Parameter(name, False, "number", default, mark.low, mark.high)
+        if isinstance(mark, OneOf):
+            return Parameter(name, False, "choice", default, choices=mark.values)
+    return Parameter(name, False, "switch" if hint is bool else "number", default)
+
+
+# --- the registry -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what recipes need to know of it.
+
+    base="required": the result builds on the base, which is no expert. base="listed": the base is merged only where
+    it is listed among the models; elsewhere it is no more than the reference that AIM needs.
+    """
+
+    name: str
+    script: Callable[..., Script]
+    base: Literal["required", "listed"]
+    fewest: int
+    most: int | None
+    source: str
+    parameters: Mapping[str, Parameter]
+
+    def start(self, tensor: Subject, parameters: Mapping[str, Any]) -> Script:
+        """The script for one tensor; `parameters` by recipe name, one tuple entry per expert where that applies."""
+        keywords = {name + "_" * (name == "lambda"): value for name, value in parameters.items()}
+        return self.script(tensor, **keywords)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    base: Literal["required", "listed"] = "required",
+    fewest: int = 1,
+    most: int | None = None,
+    source: str,
+) -> Callable[[Callable[..., Script]], Callable[..., Script]]:
+    """Register a script under its recipe name. `fewest` and `most` count the experts."""
+
+    def register(script: Callable[..., Script]) -> Callable[..., Script]:
+        hints = get_type_hints(script, include_extras=True)
+        declared = [p for p in inspect.signature(script).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
+        METHODS[name] = Method(name, script, base, fewest, most, source, {p.name: p for p in parameters})
+        return script
+
+    return register
+
+
+def measure(script: Script, slices: Callable[[], Iterable[Rows]]) -> Combine:
+    """Run all rounds of a script, each over a fresh pass of `slices`, and return its combine."""
+    try:
+        fold = next(script)
+        while True:
+            for rows in slices():
+                fold.add(rows)
+            fold = script.send(fold.finish())
+    except StopIteration as finished:
+        combine: Combine = finished.value
+        return combine

@@ -1,0 +1,42 @@
+"""Interpolation along the great circle between the base and one expert, each tensor seen as one vector: slerp."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from torch import Tensor
+
+from lowmem_aim.methods.exact import ExactSums, dot
+from lowmem_aim.methods.linear import weighted_sum
+from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
+
+PARALLEL = 0.9995  # |cos| above this: the angle is too small to divide by its sine
+
+
+@merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985")
+def slerp(tensor: Subject, *, t: Annotated[float, Within()]) -> Script:
+    """sin((1-t)a)/sin a W0 + sin(t a)/sin a W1, a the angle between the tensors; linear where they are parallel."""
+    squares = yield ExactSums(lambda rows: _gram(rows.base, rows.experts[0]))
+    shares = _shares(t, *squares)
+
+    def combine(rows: Rows) -> Tensor:
+        return weighted_sum((rows.base, rows.experts[0]), shares)
+
+    return combine
+
+
+def _gram(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return dot(a, a), dot(b, b), dot(a, b)
+
+
+def _shares(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
+    """The factors of W0 and W1, from their squared norms and dot product. A zero norm gives cosine 0, then lerp."""
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    if norms == 0.0:
+        return 1.0 - t, t
+    cosine = max(-1.0, min(1.0, ab / norms))
+    if abs(cosine) > PARALLEL:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

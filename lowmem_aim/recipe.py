@@ -1,0 +1,363 @@
+"""mergekit's YAML -> a frozen Recipe. Every problem is found, and named with its file and line, before anything runs.
+
+The YAML comes as a tree (`yaml_tree`); command-line flags replace nodes of that tree, so that a wrong flag is reported
+like a wrong line. `read_recipe` then builds the Recipe from the tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem_aim.errors import RecipeError, printable
+from lowmem_aim.methods import METHODS, Method, Parameter
+from lowmem_aim.yaml_tree import Node
+
+TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "aim")
+AIM_KEYS = ("omega", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
+# mergekit's, and why they are refused rather than ignored.
+UNSUPPORTED_KEYS = {
+    "slices": "only `models` is supported",
+    "modules": "only `models` is supported",
+    "tokenizer": "only `tokenizer_source: base` is supported",
+    "chat_template": "the base's chat template is copied as it is",
+}
+DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter's value as the recipe gives it: a scalar, a gradient over the layers, or filters on tensor names."""
+
+    value: Any  # a scalar, a tuple of numbers, or a tuple of (filter, scalar or tuple of numbers)
+    filtered: bool = False
+
+    def at(self, tensor: str, t: float) -> Any:
+        """The value for a tensor at depth t in [0, 1]; None if no filter matches."""
+        if not self.filtered:
+            return _on_gradient(self.value, t)
+        for pattern, value in self.value:
+            if pattern in ("", "*") or pattern in tensor:
+                return _on_gradient(value, t)
+        return None
+
+
+def _on_gradient(value: Any, t: float) -> Any:
+    """Piecewise linear through the values of a list, evenly spread over [0, 1]."""
+    if not isinstance(value, tuple):
+        return value
+    place = t * (len(value) - 1)
+    left = min(int(place), max(len(value) - 2, 0))
+    right = min(left + 1, len(value) - 1)
+    return value[left] + (value[right] - value[left]) * (place - left)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of the recipe: a local folder or a Hub id with `@revision`."""
+
+    reference: str
+    parameters: Mapping[str, Setting]
+    where: str
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The `aim:` key. `calibration` "" is the authors' Pile set."""
+
+    omega: float = DEFAULT_OMEGA
+    calibration: str = ""
+    samples: int = 256
+    block_size: int = 512
+    seed: int = 42
+    pack: bool = True
+    tied: str = "relax"
+    dtype: str = ""  # of the calibration's forward; "" is the checkpoint's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge. `models` are the experts, and the base only where the method merges it as one of them."""
+
+    method: Method
+    base: str | None
+    models: tuple[ModelEntry, ...]
+    parameters: Mapping[str, Setting]
+    dtype: str | None
+    tokenizer_source: str | None
+    aim: Aim | None
+    where: str
+    notices: tuple[str, ...] = field(default=(), compare=False)
+
+    def resolve(self, tensor: str, t: float) -> dict[str, Any]:
+        """The method's parameters for one tensor at depth t: model > top level > default, by recipe name."""
+        resolved: dict[str, Any] = {}
+        for name, parameter in self.method.parameters.items():
+            if parameter.per_expert:
+                resolved[name] = tuple(self._lookup(parameter, tensor, t, model.parameters) for model in self.models)
+            else:
+                resolved[name] = self._lookup(parameter, tensor, t, {})
+        return resolved
+
+    def _lookup(self, parameter: Parameter, tensor: str, t: float, own: Mapping[str, Setting]) -> Any:
+        for settings in (own, self.parameters):
+            setting = settings.get(parameter.name)
+            value = setting.at(tensor, t) if setting else None
+            if value is not None:
+                return float(value) if parameter.kind == "number" else value
+        if parameter.required:
+            raise RecipeError(
+                f"{self.where}: `{parameter.name}` has no value for `{printable(tensor)}`",
+                hint="end its list of filters with a plain `- value: ...`",
+            )
+        return parameter.default
+
+
+class _Reader:
+    """Builds the Recipe and collects what is wrong with it."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+        self.problems: list[str] = []
+        self.notices: list[str] = []
+
+    def problem(self, node: Node, text: str) -> None:
+        self.problems.append(f"{node.where}: {text}")
+
+    def recipe(self) -> Recipe:
+        if not isinstance(self.root.value, dict):
+            raise RecipeError(f"{self.root.where}: a recipe is a table of keys, starting with `merge_method: ...`")
+        self._check_keys(self.root, TOP_KEYS, UNSUPPORTED_KEYS)
+        method = self._method()
+        base = self._base(method)
+        models = self._models(method, base)
+        parameters = self._parameters(self.root, method)
+        aim = self._aim(base)
+        dtype = self._dtype()
+        tokenizer_source = self._tokenizer_source()
+        if method:
+            self._check_counts(method, models)
+            self._check_required(method, models, parameters)
+        if self.problems or not method:
+            raise RecipeError(self.problems)
+        where, notices = self.root.where, tuple(dict.fromkeys(self.notices))
+        return Recipe(method, base, tuple(models), parameters, dtype, tokenizer_source, aim, where, notices)
+
+    # -- keys
+
+    def _check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, str]) -> None:
+        for key, node in table.value.items():
+            if key in unsupported:
+                self.problem(node, f"`{key}` is not supported: {unsupported[key]}")
+            elif key not in known:
+                self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}")
+
+    def _text(self, node: Node | None, what: str) -> str | None:
+        if node is None or node.value is None:
+            return None
+        value = node.value
+        if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
+            value = value["path"].value
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        self.problem(node, f"`{what}` must be a text")
+        return None
+
+    def _method(self) -> Method | None:
+        node = self.root.get("merge_method")
+        if node is None:
+            self.problem(self.root, "`merge_method` is missing")
+            return None
+        name = self._text(node, "merge_method") or ""
+        if name not in METHODS:
+            self.problem(node, f"unknown merge_method `{printable(name)}`{did_you_mean(name, METHODS)}")
+        return METHODS.get(name)
+
+    def _base(self, method: Method | None) -> str | None:
+        base = self._text(self.root.get("base_model"), "base_model")
+        if base is None and method and method.base == "required":
+            self.problem(self.root, f"`{method.name}` needs a `base_model`")
+        return base
+
+    def _models(self, method: Method | None, base: str | None) -> list[ModelEntry]:
+        node = self.root.get("models")
+        if node is None or not isinstance(node.value, list) or not node.value:
+            self.problem(node or self.root, "`models` must be a list with at least one model")
+            return []
+        entries = [entry for item in node.value if (entry := self._model(item, method))]
+        if method and method.base == "required":  # the base is added by itself; listed or not, it is no expert
+            entries = [entry for entry in entries if not base or not same_reference(entry.reference, base)]
+        return entries
+
+    def _model(self, item: Node, method: Method | None) -> ModelEntry | None:
+        if not isinstance(item.value, dict):
+            self.problem(item, "a model is a table: `- model: folder-or-id`")
+            return None
+        self._check_keys(item, ("model", "parameters"), {})
+        reference = self._text(item.get("model"), "model")
+        if item.get("model") is None:
+            self.problem(item, "`model` is missing")
+        parameters = self._parameters(item, method)
+        return ModelEntry(reference, parameters, item.where) if reference else None
+
+    # -- parameters
+
+    def _parameters(self, table: Node, method: Method | None) -> dict[str, Setting]:
+        node = table.get("parameters")
+        if node is None or node.value is None or not method:
+            return {}
+        if not isinstance(node.value, dict):
+            self.problem(node, "`parameters` must be a table")
+            return {}
+        at_model = table is not self.root
+        settings = {}
+        for name, value in node.value.items():
+            parameter = method.parameters.get(name)
+            if parameter is None or (at_model and not parameter.per_expert):
+                self._unused_parameter(name, value, method, at_model)
+            elif setting := self._setting(value, parameter):
+                settings[name] = setting
+        return settings
+
+    def _unused_parameter(self, name: str, node: Node, method: Method, at_model: bool) -> None:
+        known = {parameter for other in METHODS.values() for parameter in other.parameters}
+        if name in method.parameters:
+            self.problem(node, f"`{name}` belongs to the whole merge: move it to the top-level `parameters`")
+        elif name in known:  # mergekit ignores these silently
+            self.notices.append(f"{node.where}: `{name}` has no meaning for `{method.name}` and is ignored")
+        else:
+            self.problem(node, f"unknown parameter `{printable(name)}`{did_you_mean(name, method.parameters)}")
+
+    def _setting(self, node: Node, parameter: Parameter) -> Setting | None:
+        filtered = isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value)
+        if not filtered:
+            value = self._value(node, parameter)
+            return None if value is None else Setting(value)
+        rules = []
+        for item in node.value:
+            rule = item if isinstance(item.value, dict) else item.with_item("value", item)
+            self._check_keys(rule, ("filter", "value"), {})
+            pattern, value_node = rule.get("filter"), rule.get("value")
+            if value_node is None:
+                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`")
+                continue
+            rules.append((str(pattern.value or "") if pattern else "", self._value(value_node, parameter)))
+        return Setting(tuple(rules), filtered=True)
+
+    def _value(self, node: Node, parameter: Parameter) -> Any:
+        """A scalar or a gradient, checked; None after a problem."""
+        if isinstance(node.value, list):
+            values = [self._value(item, parameter) for item in node.value]
+            if parameter.kind != "number" or not values or not all(isinstance(v, int | float) for v in values):
+                self.problem(node, f"`{parameter.name}` cannot be this list")
+                return None
+            return tuple(values)
+        value = _number(node.value) if parameter.kind == "number" else node.value
+        wrong = parameter.problem(value)
+        if wrong:
+            self.problem(node, wrong)
+            return None
+        return value
+
+    def _check_counts(self, method: Method, models: Sequence[ModelEntry]) -> None:
+        if not models and self.root.get("models") is not None and not self.problems:
+            self.problem(self.root, "there is no expert: only the base is listed")
+        elif len(models) < method.fewest or (method.most is not None and len(models) > method.most):
+            wanted = f"exactly {method.most}" if method.fewest == method.most else f"at least {method.fewest}"
+            besides = " besides the base" if method.base == "required" else ""
+            self.problem(self.root, f"`{method.name}` takes {wanted} model(s){besides}, not {len(models)}")
+
+    def _check_required(self, method: Method, models: Sequence[ModelEntry], top: Mapping[str, Setting]) -> None:
+        for name, parameter in method.parameters.items():
+            if not parameter.required or name in top:
+                continue
+            if parameter.per_expert:
+                lacking = [model for model in models if name not in model.parameters]
+                self.problems += [f"{m.where}: `{printable(m.reference)}` needs a `{name}`" for m in lacking]
+            else:
+                self.problem(self.root, f"`{method.name}` needs the parameter `{name}`")
+
+    # -- the rest
+
+    def _dtype(self) -> str | None:
+        chosen = None
+        for key in ("dtype", "out_dtype"):  # out_dtype wins
+            node = self.root.get(key)
+            value = self._text(node, key)
+            if node is not None and value is not None:
+                if value not in DTYPES:
+                    self.problem(node, f"`{key}` must be one of {', '.join(DTYPES)}, not `{printable(value)}`")
+                chosen = value
+        return chosen
+
+    def _tokenizer_source(self) -> str | None:
+        node = self.root.get("tokenizer_source")
+        source = self._text(node, "tokenizer_source")
+        if node is not None and source not in (None, "base"):
+            self.problem(node, f"`tokenizer_source: {printable(source or '')}` is not supported: only `base` is")
+        return source
+
+    def _aim(self, base: str | None) -> Aim | None:
+        node = self.root.get("aim")
+        if node is None:
+            return None
+        if not isinstance(node.value, dict):
+            self.problem(node, "`aim` must be a table, such as `aim: {omega: 0.4}`")
+            return None
+        if base is None:
+            self.problem(node, "`aim` needs a `base_model`: its activations are what the merge is relaxed by")
+        self._check_keys(node, AIM_KEYS, {})
+        keys = {key: item for key, item in node.value.items() if key in AIM_KEYS}
+        checked = {key: self._aim_value(key, item) for key, item in keys.items()}
+        return Aim(**{key: value for key, value in checked.items() if value is not None})
+
+    def _aim_value(self, key: str, node: Node) -> Any:
+        """One value of the `aim` table, checked; None after a problem."""
+        value = _number(node.value) if key == "omega" else node.value
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        correct = {
+            "omega": (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1, "in [0, 1]"),
+            "calibration": (isinstance(value, str) and bool(value), "a file, `builtin`, or a Hub dataset id"),
+            "samples": (whole and value > 0, "a whole number above 0"),
+            "block_size": (whole and value >= 16, "a whole number, 16 or more"),
+            "seed": (whole and 0 <= value < 1 << 32, "a whole number in [0, 2^32)"),
+            "pack": (isinstance(value, bool), "true or false"),
+            "tied": (value in ("relax", "keep"), "`relax` or `keep`"),
+            "dtype": (value in DTYPES, f"one of {', '.join(DTYPES)}"),
+        }
+        right, what = correct[key]
+        if not right:
+            shown = "a list" if isinstance(value, list) else f"`{printable(str(value))}`"
+            self.problem(node, f"`aim.{key}` must be {what}, not {shown}")
+            return None
+        return float(value) if key == "omega" else value
+
+
+def same_reference(a: str, b: str) -> bool:
+    """Whether two model references are written alike, `./base/` and `base` for one."""
+    return os.path.normpath(a) == os.path.normpath(b)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` as a text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def read_recipe(root: Node) -> Recipe:
+    """Tree -> Recipe. Raises RecipeError with every problem at once."""
+    return _Reader(root).recipe()

@@ -1,0 +1,1 @@
+"""Relaxations: activation-informed rescaling of a finished delta, on top of any merge method."""

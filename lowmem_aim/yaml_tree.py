@@ -1,0 +1,112 @@
+"""YAML as a tree of `Node`s that know where they stand, read so that no input can run code or grow.
+
+Only plain scalars, lists and tables are built, aliases are expanded up to MAX_NODES, doubled keys are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem_aim.errors import RecipeError, printable
+
+MAX_RECIPE_BYTES = 1_000_000
+MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billions
+MAX_DEPTH = 40
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value of the recipe (scalar, list of Nodes, or table of Nodes) and where it stands: `file:line`, or a flag."""
+
+    value: Any
+    where: str
+
+    def get(self, key: str) -> Node | None:
+        found: Node | None = self.value.get(key) if isinstance(self.value, dict) else None
+        return found
+
+    def with_item(self, key: str, node: Node) -> Node:
+        return Node({**(self.value if isinstance(self.value, dict) else {}), key: node}, self.where)
+
+
+def parse(text: str, source: str) -> Node:
+    """YAML text -> tree. Raises RecipeError."""
+    if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{source}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{source}:{line}: not valid YAML: {printable(error.problem or str(error))}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}") from error
+    if root is None:
+        return Node({}, f"{source}:1")
+    return _Converter(source).convert(root)
+
+
+class _Converter:
+    """yaml's nodes -> ours, counting what aliases expand to."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._count = 0
+        self._scalars = yaml.SafeLoader("")
+
+    def convert(self, node: yaml.Node, depth: int = 0) -> Node:
+        where = f"{self._source}:{node.start_mark.line + 1}"
+        self._count += 1
+        if self._count > MAX_NODES or depth > MAX_DEPTH:
+            raise RecipeError(f"{where}: the recipe is too large or too deep once its aliases are expanded")
+        if not node.tag.startswith("tag:yaml.org,2002:"):
+            raise RecipeError(f"{where}: the YAML tag `{printable(node.tag)}` is not allowed")
+        if isinstance(node, yaml.SequenceNode):
+            return Node([self.convert(item, depth + 1) for item in node.value], where)
+        if isinstance(node, yaml.MappingNode):
+            return Node(self._table(node, where, depth), where)
+        return Node(self._scalar(node, where), where)
+
+    def _scalar(self, node: yaml.Node, where: str) -> Any:
+        try:
+            value = self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(f"{where}: `{printable(str(node.value))}` is not a valid value") from error
+        if value is not None and not isinstance(value, bool | int | float | str):
+            return str(node.value)  # dates and the like: as they were written
+        return value
+
+    def _table(self, node: yaml.MappingNode, where: str, depth: int) -> dict[str, Node]:
+        own: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            line = f"{self._source}:{key_node.start_mark.line + 1}"
+            value = self.convert(value_node, depth + 1)
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *alias`, of one table or a list of them
+                tables = value.value if isinstance(value.value, list) else [value]
+                for table in reversed(tables):
+                    merged |= table.value if isinstance(table.value, dict) else {}
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{line}: a key must be a plain word")
+            key = str(key_node.value)
+            if key in own:
+                raise RecipeError(f"{line}: the key `{printable(key)}` stands twice")
+            own[key] = value
+        return merged | own
+
+
+def load_tree(path: Path) -> Node:
+    """The tree of a recipe file. Raises RecipeError."""
+    shown = printable(str(path))
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
+        return parse(path.read_text(encoding="utf-8"), shown)
+    except OSError as error:
+        raise RecipeError(f"{shown}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{shown}: is not UTF-8 text") from error
