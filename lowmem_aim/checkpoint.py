@@ -144,7 +144,8 @@ def _single_file(folder: Path) -> Path:
     if pickles:
         raise ModelError(
             f"`{printable(str(folder))}` has no safetensors, only pickle (`{printable(pickles[0])}`)",
-            hint="pickle can run code and is never loaded; convert it once, where you trust it: `AutoModelForCausalLM.from_pretrained(folder)"
+            hint="pickle can run code and is never loaded; convert it once, where you trust it: "
+            "`AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder)` in Python, or look for a safetensors revision on the Hub",
         )
     raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}")
@@ -260,6 +261,20 @@ class Checkpoint:
             f"`{printable(str(path))}` changed while it was being read",
             hint="let it settle, then start again",
         )
+
+    def small_file(self, name: str, limit_bytes: int) -> bytes | None:
+        """The content of a file beside the weights, such as the tokenizer's; None if there is none.
+
+        Raises ModelError for one that leads out of the folder or has more than `limit_bytes`.
+        """
+        file = self.folder / name
+        if not file.is_file():
+            return None
+        if not _inside(self.folder, file):
+            raise ModelError(f"`{printable(str(file))}` is a link that leads out of its model folder")
+        if file.stat().st_size > limit_bytes:
+            raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")
+        return file.read_bytes()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -140,7 +140,7 @@ def _tensor_of(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo
 
 
 def _unusable_dtype(shown: str, dtype: Any) -> _BadHeader:
-    if dtype in QUANTISED_DTYPES:
+    if isinstance(dtype, str) and dtype in QUANTISED_DTYPES:
         return _BadHeader(f"tensor `{shown}` is {dtype}: merge the unquantised model instead")
     return _BadHeader(f"tensor `{shown}` has the unknown dtype {printable(repr(dtype), 40)}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +144,7 @@ class _Reader:
             self._check_counts(method, models)
             self._check_required(method, models, parameters)
         if self.problems or not method:
-            raise RecipeError(self.problems)
+            raise RecipeError(sorted(self.problems, key=_line_of))
         where, notices = self.root.where, tuple(dict.fromkeys(self.notices))
         return Recipe(method, base, tuple(models), parameters, dtype, tokenizer_source, aim, where, notices)
 
@@ -219,8 +220,8 @@ class _Reader:
             parameter = method.parameters.get(name)
             if parameter is None or (at_model and not parameter.per_expert):
                 self._unused_parameter(name, value, method, at_model)
-            elif setting := self._setting(value, parameter):
-                settings[name] = setting
+            else:  # after a problem: present all the same, so that it is not called missing as well
+                settings[name] = self._setting(value, parameter) or Setting(None)
         return settings
 
     def _unused_parameter(self, name: str, node: Node, method: Method, at_model: bool) -> None:
@@ -310,6 +311,10 @@ class _Reader:
             return None
         if base is None:
             self.problem(node, "`aim` needs a `base_model`: its activations are what the merge is relaxed by")
+        return self.aim_table(node)
+
+    def aim_table(self, node: Node) -> Aim:
+        """The values of an `aim` table; problems are collected, and their keys left at the defaults."""
         self._check_keys(node, AIM_KEYS, {})
         keys = {key: item for key, item in node.value.items() if key in AIM_KEYS}
         checked = {key: self._aim_value(key, item) for key, item in keys.items()}
@@ -335,6 +340,21 @@ class _Reader:
             self.problem(node, f"`aim.{key}` must be {what}, not {shown}")
             return None
         return float(value) if key == "omega" else value
+
+
+def _line_of(problem: str) -> int:
+    """The line number at the head of a problem; flags, which have none, come first."""
+    match = re.match(r".*?:(\d+): ", problem)
+    return int(match[1]) if match else 0
+
+
+def read_aim(table: Node) -> Aim:
+    """The `aim:` table alone -> Aim. Raises RecipeError with every problem at once."""
+    reader = _Reader(table)
+    aim = reader.aim_table(table)
+    if reader.problems:
+        raise RecipeError(reader.problems)
+    return aim
 
 
 def same_reference(a: str, b: str) -> bool:

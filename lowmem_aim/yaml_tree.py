@@ -16,6 +16,8 @@ from lowmem_aim.errors import RecipeError, printable
 MAX_RECIPE_BYTES = 1_000_000
 MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billions
 MAX_DEPTH = 40
+STANDARD = "tag:yaml.org,2002:"
+PLAIN_TAGS = frozenset("null bool int float str seq map merge timestamp value".split())
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,18 @@ def parse(text: str, source: str) -> Node:
         raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}") from error
     if root is None:
         return Node({}, f"{source}:1")
-    return _Converter(source).convert(root)
+    converter = _Converter(source)
+    tree = converter.convert(root)
+    if converter.problems:
+        raise RecipeError(converter.problems)
+    return tree
 
 
 class _Converter:
     """yaml's nodes -> ours, counting what aliases expand to."""
 
     def __init__(self, source: str) -> None:
+        self.problems: list[str] = []
         self._source = source
         self._count = 0
         self._scalars = yaml.SafeLoader("")
@@ -62,8 +69,9 @@ class _Converter:
         self._count += 1
         if self._count > MAX_NODES or depth > MAX_DEPTH:
             raise RecipeError(f"{where}: the recipe is too large or too deep once its aliases are expanded")
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            raise RecipeError(f"{where}: the YAML tag `{printable(node.tag)}` is not allowed")
+        if node.tag.removeprefix(STANDARD) not in PLAIN_TAGS:
+            self.problems.append(f"{where}: the YAML tag `{printable(node.tag)}` is not allowed")
+            return Node(None, where)
         if isinstance(node, yaml.SequenceNode):
             return Node([self.convert(item, depth + 1) for item in node.value], where)
         if isinstance(node, yaml.MappingNode):
@@ -74,7 +82,10 @@ class _Converter:
         try:
             value = self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{where}: `{printable(str(node.value))}` is not a valid value") from error
+            self.problems.append(
+                f"{where}: `{printable(str(node.value))}` is not a valid value: {printable(str(error))}"
+            )
+            return None
         if value is not None and not isinstance(value, bool | int | float | str):
             return str(node.value)  # dates and the like: as they were written
         return value
@@ -85,17 +96,17 @@ class _Converter:
         for key_node, value_node in node.value:
             line = f"{self._source}:{key_node.start_mark.line + 1}"
             value = self.convert(value_node, depth + 1)
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *alias`, of one table or a list of them
+            if key_node.tag == STANDARD + "merge":  # `<<: *alias`, of one table or a list of them
                 tables = value.value if isinstance(value.value, list) else [value]
                 for table in reversed(tables):
                     merged |= table.value if isinstance(table.value, dict) else {}
                 continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(f"{line}: a key must be a plain word")
-            key = str(key_node.value)
-            if key in own:
-                raise RecipeError(f"{line}: the key `{printable(key)}` stands twice")
-            own[key] = value
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+            if not key:
+                self.problems.append(f"{line}: a key must be a plain word")
+            elif key in own:
+                self.problems.append(f"{line}: the key `{printable(key)}` stands twice")
+            own[key] = Node(value.value, line)
         return merged | own
 
 

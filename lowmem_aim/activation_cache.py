@@ -1,0 +1,94 @@
+"""The activations for a base: from a file, from the cache, or measured now and cached.
+
+The cache is a folder of small files, $XDG_CACHE_HOME/lowmem_aim (~/.cache/lowmem_aim), one for each combination of base
+files, tokens, dtype, device and versions: whatever the measurement's low bits may depend on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowmem_aim.activations import FORMAT, Activations
+from lowmem_aim.calibrate import calibrate
+from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.errors import DiskError, LowmemAimError
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.inputs import load_tokenizer
+from lowmem_aim.recipe import Aim
+from lowmem_aim.skeleton import Skeleton
+from lowmem_aim.texts import is_activations_file, token_sequences
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is to be measured, checked and tokenised before any work; or the file that already holds it."""
+
+    aim: Aim
+    base: Checkpoint
+    skeleton: Skeleton
+    sequences: Sequence[Tensor]  # each (tokens,) int64
+    given: Activations | None
+
+    def activations(self, *, device: str, use_cache: bool, emit: Emit) -> Activations:
+        """Load or measure. Raises ModelError."""
+        if self.given:
+            return self.given
+        cached = cache_folder() / f"{self._key(device)}.safetensors"
+        if use_cache and cached.is_file():
+            try:
+                found = Activations.load(cached)
+            except LowmemAimError:
+                emit(Notice(f"the cached activations `{cached}` are damaged and are measured again", "warning"))
+            else:
+                emit(Notice(f"activations measured before are reused: `{cached}`"))
+                return found
+        measured = self.measure(device=device, emit=emit)
+        if use_cache:
+            _keep(measured, cached, emit)
+        return measured
+
+    def measure(self, *, device: str, emit: Emit) -> Activations:
+        dtype = getattr(torch, self.aim.dtype) if self.aim.dtype else None
+        return calibrate(self.base, self.skeleton, self.sequences, device=device, dtype=dtype, emit=emit)
+
+    def _key(self, device: str) -> str:
+        import transformers
+
+        versions = (torch.__version__, transformers.__version__, FORMAT)
+        threads = torch.get_num_threads() if device == "cpu" else 0
+        tokens = [sequence.tolist() for sequence in self.sequences]
+        what = (self.base.fingerprint(), tokens, self.aim.dtype, device, threads, versions)
+        return xxhash.xxh3_128_hexdigest(repr(what).encode())
+
+
+def prepare(aim: Aim, base: Checkpoint, skeleton: Skeleton, emit: Emit) -> Calibration:
+    """Read and tokenise the texts, or load the activations file. Raises ModelError, NetworkError, UsageError."""
+    if is_activations_file(aim.calibration):
+        return Calibration(aim, base, skeleton, (), Activations.load(Path(aim.calibration).expanduser()))
+    tokenizer = load_tokenizer(base)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    return Calibration(aim, base, skeleton, token_sequences(aim, encode, emit), None)
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
+
+
+def _keep(measured: Activations, path: Path, emit: Emit) -> None:
+    """A cache that cannot be written is a pity, not a failure."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        measured.save(path)
+    except (OSError, DiskError) as error:
+        emit(Notice(f"the activations could not be cached: {error}", "warning"))

@@ -1,0 +1,207 @@
+"""What stands beside the weights: config and tokenizer, the model card, mergekit_config.yml, and provenance.
+
+All of it follows from the inputs alone: the same merge twice gives the same bytes in every file. Models are named by
+their folder's name or Hub id, never by a local path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import lowmem_aim
+from lowmem_aim.activations import Activations
+from lowmem_aim.checkpoint import CONFIG, INDEX, Checkpoint
+from lowmem_aim.errors import printable
+from lowmem_aim.inputs import Inputs
+from lowmem_aim.merge import Merged
+from lowmem_aim.plan import Plan
+from lowmem_aim.recipe import ModelEntry, Recipe, Setting
+from lowmem_aim.texts import BUILTIN, PILE, is_activations_file
+
+# Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LARGEST_COPY = 200_000_000
+
+
+def output_files(plan: Plan, inputs: Inputs, activations: Activations | None, merged: Merged) -> dict[str, bytes]:
+    """Every small file of the output by name, config.json last."""
+    files = {
+        name: content for name in COPIED if (content := inputs.reference.small_file(name, LARGEST_COPY)) is not None
+    }
+    if len(plan.shards) > 1:
+        files[INDEX] = plan.index()
+    recipe = portable_recipe(plan.recipe, inputs)
+    facts = provenance(plan, inputs, activations, merged, recipe)
+    files["mergekit_config.yml"] = _yaml(recipe).encode()
+    files["lowmem_aim.json"] = _json(facts)
+    files["README.md"] = _card(facts, recipe, plan.recipe).encode()
+    files[CONFIG] = _json(_config(inputs.reference, plan))
+    return files
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+def _yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
+
+
+def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The reference's config.json with the dtype that most of the output has, and nothing that would run code."""
+    config = {key: value for key, value in reference.config.items() if key not in ("auto_map", "_name_or_path")}
+    sizes: dict[torch.dtype, int] = {}
+    for task in plan.tasks:
+        if task.dtype.is_floating_point:
+            sizes[task.dtype] = sizes.get(task.dtype, 0) + task.nbytes
+    if sizes:
+        name = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(keys, name)
+    return config
+
+
+# --- the recipe as others may run it --------------------------------------------------------------------------------
+
+
+def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The recipe as mergekit's YAML, with labels for local paths."""
+    portable: dict[str, Any] = {"merge_method": recipe.method.name}
+    if inputs.base:
+        portable["base_model"] = inputs.base.label
+    labels = [expert.label for expert in inputs.experts]
+    portable["models"] = [_model(entry, label) for entry, label in zip(recipe.models, labels, strict=True)]
+    if recipe.parameters:
+        portable["parameters"] = _settings(recipe.parameters)
+    if recipe.dtype:
+        portable["dtype"] = recipe.dtype
+    if recipe.tokenizer_source:
+        portable["tokenizer_source"] = recipe.tokenizer_source
+    if recipe.aim:
+        aim = {key: value for key, value in vars(recipe.aim).items() if value != ""}
+        portable["aim"] = aim | {"calibration": _calibration_label(recipe.aim.calibration)}
+    return portable
+
+
+def _calibration_label(calibration: str) -> str:
+    if calibration in ("", BUILTIN):
+        return calibration or PILE
+    local = is_activations_file(calibration) or calibration.endswith((".jsonl", ".txt"))
+    return Path(calibration).name if local else calibration
+
+
+def _model(entry: ModelEntry, label: str) -> dict[str, Any]:
+    return {"model": label} | ({"parameters": _settings(entry.parameters)} if entry.parameters else {})
+
+
+def _settings(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    return {name: _setting(setting) for name, setting in settings.items()}
+
+
+def _setting(setting: Setting) -> Any:
+    if not setting.filtered:
+        return _plain(setting.value)
+    return [({"filter": pattern} if pattern else {}) | {"value": _plain(value)} for pattern, value in setting.value]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# --- provenance and card --------------------------------------------------------------------------------------------
+
+
+def provenance(
+    plan: Plan, inputs: Inputs, activations: Activations | None, merged: Merged, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """lowmem_aim.json: what was merged, how, with what, and the digests of what was read and written."""
+    facts: dict[str, Any] = {
+        "format": "lowmem-aim provenance 1",
+        "versions": versions(),
+        "recipe": recipe,
+        "seed": plan.seed,
+        "inputs": [{"model": label, "xxh3_128": value} for label, value in merged.models.items()],
+        "outputs": [{"file": name, "sha256": value} for name, value in merged.shards.items()],
+        "tensors": {
+            "merged": sum(task.action == "merge" for task in plan.tasks),
+            "copied": [task.name for task in plan.tasks if task.action == "copy"],
+            "dropped": sorted(inputs.dropped),
+        },
+    }
+    if activations:
+        facts["calibration"] = {
+            "sequences": activations.sequences,
+            "tokens": activations.tokens,
+            "tokens_xxh3_128": activations.tokens_digest,
+            "dtype": activations.dtype,
+        }
+    return facts
+
+
+def versions() -> dict[str, str]:
+    import safetensors
+    import transformers
+
+    return {
+        "lowmem-aim": lowmem_aim.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> str:
+    models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
+    tags = ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else [])
+    front = {"base_model": [m.partition("@")[0] for m in models], "library_name": "transformers", "tags": tags}
+    relaxed = ""
+    if recipe.aim:
+        relaxed = (
+            f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with omega "
+            f"{recipe.aim.omega:g}: the more active an input channel of the base, the less of the delta it takes. "
+            f"Calibration: {_inline(_calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
+        )
+    rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in facts["inputs"]]
+    rows += [f"| {_inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
+    used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{' with AIM' if recipe.aim else ''}\n\n"
+        f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
+        f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}\n"
+        f"## Recipe\n\n```yaml\n{_yaml(portable)}```\n\n"
+        f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"Versions: {used}.\n"
+    )
+
+
+def _names(portable: dict[str, Any]) -> list[str]:
+    return [entry["model"] for entry in portable["models"]]
+
+
+def _tokens(facts: dict[str, Any]) -> str:
+    calibration = facts.get("calibration", {})
+    return f"{calibration.get('tokens', 0)} tokens in {calibration.get('sequences', 0)} sequences"
+
+
+def _inline(text: str) -> str:
+    """A name from outside as markdown code: no markup of its own, no line break."""
+    return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"

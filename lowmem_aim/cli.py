@@ -1,0 +1,251 @@
+"""Commands, flags, exit codes, signals. torch and transformers are imported only once work starts.
+
+stdout gets the path of what was made; everything else goes to stderr. Exit codes: see `errors`; 129, 130 and 143 after
+SIGHUP, SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import lowmem_aim
+from lowmem_aim.errors import LowmemAimError, UsageError
+
+if TYPE_CHECKING:
+    from lowmem_aim.run import Options
+
+BUG_HINT = "this is a bug: run again with `--debug` and report what it prints"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Interrupted(BaseException):
+    """A signal asked this process to end. No Exception, so that no handler takes it for a failure of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP as an exception, so that a run takes back what it made."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Interrupted(number)
+
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, interrupt) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def report(error: LowmemAimError) -> None:
+    """The error on stderr, plain text: what happened, then what to do."""
+    first, *others = error.problems or ("unknown",)
+    lines = [f"error: {first}", *(f"       {problem}" for problem in others)]
+    print("\n".join(lines) + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    # Spinning worker threads cost up to four times the CPU time on a shared machine. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv
+    try:
+        with _signals():
+            cli(standalone_mode=False)
+        code = 0
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except LowmemAimError as error:
+        report(error)
+        code = error.exit_code
+    except _Interrupted as interrupt:
+        print("interrupted: nothing was left behind; run the same command to start again", file=sys.stderr)
+        code = 128 + interrupt.number
+    except Exception as error:
+        report(LowmemAimError(f"{type(error).__name__}: {error}", "" if debug else BUG_HINT))
+        code = 1
+        if debug:
+            traceback.print_exc()
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(lowmem_aim.__version__, prog_name="lowmem-aim")
+def cli() -> None:
+    """Activation-informed merging (AIM) of large language models, streamed from disk in little memory."""
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `512MiB`, `1000000` -> bytes. GB is 1e9 bytes, GiB is 2^30."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise click.BadParameter(f"`{text}` is no size; write 5GB, 512MB or 1GiB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_size(str(value))
+
+
+def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+_CALIBRATION = _options(
+    click.option(
+        "--calibration",
+        metavar="WHAT",
+        help="file.jsonl, file.txt, activations.safetensors, `builtin`, or a Hub dataset id "
+        "[default: the AIM authors' Pile set, from the Hub]",
+    ),
+    click.option("--samples", type=int, help="texts to take [default: 256]"),
+    click.option("--block-size", type=int, help="tokens in a sequence [default: 512]"),
+    click.option("--calibration-seed", type=int, help="shuffles a Hub dataset [default: 42]"),
+    click.option("--pack/--no-pack", default=None, help="join the texts into full blocks [default: pack]"),
+    click.option("--calibration-dtype", help="of the forward passes [default: the base's]"),
+)
+_AIM = _options(
+    click.option("--omega", type=float, help="AIM: 1 changes nothing, 0 freezes the most active channels"),
+    click.option("--tied", type=click.Choice(["relax", "keep"]), help="AIM on a tied embedding [default: relax]"),
+    _CALIBRATION,
+)
+_JOB = _options(
+    click.option("--read", type=click.Choice(["mmap", "pread"]), default="mmap", show_default=True),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or mps"),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
+    click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
+    click.option("--debug", is_flag=True, help="show a traceback after a bug"),
+)
+_OUTPUT = _options(
+    click.option("--shard-size", type=_Size(), default="5GB", show_default=True, help="largest output file"),
+    click.option("--dtype", help="float32, float16 or bfloat16 [default: as the inputs]"),
+    click.option("--tokenizer-source", help="`base` matches tokens by their text"),
+    click.option("--cache/--no-cache", default=True, show_default=True, help="keep and reuse activations"),
+)
+
+
+def _job(flags: dict[str, Any]) -> Options:
+    from lowmem_aim.run import Options
+
+    return Options(
+        seed=flags.get("seed", 0),
+        shard_bytes=flags.get("shard_size", Options.shard_bytes),
+        read=flags["read"],
+        device=flags["device"],
+        threads=flags["threads"],
+        use_cache=flags.get("cache", True),
+    )
+
+
+def _run(work: Callable[[Any], Path], quiet: bool) -> None:
+    from lowmem_aim.dashboard import shown
+
+    with shown(quiet) as emit:
+        made = work(emit)
+    click.echo(str(made))
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT", type=click.Path(path_type=Path), required=True)
+@click.option("--method", help="merge_method")
+@click.option("--base", help="base_model: a folder or a Hub id")
+@click.option("--expert", multiple=True, help="a model to merge; repeat it for each")
+@click.option("--weight", multiple=True, help="one for all experts, or one for each, in order [default: 1]")
+@click.option("--density", multiple=True, help="as --weight")
+@click.option(
+    "--parameter", "-p", multiple=True, metavar="NAME=VALUE", help="any other parameter, such as -p lambda=0.5"
+)
+@click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="of the random masks")
+@_AIM
+@_OUTPUT
+@_JOB
+def merge(paths: tuple[Path, ...], **flags: Any) -> None:
+    """Merge by RECIPE (mergekit's YAML) into the new folder OUT. Flags override the recipe, or replace it."""
+    if len(paths) > 2:
+        raise UsageError("merge takes a recipe and an output folder", hint="lowmem-aim merge recipe.yml out/")
+    from lowmem_aim import flags as overrides
+    from lowmem_aim.recipe import read_recipe
+    from lowmem_aim.run import merge as work
+    from lowmem_aim.yaml_tree import load_tree
+
+    tree = load_tree(paths[0]) if len(paths) == 2 else overrides.empty_recipe()
+    recipe = read_recipe(overrides.applied(tree, flags))
+    _run(lambda emit: work(recipe, paths[-1], _job(flags), emit), flags["quiet"])
+
+
+@cli.command()
+@click.argument("merged")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="the model that MERGED's experts were tuned from")
+@_AIM
+@_OUTPUT
+@_JOB
+def relax(merged: str, out: Path, **flags: Any) -> None:
+    """Apply AIM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
+    from lowmem_aim import flags as overrides
+    from lowmem_aim.recipe import read_recipe
+    from lowmem_aim.run import merge as work
+
+    recipe = read_recipe(overrides.relax_recipe(merged, flags))
+    _run(lambda emit: work(recipe, out, _job(flags), emit), flags["quiet"])
+
+
+@cli.command()
+@click.argument("base")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="activations.safetensors")
+@_CALIBRATION
+@_JOB
+def calibrate(base: str, output: Path, **flags: Any) -> None:
+    """Measure the activations of BASE once; pass the file to later merges as --calibration."""
+    from lowmem_aim import flags as overrides
+    from lowmem_aim.run import calibrate_base
+
+    aim = overrides.calibration_settings(flags)
+    _run(lambda emit: calibrate_base(base, aim, output, _job(flags), emit), flags["quiet"])
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="demo-run")
+@click.option("--debug", is_flag=True, help="show a traceback after a bug")
+def demo(folder: Path, debug: bool) -> None:
+    """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate."""
+    from lowmem_aim.demo import run
+
+    run(folder, click.echo)

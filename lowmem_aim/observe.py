@@ -1,0 +1,197 @@
+"""Watches what modules are given: the mean |x| of each input channel of every weight that AIM scales.
+
+The statistic of a weight is the mean over tokens (and heads: all dimensions but the last) of one call, then over
+calls, in float64. A module is called once a sequence, so that is the mean over sequences; an expert's mean is over
+the sequences that sent it a token. Modules are seen through forward hooks, fused experts (one 3-D parameter, no
+`.weight`) through the matrix products that their slices take part in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_aim.errors import ModelError
+
+# At most so many numbers are turned to float64 at a time (8 MiB), however long the sequence.
+CHUNK_NUMEL = 1 << 20
+
+# How experts multiply, by the position of the weight: x @ W.T for linear, x @ W for the others.
+_LINEAR = frozenset({F.linear})
+_PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm})
+
+
+def mean_abs(x: Tensor) -> Tensor:
+    """(..., tokens, channels) -> (channels,) float64: the mean of |x| over all but the last dimension."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    step = max(1, CHUNK_NUMEL // rows.shape[-1])
+    total = torch.zeros(rows.shape[-1], dtype=_wide(x.device), device=x.device)
+    for start in range(0, rows.shape[0], step):
+        total += rows[start : start + step].abs().to(total.dtype).sum(0)
+    return total / rows.shape[0]
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+
+
+@dataclass
+class Tally:
+    """Sums of means of one parameter; a row is an expert, or all there is."""
+
+    total: Tensor  # (rows, channels)
+    calls: list[int]  # of each row
+    shape: tuple[int, ...]  # in which the statistic broadcasts against the parameter
+
+    def add(self, row: int, mean: Tensor) -> None:
+        self.total[row] += mean
+        self.calls[row] += 1
+
+    def statistic(self) -> Tensor:
+        """float32 on the CPU; zero where nothing was seen."""
+        calls = torch.tensor(self.calls, dtype=torch.float64).clamp(min=1)[:, None]
+        return (self.total.cpu().double() / calls).float().reshape(self.shape)
+
+    def unreached(self) -> Tensor:
+        """bool, of the statistic's shape: where no token came."""
+        seen = torch.tensor(self.calls)[:, None] > 0
+        return (~seen).expand(self.total.shape).reshape(self.shape)
+
+
+class Watch:
+    """The tallies of a calibration. Nothing is counted while `active` is False (the canary passes unseen)."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, Tally] = {}  # by parameter name
+        self.stacks: set[str] = set()  # the fused experts that were met, seen or not
+        self.active = False
+
+    @contextlib.contextmanager
+    def on(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Watch the scaled modules among `parts`, given as (path, module); no hook stays behind."""
+        handles = []
+        try:
+            for path, part in parts:
+                if _is_scaled(part):
+                    hook = self._hook(f"{path}.weight", part)
+                    handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def experts(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Watch the fused experts among `parts`, whose weights must be loaded, in this thread."""
+        stacks = {name: value for path, part in parts for name, value in _stacks(path, part)}
+        self.stacks |= stacks.keys()
+        with _ExpertProducts(self, stacks) if stacks else contextlib.nullcontext():
+            yield
+
+    def see(self, parameter: str, weight: Tensor, x: Tensor, *, transposed: bool = False) -> None:
+        """One call of the module that holds `weight`, with input `x`; `transposed`: (in, out) instead of (out, in)."""
+        channels = weight.shape[0] if transposed else weight.shape[-1]
+        if self.active and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
+            self._tally(parameter, weight, x.device, transposed=transposed).add(0, mean_abs(x))
+
+    def check(self, prefix: str) -> None:
+        """Raises ModelError naming a module under `prefix` whose inputs are not finite."""
+        for name, tally in self.tallies.items():
+            if name.startswith(prefix) and not bool(tally.total.isfinite().all()):
+                raise ModelError(
+                    f"calibration: the inputs of `{name.removesuffix('.weight')}` overflow or are not numbers",
+                    hint="is the base model sound? if it is, calibrate in a wider dtype (`aim: {dtype: float32}`)",
+                )
+
+    def _hook(self, parameter: str, module: nn.Module) -> Any:
+        transposed = isinstance(module, Conv1D)
+        weight = module.get_parameter("weight")  # for its shape only
+
+        def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if x is not None:
+                self.see(parameter, weight, x, transposed=transposed)
+
+        self._tally(parameter, weight, None, transposed=transposed)
+        return hook
+
+    def _tally(self, name: str, weight: Tensor, device: torch.device | None, *, transposed: bool) -> Tally:
+        """A tally is made when its module is first known, so that one which is never called counts as unreached."""
+        tally = self.tallies.get(name)
+        if tally is None:
+            channels = weight.shape[0] if transposed else weight.shape[-1]
+            shape = (channels,) if weight.dim() == 1 else (channels, 1) if transposed else (1, channels)
+            tally = self.tallies[name] = Tally(torch.zeros(1, channels, dtype=torch.float64), [0], shape)
+        if device is not None and tally.total.device != device:
+            tally.total = tally.total.to(device, _wide(device))
+        return tally
+
+
+def _is_scaled(part: nn.Module) -> bool:
+    """Whether AIM scales the module's weight: 1-D and 2-D ones, embeddings excepted; no convolutions."""
+    weight = part._parameters.get("weight")
+    return weight is not None and weight.dim() in (1, 2) and not isinstance(part, nn.Embedding)
+
+
+def _stacks(path: str, part: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Its 3-D parameters (experts, a, b) by name."""
+    for name, value in part._parameters.items():
+        if value is not None and value.dim() == 3 and not isinstance(part, nn.Conv1d):
+            yield f"{path}.{name}", value
+
+
+class _ExpertProducts(TorchFunctionMode):
+    """Sees every matrix product; counts those whose weight is a slice of a stack, or a whole stack."""
+
+    def __init__(self, watch: Watch, stacks: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.watch = watch
+        # By storage: a slice is a view, and shares it.
+        self.stacks = {value.untyped_storage().data_ptr(): (name, value) for name, value in stacks.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watch.active and (func in _LINEAR or func in _PRODUCTS) and len(args) >= 2:
+            self._look(args[0], args[1], linear=func in _LINEAR)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, x: Any, weight: Any, *, linear: bool) -> None:
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+            return
+        found = self.stacks.get(weight.untyped_storage().data_ptr())
+        if found is None or weight.dim() not in (2, 3):
+            return
+        name, stack = found
+        # Which of the stack's two inner dimensions runs over the input channels: the one with the same stride.
+        channel = -1 if linear else -2
+        axis = 2 if weight.stride(channel) == stack.stride(2) and weight.shape[channel] == stack.shape[2] else 1
+        tally = self._tally(name, stack, axis)
+        if weight.dim() == 3:
+            _add_all(tally, x)
+        elif x.numel():
+            offset = (weight.data_ptr() - stack.data_ptr()) // stack.element_size()
+            tally.add(offset // stack.stride(0), mean_abs(x))
+
+    def _tally(self, name: str, stack: Tensor, axis: int) -> Tally:
+        tally = self.watch.tallies.get(name)
+        if tally is None:
+            experts, channels = stack.shape[0], stack.shape[axis]
+            total = torch.zeros(experts, channels, dtype=_wide(stack.device), device=stack.device)
+            shape = (experts, 1, channels) if axis == 2 else (experts, channels, 1)
+            tally = self.watch.tallies[name] = Tally(total, [0] * experts, shape)
+        return tally
+
+
+def _add_all(tally: Tally, x: Tensor) -> None:
+    """All experts in one batched product, x (experts, tokens, channels): rows of zeros are tokens routed elsewhere."""
+    for expert, rows in enumerate(x):
+        routed = rows[rows.ne(0).any(-1)]
+        if routed.shape[0]:
+            tally.add(expert, mean_abs(routed))

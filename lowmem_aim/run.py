@@ -1,0 +1,121 @@
+"""Whole jobs, from a recipe to a finished folder: open and check everything, calibrate, merge, finish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowmem_aim.activation_cache import Calibration, prepare
+from lowmem_aim.activations import Activations
+from lowmem_aim.card import output_files
+from lowmem_aim.checkpoint import Checkpoint, ReadMode
+from lowmem_aim.errors import UsageError
+from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.hub import locate
+from lowmem_aim.inputs import Inputs, open_inputs
+from lowmem_aim.merge import check_activations, merge_tensors
+from lowmem_aim.output import check_disk, check_output, publish, staged
+from lowmem_aim.plan import make_plan
+from lowmem_aim.recipe import Aim, Recipe
+from lowmem_aim.skeleton import load_skeleton
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to do a job; none of it, but `seed` and `shard_bytes`, changes a byte of the merge."""
+
+    seed: int = 0
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    read: ReadMode = "mmap"
+    device: str = "auto"
+    threads: int | None = None
+    use_cache: bool = True
+    slice_rows: int | None = None  # rows in work at a time; None: what fits the processor's cache
+
+    @property
+    def torch_device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = silent) -> Path:
+    """Merge by the recipe into the new folder `out`; returns it.
+
+    Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before.
+    """
+    _set_up(options)
+    for notice in recipe.notices:
+        emit(Notice(notice, "warning"))
+    check_output(out, [])
+    with open_inputs(recipe, options.read, emit) as inputs:
+        check_output(out, [checkpoint.folder for checkpoint in inputs.checkpoints])
+        plan = make_plan(recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes)
+        check_disk(out, plan.output_bytes)
+        calibration = _calibration(recipe, inputs, emit)
+        with staged(out) as staging:
+            activations = _activations(calibration, inputs, options, emit)
+            merged = merge_tensors(
+                plan,
+                inputs,
+                activations,
+                staging,
+                device=options.torch_device,
+                slice_rows=options.slice_rows,
+                emit=emit,
+            )
+            files = output_files(plan, inputs, activations, merged)
+            emit(PhaseStarted("finish", len(plan.shards) + len(files), "files"))
+            publish(out, staging, [shard.name for shard in plan.shards], files)
+            emit(PhaseEnded("finish"))
+    return out
+
+
+def calibrate_base(
+    base: str,
+    aim: Aim,
+    output: Path,
+    options: Options = Options(),
+    emit: Emit = silent,
+) -> Path:
+    """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache."""
+    _set_up(options)
+    if output.suffix != ".safetensors":
+        raise UsageError(f"the output `{output}` must end in .safetensors")
+    if output.exists():
+        raise UsageError(f"`{output}` exists already", hint="name a new file, or remove that one")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder `{output.absolute().parent}`")
+    located = locate(base, emit)
+    with Checkpoint.open(located.folder, located.label, options.read) as checkpoint:
+        calibration = prepare(aim, checkpoint, load_skeleton(checkpoint), emit)
+        if calibration.given:
+            raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
+        calibration.measure(device=options.torch_device, emit=emit).save(output)
+    return output
+
+
+def _set_up(options: Options) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
+def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | None:
+    if recipe.aim is None or inputs.base is None:
+        return None
+    calibration = prepare(recipe.aim, inputs.base, inputs.skeleton, emit)
+    if calibration.given:
+        check_activations(calibration.given, inputs, recipe.aim)
+    return calibration
+
+
+def _activations(calibration: Calibration | None, inputs: Inputs, options: Options, emit: Emit) -> Activations | None:
+    if calibration is None:
+        return None
+    activations = calibration.activations(device=options.torch_device, use_cache=options.use_cache, emit=emit)
+    check_activations(activations, inputs, calibration.aim)
+    return activations

@@ -1,0 +1,73 @@
+"""Plain float64 implementations of the formulas, whole tensors at a time, written from the documentation alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear(models: list[Tensor], weight: list[float], normalize: bool = True) -> Tensor:
+    total = sum(w * m.double() for w, m in zip(weight, models, strict=True))
+    return total / sum(weight) if normalize else total
+
+
+def slerp(base: Tensor, expert: Tensor, t: float) -> Tensor:
+    a, b = base.double(), expert.double()
+    norms = a.norm() * b.norm()
+    cosine = float((a * b).sum() / norms) if norms > 0 else 0.0
+    if norms == 0 or abs(cosine) > 0.9995:
+        return (1 - t) * a + t * b
+    angle = torch.acos(torch.tensor(cosine, dtype=torch.float64))
+    return torch.sin((1 - t) * angle) / torch.sin(angle) * a + torch.sin(t * angle) / torch.sin(angle) * b
+
+
+def deltas(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
+    # Float32 first, as in the checkpoint's arithmetic: a threshold must see the same magnitudes.
+    return [(expert - base).double() for expert in experts]
+
+
+def largest_mask(delta: Tensor, density: float) -> Tensor:
+    """The int(density n) largest magnitudes, equal ones from the lowest flat index on."""
+    k = int(density * delta.numel())
+    order = sorted(range(delta.numel()), key=lambda i: (-abs(float(delta.flatten()[i])), i))
+    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    mask[order[:k]] = True
+    return mask.reshape(delta.shape)
+
+
+def rescale_factor(delta: Tensor, mask: Tensor, rule: bool | str, density: float) -> float:
+    if rule is False:
+        return 1.0
+    if rule == "density":
+        return 1.0 / density if density > 0 else 1.0
+    kept = float((delta * mask).abs().sum())
+    return float(delta.abs().sum()) / kept if kept > 0 else 1.0
+
+
+def task_arithmetic_tail(
+    base: Tensor,
+    sparse: list[Tensor],
+    weight: list[float],
+    *,
+    elect: bool,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    parts = [w * d for w, d in zip(weight, sparse, strict=True)]
+    if elect:
+        positive = sum(parts) >= 0
+        keep = [torch.where(positive, part > 0, part < 0) for part in parts]
+        merged = sum(part * k for part, k in zip(parts, keep, strict=True))
+        divisor = sum(w * k.double() for w, k in zip(weight, keep, strict=True))
+    else:
+        merged = sum(parts)
+        divisor = torch.full_like(merged, sum(weight))
+    if normalize:
+        merged = merged / torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)
+    return base.double() + scale * merged
+
+
+def aim(base: Tensor, merged: Tensor, means: Tensor, omega: float) -> Tensor:
+    """means broadcastable against the weight."""
+    share = means.double() / means.double().max() if means.max() > 0 else torch.zeros_like(means.double())
+    return base.double() + (merged.double() - base.double()) * (1 - share * (1 - omega))

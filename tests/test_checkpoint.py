@@ -1,0 +1,231 @@
+"""Model folders: what is read is what safetensors reads, and whatever is malformed is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowmem_aim.checkpoint import Checkpoint, digest
+from lowmem_aim.errors import ModelError
+from lowmem_aim.headers import read_header
+
+READS = ["mmap", "pread"]
+
+
+def write_raw(file: Path, header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return file
+
+
+def entry(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards and an index; odd shapes and dtypes."""
+    made = tmp_path / "model"
+    made.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    first = {"a": torch.randn(5, 7, generator=generator), "b": torch.randn(11, generator=generator).bfloat16()}
+    second = {"c": torch.randn(2, 3, 5, generator=generator).half(), "n": torch.arange(6), "s": torch.tensor(2.5)}
+    save_file(first, made / "x-1.safetensors")
+    save_file(second, made / "x-2.safetensors")
+    weight_map = {**dict.fromkeys(first, "x-1.safetensors"), **dict.fromkeys(second, "x-2.safetensors")}
+    (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (made / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return made
+
+
+@pytest.mark.parametrize("read", READS)
+def test_tensors_and_rows_are_those_of_the_safetensors_library(folder: Path, read: Any) -> None:
+    truth = load_file(folder / "x-1.safetensors") | load_file(folder / "x-2.safetensors")
+    with Checkpoint.open(folder, read=read) as checkpoint:
+        assert set(checkpoint.tensors) == set(truth)
+        for name, expected in truth.items():
+            assert torch.equal(checkpoint.tensor(name), expected)
+            rows, columns = checkpoint.tensors[name].matrix
+            flat = expected.reshape(rows, columns)
+            for start in range(0, rows, 2):
+                stop = min(start + 2, rows)
+                assert torch.equal(checkpoint.rows(name, start, stop), flat[start:stop])
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_tensor_larger_than_the_window_is_read_through_it(tmp_path: Path, monkeypatch: Any, read: Any) -> None:
+    monkeypatch.setattr("lowmem_aim.checkpoint.WINDOW_BYTES", 8192)
+    big = torch.randn(1001, 37)
+    save_file({"lead": torch.randn(3), "big": big}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with Checkpoint.open(tmp_path, read=read) as checkpoint:
+        parts = [checkpoint.rows("big", i, min(i + 13, 1001)).clone() for i in range(0, 1001, 13)]
+    assert torch.equal(torch.cat(parts), big)
+
+
+def test_a_tensor_at_an_odd_offset_is_read(tmp_path: Path) -> None:
+    values = torch.tensor([1.5, -2.0])
+    header = {"odd": entry("U8", [3], 0, 3), "w": entry("F32", [2], 3, 11)}
+    write_raw(tmp_path / "model.safetensors", header, b"abc" + values.numpy().tobytes())
+    (tmp_path / "config.json").write_text("{}")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.tensor("w"), values)
+
+
+def test_inputs_are_opened_for_reading_only(folder: Path) -> None:
+    before = {f: f.read_bytes() for f in folder.iterdir()}
+    with Checkpoint.open(folder) as checkpoint:
+        checkpoint.tensor("a").fill_(7)  # the mapping is private: even this cannot reach the file
+    assert {f: f.read_bytes() for f in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(folder: Path, read: Any) -> None:
+    with Checkpoint.open(folder, read=read) as checkpoint:
+        checkpoint.rows("a", 0, 1)
+        os.truncate(folder / "x-1.safetensors", 100)
+        with pytest.raises(ModelError, match=r"x-1.safetensors` changed while it was being read"):
+            checkpoint.rows("a", 4, 5)
+
+
+def test_digest_is_of_the_bytes() -> None:
+    ones = torch.ones(3, dtype=torch.bfloat16)
+    assert digest(ones) == digest(ones.clone()) != digest(torch.ones(3, dtype=torch.float16))
+
+
+F4 = entry("F32", [1], 0, 4)
+BAD_HEADERS: dict[str, Callable[[Path], Path]] = {
+    "empty file": lambda f: (f.write_bytes(b"") and f) or f,
+    "seven bytes": lambda f: (f.write_bytes(b"1234567") and f) or f,
+    "length beyond the file": lambda f: write_raw(f, {"w": F4}, b"1234", length=1 << 20),
+    "length over the limit": lambda f: write_raw(f, {"w": F4}, b"1234", length=1 << 40),
+    "not UTF-8": lambda f: write_raw(f, b'{"\xff": 1}'),
+    "not JSON": lambda f: write_raw(f, b"{w: 1}"),
+    "a list": lambda f: write_raw(f, b"[]"),
+    "doubled key": lambda f: write_raw(f, b'{"w":%s,"w":%s}' % ((json.dumps(F4).encode(),) * 2), b"1234"),
+    "deep nesting": lambda f: write_raw(f, b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "huge number": lambda f: write_raw(
+        f, b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', b"1234"
+    ),
+    "truncated data": lambda f: write_raw(f, {"w": entry("F32", [2], 0, 8)}, b"1234"),
+    "data beyond": lambda f: write_raw(f, {"w": F4}, b"12345678"),
+    "gap": lambda f: write_raw(f, {"v": F4, "w": entry("F32", [1], 8, 12)}, b"1" * 12),
+    "overlap": lambda f: write_raw(f, {"v": entry("F32", [2], 0, 8), "w": entry("F32", [2], 4, 12)}, b"1" * 12),
+    "shape is not the bytes": lambda f: write_raw(f, {"w": entry("F32", [2], 0, 4)}, b"1234"),
+    "negative offset": lambda f: write_raw(f, {"w": entry("F32", [1], -4, 0)}, b""),
+    "negative shape": lambda f: write_raw(f, {"w": entry("F32", [-1], 0, 4)}, b"1234"),
+    "overflowing shape": lambda f: write_raw(f, {"w": entry("F32", [1 << 62, 1 << 62], 0, 4)}, b"1234"),
+    "true as a number": lambda f: write_raw(f, {"w": entry("F32", [True], 0, 4)}, b"1234"),
+    "fraction": lambda f: write_raw(f, {"w": entry("F32", [1.0], 0, 4)}, b"1234"),
+    "three offsets": lambda f: write_raw(f, {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}, b"1234"),
+    "missing dtype": lambda f: write_raw(f, {"w": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+    "extra key": lambda f: write_raw(f, {"w": {**F4, "x": 1}}, b"1234"),
+    "entry is no table": lambda f: write_raw(f, {"w": 3}),
+    "unknown dtype": lambda f: write_raw(f, {"w": entry("F33", [1], 0, 4)}, b"1234"),
+    "dtype is a list": lambda f: write_raw(f, {"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+    "metadata is a list": lambda f: write_raw(f, {"__metadata__": [], "w": F4}, b"1234"),
+    "metadata holds a number": lambda f: write_raw(f, {"__metadata__": {"a": 1}, "w": F4}, b"1234"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_HEADERS)
+def test_a_malformed_header_is_refused_with_the_files_name(kind: str, tmp_path: Path) -> None:
+    file = BAD_HEADERS[kind](tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors` is not a valid safetensors file: .+"):
+        read_header(file)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    file = write_raw(tmp_path / "model.safetensors", {"w": entry("F8_E4M3", [4], 0, 4)}, b"1234")
+    with pytest.raises(ModelError, match="unquantised"):
+        read_header(file)
+
+
+class TestFolders:
+    def refused(self, folder: Path, match: str) -> None:
+        with pytest.raises(ModelError, match=match):
+            Checkpoint.open(folder)
+
+    def test_missing(self, tmp_path: Path) -> None:
+        self.refused(tmp_path / "none", "no model folder")
+
+    def test_without_config(self, folder: Path) -> None:
+        (folder / "config.json").unlink()
+        self.refused(folder, r"no config\.json")
+
+    def test_config_is_no_table(self, folder: Path) -> None:
+        (folder / "config.json").write_text("[1]")
+        self.refused(folder, "not a JSON object")
+
+    def test_quantised_config(self, folder: Path) -> None:
+        (folder / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+        self.refused(folder, "quantised")
+
+    def test_pickle_only(self, folder: Path) -> None:
+        for file in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+            file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        with pytest.raises(ModelError, match="only pickle") as caught:
+            Checkpoint.open(folder)
+        assert "save_pretrained" in caught.value.hint
+
+    def test_nothing_at_all(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        self.refused(tmp_path, "has neither model.safetensors nor")
+
+    def test_all_broken_shards_are_listed_at_once(self, folder: Path) -> None:
+        os.truncate(folder / "x-1.safetensors", 40)
+        (folder / "x-2.safetensors").unlink()
+        with pytest.raises(ModelError) as caught:
+            Checkpoint.open(folder)
+        text = "\n".join(caught.value.problems)
+        assert "x-1.safetensors` is not a valid" in text
+        assert "'x-2.safetensors', which is missing" in text
+
+    def test_a_tensor_that_is_not_in_its_shard(self, folder: Path) -> None:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"]["ghost"] = "x-1.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        self.refused(folder, "lacks `ghost`")
+
+    @pytest.mark.parametrize(
+        "name",
+        ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\0b", "C:x", "a\\b", 3, None, ["x"]],
+    )
+    def test_a_shard_name_that_is_no_plain_file_name(self, folder: Path, name: Any) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        self.refused(folder, "not a plain file name")
+
+    def test_a_link_out_of_the_folder(self, folder: Path, tmp_path: Path) -> None:
+        outside = tmp_path / "outside.safetensors"
+        (folder / "x-1.safetensors").rename(outside)
+        (folder / "x-1.safetensors").symlink_to(outside)
+        self.refused(folder, "leads out of its model folder")
+
+    def test_the_hub_caches_own_links_are_followed(self, folder: Path, tmp_path: Path) -> None:
+        snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123", tmp_path / "models--a--b" / "blobs"
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        for number, file in enumerate(sorted(folder.iterdir())):
+            file.rename(blobs / str(number))
+            (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+        with Checkpoint.open(snapshot) as checkpoint:
+            assert checkpoint.tensor("n").tolist() == list(range(6))
+
+    def test_a_shard_that_is_a_directory(self, folder: Path) -> None:
+        (folder / "x-1.safetensors").unlink()
+        (folder / "x-1.safetensors").mkdir()
+        self.refused(folder, "missing")
+
+    @pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', "{", '{"weight_map": {}}'])
+    def test_an_index_without_a_weight_map(self, folder: Path, content: str) -> None:
+        (folder / "model.safetensors.index.json").write_text(content)
+        self.refused(folder, "no `weight_map`|not valid JSON")

@@ -1,0 +1,251 @@
+"""mergekit's YAML: what is read, and that everything wrong is found at once, with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowmem_aim.errors import RecipeError
+from lowmem_aim.flags import applied, empty_recipe
+from lowmem_aim.recipe import Recipe, read_recipe
+from lowmem_aim.yaml_tree import load_tree, parse
+
+GOOD = """\
+merge_method: ties
+base_model: base
+models:
+  - model: base
+  - model: math
+    parameters: {weight: 0.5, density: [0.2, 0.8]}
+  - model: code
+    parameters:
+      weight: 1e-1
+      density:
+        - filter: mlp
+          value: 0.3
+        - filter: "*"
+          value: 0.6
+parameters:
+  normalize: true
+  lambda: 1.5
+dtype: float32
+out_dtype: bfloat16
+tokenizer_source: base
+aim: {omega: 0.2, calibration: texts.jsonl, samples: 8}
+"""
+
+
+def read(text: str) -> Recipe:
+    return read_recipe(parse(text, "recipe.yml"))
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read(text)
+    return list(caught.value.problems)
+
+
+def test_a_whole_recipe() -> None:
+    recipe = read(GOOD)
+    assert recipe.method.name == "ties"
+    assert [model.reference for model in recipe.models] == ["math", "code"]  # the base is no expert
+    assert recipe.dtype == "bfloat16"
+    assert recipe.aim is not None
+    assert (recipe.aim.omega, recipe.aim.samples, recipe.aim.block_size) == (0.2, 8, 512)
+    resolved = recipe.resolve("model.layers.1.mlp.up_proj.weight", 0.5)
+    assert resolved == {
+        "weight": (0.5, 0.1),
+        "density": (0.5, 0.3),
+        "normalize": True,
+        "rescale": False,
+        "lambda": 1.5,
+        "int8_mask": False,
+    }
+    assert recipe.resolve("model.norm.weight", 0.0)["density"] == (0.2, 0.6)
+
+
+def test_precedence_is_model_then_top_level_then_default() -> None:
+    text = """\
+merge_method: ties
+base_model: b
+models:
+  - {model: x, parameters: {density: [{filter: mlp, value: 0.1}]}}
+  - {model: y}
+parameters: {weight: 0.7, density: 0.4}
+"""
+    recipe = read(text)
+    assert recipe.resolve("a.mlp.weight", 0)["density"] == (0.1, 0.4)
+    assert recipe.resolve("a.attn.weight", 0)["density"] == (0.4, 0.4)  # no filter matched: it falls through
+    assert recipe.resolve("a.attn.weight", 0)["weight"] == (0.7, 0.7)
+    assert recipe.resolve("a.attn.weight", 0)["lambda"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gradient", "t", "value"),
+    [
+        ("[0, 1]", 0.25, 0.25),
+        ("[0, 1, 0]", 0.5, 1.0),
+        ("[0, 1, 0]", 0.75, 0.5),
+        ("[3]", 0.9, 3.0),
+        ("[1, 2]", 1.0, 2.0),
+    ],
+)
+def test_gradients_are_piecewise_linear(gradient: str, t: float, value: float) -> None:
+    text = f"{{merge_method: slerp, base_model: b, models: [{{model: x}}], parameters: {{t: {gradient}}}}}"
+    assert read(text).resolve("x", t)["t"] == value
+
+
+def test_a_filter_list_that_ends_without_a_match_is_an_error_of_that_tensor() -> None:
+    recipe = read(
+        "{merge_method: slerp, base_model: b, models: [{model: x}], parameters: {t: [{filter: q, value: 1}]}}"
+    )
+    with pytest.raises(RecipeError, match=r"`t` has no value for `lm_head\.weight`"):
+        recipe.resolve("lm_head.weight", 0)
+
+
+def test_aliases_and_merge_keys_work() -> None:
+    text = """\
+merge_method: task_arithmetic
+base_model: b
+models:
+  - {model: x, parameters: &p {weight: 0.5}}
+  - {model: y, parameters: *p}
+  - {model: z, parameters: {<<: *p}}
+"""
+    assert read(text).resolve("w", 0)["weight"] == (0.5, 0.5, 0.5)
+
+
+def test_all_problems_come_at_once_with_their_lines() -> None:
+    found = problems(
+        """\
+merge_method: ties
+base_model: base
+modelz: 3
+models:
+  - model: a
+    parameters: {weight: x, density: 1.5, gama: 3}
+  - modell: b
+slices: []
+dtype: int7
+tokenizer_source: union
+aim: {omega: 1.2, samples: 0, omga: 2}
+"""
+    )
+    expected = [
+        "recipe.yml:3: unknown key `modelz`; did you mean `models`?",
+        "recipe.yml:6: `weight` must be a finite number",
+        "recipe.yml:6: `density` must lie in [0, 1], not 1.5",
+        "recipe.yml:6: unknown parameter `gama`; did you mean `lambda`?",
+        "recipe.yml:7: unknown key `modell`; did you mean `model`?",
+        "recipe.yml:7: `model` is missing",
+        "recipe.yml:8: `slices` is not supported: only `models` is supported",
+        "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
+        "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
+        "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
+        "recipe.yml:11: `aim.omega` must be in [0, 1], not `1.2`",
+        "recipe.yml:11: `aim.samples` must be a whole number above 0, not `0`",
+    ]
+    assert sorted(found) == sorted(expected)
+    assert [int(p.split(":")[1]) for p in found] == sorted(int(p.split(":")[1]) for p in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: linear\nmerge_method: ties\n", "recipe.yml:2: the key `merge_method` stands twice"),
+        ("a: [1, 2\nb: 3", "not valid YAML"),
+        ("- 1\n- 2", "a recipe is a table"),
+        ("", "`merge_method` is missing"),
+        ("merge_method: !!python/object/apply:os.system [ls]", "tag"),
+        ("merge_method: [" * 500 + "]" * 500, "not valid YAML|too deep"),
+        ("merge_method: tyes\nbase_model: b\nmodels: [{model: a}]", "did you mean `ties`"),
+        ("merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]", "`ties` needs a `base_model`"),
+        ("merge_method: ties\nbase_model: b\nmodels: [{model: a}]", "recipe.yml:3: `a` needs a `weight`"),
+        ("merge_method: ties\nbase_model: b\nmodels: [{model: b}]", "only the base is listed"),
+        ("merge_method: slerp\nbase_model: b\nmodels: [{model: a}]", "needs the parameter `t`"),
+        (
+            "merge_method: slerp\nbase_model: b\nmodels: [{model: a}, {model: c}]\nparameters: {t: 1}",
+            "takes exactly 1 model",
+        ),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\naim: {}", "`aim` needs a `base_model`"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]", "finite number"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]", "belongs to the whole merge"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, x]}}]", "finite number"),
+        ("merge_method: ties\nbase_model: b\nmodels: []", "at least one model"),
+        ("merge_method: 2024-01-01", "unknown merge_method `2024-01-01`"),
+    ],
+)
+def test_each_mistake_has_its_message(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read(text)
+
+
+def test_an_alias_bomb_is_refused_fast() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with pytest.raises(RecipeError, match="too large or too deep"):
+        read("\n".join(lines))
+
+
+def test_a_bomb_of_merge_keys_is_refused() -> None:
+    lines = ["a0: &a0 {k: v}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12)]
+    with pytest.raises(RecipeError, match="too large or too deep"):
+        read("\n".join(lines))
+
+
+def test_a_parameter_of_other_methods_is_ignored_with_a_notice_as_mergekit_does_silently() -> None:
+    recipe = read("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1, density: 0.5}}]")
+    assert recipe.notices == ("recipe.yml:2: `density` has no meaning for `linear` and is ignored",)
+
+
+def test_a_base_that_linear_lists_is_a_model_like_others() -> None:
+    recipe = read("{merge_method: linear, base_model: b, models: [{model: b}, {model: a}], parameters: {weight: 1}}")
+    assert [model.reference for model in recipe.models] == ["b", "a"]
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    for name, content in (("binary.yml", b"\xff\xfe\x00"), ("long.yml", b"#" * 2_000_000)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecipeError):
+            load_tree(tmp_path / name)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_tree(tmp_path / "missing.yml")
+
+
+class TestFlags:
+    def test_a_merge_needs_no_file(self) -> None:
+        flags = {"method": "ties", "base": "b", "expert": ("x", "y"), "density": ("0.5",), "parameter": ("lambda=2",)}
+        recipe = read_recipe(applied(empty_recipe(), flags))
+        resolved = recipe.resolve("w", 0)
+        assert (resolved["weight"], resolved["density"], resolved["lambda"]) == ((1.0, 1.0), (0.5, 0.5), 2.0)
+        assert recipe.aim is None
+
+    def test_repeated_values_go_in_order_and_skip_the_base(self) -> None:
+        tree = applied(parse(GOOD, "recipe.yml"), {"weight": ("0.1", "0.2")})
+        assert read_recipe(tree).resolve("w", 0)["weight"] == (0.1, 0.2)
+
+    def test_a_wrong_number_of_values_is_an_error(self) -> None:
+        with pytest.raises(RecipeError, match="3 values for 2 expert"):
+            applied(parse(GOOD, "recipe.yml"), {"weight": ("1", "2", "3")})
+
+    def test_flags_override_the_recipe(self) -> None:
+        tree = applied(
+            parse(GOOD, "recipe.yml"), {"omega": 0.9, "method": "dare_ties", "dtype": "float16", "base": "./base"}
+        )
+        recipe = read_recipe(tree)
+        assert recipe.aim is not None
+        assert (recipe.aim.omega, recipe.aim.calibration) == (0.9, "texts.jsonl")
+        assert (recipe.method.name, recipe.dtype, recipe.base) == ("dare_ties", "float16", "./base")
+
+    def test_a_wrong_flag_is_named(self) -> None:
+        with pytest.raises(RecipeError, match=r"--omega: `aim.omega` must be in \[0, 1\]"):
+            read_recipe(applied(parse(GOOD, "recipe.yml"), {"omega": 1.5}))
+        with pytest.raises(RecipeError, match=r"--density: `density` must lie in \[0, 1\]"):
+            read_recipe(applied(parse(GOOD, "recipe.yml"), {"density": ("-1",)}))
+        with pytest.raises(RecipeError, match="NAME=VALUE"):
+            applied(parse(GOOD, "recipe.yml"), {"parameter": ("lambda",)})
+
+    def test_calibration_flags_need_aim(self) -> None:
+        with pytest.raises(RecipeError, match=r"--calibration has no meaning without AIM"):
+            applied(empty_recipe(), {"calibration": "builtin"})
