@@ -13,8 +13,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich import filesize
+
 from lowmem_aim.durable import disk_errors, locked, sync_folder, write_file
-from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.errors import DiskError, LockedError, UsageError, printable
 
 PRIVATE = ".lowmem_aim"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
@@ -38,11 +40,11 @@ def check_disk(out: Path, needed_bytes: int) -> None:
     """Raises DiskError if the disk that `out` will be on has less than `needed_bytes` (and small files) free."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     with disk_errors(out):
-        free = shutil.disk_usage(existing).free
-    if needed_bytes + SMALL_FILES_BYTES > free:
+        disk = shutil.disk_usage(existing)
+    if disk.total and needed_bytes + SMALL_FILES_BYTES > disk.free:  # a total of 0: no real disk, nothing is known
         raise DiskError(
-            f"the output needs {(needed_bytes + SMALL_FILES_BYTES) / 1e9:.2f} GB, "
-            f"but the disk of `{printable(str(out))}` has {free / 1e9:.2f} GB free",
+            f"the output needs {filesize.decimal(needed_bytes + SMALL_FILES_BYTES)}, "
+            f"but the disk of `{printable(str(out))}` has {filesize.decimal(disk.free)} free",
             hint="free some space, or choose an output folder on another disk",
         )
 
@@ -68,18 +70,12 @@ def staged(out: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except BaseException as error:
-        if not _is_locked(error):
+        if not isinstance(error, LockedError):  # then the folder is another run's
             shutil.rmtree(private, ignore_errors=True)
             _remove_empty(made)
         raise
     # The lock file and its folder have done their work; what a finished model is made of stands beside them.
     shutil.rmtree(private, ignore_errors=True)
-
-
-def _is_locked(error: BaseException) -> bool:
-    from lowmem_aim.errors import LockedError
-
-    return isinstance(error, LockedError)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,3 +22,51 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command of the program did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call the command line in this process: `run("merge", recipe, out)`."""
+
+    def call(*arguments: object) -> Ran:
+        from lowmem_aim.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["lowmem-aim", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama `base` and the experts `math`, `code` and `chat`, float32. Read only."""
+    folder = tmp_path_factory.mktemp("llama")
+    base = tiny.build("llama", folder / "base")
+    for seed, name in enumerate(("math", "code", "chat"), start=1):
+        tiny.perturbed(base, folder / name, scale=0.05, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A calibration file of uneven texts."""
+    file = tmp_path / "texts.jsonl"
+    lines = ["The quick brown fox.", "jumps over", "a lazy dog that has been sleeping all day long in the sun"]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file

@@ -1,0 +1,374 @@
+"""The main job end to end: what comes out loads, is right, the same however computed, and whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import references as ref
+import tiny
+import torch
+import yaml
+from conftest import Run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_aim.flags import applied, empty_recipe
+from lowmem_aim.recipe import Recipe, read_recipe
+from lowmem_aim.run import Options, merge
+
+
+def recipe(
+    folder: Path, method: str = "ties", experts: tuple[str, ...] = ("math", "code", "chat"), **flags: Any
+) -> Recipe:
+    given = {"method": method, "base": str(folder / "base"), "expert": tuple(str(folder / e) for e in experts)}
+    return read_recipe(applied(empty_recipe(), given | flags))
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {"weight": ("0.3",), "parameter": ("lambda=0.9",)},
+    "ties": {"weight": ("0.3",), "density": ("0.4",), "parameter": ("rescale=true",)},
+    "dare_linear": {"weight": ("0.3",), "density": ("0.4",)},
+    "dare_ties": {"weight": ("0.3",), "density": ("0.4",)},
+    "slerp": {"experts": ("math",), "parameter": ("t=0.4",)},
+    "passthrough": {"experts": ("math",)},
+}
+
+
+class TestOutput:
+    def test_it_loads_without_a_warning_and_generates(self, llama: Path, tmp_path: Path, caplog: Any) -> None:
+        out = merge(recipe(llama, density=("0.5",), dtype="bfloat16"), tmp_path / "out")
+        with caplog.at_level(logging.WARNING):
+            model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not caplog.records
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert model.dtype == torch.bfloat16
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        ids = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3)
+        assert ids.shape[1] >= 5
+
+    def test_shards_are_what_save_file_would_write(self, llama: Path, tmp_path: Path) -> None:
+        out = merge(recipe(llama), tmp_path / "out")
+        save_file(tensors_in(out), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+    def test_mixed_dtypes_are_laid_out_as_save_file_does(self, llama: Path, tmp_path: Path) -> None:
+        for name in ("base", "math"):
+            changed = tmp_path / name
+            tiny.perturbed(llama / name, changed, scale=0.0)
+            tensors = load_file(changed / "model.safetensors")
+            tensors = {n: t.half() if "mlp" in n else t.bfloat16() if "norm" in n else t for n, t in tensors.items()}
+            tensors["model.rotary_emb.steps"] = torch.arange(3)
+            save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+        out = merge(recipe(tmp_path, "linear", ("math",)), tmp_path / "out")
+        save_file(tensors_in(out), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+        assert torch.equal(tensors_in(out)["model.rotary_emb.steps"], torch.arange(3))
+
+    def test_shards_respect_their_size_and_the_index_names_them(self, llama: Path, tmp_path: Path) -> None:
+        one = merge(recipe(llama), tmp_path / "one")
+        many = merge(recipe(llama), tmp_path / "many", Options(shard_bytes=40_000))
+        shards = sorted(many.glob("model-*.safetensors"))
+        assert len(shards) > 2
+        assert all(sum(t.nbytes for t in load_file(shard).values()) <= 40_000 for shard in shards)
+        index = json.loads((many / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: shard.name for shard in shards for name in load_file(shard)}
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_in(one).values())
+        assert all(torch.equal(tensors_in(one)[n], t) for n, t in tensors_in(many).items())
+        assert not (one / "model.safetensors.index.json").exists()
+        AutoModelForCausalLM.from_pretrained(many)
+
+    def test_config_has_the_outputs_dtype(self, llama: Path, tmp_path: Path) -> None:
+        out = merge(recipe(llama, dtype="float16"), tmp_path / "out")
+        assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+        assert {t.dtype for t in tensors_in(out).values()} == {torch.float16}
+
+    def test_the_card_names_no_local_path_and_has_hub_front_matter(
+        self, llama: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        out = merge(recipe(llama, omega=0.3, calibration=str(texts)), tmp_path / "out")
+        written = {name: (out / name).read_text() for name in ("README.md", "mergekit_config.yml", "lowmem_aim.json")}
+        assert all(str(llama) not in text and str(tmp_path) not in text for text in written.values())
+        _, front, body = written["README.md"].split("---\n", 2)
+        assert yaml.safe_load(front) == {
+            "base_model": ["base", "math", "code", "chat"],
+            "library_name": "transformers",
+            "tags": ["merge", "lowmem-aim", "ties", "aim"],
+        }
+        assert "omega 0.3" in body
+        sha = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+        assert sha in body
+        assert json.loads(written["lowmem_aim.json"])["outputs"] == [{"file": "model.safetensors", "sha256": sha}]
+        config = yaml.safe_load(written["mergekit_config.yml"])
+        assert config["aim"]["calibration"] == "texts.jsonl"
+        assert [m["model"] for m in config["models"]] == ["math", "code", "chat"]
+
+    def test_its_own_recipe_makes_the_same_model_again(
+        self, llama: Path, texts: Path, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        flags = {"density": ("0.5",), "omega": 0.3, "calibration": str(texts), "parameter": ("lambda=0.7",)}
+        first = merge(recipe(llama, "dare_ties", **flags), tmp_path / "first")
+        from lowmem_aim.yaml_tree import load_tree
+
+        again = read_recipe(load_tree(first / "mergekit_config.yml"))
+        for name in ("base", "math", "code", "chat"):
+            (tmp_path / name).symlink_to(llama / name)
+        monkeypatch.chdir(tmp_path)
+        assert digests(merge(again, tmp_path / "second")) == digests(first)
+
+    def test_files_respect_the_umask(self, llama: Path, tmp_path: Path) -> None:
+        before = os.umask(0o027)
+        try:
+            out = merge(recipe(llama), tmp_path / "out")
+        finally:
+            os.umask(before)
+        assert {stat.S_IMODE(f.stat().st_mode) for f in out.iterdir()} == {0o640}
+
+    def test_nothing_but_the_model_is_left_in_the_folder(self, llama: Path, tmp_path: Path) -> None:
+        out = merge(recipe(llama), tmp_path / "out")
+        assert {f.name for f in out.iterdir()} == {
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "lowmem_aim.json",
+            "mergekit_config.yml",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+
+    def test_inputs_are_untouched(self, llama: Path, texts: Path, tmp_path: Path) -> None:
+        before = digests(llama)
+        merge(recipe(llama, omega=0.4, calibration=str(texts)), tmp_path / "out")
+        assert digests(llama) == before
+
+
+class TestSameBytes:
+    @pytest.mark.parametrize("method", FLAGS)
+    def test_slices_threads_and_read_mode_change_no_byte(
+        self, method: str, llama: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        flags = {"omega": 0.4, "calibration": str(texts), "dtype": "bfloat16"} | FLAGS[method]
+        chosen = recipe(llama, method, **flags)
+        # One set of activations: the matrix products behind them are promised for one thread count only.
+        from lowmem_aim.run import calibrate_base
+
+        activations = calibrate_base(str(llama / "base"), chosen.aim, tmp_path / "a.safetensors")  # type: ignore[arg-type]
+        chosen = recipe(llama, method, **flags | {"calibration": str(activations)})
+        before = torch.get_num_threads()
+        try:
+            made = [
+                digests(
+                    merge(
+                        chosen,
+                        tmp_path / f"{rows}-{threads}-{read}",
+                        Options(slice_rows=rows, threads=threads, read=read),
+                    )
+                )
+                for rows, threads, read in [
+                    (1, 1, "mmap"),
+                    (7, 1, "pread"),
+                    (7, 2, "mmap"),
+                    (None, 2, "pread"),
+                    (1 << 40, 2, "mmap"),
+                ]
+            ]
+        finally:
+            torch.set_num_threads(before)
+        assert all(other == made[0] for other in made[1:])
+
+    def test_the_seed_decides_the_random_masks(self, llama: Path, tmp_path: Path) -> None:
+        made = [
+            tensors_in(merge(recipe(llama, "dare_ties", density=("0.5",)), tmp_path / str(i), Options(seed=seed)))
+            for i, seed in enumerate((0, 0, 1))
+        ]
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(made[0][name], made[1][name])
+        assert not torch.equal(made[0][name], made[2][name])
+
+
+class TestFidelity:
+    def test_a_merge_with_aim_equals_a_plain_full_model_implementation(
+        self, llama: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        omega = 0.3
+        flags = {"weight": ("0.6",), "omega": omega, "calibration": str(texts), "samples": 3, "pack": False}
+        ours = tensors_in(merge(recipe(llama, "task_arithmetic", **flags), tmp_path / "out"))
+        base, *experts = (tensors_in(llama / name) for name in ("base", "math", "code", "chat"))
+        means = _means_by_hooks(llama / "base", texts)
+        assert set(means) == {name for name in base if "embed_tokens" not in name}
+        for name, weight in base.items():
+            sparse = ref.deltas(weight, [expert[name] for expert in experts])
+            truth = ref.task_arithmetic_tail(weight, sparse, [0.6] * 3, elect=False, normalize=False, scale=1.0)
+            if name in means:
+                truth = ref.aim(weight, truth, means[name], omega)
+            assert float((ours[name].double() - truth).abs().max()) <= 1e-5 * float(truth.abs().max()), name
+
+    def test_omega_one_changes_no_byte_of_the_weights(self, llama: Path, texts: Path, tmp_path: Path) -> None:
+        plain = merge(recipe(llama, density=("0.5",)), tmp_path / "plain")
+        aim = merge(recipe(llama, density=("0.5",), omega=1.0, calibration=str(texts)), tmp_path / "aim")
+        assert (plain / "model.safetensors").read_bytes() == (aim / "model.safetensors").read_bytes()
+
+    def test_omega_zero_freezes_the_most_active_channel(self, llama: Path, texts: Path, tmp_path: Path) -> None:
+        out = merge(recipe(llama, omega=0.0, calibration=str(texts), pack=False), tmp_path / "out")
+        means = _means_by_hooks(llama / "base", texts)
+        name = "model.layers.1.mlp.down_proj.weight"
+        top = int(means[name].argmax())
+        merged, base = tensors_in(out)[name], tensors_in(llama / "base")[name]
+        assert torch.equal(merged[:, top], base[:, top])
+        assert not torch.equal(merged[:, top - 1], base[:, top - 1])
+
+    def test_relax_does_to_a_finished_merge_what_a_merge_with_aim_does(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run
+    ) -> None:
+        plain = merge(recipe(llama, density=("0.5",)), tmp_path / "plain")
+        aim = merge(recipe(llama, density=("0.5",), omega=0.2, calibration=str(texts)), tmp_path / "aim")
+        done = run(
+            "relax", plain, tmp_path / "relaxed", "--base", llama / "base", "--omega", 0.2, "--calibration", texts
+        )
+        assert (done.code, done.out.strip()) == (0, str(tmp_path / "relaxed"))
+        assert (tmp_path / "relaxed/model.safetensors").read_bytes() == (aim / "model.safetensors").read_bytes()
+
+
+def _means_by_hooks(folder: Path, texts: Path) -> dict[str, torch.Tensor]:
+    """Mean |x| per input channel by a plain forward of the whole model; one text after the other."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sums: dict[str, torch.Tensor] = {}
+    lines = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+
+    def watch(name: str, module: Any) -> None:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].detach().double().abs()
+            sums[name] = sums.get(name, 0) + x.reshape(-1, x.shape[-1]).mean(0) / len(lines)
+
+        module.register_forward_pre_hook(hook)
+
+    for name, module in model.named_modules():
+        if hasattr(module, "weight") and not isinstance(module, torch.nn.Embedding):
+            watch(f"{name}.weight", module)
+    with torch.no_grad():
+        for line in lines:
+            model(**tokenizer(line, return_tensors="pt"))
+    return sums
+
+
+class TestFailure:
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    def test_a_weight_that_is_not_finite_stops_the_merge_and_leaves_nothing(
+        self, bad: float, llama: Path, tmp_path: Path, run: Run
+    ) -> None:
+        broken = tiny.perturbed(llama / "math", tmp_path / "broken", scale=0.0)
+        tensors = load_file(broken / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 2:5] = bad
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        for method in ("ties", "task_arithmetic", "dare_ties"):
+            done = run(
+                *("merge", tmp_path / "out", "--method", method, "--base", llama / "base", "--density", 0.5),
+                *("--expert", llama / "code", "--expert", broken),
+            )
+            assert done.code == 3
+            assert "`model.layers.1.mlp.up_proj.weight` of `broken` holds 3 value(s) that are NaN or Inf" in done.err
+            assert not (tmp_path / "out").exists()
+
+    def test_a_result_beyond_float16_is_an_error(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        done = run(
+            *("merge", tmp_path / "out", "--method", "linear", "--expert", llama / "math", "--weight", "1e6"),
+            *("-p", "normalize=false", "--dtype", "float16"),
+        )
+        assert done.code == 3
+        assert "leaves the range of float16" in done.err
+        assert not (tmp_path / "out").exists()
+
+    def test_an_exception_half_way_leaves_nothing(self, llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        from lowmem_aim import write
+
+        def full(self: Any, data: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(write.ShardWriter, "append", full)
+        with pytest.raises(OSError, match="No space"):
+            merge(recipe(llama), tmp_path / "a" / "b" / "out")
+        assert not (tmp_path / "a").exists()
+
+    def test_activations_of_another_base_are_refused(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+        activations = tmp_path / "a.safetensors"
+        assert run("calibrate", llama / "math", "-o", activations, "--calibration", texts).code == 0
+        done = run(
+            *("merge", tmp_path / "out", "--method", "ties", "--base", llama / "base", "--expert", llama / "code"),
+            *("--omega", 0.4, "--calibration", activations),
+        )
+        assert done.code == 3
+        assert "measured on another base" in done.err
+        assert not (tmp_path / "out").exists()
+
+
+class TestTokenizers:
+    def test_an_expert_with_an_added_token_and_permuted_rows_merges(
+        self, llama: Path, tmp_path: Path, run: Run
+    ) -> None:
+        expert = _with_shuffled_vocabulary(llama / "math", tmp_path / "shuffled")
+        command = (
+            "merge",
+            tmp_path / "out",
+            "--method",
+            "task_arithmetic",
+            "--base",
+            llama / "base",
+            "--expert",
+            expert,
+        )
+        refused = run(*command)
+        assert refused.code == 3
+        assert "the vocabulary differs" in refused.err
+        assert "tokenizer_source: base" in refused.err
+        assert run(*command, "--tokenizer-source", "base").code == 0
+        ours, theirs, base = (tensors_in(f) for f in (tmp_path / "out", llama / "math", llama / "base"))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            used = 259  # the tokenizer's tokens; the padding rows keep the base's values
+            assert float((ours[name][:used] - theirs[name][:used]).abs().max()) < 1e-6
+            assert torch.equal(ours[name][used:], base[name][used:])
+
+
+def _with_shuffled_vocabulary(source: Path, folder: Path) -> Path:
+    """The same model, its tokens in another order, with one more token at the front and fewer padding rows."""
+    tiny.perturbed(source, folder, scale=0.0)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    order = {token: index + 1 for index, token in enumerate(reversed(list(data["model"]["vocab"])))}
+    ids = {data["model"]["vocab"][token]: place for token, place in order.items()}
+    added = {token["id"] for token in data["added_tokens"]}
+    ids |= {number: number + 1 for number in added}
+    data["model"]["vocab"] = (
+        {"<new>": 0}
+        | order
+        | {t["content"]: t["id"] + 1 for t in data["added_tokens"] if t["content"] in data["model"]["vocab"]}
+    )
+    for token in data["added_tokens"]:
+        token["id"] = ids[token["id"]]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = tensors[name]
+        new = torch.zeros(max(ids.values()) + 1, old.shape[1])
+        for before, after in ids.items():
+            new[after] = old[before]
+        tensors[name] = new
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": max(ids.values()) + 1}))
+    return folder
