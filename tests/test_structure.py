@@ -1,0 +1,129 @@
+"""The house keeps its shape: imports go one way, importing the command line is cheap, the docs name what is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lowmem_aim"
+
+# Lower storeys first. A module may import from storeys below its own and from its own, but nothing above.
+STOREYS = [
+    {"errors", "events", "durable", "yaml_tree", "headers"},
+    {"checkpoint", "activations", "hub", "methods", "relax"},
+    {"recipe", "weightmap", "write", "output"},
+    {"skeleton", "texts", "observe"},
+    {"inputs", "stage"},
+    {"plan", "calibrate"},
+    {"activation_cache", "merge"},
+    {"card", "dashboard"},
+    {"run", "flags", "demo"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def modules() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        if file != PACKAGE / "__init__.py":
+            found.setdefault(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(file)
+    return found
+
+
+def imported(file: Path) -> set[str]:
+    """The project's modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowmem_aim"):
+            parts = (node.module or "").split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lowmem_aim.")}
+    return names & set(modules())
+
+
+def test_every_module_has_its_storey_and_imports_from_none_above() -> None:
+    storey = {name: number for number, names in enumerate(STOREYS) for name in names}
+    assert set(modules()) == set(storey)
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for module, files in modules().items()
+        for file in files
+        for name in imported(file)
+        if storey[name] > storey[module]
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {module: set().union(*(imported(f) for f in files)) - {module} for module, files in modules().items()}
+    while leaves := [module for module, needs in graph.items() if not needs & set(graph)]:
+        for module in leaves:
+            del graph[module]
+    assert not graph
+
+
+def test_the_command_line_is_imported_without_torch() -> None:
+    code = "import sys, lowmem_aim.cli; print(sorted({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_readmes_tree_names_every_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    files = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*.py")} - {"py.typed"}
+    missing = [
+        f
+        for f in files
+        if not f.endswith("__init__.py") and not re.search(rf"^\S*.*\b{re.escape(Path(f).name)}\b", readme, re.M)
+    ]
+    assert not missing
+
+
+def test_every_flag_and_recipe_key_is_documented() -> None:
+    import click
+
+    from lowmem_aim.cli import cli
+    from lowmem_aim.recipe import AIM_KEYS, TOP_KEYS
+
+    reference = "\n".join(f.read_text() for f in (ROOT / "docs").glob("*.md")) + (ROOT / "README.md").read_text()
+    assert isinstance(cli, click.Group)
+    flags = {
+        option
+        for command in cli.commands.values()
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    assert not [flag for flag in flags if f"`{flag}" not in reference]
+    assert not [key for key in (*TOP_KEYS, *AIM_KEYS) if f"`{key}" not in reference]
+    assert not [name for name in cli.commands if f"lowmem-aim {name}" not in reference]
+
+
+def test_every_exit_code_is_documented() -> None:
+    from lowmem_aim import errors
+
+    reference = "\n".join(f.read_text() for f in (ROOT / "docs").glob("*.md"))
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.LowmemAimError)]
+    assert not [kind for kind in kinds if f"| {kind.exit_code} |" not in reference]
+
+
+def test_every_method_and_parameter_is_documented() -> None:
+    from lowmem_aim.methods import METHODS
+
+    reference = (ROOT / "docs" / "methods.md").read_text()
+    for name, method in METHODS.items():
+        assert f"| `{name}` |" in reference
+        assert not [p for p in method.parameters if f"`{p}`" not in reference]
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
