@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -62,6 +62,8 @@ class Activations:
                 f"`{shown}` is a safetensors file, but not of activations",
                 hint="make one with `lowmem-aim calibrate`",
             )
+        if set(facts) != {f.name for f in fields(cls)} - {"means"}:
+            raise ModelError(f"`{shown}` was written by another version of lowmem-aim", hint="calibrate again")
         bad = [n for n, t in means.items() if t.dtype != torch.float32 or not t.isfinite().all() or (t < 0).any()]
         if bad:
             raise ModelError([f"`{shown}`: the statistic of `{printable(n)}` is not a mean of magnitudes" for n in bad])

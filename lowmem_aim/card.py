@@ -139,7 +139,7 @@ def provenance(
         "versions": versions(),
         "recipe": recipe,
         "seed": plan.seed,
-        "inputs": [{"model": label, "xxh3_128": value} for label, value in merged.models.items()],
+        "inputs": [{"model": label, "xxh3_128": value} for label, value in dict.fromkeys(merged.models)],
         "outputs": [{"file": name, "sha256": value} for name, value in merged.shards.items()],
         "tensors": {
             "merged": sum(task.action == "merge" for task in plan.tasks),

@@ -73,7 +73,8 @@ def main() -> None:
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as error:
-        error.show()
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "lowmem-aim"
+        report(UsageError(error.format_message(), hint=f"see `{command} --help`"))
         code = 2
     except LowmemAimError as error:
         report(error)

@@ -18,7 +18,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class Advanced:
-    """`done` more units of the current phase are finished; `item` names the one just finished."""
+    """`done` of the current phase's units are finished so far; `item` names the last one."""
 
     done: int
     item: str = ""

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import xxhash
 from torch import Tensor
 
-from lowmem_aim.checkpoint import Checkpoint, ReadMode, digest
+from lowmem_aim.checkpoint import Checkpoint, ReadMode, raw
 from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.headers import TensorInfo
@@ -150,7 +151,10 @@ def _tensor_problem(inputs: Inputs, number: int, ours: TensorInfo) -> str:
         return f"`{label}` lacks the tensor `{name}`"
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
         return f"`{label}`: `{name}` is {_short(theirs)}, but {_short(ours)} in `{printable(inputs.reference.label)}`"
-    mapped = inputs.row_map(number, ours.name) is not None
+    row_map = inputs.row_map(number, ours.name)
+    mapped = row_map is not None
+    if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
+        return f"`{label}`: `{name}` has another number of rows than its embedding; tokens cannot be matched"
     if theirs.shape[mapped:] != ours.shape[mapped:]:
         is_vocabulary = ours.name in inputs.skeleton.vocabulary
         return (
@@ -186,7 +190,13 @@ def _repeated_heads(inputs: Inputs) -> frozenset[str]:
 
 
 def _digest_of(checkpoint: Checkpoint, name: str) -> str:
-    return digest(checkpoint.tensor(name))
+    """Of the tensor's bytes, read a little at a time."""
+    rows, columns = checkpoint.tensors[name].matrix
+    step = max(1, (1 << 20) // max(columns, 1))
+    digest = xxhash.xxh3_128()
+    for start in range(0, rows, step):
+        digest.update(raw(checkpoint.rows(name, start, min(start + step, rows))))
+    return str(digest.hexdigest())
 
 
 # --- vocabularies ---------------------------------------------------------------------------------------------------

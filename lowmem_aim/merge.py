@@ -39,7 +39,7 @@ class Merged:
     """What was written and what was read, as digests; all of it follows from the inputs."""
 
     shards: dict[str, str] = field(default_factory=dict)  # file name -> sha256
-    models: dict[str, str] = field(default_factory=dict)  # label -> xxh3-128 over its tensors as read, in name order
+    models: list[tuple[str, str]] = field(default_factory=list)  # label, xxh3-128 over its tensors as read, by name
 
 
 def merge_tensors(
@@ -69,7 +69,7 @@ def merge_tensors(
                 done += task.nbytes
                 emit(Advanced(done, task.name))
             merged.shards[shard.name] = writer.close()
-    merged.models.update(loop.model_digests())
+    merged.models.extend(loop.model_digests())
     emit(PhaseEnded("merge"))
     return merged
 
@@ -145,13 +145,13 @@ class _Loop:
     def _keep_digest(self, source: _Source) -> None:
         self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
 
-    def model_digests(self) -> dict[str, str]:
-        """Label -> one digest over all tensors of the model that were read, by name."""
-        found = {}
+    def model_digests(self) -> list[tuple[str, str]]:
+        """(label, one digest over all tensors of the model that were read, by name), for each model."""
+        found = []
         for checkpoint in self.inputs.checkpoints:
             table = sorted(self.digests.get(checkpoint.folder, {}).items())
             text = "".join(f"{name}\0{value}\n" for name, value in table)
-            found[checkpoint.label] = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+            found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
         return found
 
 

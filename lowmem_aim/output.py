@@ -85,10 +85,18 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def publish(out: Path, staging: Path, shards: Sequence[str], files: dict[str, bytes]) -> None:
-    """Give the staged shards and then `files` (in their order, config.json last) their final names, durably."""
-    with disk_errors(out):
-        for name in shards:
-            os.replace(staging / name, out / name)
-        sync_folder(out)
-    for name, content in files.items():
-        write_file(out / name, content)
+    """Give the staged shards and then `files` (in their order, config.json last) their final names, durably.
+
+    `out` held nothing before; after an exception it holds nothing again.
+    """
+    try:
+        with disk_errors(out):
+            for name in shards:
+                os.replace(staging / name, out / name)
+            sync_folder(out)
+        for name, content in files.items():
+            write_file(out / name, content)
+    except BaseException:
+        for name in (*reversed(files), *shards):  # config.json first: half a model is never one that loads
+            (out / name).unlink(missing_ok=True)
+        raise

@@ -139,7 +139,7 @@ class _Reader:
         parameters = self._parameters(self.root, method)
         aim = self._aim(base)
         dtype = self._dtype()
-        tokenizer_source = self._tokenizer_source()
+        tokenizer_source = self._tokenizer_source(base)
         if method:
             self._check_counts(method, models)
             self._check_required(method, models, parameters)
@@ -295,11 +295,13 @@ class _Reader:
                 chosen = value
         return chosen
 
-    def _tokenizer_source(self) -> str | None:
+    def _tokenizer_source(self, base: str | None) -> str | None:
         node = self.root.get("tokenizer_source")
         source = self._text(node, "tokenizer_source")
         if node is not None and source not in (None, "base"):
             self.problem(node, f"`tokenizer_source: {printable(source or '')}` is not supported: only `base` is")
+        elif node is not None and source and base is None:
+            self.problem(node, "`tokenizer_source: base` needs a `base_model`")
         return source
 
     def _aim(self, base: str | None) -> Aim | None:

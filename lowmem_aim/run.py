@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
@@ -100,6 +101,7 @@ def calibrate_base(
 
 
 def _set_up(options: Options) -> None:
+    transformers.utils.logging.set_verbosity_error()  # what users should know comes as a Notice
     if options.threads:
         torch.set_num_threads(options.threads)
 

@@ -17,7 +17,7 @@ MAX_RECIPE_BYTES = 1_000_000
 MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billions
 MAX_DEPTH = 40
 STANDARD = "tag:yaml.org,2002:"
-PLAIN_TAGS = frozenset("null bool int float str seq map merge timestamp value".split())
+PLAIN_TAGS = frozenset(["null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp", "value"])
 
 
 @dataclass(frozen=True)
