@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,12 +63,24 @@ class Activations:
                 f"`{shown}` is a safetensors file, but not of activations",
                 hint="make one with `lowmem-aim calibrate`",
             )
-        if set(facts) != {f.name for f in fields(cls)} - {"means"}:
+        if not _well_formed(facts):
             raise ModelError(f"`{shown}` was written by another version of lowmem-aim", hint="calibrate again")
         bad = [n for n, t in means.items() if t.dtype != torch.float32 or not t.isfinite().all() or (t < 0).any()]
         if bad:
             raise ModelError([f"`{shown}`: the statistic of `{printable(n)}` is not a mean of magnitudes" for n in bad])
         return cls(means, **facts)
+
+
+def _well_formed(facts: dict[str, Any]) -> bool:
+    """Whether the facts of a file have the names and kinds that `save` gives them."""
+    values = {"tied": str, "base_digests": str, "unreached_experts": int}  # of the tables
+    known = {f.name for f in fields(Activations)} - {"means"}
+    return set(facts) == known and all(
+        isinstance(fact, dict) and all(isinstance(value, values[name]) for value in fact.values())
+        if name in values
+        else isinstance(fact, str if name in ("tokens_digest", "dtype") else int)
+        for name, fact in facts.items()
+    )
 
 
 def _facts(activations: Activations) -> Activations:

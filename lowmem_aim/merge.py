@@ -1,16 +1,13 @@
 """The loop: for each tensor of the plan, slice by slice, read -> method -> relax -> round once -> write.
 
-The memory in use depends on SLICE_ELEMENTS and the number of models, not on the size of a tensor or a model. The bytes
-written depend on neither, nor on threads or read mode (see `methods.method`).
-
-The first pass over a tensor also checks every model's rows for NaN and Inf, and takes the digest of its bytes.
+The memory in use depends on `slices.SLICE_ELEMENTS` and the number of models, not on the size of a tensor or a model.
+The bytes written depend on neither, nor on threads or read mode (see `methods.method`).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,19 +16,16 @@ import xxhash
 from torch import Tensor
 
 from lowmem_aim.activations import Activations
-from lowmem_aim.checkpoint import Checkpoint, raw
+from lowmem_aim.checkpoint import raw
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
-from lowmem_aim.headers import matrix_shape
 from lowmem_aim.inputs import Inputs
-from lowmem_aim.methods import Rows, Subject, measure
+from lowmem_aim.methods import Subject, measure
 from lowmem_aim.plan import Plan, Task
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
+from lowmem_aim.slices import Slices, Source, cuts, finite
 from lowmem_aim.write import ShardWriter
-
-# A slice of three experts and a base is then 4 MB of float32: it stays in a processor's cache from read to write.
-SLICE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -89,15 +83,16 @@ class _Loop:
         return self._copied(task) if task.action == "copy" else self._merged(task)
 
     def _copied(self, task: Task) -> Iterator[Tensor]:
-        source = _Source(self.inputs.reference, task.name)
-        for start, stop in self._cuts(task.shape):
+        source = Source(self.inputs.reference, task.name)
+        for start, stop in cuts(task.shape, self.slice_rows):
             yield source.stored(start, stop)
         self._keep_digest(source)
 
     def _merged(self, task: Task) -> Iterator[Tensor]:
         shrink = self._shrinkage(task)
         method = self.plan.recipe.method
-        slices = _Slices(task, self.inputs, method.base == "required" or shrink is not None, self._cuts, self.device)
+        with_base = method.base == "required" or shrink is not None
+        slices = Slices(task, self.inputs, with_base, self.slice_rows, self.device)
         experts = len(self.inputs.experts)
         subject = Subject(task.name, task.shape, math.prod(task.shape), experts, self.plan.seed)
         combine = measure(method.start(subject, task.parameters), slices)
@@ -112,11 +107,6 @@ class _Loop:
             self._keep_digest(source)
         if shrink is not None:
             self._check_base(task.name)
-
-    def _cuts(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-        rows, columns = matrix_shape(shape)
-        step = self.slice_rows or max(1, SLICE_ELEMENTS // max(columns, 1))
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
     # -- relaxation
 
@@ -142,7 +132,7 @@ class _Loop:
 
     # -- digests
 
-    def _keep_digest(self, source: _Source) -> None:
+    def _keep_digest(self, source: Source) -> None:
         self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
 
     def model_digests(self) -> list[tuple[str, str]]:
@@ -185,120 +175,9 @@ def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> Non
 def _rounded(merged: Tensor, task: Task) -> Tensor:
     """The one rounding, to the output's dtype. A finite result that the dtype cannot hold is an error."""
     rounded = merged.to(task.dtype)
-    if not _finite(rounded):
+    if not finite(rounded):
         raise ModelError(
             f"the merged `{printable(task.name)}` leaves the range of {str(task.dtype).removeprefix('torch.')}",
             hint="choose `out_dtype: bfloat16` or `float32`, or smaller weights",
         )
     return rounded.cpu().contiguous()
-
-
-def _finite(rows: Tensor) -> bool:
-    # One reduction instead of an elementwise test: NaN and Inf always show in a sum; finite sums may overflow, so a
-    # bad sum only asks for the slow look. Sums of float16 are taken in float32 for that reason.
-    return math.isfinite(float(rows.sum(dtype=torch.float32))) or bool(rows.isfinite().all())
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-class _Source:
-    """One model's rows of one tensor, and the digest of those read through `stored` first to last."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str, row_map: Tensor | None = None) -> None:
-        self.checkpoint = checkpoint
-        self.name = name
-        self._row_map = row_map
-        self._hash = xxhash.xxh3_128()
-        self._hashing = True
-
-    def stored(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop as they are stored; the first time around they enter the digest."""
-        rows = self.checkpoint.rows(self.name, start, stop)
-        if self._hashing:
-            self._hash.update(raw(rows))
-        return rows
-
-    def rows(self, start: int, stop: int, base: Tensor | None, device: torch.device) -> Tensor:
-        """Rows start:stop of the reference's numbering, float32; tokens that this model lacks take `base`'s rows."""
-        if self._row_map is None:
-            return self.stored(start, stop).to(device).to(torch.float32)
-        wanted = self._row_map[start:stop]
-        assert base is not None
-        rows = base.clone()
-        for first, run in _runs(wanted):
-            if run[0] >= 0:
-                part = self.stored(int(run[0]), int(run[0]) + len(run))
-                rows[first : first + len(run)] = part.to(device).to(torch.float32)
-        return rows
-
-    def first_pass_done(self) -> None:
-        self._hashing = False
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(place, run) for each stretch of consecutive rows, or of missing ones (-1): few, as vocabularies mostly agree."""
-    before, after = wanted[:-1], wanted[1:]
-    goes_on = torch.where(before == -1, after == -1, after == before + 1)
-    breaks = (~goes_on).nonzero().flatten() + 1
-    for first, last in itertools.pairwise([0, *breaks.tolist(), len(wanted)]):
-        yield first, wanted[first:last]
-
-
-class _Slices:
-    """Called, it gives one pass over all slices of one tensor in all models."""
-
-    def __init__(
-        self,
-        task: Task,
-        inputs: Inputs,
-        with_base: bool,
-        cuts: Callable[[tuple[int, ...]], Iterator[tuple[int, int]]],
-        device: torch.device,
-    ) -> None:
-        self._task = task
-        self._cuts = cuts
-        self._device = device
-        self._checked = False
-        self._experts = [
-            _Source(expert, task.name, inputs.row_map(i, task.name)) for i, expert in enumerate(inputs.experts)
-        ]
-        # Rows that a mapped vocabulary lacks come from the reference, whether the method reads it or not.
-        mapped = any(inputs.row_map(i, task.name) is not None for i in range(len(inputs.experts)))
-        self._base = _Source(inputs.reference, task.name) if with_base or mapped else None
-
-    @property
-    def sources(self) -> list[_Source]:
-        return [*([self._base] if self._base else []), *self._experts]
-
-    def __call__(self) -> Iterator[Rows]:
-        columns = matrix_shape(self._task.shape)[1]
-        nothing = torch.empty(0, device=self._device)
-        for start, stop in self._cuts(self._task.shape):
-            base = self._base.rows(start, stop, None, self._device) if self._base else None
-            experts = tuple(source.rows(start, stop, base, self._device) for source in self._experts)
-            if not self._checked:
-                self._check((base, *experts) if base is not None else experts)
-            yield Rows(nothing if base is None else base, experts, start * columns)
-        self._checked = True
-        for source in self.sources:
-            source.first_pass_done()
-
-    def _check(self, rows: tuple[Tensor, ...]) -> None:
-        if all(_finite(part) for part in rows):
-            return
-        problems = []
-        for source in self.sources:
-            count = self._count(source)
-            if count:
-                where = f"`{printable(self._task.name)}` of `{printable(source.checkpoint.label)}`"
-                problems.append(f"{where} holds {count} value(s) that are NaN or Inf")
-        raise ModelError(problems, hint="a broken download or a diverged fine-tune: get this model again")
-
-    def _count(self, source: _Source) -> int:
-        info = source.checkpoint.tensors[source.name]
-        cuts = self._cuts(info.shape)
-        return sum(int((~source.checkpoint.rows(source.name, a, b).isfinite()).sum()) for a, b in cuts)
