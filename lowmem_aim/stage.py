@@ -8,6 +8,8 @@ decides what happens there. All of it is undone when the set-up ends, also by an
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ class Rows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding and len(args) >= 2 and isinstance(args[1], cls):
             return args[1].fetch(args[0])
-        if func is Tensor.device.__get__ and isinstance(args[0], cls):  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__ and isinstance(args[0], cls):
             return args[0].place  # models move their inputs to where the embedding is
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -144,6 +146,7 @@ class Stage:
             self.watch.check(f"{path}.")
         finally:
             hook.post_forward(block, None)
+            _trim()
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator[None]:
@@ -184,7 +187,10 @@ class Stage:
             owner._buffers[key] = here.to(self.device, value.dtype, copy=True)
 
     def _place_embeddings(self, undo: contextlib.ExitStack) -> None:
+        inside = self._in_blocks()  # an embedding in a block comes and goes with it
         for path, module in embeddings_of(self.model):
+            if id(module) in inside:
+                continue
             weight: Any = module.weight
             source = self.weights.map.plain(f"{path}.weight")
             undo.callback(module._parameters.__setitem__, "weight", weight)
@@ -225,11 +231,13 @@ class Stage:
 
     def _beside_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules with parameters that are in no block, no embedding and not the head."""
-        taken = {id(part) for _, block in self.blocks for part in block.modules()}
-        taken |= {id(module) for _, module in embeddings_of(self.model)}
+        taken = self._in_blocks() | {id(module) for _, module in embeddings_of(self.model)}
         for path, module in self.model.named_modules():
             if module._parameters and id(module) not in taken and path != self.skeleton.head:
                 yield path, module
+
+    def _in_blocks(self) -> set[int]:
+        return {id(part) for _, block in self.blocks for part in block.modules()}
 
     def _lazily(self, path: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -246,6 +254,13 @@ class Stage:
     def _load(self, module: nn.Module, parameter: str) -> None:
         name = parameter.rpartition(".")[2]
         set_module_tensor_to_device(module, name, self.device, value=self.weights[parameter])
+
+
+def _trim() -> None:
+    """Give freed memory back: glibc would keep several blocks' worth, which `top` shows and budgets count."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin starve shared cores
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,7 +67,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 
 def config(architecture: str, **changes: Any) -> Any:
     """A transformers config; `changes` override the tiny sizes."""
-    return AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES[architecture], **changes})
+    return AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
 
 
 def build(
