@@ -22,10 +22,7 @@ which give the same numbers. Forwards are one sequence each, unpadded, without g
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +30,12 @@ import xxhash
 from torch import Tensor
 
 from lowmem_aim.activations import Activations
-from lowmem_aim.checkpoint import Checkpoint, digest
+from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.drivers import Broken, Pager, Suspended, Tail, Tape
 from lowmem_aim.errors import ModelError
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.skeleton import Skeleton, load_skeleton
-from lowmem_aim.stage import Call, Driver, Stage, hidden_of
+from lowmem_aim.stage import Call, Stage, hidden_of
 
 # Long enough to fill attention with something, short enough to cost nothing.
 CANARY_TOKENS = 32
@@ -90,10 +88,6 @@ class _Progress:
             self.emit(Advanced(self.done, path))
 
 
-class _Broken(Exception):
-    """A way of running the blocks does not hold for this model; the text says why."""
-
-
 def _run(
     base: Checkpoint, skeleton: Skeleton, sequences: Sequence[Tensor], device: torch.device, progress: _Progress
 ) -> Stage:
@@ -110,76 +104,12 @@ def _run(
                 way(stage, sequences, progress)
             stage.watch.check("")
             break
-        except _Broken as reason:
+        except Broken as reason:
             progress.emit(Notice(f"calibration: {reason}; {instead}", "warning"))
     return stage
 
 
 # --- the recorder -----------------------------------------------------------------------------------------------
-
-
-class _Handed(Tensor):
-    """The hidden state that an identity block hands on, whether the model expects a tensor or a tuple of one."""
-
-    # Any operation gives plain tensors again.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __getitem__(self, index: Any) -> Any:
-        # With more than one in front it is a stack (Gemma 3n), and means what it says.
-        taken_from_tuple = type(index) is int and index == 0 and self.shape[0] == 1
-        return self.as_subclass(Tensor) if taken_from_tuple else super().__getitem__(index)
-
-
-@dataclass
-class _Tape(Driver):
-    """Records what each block is called with in one sequence's forward, every block handing its input on."""
-
-    stage: Stage
-    shared: dict[tuple[Any, ...], Tensor]  # masks and rotary tables, which sequences of one length have in common
-    calls: list[Call]
-    state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
-
-    def block(self, index: int, call: Call) -> Any:
-        self.stage.watch.active = False  # what comes later in this forward sees an untrue hidden state
-        hidden = call.hidden
-        if index != len(self.calls):
-            raise _Broken("this model does not call its blocks once each, in order")
-        if self.state is None:
-            self.state = hidden
-        if hidden.data_ptr() != self.state.data_ptr() or hidden.shape != self.state.shape:
-            raise _Broken("this model works on the hidden state between blocks")
-        self.calls.append(self._slim(call.having(None)))
-        return hidden.as_subclass(_Handed)
-
-    def _slim(self, call: Call) -> Call:
-        return Call(self._share(call.args), {key: self._share(value) for key, value in call.kwargs.items()})
-
-    def _share(self, value: Any) -> Any:
-        if type(value) is tuple:
-            return tuple(self._share(part) for part in value)
-        if not isinstance(value, Tensor):
-            return value
-        key = (value.dtype, value.shape, value.stride(), digest(value.cpu().contiguous()))
-        return self.shared.setdefault(key, value)
-
-
-@dataclass
-class _Tail(Driver):
-    """The forward that ends as it should: the last block gives the true hidden state."""
-
-    stage: Stage
-    state: Tensor
-    counted: bool
-    head_input: Tensor | None = None
-
-    def block(self, index: int, call: Call) -> Any:
-        last = index == len(self.stage.blocks) - 1
-        self.stage.watch.active = last and self.counted
-        return (self.state if last else call.hidden).as_subclass(_Handed)
-
-    def head(self, x: Tensor) -> None:
-        self.head_input = x
-        self.stage.see_head(x)
 
 
 class _States:
@@ -196,12 +126,12 @@ class _States:
 
 
 def _recorded(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -> None:
-    """Raises _Broken when the canary shows that the recorder's assumption does not hold for this model."""
+    """Raises Broken when the canary shows that the recorder's assumption does not hold for this model."""
     watched = len(sequences)  # the canary comes after them, uncounted
     texts = [*sequences, sequences[0][:CANARY_TOKENS]]
     states = _States()
     tapes = _record(stage, texts, states)
-    with _Suspended(stage, texts[watched]) as canary:
+    with Suspended(stage, texts[watched]) as canary:
         for index, (path, _) in enumerate(stage.blocks):
             with stage.loaded(index):
                 _same(canary.call.hidden if canary.index == index else None, states.get(watched), path)
@@ -213,7 +143,7 @@ def _recorded(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) ->
                 canary.step(stage.run_block(index, canary.call))
             progress.block(index, path)
         for number, tokens in enumerate(texts):
-            tail = _Tail(stage, states.get(number), counted=number < watched)
+            tail = Tail(stage, states.get(number), counted=number < watched)
             stage.watch.active = False
             stage.forward(tokens, tail)
         _same(canary.head_input, tail.head_input, "the output head")
@@ -224,16 +154,16 @@ def _record(stage: Stage, texts: Sequence[Tensor], states: _States) -> list[list
     shared: dict[tuple[Any, ...], Tensor] = {}
     tapes = []
     for number, tokens in enumerate(texts):
-        tape = _Tape(stage, shared, [])
+        tape = Tape(stage, shared, [])
         stage.watch.active = number < len(texts) - 1
         try:
             stage.forward(tokens, tape)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            raise _Broken(f"this model's blocks cannot be left out ({type(error).__name__})") from error
+            raise Broken(f"this model's blocks cannot be left out ({type(error).__name__})") from error
         if tape.state is None or len(tape.calls) != len(stage.blocks):
-            raise _Broken("this model does not call its blocks once each, in order")
+            raise Broken("this model does not call its blocks once each, in order")
         states.put(number, tape.state)
         tapes.append(tape.calls)
     return tapes
@@ -243,124 +173,41 @@ def _same(true: Tensor | None, recorded: Tensor | None, place: str) -> None:
     if true is None and recorded is None:
         return
     if true is None or recorded is None or (true.dtype, true.shape) != (recorded.dtype, recorded.shape):
-        raise _Broken(f"before {place} the hidden state is of another shape than running the blocks one by one gave")
+        raise Broken(f"before {place} the hidden state is of another shape than running the blocks one by one gave")
     if not torch.allclose(true, recorded, rtol=0, atol=0, equal_nan=True):  # NaN is found, and named, elsewhere
-        raise _Broken(f"before {place} the hidden state is not what running the blocks one by one gave")
+        raise Broken(f"before {place} the hidden state is not what running the blocks one by one gave")
 
 
-# --- suspended forwards, for the canary and for lock-step ---------------------------------------------------------
-
-
-class _Closed(BaseException):
-    """Unwinds a suspended forward that is no longer wanted; no model code may catch it."""
-
-
-class _Suspended(Driver):
-    """An ordinary forward in a thread of its own that stops at each block, until its owner gives the block's output.
-
-    Strict hand-over: either the owner or the thread runs, never both. Blocks run in the owner, so that the thread
-    only does what lies between them.
-    """
-
-    def __init__(self, stage: Stage, tokens: Tensor, *, counted: bool = False) -> None:
-        self.stage, self.tokens, self.counted = stage, tokens, counted
-        self.index = -1  # of the block that it waits for; -1 when it has ended
-        self.call = Call((), {})
-        self.head_input: Tensor | None = None
-        self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._to_owner: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._body, daemon=True)
-
-    def __enter__(self) -> _Suspended:
-        try:
-            self._let_run(self._thread.start)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._to_thread.put(_Closed())
-        self._thread.join()
-
-    def step(self, output: Any) -> None:
-        """Go on to the next block, or to the end."""
-        self._let_run(lambda: self._to_thread.put(output))
-
-    def _let_run(self, start: Callable[[], None]) -> None:
-        self.stage.watch.active = self.counted  # before the thread runs, not beside it
-        start()
-        arrived = self._to_owner.get()
-        self.stage.watch.active = False
-        if isinstance(arrived, BaseException):
-            raise arrived
-        self.index, self.call = arrived
-
-    def _body(self) -> None:
-        try:
-            with torch.no_grad():  # a thread starts with gradients on
-                self.stage.forward(self.tokens, self)
-            self._to_owner.put((-1, Call((), {})))
-        except _Closed:
-            pass
-        except BaseException as error:
-            self._to_owner.put(error)
-
-    def block(self, index: int, call: Call) -> Any:
-        self._to_owner.put((index, call))
-        output = self._to_thread.get()
-        if isinstance(output, _Closed):
-            raise output
-        return output
-
-    def head(self, x: Tensor) -> None:
-        self.head_input = x
-        self.stage.see_head(x)
+# --- the fallbacks ------------------------------------------------------------------------------------------------
 
 
 def _lock_step(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -> None:
-    """Raises _Broken when the blocks are not called once each, in order, or keep something from call to call."""
-    canary = _Suspended(stage, sequences[0][:CANARY_TOKENS])
+    """Raises Broken when the blocks are not called once each, in order, or keep something from call to call."""
+    canary = Suspended(stage, sequences[0][:CANARY_TOKENS])
     with contextlib.ExitStack() as stack:
-        runs = [_Suspended(stage, tokens, counted=True) for tokens in sequences]
+        runs = [Suspended(stage, tokens, counted=True) for tokens in sequences]
         for run in (*runs, canary):
             stack.enter_context(run)
         for index, (path, _) in enumerate(stage.blocks):
             with stage.loaded(index):
                 for run in (*runs, canary):
                     if run.index != index:
-                        raise _Broken("this model does not call its blocks once each, in order")
+                        raise Broken("this model does not call its blocks once each, in order")
                     stage.watch.active = run.counted
                     run.step(stage.run_block(index, run.call))
             progress.block(index, path)
         if canary.index >= 0:
-            raise _Broken("this model calls blocks more than once")
-    pager = _Pager(stage)
+            raise Broken("this model calls blocks more than once")
+    pager = Pager(stage)
     stage.watch.active = False
     stage.forward(canary.tokens, pager)  # the canary by itself: nothing that other sequences leave behind
     _same(pager.head_input, canary.head_input, "the output head")
 
 
-@dataclass
-class _Pager(Driver):
-    """Brings each block in when it is called."""
-
-    stage: Stage
-    head_input: Tensor | None = None
-
-    def block(self, index: int, call: Call) -> Any:
-        with self.stage.loaded(index):
-            return self.stage.run_block(index, call)
-
-    def head(self, x: Tensor) -> None:
-        self.head_input = x
-        self.stage.see_head(x)
-
-
 def _paged(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -> None:
     for tokens in sequences:
         stage.watch.active = True
-        stage.forward(tokens, _Pager(stage))
+        stage.forward(tokens, Pager(stage))
     for index, (path, _) in enumerate(stage.blocks):
         progress.block(index, path)
 

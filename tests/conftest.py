@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch and the Hub's library are imported: both read their settings then.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve shared cores
+
+import tiny
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,172 @@
+"""What a forward of the base meets at its blocks: to be recorded, finished, suspended, or simply given each block.
+
+Tape        records each block's arguments, every block handing its input on
+Tail        ends a forward whose last block gives a known hidden state
+Suspended   an ordinary forward in a thread that stops at each block
+Pager       brings each block in when it is called
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.checkpoint import digest
+from lowmem_aim.stage import Call, Driver, Stage
+
+
+class Broken(Exception):
+    """A way of running the blocks does not hold for this model; the text says why."""
+
+
+class _Handed(Tensor):
+    """The hidden state that an identity block hands on, whether the model expects a tensor or a tuple of one."""
+
+    # Any operation gives plain tensors again.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        # With more than one in front it is a stack (Gemma 3n), and means what it says.
+        taken_from_tuple = type(index) is int and index == 0 and self.shape[0] == 1
+        return self.as_subclass(Tensor) if taken_from_tuple else super().__getitem__(index)
+
+
+@dataclass
+class Tape(Driver):
+    """Records what each block is called with in one sequence's forward, every block handing its input on."""
+
+    stage: Stage
+    shared: dict[tuple[Any, ...], Tensor]  # masks and rotary tables, which sequences of one length have in common
+    calls: list[Call]
+    state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
+
+    def block(self, index: int, call: Call) -> Any:
+        self.stage.watch.active = False  # what comes later in this forward sees an untrue hidden state
+        hidden = call.hidden
+        if index != len(self.calls):
+            raise Broken("this model does not call its blocks once each, in order")
+        if self.state is None:
+            self.state = hidden
+        if hidden.data_ptr() != self.state.data_ptr() or hidden.shape != self.state.shape:
+            raise Broken("this model works on the hidden state between blocks")
+        self.calls.append(self._slim(call.having(None)))
+        return hidden.as_subclass(_Handed)
+
+    def _slim(self, call: Call) -> Call:
+        return Call(self._share(call.args), {key: self._share(value) for key, value in call.kwargs.items()})
+
+    def _share(self, value: Any) -> Any:
+        if type(value) is tuple:
+            return tuple(self._share(part) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        key = (value.dtype, value.shape, value.stride(), digest(value.cpu().contiguous()))
+        return self.shared.setdefault(key, value)
+
+
+@dataclass
+class Tail(Driver):
+    """The forward that ends as it should: the last block gives the true hidden state."""
+
+    stage: Stage
+    state: Tensor
+    counted: bool
+    head_input: Tensor | None = None
+
+    def block(self, index: int, call: Call) -> Any:
+        last = index == len(self.stage.blocks) - 1
+        self.stage.watch.active = last and self.counted
+        return (self.state if last else call.hidden).as_subclass(_Handed)
+
+    def head(self, x: Tensor) -> None:
+        self.head_input = x
+        self.stage.see_head(x)
+
+
+class _Closed(BaseException):
+    """Unwinds a suspended forward that is no longer wanted; no model code may catch it."""
+
+
+class Suspended(Driver):
+    """An ordinary forward in a thread of its own that stops at each block, until its owner gives the block's output.
+
+    Strict hand-over: either the owner or the thread runs, never both. Blocks run in the owner, so that the thread
+    only does what lies between them.
+    """
+
+    def __init__(self, stage: Stage, tokens: Tensor, *, counted: bool = False) -> None:
+        self.stage, self.tokens, self.counted = stage, tokens, counted
+        self.index = -1  # of the block that it waits for; -1 when it has ended
+        self.call = Call((), {})
+        self.head_input: Tensor | None = None
+        self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._to_owner: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._body, daemon=True)
+
+    def __enter__(self) -> Suspended:
+        try:
+            self._let_run(self._thread.start)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._to_thread.put(_Closed())
+        self._thread.join()
+
+    def step(self, output: Any) -> None:
+        """Go on to the next block, or to the end."""
+        self._let_run(lambda: self._to_thread.put(output))
+
+    def _let_run(self, start: Callable[[], None]) -> None:
+        self.stage.watch.active = self.counted  # before the thread runs, not beside it
+        start()
+        arrived = self._to_owner.get()
+        self.stage.watch.active = False
+        if isinstance(arrived, BaseException):
+            raise arrived
+        self.index, self.call = arrived
+
+    def _body(self) -> None:
+        try:
+            with torch.no_grad():  # a thread starts with gradients on
+                self.stage.forward(self.tokens, self)
+            self._to_owner.put((-1, Call((), {})))
+        except _Closed:
+            pass
+        except BaseException as error:
+            self._to_owner.put(error)
+
+    def block(self, index: int, call: Call) -> Any:
+        self._to_owner.put((index, call))
+        output = self._to_thread.get()
+        if isinstance(output, _Closed):
+            raise output
+        return output
+
+    def head(self, x: Tensor) -> None:
+        self.head_input = x
+        self.stage.see_head(x)
+
+
+@dataclass
+class Pager(Driver):
+    """Brings each block in when it is called."""
+
+    stage: Stage
+    head_input: Tensor | None = None
+
+    def block(self, index: int, call: Call) -> Any:
+        with self.stage.loaded(index):
+            return self.stage.run_block(index, call)
+
+    def head(self, x: Tensor) -> None:
+        self.head_input = x
+        self.stage.see_head(x)
