@@ -1,5 +1,15 @@
-"""`python -m lowmem_aim`: the same as the command `lowmem-aim`."""
+"""The start of `lowmem-aim` and of `python -m lowmem_aim`: signals are handled before anything slow is imported."""
 
-from lowmem_aim.cli import main
+from lowmem_aim import interrupts
 
-main()
+
+def main() -> None:
+    """The entry point of the command."""
+    interrupts.install()
+    from lowmem_aim.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

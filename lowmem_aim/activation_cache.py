@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_aim.activations import FORMAT, Activations
 from lowmem_aim.calibrate import calibrate
 from lowmem_aim.checkpoint import Checkpoint
-from lowmem_aim.errors import DiskError, LowmemAimError
+from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import load_tokenizer
 from lowmem_aim.recipe import Aim
@@ -81,9 +81,18 @@ class Calibration:
 
 
 def prepare(aim: Aim, base: Checkpoint, skeleton: Skeleton, emit: Emit) -> Calibration:
-    """Read and tokenise the texts, or load the activations file. Raises ModelError, NetworkError, UsageError."""
+    """Read and tokenise the texts, or load the activations file. Raises ModelError, NetworkError, UsageError.
+
+    `skeleton` is the base's. Blocks are no longer than its context.
+    """
     if is_activations_file(aim.calibration):
         return Calibration(aim, base, skeleton, (), Activations.load(Path(aim.calibration).expanduser()))
+    if not skeleton.blocks:
+        raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
+    context = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and 16 <= context < aim.block_size:
+        emit(Notice(f"blocks of {context} tokens: that is all the context that `{printable(base.label)}` has"))
+        aim = replace(aim, block_size=context)
     tokenizer = load_tokenizer(base)
 
     def encode(text: str) -> list[int]:

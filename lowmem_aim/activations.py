@@ -56,7 +56,7 @@ class Activations:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get("lowmem_aim", "{}"))
                 means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ModelError(f"`{shown}` is not an activations file: {printable(str(error))}") from error
         if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
             raise ModelError(

@@ -32,7 +32,7 @@ from torch import Tensor
 from lowmem_aim.activations import Activations
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.drivers import Broken, Pager, Suspended, Tail, Tape
-from lowmem_aim.errors import ModelError
+from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.skeleton import Skeleton, load_skeleton
 from lowmem_aim.stage import Call, Stage, hidden_of
@@ -57,6 +57,8 @@ def calibrate(
     the model cannot take, weights that do not load, inputs that overflow.
     """
     _check_sequences(sequences)
+    if not skeleton.blocks:
+        raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
     if dtype not in (None, skeleton.dtype):
         skeleton = load_skeleton(base, dtype)
     emit(PhaseStarted("calibrate", len(skeleton.blocks), "blocks"))

@@ -7,6 +7,7 @@ their folder's name or Hub id, never by a local path.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ COPIED = (
     "tokenizer_config.json",
     "tokenizer.model",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -42,11 +44,16 @@ COPIED = (
 LARGEST_COPY = 200_000_000
 
 
-def output_files(plan: Plan, inputs: Inputs, activations: Activations | None, merged: Merged) -> dict[str, bytes]:
-    """Every small file of the output by name, config.json last."""
-    files = {
-        name: content for name in COPIED if (content := inputs.reference.small_file(name, LARGEST_COPY)) is not None
-    }
+def copied_files(reference: Checkpoint) -> dict[str, bytes]:
+    """Tokenizer, chat template and the like, by name. Raises ModelError for a file that is no such thing."""
+    return {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
+
+
+def output_files(
+    plan: Plan, inputs: Inputs, activations: Activations | None, merged: Merged, copied: dict[str, bytes]
+) -> dict[str, bytes]:
+    """Every small file of the output by name, config.json last. `copied` is from `copied_files`."""
+    files = dict(copied)
     if len(plan.shards) > 1:
         files[INDEX] = plan.index()
     recipe = portable_recipe(plan.recipe, inputs)
@@ -187,7 +194,7 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
         f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{' with AIM' if recipe.aim else ''}\n\n"
         f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}\n"
-        f"## Recipe\n\n```yaml\n{_yaml(portable)}```\n\n"
+        f"## Recipe\n\n{_fenced(_yaml(portable))}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n"
     )
@@ -200,6 +207,13 @@ def _names(portable: dict[str, Any]) -> list[str]:
 def _tokens(facts: dict[str, Any]) -> str:
     calibration = facts.get("calibration", {})
     return f"{calibration.get('tokens', 0)} tokens in {calibration.get('sequences', 0)} sequences"
+
+
+def _fenced(text: str) -> str:
+    """A block that nothing in it can close: its fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{text}{fence}"
 
 
 def _inline(text: str) -> str:

@@ -82,6 +82,15 @@ def _inside(folder: Path, file: Path) -> bool:
     return in_hub_cache and target.parent == folder.parent.parent / "blobs"
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder for every file that we or transformers may open; all of them at once."""
+    readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    links = [file for file in sorted(folder.iterdir()) if file.is_symlink() and file.suffix in readable]
+    outside = [file for file in links if not _inside(folder, file)]
+    if outside:
+        raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
+
+
 def _shard(folder: Path, name: Any) -> Path:
     """The path of a shard that an index names, or a ModelError if the name could lead out of the folder."""
     shown = printable(repr(name))
@@ -89,8 +98,6 @@ def _shard(folder: Path, name: Any) -> Path:
     if not plain:
         raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: not a plain file name")
     file = folder / str(name)
-    if not _inside(folder, file):
-        raise ModelError(f"`{printable(str(file))}` is a link that leads out of its model folder")
     if not file.is_file():
         raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}, which is missing")
     return file
@@ -137,8 +144,6 @@ def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _single_file(folder: Path) -> Path:
     single = folder / SINGLE
     if single.is_file():
-        if not _inside(folder, single):
-            raise ModelError(f"`{printable(str(single))}` is a link that leads out of its model folder")
         return single
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
@@ -162,7 +167,7 @@ class _File:
     window_start: int = 0
 
 
-@dataclass
+@dataclass(eq=False)  # two are the same only if they are one
 class Checkpoint:
     """One model on disk. Make it with `open`; use it as a context manager, or `close` it.
 
@@ -183,6 +188,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise ModelError(f"there is no model folder `{printable(str(folder))}`")
         resolved = folder.resolve()
+        _check_links(resolved)
         checkpoint = cls(resolved, label or resolved.name, _config_of(resolved), _tensors_in(resolved), read)
         checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}
         return checkpoint
@@ -197,10 +203,19 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """A cheap identity of the files as they lie here: names, sizes, mtimes, headers. 32 hex digits."""
+        """A cheap identity of the files as they lie here: names, sizes, mtimes, headers, samples of their bytes.
+
+        32 hex digits. The samples tell apart models whose files have equal times, as in unpacked archives.
+        """
         parts = [(f.name, *self._identities[f]) for f in self.files]
         parts += [(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in self.tensors.values()]  # type: ignore[misc]
-        return xxhash.xxh3_128_hexdigest(repr((parts, sorted(self.config.items()))).encode())
+        samples = [self._sample(info) for info in self.tensors.values()]
+        return xxhash.xxh3_128_hexdigest(repr((parts, samples, sorted(self.config.items()))).encode())
+
+    def _sample(self, info: TensorInfo) -> str:
+        rows = info.matrix[0]
+        middle = rows // 2
+        return digest(self.rows(info.name, middle, min(middle + 1, rows)).contiguous())
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its own shape and dtype."""
@@ -270,8 +285,6 @@ class Checkpoint:
         file = self.folder / name
         if not file.is_file():
             return None
-        if not _inside(self.folder, file):
-            raise ModelError(f"`{printable(str(file))}` is a link that leads out of its model folder")
         if file.stat().st_size > limit_bytes:
             raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")
         return file.read_bytes()

@@ -6,51 +6,26 @@ SIGHUP, SIGINT and SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import lowmem_aim
+from lowmem_aim import interrupts
 from lowmem_aim.errors import LowmemAimError, UsageError
 
 if TYPE_CHECKING:
+    from lowmem_aim.events import Event
     from lowmem_aim.run import Options
 
 BUG_HINT = "this is a bug: run again with `--debug` and report what it prints"
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class _Interrupted(BaseException):
-    """A signal asked this process to end. No Exception, so that no handler takes it for a failure of its own."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP as an exception, so that a run takes back what it made."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Interrupted(number)
-
-    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, interrupt) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def report(error: LowmemAimError) -> None:
@@ -65,29 +40,38 @@ def main() -> None:
     # Spinning worker threads cost up to four times the CPU time on a shared machine. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    debug = "--debug" in sys.argv
+    sys.exit(_exit_code("--debug" in sys.argv))
+
+
+def _exit_code(debug: bool) -> int:
     try:
-        with _signals():
-            cli(standalone_mode=False)
-        code = 0
+        cli(standalone_mode=False)
+        return 0
     except click.exceptions.Abort:
-        code = 130
+        return 130
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "lowmem-aim"
         report(UsageError(error.format_message(), hint=f"see `{command} --help`"))
-        code = 2
+        return 2
+    except interrupts.Interrupted:
+        return _interrupted()
     except LowmemAimError as error:
+        if interrupts.received():  # what a library made of it
+            return _interrupted()
         report(error)
-        code = error.exit_code
-    except _Interrupted as interrupt:
-        print("interrupted: nothing was left behind; run the same command to start again", file=sys.stderr)
-        code = 128 + interrupt.number
+        return error.exit_code
     except Exception as error:
+        if interrupts.received():
+            return _interrupted()
         report(LowmemAimError(f"{type(error).__name__}: {error}", "" if debug else BUG_HINT))
-        code = 1
         if debug:
             traceback.print_exc()
-    sys.exit(code)
+        return 1
+
+
+def _interrupted() -> int:
+    sys.stderr.write(interrupts.MESSAGE.decode())
+    return 128 + interrupts.received()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -175,9 +159,14 @@ def _job(flags: dict[str, Any]) -> Options:
 def _run(work: Callable[[Any], Path], quiet: bool) -> None:
     from lowmem_aim.dashboard import shown
 
-    with shown(quiet) as emit:
-        made = work(emit)
-    click.echo(str(made))
+    with interrupts.work(), shown(quiet) as emit:
+
+        def checked(event: Event) -> None:
+            interrupts.check()
+            emit(event)
+
+        made = work(checked)
+    click.echo(click.format_filename(made))
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -199,8 +188,12 @@ def _run(work: Callable[[Any], Path], quiet: bool) -> None:
 @_JOB
 def merge(paths: tuple[Path, ...], **flags: Any) -> None:
     """Merge by RECIPE (mergekit's YAML) into the new folder OUT. Flags override the recipe, or replace it."""
-    if len(paths) > 2:
-        raise UsageError("merge takes a recipe and an output folder", hint="lowmem-aim merge recipe.yml out/")
+    if (
+        len(paths) > 2
+        or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))
+        or (len(paths) == 2 and paths[0].is_dir())
+    ):
+        raise UsageError("merge takes a recipe and then an output folder", hint="lowmem-aim merge recipe.yml out/")
     from lowmem_aim import flags as overrides
     from lowmem_aim.recipe import read_recipe
     from lowmem_aim.run import merge as work

@@ -38,7 +38,7 @@ def locate(reference: str, emit: Emit) -> Located:
     shown = printable(reference)
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        return Located(folder, folder.resolve().name)
+        return Located(folder, plain_name(folder.resolve()))
     if folder.exists():
         raise ModelError(f"`{shown}` is a file, not a model folder", hint="name the folder that holds config.json")
     if "+" in reference:
@@ -48,6 +48,11 @@ def locate(reference: str, emit: Emit) -> Located:
     if looks_local or not _HUB_ID.fullmatch(reference):
         raise ModelError(f"there is no model folder `{shown}`", hint="check the path (Hub ids look like `owner/name`)")
     return Located(_downloaded(reference, emit), reference)
+
+
+def plain_name(folder: Path) -> str:
+    """A folder's name as cards, recipes and messages may hold it: no control characters, no markup of a card."""
+    return printable(folder.name).replace("`", "'")
 
 
 def _downloaded(reference: str, emit: Emit) -> Path:

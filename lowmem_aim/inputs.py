@@ -1,15 +1,19 @@
 """The opened models of a recipe, checked against each other, and the rows that each of them gives to a tensor.
 
-Names, shapes, config and tokenizer come from the *reference*: the base, or the first model where there is no base.
-`tokenizer_source: base` matches tokens by their text: `row_maps` then says which of an expert's rows stands for which
-row of the reference, so that experts with added, missing or permuted tokens merge.
+Names, shapes, config and tokenizer come from the *reference*: the base, where it is merged or owns the tokenizer; else
+the first model (in `relax`, the model that is relaxed).
+
+`tokenizer_source: base` matches tokens by their text: `row_maps` then says which of a model's rows stands for which row
+of the reference, so that experts with added, missing or permuted tokens merge. A base that is only AIM's reference
+may have fewer rows than the model that is relaxed: the new rows are not relaxed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import xxhash
@@ -19,11 +23,11 @@ from lowmem_aim.checkpoint import Checkpoint, ReadMode, raw
 from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.headers import TensorInfo
-from lowmem_aim.hub import locate
+from lowmem_aim.hub import locate, plain_name
 from lowmem_aim.recipe import Recipe
 from lowmem_aim.skeleton import Skeleton, load_skeleton
 
-# Config keys that change what a weight means without changing its shape.
+# Config keys that change what a weight means without changing its shape: the first must agree, the others should.
 MUST_AGREE = (
     "model_type",
     "num_hidden_layers",
@@ -33,6 +37,7 @@ MUST_AGREE = (
     "head_dim",
     "tie_word_embeddings",
 )
+SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "hidden_act")
 
 
 @dataclass
@@ -41,20 +46,17 @@ class Inputs:
 
     base: Checkpoint | None
     experts: tuple[Checkpoint, ...]
-    skeleton: Skeleton
-    row_maps: tuple[Tensor | None, ...] = ()  # by expert: (reference rows,) int64, -1 where it lacks the token
+    reference: Checkpoint
+    skeleton: Skeleton  # of the reference
+    row_maps: dict[Path, Tensor] = field(default_factory=dict)  # by folder: (reference rows,) int64, -1: no such row
     dropped: frozenset[str] = field(default_factory=frozenset)  # tied heads that repeat their embedding
-
-    @property
-    def reference(self) -> Checkpoint:
-        return self.base or self.experts[0]
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         return (self.base, *self.experts) if self.base else self.experts
 
-    def row_map(self, expert: int, tensor: str) -> Tensor | None:
-        return self.row_maps[expert] if self.row_maps and tensor in self.skeleton.vocabulary else None
+    def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
+        return self.row_maps.get(checkpoint.folder) if tensor in self.skeleton.vocabulary else None
 
 
 @contextlib.contextmanager
@@ -65,12 +67,12 @@ def open_inputs(recipe: Recipe, read: ReadMode, emit: Emit) -> Iterator[Inputs]:
         for checkpoint in opened.values():
             stack.enter_context(checkpoint)
         base = opened[recipe.base] if recipe.base else None
-        inputs = Inputs(
-            base, tuple(opened[m.reference] for m in recipe.models), load_skeleton(base or next(iter(opened.values())))
-        )
-        _check_configs(inputs)
-        if recipe.tokenizer_source:
-            inputs.row_maps = tuple(_row_map(inputs, expert) for expert in inputs.experts)
+        experts = tuple(opened[model.reference] for model in recipe.models)
+        merges_base = recipe.method.base == "required" or base in experts or recipe.tokenizer_source is not None
+        reference = base if base is not None and merges_base else experts[0]
+        inputs = Inputs(base, experts, reference, load_skeleton(reference))
+        _check_configs(inputs, emit)
+        inputs.row_maps = _row_maps(inputs, recipe, emit)
         _check_tensors(inputs, emit)
         inputs.dropped = _repeated_heads(inputs)
         yield inputs
@@ -87,7 +89,16 @@ def _open_all(recipe: Recipe, read: ReadMode, emit: Emit) -> dict[str, Checkpoin
         except (ModelError, NetworkError) as error:
             errors.append(error)
     _raise_all(errors)
+    _tell_apart(list(opened.values()))
     return opened
+
+
+def _tell_apart(checkpoints: list[Checkpoint]) -> None:
+    """`run1/checkpoint-500` and `run2/checkpoint-500` where folders' names alone would not do."""
+    labels = [checkpoint.label for checkpoint in checkpoints]
+    for checkpoint, label in zip(checkpoints, labels, strict=True):
+        if labels.count(label) > 1:
+            checkpoint.label = f"{plain_name(checkpoint.folder.parent)}/{label}"
 
 
 def _raise_all(errors: list[LowmemAimError]) -> None:
@@ -101,57 +112,63 @@ def _raise_all(errors: list[LowmemAimError]) -> None:
 # --- do the models belong together? ---------------------------------------------------------------------------------
 
 
-def _check_configs(inputs: Inputs) -> None:
-    reference = inputs.reference
-    problems = []
-    for expert in inputs.experts:
-        for key in MUST_AGREE:
-            ours, theirs = reference.config.get(key), expert.config.get(key)
-            if ours is not None and theirs is not None and ours != theirs:
-                problems.append(
-                    f"`{printable(expert.label)}` has `{key}` {printable(str(theirs))}, "
-                    f"but `{printable(reference.label)}` has {printable(str(ours))}"
-                )
+def _check_configs(inputs: Inputs, emit: Emit) -> None:
+    problems = [text for other in _others(inputs) for text in _differences(other, inputs.reference, MUST_AGREE)]
     if problems:
         raise ModelError(problems, hint="only models of one architecture and size can be merged")
+    for other in _others(inputs):
+        for text in _differences(other, inputs.reference, SHOULD_AGREE):
+            emit(Notice(f"{text}; the output has the latter", "warning"))
+
+
+def _others(inputs: Inputs) -> list[Checkpoint]:
+    return [other for other in dict.fromkeys(inputs.checkpoints) if other is not inputs.reference]
+
+
+def _differences(other: Checkpoint, reference: Checkpoint, keys: Sequence[str]) -> Iterator[str]:
+    for key in keys:
+        ours, theirs = reference.config.get(key), other.config.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            yield (
+                f"`{printable(other.label)}` has `{key}` {printable(str(theirs))}, "
+                f"but `{printable(reference.label)}` has {printable(str(ours))}"
+            )
 
 
 def _check_tensors(inputs: Inputs, emit: Emit) -> None:
     problems: list[str] = []
     vocabulary_differs = False
-    for number, expert in enumerate(inputs.experts):
+    for other in _others(inputs):
         for info in inputs.reference:
-            problem = _tensor_problem(inputs, number, info)
+            problem = _tensor_problem(inputs, other, info)
             if problem:
                 problems.append(problem)
-                vocabulary_differs |= info.name in inputs.skeleton.vocabulary
-        extra = [name for name in expert.tensors if name not in inputs.reference.tensors]
-        extra = [name for name in extra if name not in inputs.skeleton.tied and name not in inputs.skeleton.buffers]
-        if extra:
-            emit(
-                Notice(
-                    f"`{printable(expert.label)}`: {len(extra)} tensor(s) that `{printable(inputs.reference.label)}` "
-                    f"lacks are not merged, `{printable(extra[0])}` the first",
-                    "warning",
-                )
-            )
+                vocabulary_differs |= info.name in inputs.skeleton.vocabulary and info.name in other.tensors
+        _tell_of_extra_tensors(inputs, other, emit)
     if problems:
         hint = "tokens differ: `tokenizer_source: base` in the recipe matches them by their text"
         raise ModelError(problems, hint=hint if vocabulary_differs else "are these fine-tunes of the same base?")
 
 
-def _tensor_problem(inputs: Inputs, number: int, ours: TensorInfo) -> str:
-    """Why the expert's tensor cannot be merged with the reference's, or an empty string."""
-    expert = inputs.experts[number]
-    label, name = printable(expert.label), printable(ours.name)
+def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> None:
+    expected = inputs.reference.tensors.keys() | inputs.skeleton.tied.keys() | inputs.skeleton.buffers
+    extra = [name for name in other.tensors if name not in expected]
+    if extra:
+        what = f"`{printable(other.label)}`: {len(extra)} tensor(s) that `{printable(inputs.reference.label)}` lacks"
+        emit(Notice(f"{what} are not merged, `{printable(extra[0])}` the first", "warning"))
+
+
+def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
+    """Why the other model's tensor cannot be merged with the reference's, or an empty string."""
+    label, name = printable(other.label), printable(ours.name)
     if ours.name in inputs.skeleton.buffers or ours.name in inputs.skeleton.tied:
         return ""
-    theirs = expert.tensors.get(ours.name)
+    theirs = other.tensors.get(ours.name)
     if theirs is None:
         return f"`{label}` lacks the tensor `{name}`"
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
         return f"`{label}`: `{name}` is {_short(theirs)}, but {_short(ours)} in `{printable(inputs.reference.label)}`"
-    row_map = inputs.row_map(number, ours.name)
+    row_map = inputs.row_map(other, ours.name)
     mapped = row_map is not None
     if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
         return f"`{label}`: `{name}` has another number of rows than its embedding; tokens cannot be matched"
@@ -220,10 +237,26 @@ def load_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # t
         ) from error
 
 
-def _row_map(inputs: Inputs, expert: Checkpoint) -> Tensor | None:
-    """For each row of the reference's embedding the expert's row of the same token, -1 if there is none."""
-    sizes = [_vocabulary_rows(inputs.skeleton, checkpoint) for checkpoint in (inputs.reference, expert)]
-    ours, theirs = vocabulary_of(inputs.reference), vocabulary_of(expert)
+def _row_maps(inputs: Inputs, recipe: Recipe, emit: Emit) -> dict[Path, Tensor]:
+    """The maps of the models whose rows are not simply the reference's, by folder."""
+    if recipe.tokenizer_source:
+        maps = {other.folder: _by_text(inputs, other) for other in _others(inputs)}
+        return {folder: row_map for folder, row_map in maps.items() if row_map is not None}
+    if inputs.base is None or inputs.base in (inputs.reference, *inputs.experts):
+        return {}
+    rows, known = (_vocabulary_rows(inputs.skeleton, model) for model in (inputs.reference, inputs.base))
+    if rows == known:
+        return {}
+    if rows > known:
+        emit(Notice(f"{rows - known} row(s) of the vocabulary are new against the base and are not relaxed"))
+    by_place = torch.arange(rows)
+    return {inputs.base.folder: torch.where(by_place < known, by_place, -1)}
+
+
+def _by_text(inputs: Inputs, other: Checkpoint) -> Tensor | None:
+    """For each row of the reference's embedding the other's row of the same token; None if they are all the same."""
+    sizes = [_vocabulary_rows(inputs.skeleton, checkpoint) for checkpoint in (inputs.reference, other)]
+    ours, theirs = vocabulary_of(inputs.reference), vocabulary_of(other)
     if ours == theirs and sizes[0] == sizes[1]:
         return None  # the same vocabulary, padding included
     rows = torch.full((sizes[0],), -1, dtype=torch.int64)  # padding stays the reference's

@@ -101,7 +101,7 @@ class _Loop:
             if shrink is not None:
                 first = rows.start // merged.shape[1]
                 part = shrinkage_rows(shrink, task.shape, first, first + merged.shape[0])
-                merged = relax(merged, rows.base, part)
+                merged = relax(merged, rows.base, self._known(task, part, first, merged.shape[0]))
             yield _rounded(merged, task)
         for source in slices.sources:
             self._keep_digest(source)
@@ -118,6 +118,15 @@ class _Loop:
         name = statistic_of(task.name, self.activations, aim)
         return shrinkage(self.activations.means[name], aim.omega).to(self.device) if name else None
 
+    def _known(self, task: Task, part: Tensor, first: int, count: int) -> Tensor:
+        """`part` of a shrinkage without the rows that the base does not have: new vocabulary is not relaxed."""
+        assert self.inputs.base is not None
+        row_map = self.inputs.row_map(self.inputs.base, task.name)
+        if row_map is None:
+            return part
+        known = (row_map[first : first + count] >= 0).to(part.device)
+        return torch.where(known[:, None], part, 0.0)
+
     def _check_base(self, name: str) -> None:
         """The activations must have been taken on these very weights."""
         assert self.inputs.base is not None
@@ -127,7 +136,7 @@ class _Loop:
             raise ModelError(
                 f"the activations were measured on another base: `{printable(name)}` differs in "
                 f"`{printable(self.inputs.base.label)}`",
-                hint="calibrate this base: `lowmem-aim calibrate`",
+                hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
             )
 
     # -- digests
@@ -147,6 +156,8 @@ class _Loop:
 
 def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:
     """Whose statistic relaxes the weight `name`: its own; its head's, for a tied embedding; or none."""
+    if name in activations.tied and aim.tied == "keep":
+        return None  # the head itself is what the file holds of the pair
     if name in activations.means:
         return name
     heads = [head for head, embedding in activations.tied.items() if embedding == name and head in activations.means]

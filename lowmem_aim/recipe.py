@@ -36,6 +36,7 @@ class Setting:
 
     value: Any  # a scalar, a tuple of numbers, or a tuple of (filter, scalar or tuple of numbers)
     filtered: bool = False
+    where: str = field(default="", compare=False)
 
     def at(self, tensor: str, t: float) -> Any:
         """The value for a tensor at depth t in [0, 1]; None if no filter matches."""
@@ -105,14 +106,16 @@ class Recipe:
         return resolved
 
     def _lookup(self, parameter: Parameter, tensor: str, t: float, own: Mapping[str, Setting]) -> Any:
+        where = self.where
         for settings in (own, self.parameters):
             setting = settings.get(parameter.name)
+            where = setting.where if setting else where
             value = setting.at(tensor, t) if setting else None
             if value is not None:
                 return float(value) if parameter.kind == "number" else value
         if parameter.required:
             raise RecipeError(
-                f"{self.where}: `{parameter.name}` has no value for `{printable(tensor)}`",
+                f"{where}: `{parameter.name}` has no value for `{printable(tensor)}`",
                 hint="end its list of filters with a plain `- value: ...`",
             )
         return parameter.default
@@ -246,8 +249,11 @@ class _Reader:
             if value_node is None:
                 self.problem(rule, f"a filter of `{parameter.name}` needs a `value`")
                 continue
-            rules.append((str(pattern.value or "") if pattern else "", self._value(value_node, parameter)))
-        return Setting(tuple(rules), filtered=True)
+            if pattern is not None and not (isinstance(pattern.value, str) and pattern.value):
+                self.problem(pattern, f"a filter of `{parameter.name}` must be a part of tensor names, or `*`")
+                continue
+            rules.append((pattern.value if pattern else "", self._value(value_node, parameter)))
+        return Setting(tuple(rules), filtered=True, where=node.where)
 
     def _value(self, node: Node, parameter: Parameter) -> Any:
         """A scalar or a gradient, checked; None after a problem."""
@@ -360,8 +366,9 @@ def read_aim(table: Node) -> Aim:
 
 
 def same_reference(a: str, b: str) -> bool:
-    """Whether two model references are written alike, `./base/` and `base` for one."""
-    return os.path.normpath(a) == os.path.normpath(b)
+    """Whether two references mean one model, however written: `./base/`, `base`, `/models/base` or a link to it."""
+    paths = [os.path.realpath(os.path.expanduser(reference)) for reference in (a, b)]
+    return paths[0] == paths[1]
 
 
 def _number(value: Any) -> Any:

@@ -10,14 +10,14 @@ import transformers
 
 from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
-from lowmem_aim.card import output_files
+from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
 from lowmem_aim.errors import UsageError
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
 from lowmem_aim.merge import check_activations, merge_tensors
-from lowmem_aim.output import check_disk, check_output, publish, staged
+from lowmem_aim.output import check_disk, check_output, check_writable, publish, staged
 from lowmem_aim.plan import make_plan
 from lowmem_aim.recipe import Aim, Recipe
 from lowmem_aim.skeleton import load_skeleton
@@ -57,6 +57,7 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         check_output(out, [checkpoint.folder for checkpoint in inputs.checkpoints])
         plan = make_plan(recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes)
         check_disk(out, plan.output_bytes)
+        copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
         with staged(out) as staging:
             activations = _activations(calibration, inputs, options, emit)
@@ -69,7 +70,7 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 slice_rows=options.slice_rows,
                 emit=emit,
             )
-            files = output_files(plan, inputs, activations, merged)
+            files = output_files(plan, inputs, activations, merged, copied)
             emit(PhaseStarted("finish", len(plan.shards) + len(files), "files"))
             publish(out, staging, [shard.name for shard in plan.shards], files)
             emit(PhaseEnded("finish"))
@@ -92,6 +93,9 @@ def calibrate_base(
     if not output.absolute().parent.is_dir():
         raise UsageError(f"there is no folder `{output.absolute().parent}`")
     located = locate(base, emit)
+    if located.folder.resolve() in output.resolve().parents:
+        raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
+    check_writable(output.absolute().parent)
     with Checkpoint.open(located.folder, located.label, options.read) as checkpoint:
         calibration = prepare(aim, checkpoint, load_skeleton(checkpoint), emit)
         if calibration.given:
@@ -109,7 +113,8 @@ def _set_up(options: Options) -> None:
 def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | None:
     if recipe.aim is None or inputs.base is None:
         return None
-    calibration = prepare(recipe.aim, inputs.base, inputs.skeleton, emit)
+    skeleton = inputs.skeleton if inputs.base is inputs.reference else load_skeleton(inputs.base)
+    calibration = prepare(recipe.aim, inputs.base, skeleton, emit)
     if calibration.given:
         check_activations(calibration.given, inputs, recipe.aim)
     return calibration

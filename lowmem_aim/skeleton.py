@@ -71,17 +71,17 @@ def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
 
 
 def find_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """(module path, block) of the one list as long as the config's layers whose items are declared indivisible."""
+    """(module path, block) of the one list as long as the config's layers whose items are declared indivisible.
+
+    Empty if there is none: such a model can be merged, but not calibrated.
+    """
     count = model.config.get_text_config().num_hidden_layers
     kinds = set(model._no_split_modules or ())
     for path, module in model.named_modules():
         fits = isinstance(module, nn.ModuleList) and len(module) == count > 0
         if fits and all(kinds & {parent.__name__ for parent in type(item).__mro__} for item in module.children()):
             return [(f"{path}.{index}", block) for index, block in enumerate(module.children())]
-    raise ModelError(
-        f"`{printable(str(model.config.model_type))}` is not built of a list of blocks: it cannot be calibrated block "
-        "by block"
-    )
+    return []
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -113,7 +113,7 @@ def _config(checkpoint: Checkpoint) -> Any:
             raise ModelError(
                 f"`{shown}` (model type `{printable(str(kind))}`) works only with Python code from its own folder "
                 "(`auto_map`), which is never executed here",
-                hint="AIM needs a model type that transformers itself knows; a merge without `aim` may still work",
+                hint="only model types that transformers itself knows can be merged",
             ) from error
         raise ModelError(
             f"transformers does not accept the config of `{shown}` (model type `{printable(str(kind))}`): "
@@ -180,9 +180,10 @@ def _tied(model: Any, weights: WeightMap, head: str) -> dict[str, str]:
 
 
 def _vocabulary(model: Any, weights: WeightMap, head: str) -> Iterator[str]:
-    tokens = model.get_input_embeddings().num_embeddings
+    tokens = model.get_input_embeddings()
     for path, module in embeddings_of(model):
-        if module.num_embeddings == tokens:  # the input's, and per-layer ones such as Gemma 3n's
+        # The input's, and per-layer ones such as Gemma 3n's; not GPT-2's positions, even where they are as many.
+        if module is tokens or ("embed_tokens" in path and module.num_embeddings == tokens.num_embeddings):
             yield weights.name(f"{path}.weight")
     if head:
         for name in ("weight", "bias"):

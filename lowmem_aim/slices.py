@@ -54,13 +54,13 @@ class Source:
             self._hash.update(raw(rows))
         return rows
 
-    def rows(self, start: int, stop: int, base: Tensor | None, device: torch.device) -> Tensor:
-        """Rows start:stop of the reference's numbering, float32; tokens that this model lacks take `base`'s rows."""
+    def rows(self, start: int, stop: int, fill: Tensor | None, device: torch.device) -> Tensor:
+        """Rows start:stop of the reference's numbering, float32; those that this model lacks are `fill`'s, or zeros."""
         if self._row_map is None:
             return self.stored(start, stop).to(device).to(torch.float32)
         wanted = self._row_map[start:stop]
-        assert base is not None
-        rows = base.clone()
+        columns = self.checkpoint.tensors[self.name].matrix[1]
+        rows = torch.zeros(stop - start, columns, device=device) if fill is None else fill.clone()
         for first, run in _runs(wanted):
             if run[0] >= 0:
                 part = self.stored(int(run[0]), int(run[0]) + len(run))
@@ -98,12 +98,11 @@ class Slices:
         self._slice_rows = slice_rows
         self._device = device
         self._checked = False
-        self._experts = [
-            Source(expert, task.name, inputs.row_map(i, task.name)) for i, expert in enumerate(inputs.experts)
-        ]
-        # Rows that a mapped vocabulary lacks come from the reference, whether the method reads it or not.
-        mapped = any(inputs.row_map(i, task.name) is not None for i in range(len(inputs.experts)))
-        self._base = Source(inputs.reference, task.name) if with_base or mapped else None
+        self._experts = [Source(expert, task.name, inputs.row_map(expert, task.name)) for expert in inputs.experts]
+        # Rows that a mapped vocabulary lacks come from the base, whether the method reads it or not.
+        mapped = any(inputs.row_map(expert, task.name) is not None for expert in inputs.experts)
+        base = inputs.base or inputs.reference
+        self._base = Source(base, task.name, inputs.row_map(base, task.name)) if with_base or mapped else None
 
     @property
     def sources(self) -> list[Source]:
@@ -130,10 +129,12 @@ class Slices:
             count = self._count(source)
             if count:
                 where = f"`{printable(self._task.name)}` of `{printable(source.checkpoint.label)}`"
-                problems.append(f"{where} holds {count} value(s) that are NaN or Inf")
+                problems.append(f"{where} holds {count} value(s) that are NaN or Inf, or beyond float32")
         raise ModelError(problems, hint="a broken download or a diverged fine-tune: get this model again")
 
     def _count(self, source: Source) -> int:
         info = source.checkpoint.tensors[source.name]
         parts = cuts(info.shape, self._slice_rows)
-        return sum(int((~source.checkpoint.rows(source.name, a, b).isfinite()).sum()) for a, b in parts)
+        return sum(
+            int((~source.checkpoint.rows(source.name, a, b).to(torch.float32).isfinite()).sum()) for a, b in parts
+        )

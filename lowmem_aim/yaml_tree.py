@@ -98,8 +98,11 @@ class _Converter:
             value = self.convert(value_node, depth + 1)
             if key_node.tag == STANDARD + "merge":  # `<<: *alias`, of one table or a list of them
                 tables = value.value if isinstance(value.value, list) else [value]
+                if not all(isinstance(table.value, dict) for table in tables):
+                    self.problems.append(f"{line}: `<<` merges tables only")
+                    continue
                 for table in reversed(tables):
-                    merged |= table.value if isinstance(table.value, dict) else {}
+                    merged |= table.value
                 continue
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
             if not key:

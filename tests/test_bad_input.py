@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
     def refused(self, done: Ran, code: int, *messages: str) -> None:
         assert done.code == code, done.err
-        assert done.err.startswith("error: "), done.err
+        assert any(line.startswith("error: ") for line in done.err.splitlines()), done.err
         assert "Traceback" not in done.err
         for message in messages:
             assert message in done.err

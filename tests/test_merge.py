@@ -6,7 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from conftest import Run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_aim.errors import DiskError
 from lowmem_aim.flags import applied, empty_recipe
 from lowmem_aim.recipe import Recipe, read_recipe
 from lowmem_aim.run import Options, merge
@@ -372,3 +376,152 @@ def _with_shuffled_vocabulary(source: Path, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": max(ids.values()) + 1}))
     return folder
+
+
+class TestReference:
+    """Whose names, shapes and small files the output has."""
+
+    def test_the_base_under_another_spelling_is_still_the_base(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        (tmp_path / "alias").symlink_to(llama / "base")
+        text = (
+            f"{{merge_method: task_arithmetic, base_model: {llama / 'base'}, models: [{{model: {tmp_path / 'alias'}}}, "
+            f"{{model: {llama / 'math'}}}], parameters: {{weight: 1, normalize: true}}}}"
+        )
+        (tmp_path / "r.yml").write_text(text)
+        assert run("merge", tmp_path / "r.yml", tmp_path / "out").code == 0
+        ours, theirs = tensors_in(tmp_path / "out"), tensors_in(llama / "math")
+        assert all(float((ours[n] - theirs[n]).abs().max()) < 1e-6 for n in theirs)
+
+    def test_relax_keeps_the_models_own_tokenizer_and_chat_template(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run
+    ) -> None:
+        chat = tiny.perturbed(llama / "chat", tmp_path / "chat", scale=0.0)
+        (chat / "chat_template.jinja").write_text("{{ messages }}")
+        (chat / "generation_config.json").write_text('{"temperature": 0.5}')
+        done = run("relax", chat, tmp_path / "out", "--base", llama / "base", "--calibration", texts)
+        assert done.code == 0, done.err
+        assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+        assert (tmp_path / "out/generation_config.json").read_text() == '{"temperature": 0.5}'
+
+    def test_rows_of_new_vocabulary_are_not_relaxed(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+        chat = tiny.perturbed(llama / "chat", tmp_path / "chat", scale=0.0)
+        tensors = load_file(chat / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.full((3, tensors[name].shape[1]), 0.5)])
+        save_file(tensors, chat / "model.safetensors", metadata={"format": "pt"})
+        tiny.edit_config(chat, vocab_size=267)
+        done = run("relax", chat, tmp_path / "out", "--base", llama / "base", "--omega", 0, "--calibration", texts)
+        assert done.code == 0, done.err
+        assert "3 row(s) of the vocabulary are new" in done.err
+        ours = tensors_in(tmp_path / "out")["lm_head.weight"]
+        assert torch.equal(ours[-3:], tensors["lm_head.weight"][-3:])
+        assert not torch.equal(ours[:-3], tensors["lm_head.weight"][:-3])
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    def test_models_of_one_folder_name_are_told_apart(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        for name in ("math", "code"):
+            tiny.perturbed(llama / name, tmp_path / name / "checkpoint-5", scale=0.0)
+        experts = ("--expert", tmp_path / "math/checkpoint-5", "--expert", tmp_path / "code/checkpoint-5")
+        assert run("merge", tmp_path / "out", "--method", "linear", *experts).code == 0
+        config = yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text())
+        assert [m["model"] for m in config["models"]] == ["math/checkpoint-5", "code/checkpoint-5"]
+
+    def test_a_folders_name_cannot_break_out_of_the_card(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        evil = tiny.perturbed(llama / "math", tmp_path / "ev\n```\n# Hello <b>", scale=0.0)
+        assert run("merge", tmp_path / "out", "--method", "linear", "--expert", evil).code == 0
+        assert not [
+            line
+            for line in (tmp_path / "out/README.md").read_text().splitlines()
+            if line.lstrip().startswith("# Hello")
+        ]
+
+
+class TestTied:
+    @pytest.mark.parametrize("head_only", [False, True])
+    def test_a_tied_embedding_is_relaxed_as_the_head_or_kept(
+        self, head_only: bool, texts: Path, tmp_path: Path, run: Run
+    ) -> None:
+        base = tiny.build("qwen2", tmp_path / "base")
+        expert = tiny.perturbed(base, tmp_path / "expert", scale=0.05)
+        name = "model.embed_tokens.weight"
+        if head_only:  # some checkpoints keep the shared tensor under the head's name
+            for folder in (base, expert):
+                tiny.rename(folder, lambda n: "lm_head.weight" if n == "model.embed_tokens.weight" else n)
+            name = "lm_head.weight"
+        made = {}
+        for tied in ("relax", "keep"):
+            more = ("--omega", 0, "--tied", tied, "--calibration", texts)
+            done = run("relax", expert, tmp_path / tied, "--base", base, *more)
+            assert done.code == 0, done.err
+            made[tied] = tensors_in(tmp_path / tied)[name]
+        merged = tensors_in(expert)[name]
+        assert torch.equal(made["keep"], merged)
+        assert not torch.equal(made["relax"], merged)
+
+
+def test_positions_are_no_vocabulary_even_where_they_are_as_many(tmp_path: Path, run: Run) -> None:
+    base = tiny.build("gpt2", tmp_path / "base", n_positions=tiny.VOCAB)
+    expert = tiny.perturbed(base, tmp_path / "expert", scale=0.05)
+    data = json.loads((expert / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (expert / "tokenizer.json").write_text(json.dumps(data))
+    command = ("--method", "task_arithmetic", "--base", base, "--expert", expert, "--tokenizer-source", "base")
+    assert run("merge", tmp_path / "out", *command).code == 0
+    ours, theirs = tensors_in(tmp_path / "out"), tensors_in(expert)
+    assert float((ours["transformer.wpe.weight"] - theirs["transformer.wpe.weight"]).abs().max()) < 1e-6
+    swapped = theirs["transformer.wte.weight"][[1, 0]]
+    assert float((ours["transformer.wte.weight"][:2] - swapped).abs().max()) < 1e-6
+
+
+class TestKilled:
+    """The whole program, ended from outside."""
+
+    def start(self, llama: Path, out: Path, hold: str) -> subprocess.Popen[str]:
+        """A merge in a process of its own that stops for good where `hold` is called, and says so."""
+        code = (
+            "import sys, time, lowmem_aim.interrupts as i; i.install()\n"
+            f"import {hold.rpartition('.')[0]} as module\n"
+            "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
+            f"module.{hold.rpartition('.')[2]} = stop\n"
+            "from lowmem_aim.cli import main; main()"
+        )
+        command = ["merge", str(out), "--method", "linear", "--expert", str(llama / "math"), "--shard-size", "40KB"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "HOLD\n"
+        return process
+
+    @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+    def test_a_signal_takes_everything_back(self, name: str, code: int, llama: Path, tmp_path: Path) -> None:
+        process = self.start(llama, tmp_path / "out", "lowmem_aim.merge.raw")
+        process.send_signal(getattr(signal, name))
+        process.send_signal(getattr(signal, name))  # a second one must not disturb the clearing up
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "interrupted: nothing was left behind" in err
+        assert "Traceback" not in err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("hold", ["lowmem_aim.merge.raw", "lowmem_aim.output.sync_folder"])
+    def test_after_a_kill_the_same_command_does_the_job(self, hold: str, llama: Path, tmp_path: Path, run: Run) -> None:
+        process = self.start(llama, tmp_path / "out", hold)
+        process.kill()
+        process.communicate(timeout=60)
+        assert not (tmp_path / "out/config.json").exists()
+        command = ("--method", "linear", "--expert", llama / "math", "--shard-size", "40KB")
+        assert run("merge", tmp_path / "out", *command).code == 0
+        assert run("merge", tmp_path / "fresh", *command).code == 0
+        assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+    def test_a_finish_that_fails_leaves_nothing(self, llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        def fail(folder: Path) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("lowmem_aim.output.sync_folder", fail)
+        with pytest.raises(DiskError, match="Input/output error"):
+            merge(recipe(llama), tmp_path / "out")
+        assert not (tmp_path / "out").exists()

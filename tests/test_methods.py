@@ -106,7 +106,7 @@ class TestAgainstFloat64:
     def test_passthrough(self, shape: tuple[int, ...]) -> None:
         base, expert = tensors(shape, 1)
         assert torch.equal(merge("passthrough", base, [expert], {}), expert)
-        assert_close(merge("passthrough", base, [expert], {"scale": 0.5}), expert.double() * 0.5)
+        assert_close(merge("passthrough", base, [expert], {"scale": (0.5,)}), expert.double() * 0.5)
 
 
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "dare_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "dare_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "slerp": {"t": 0.4},
-    "passthrough": {"scale": 1.5},
+    "passthrough": {"scale": (1.5,)},
 }
 
 

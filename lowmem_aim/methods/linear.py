@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowmem_aim.errors import UsageError
-from lowmem_aim.methods.method import Rows, Script, Subject, Weights, merge_method
+from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
 ZERO_WEIGHT = 1e-8  # a sum of weights below this is no divisor
 
@@ -33,11 +33,11 @@ def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Scrip
 
 
 @merge_method("passthrough", base="listed", most=1, source="mergekit")
-def passthrough(tensor: Subject, *, scale: float = 1.0) -> Script:
+def passthrough(tensor: Subject, *, scale: Scales = (1.0,)) -> Script:
     """W * scale."""
 
     def combine(rows: Rows) -> Tensor:
-        return rows.experts[0] * scale
+        return rows.experts[0] * scale[0]
 
     return combine
     yield  # no rounds

@@ -24,6 +24,7 @@ Parameters are declared in the signature; their names and defaults are mergekit'
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -90,6 +91,7 @@ class OneOf:
 
 
 Weights = Annotated[tuple[float, ...], PerExpert()]
+Scales = Annotated[tuple[float, ...], PerExpert()]
 Densities = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 # mergekit's rule (|D|_1 / |kept|_1), none, or the DARE paper's 1/density.
 Rescale = Annotated[bool | str, OneOf((False, True, "density"))]
@@ -120,7 +122,7 @@ class Parameter:
         if self.kind == "choice":
             allowed = ", ".join(str(c).lower() for c in self.choices)
             return "" if value in self.choices else f"`{self.name}` must be one of {allowed}"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             return f"`{self.name}` must be a finite number"
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             return f"`{self.name}` must lie in [{self.low:g}, {self.high:g}], not {value:g}"
