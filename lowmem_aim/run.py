@@ -12,7 +12,7 @@ from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
-from lowmem_aim.errors import UsageError
+from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
@@ -37,19 +37,13 @@ class Options:
     use_cache: bool = True
     slice_rows: int | None = None  # rows in work at a time; None: what fits the processor's cache
 
-    @property
-    def torch_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = silent) -> Path:
     """Merge by the recipe into the new folder `out`; returns it.
 
     Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before.
     """
-    _set_up(options)
+    device = _set_up(options)
     for notice in recipe.notices:
         emit(Notice(notice, "warning"))
     check_output(out, [])
@@ -60,13 +54,13 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
         with staged(out) as staging:
-            activations = _activations(calibration, inputs, options, emit)
+            activations = _activations(calibration, inputs, device, options.use_cache, emit)
             merged = merge_tensors(
                 plan,
                 inputs,
                 activations,
                 staging,
-                device=options.torch_device,
+                device=device,
                 slice_rows=options.slice_rows,
                 emit=emit,
             )
@@ -85,7 +79,7 @@ def calibrate_base(
     emit: Emit = silent,
 ) -> Path:
     """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache."""
-    _set_up(options)
+    device = _set_up(options)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
     if output.exists():
@@ -100,14 +94,30 @@ def calibrate_base(
         calibration = prepare(aim, checkpoint, load_skeleton(checkpoint), emit)
         if calibration.given:
             raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
-        calibration.measure(device=options.torch_device, emit=emit).save(output)
+        calibration.measure(device=device, emit=emit).save(output)
     return output
 
 
-def _set_up(options: Options) -> None:
+def _set_up(options: Options) -> str:
+    """Process-wide settings; returns the device to work on."""
     transformers.utils.logging.set_verbosity_error()  # what users should know comes as a Notice
     if options.threads:
         torch.set_num_threads(options.threads)
+    return _usable(options.device)
+
+
+def _usable(device: str) -> str:
+    """The device that is meant. Raises UsageError if this machine has no such device."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch: unknown names, no driver, no such number
+        raise UsageError(
+            f"the device `{printable(device)}` cannot be used here: {printable(str(error).splitlines()[0])}",
+            hint="`--device cpu` always works",
+        ) from error
+    return device
 
 
 def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | None:
@@ -120,9 +130,11 @@ def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | No
     return calibration
 
 
-def _activations(calibration: Calibration | None, inputs: Inputs, options: Options, emit: Emit) -> Activations | None:
+def _activations(
+    calibration: Calibration | None, inputs: Inputs, device: str, use_cache: bool, emit: Emit
+) -> Activations | None:
     if calibration is None:
         return None
-    activations = calibration.activations(device=options.torch_device, use_cache=options.use_cache, emit=emit)
+    activations = calibration.activations(device=device, use_cache=use_cache, emit=emit)
     check_activations(activations, inputs, calibration.aim)
     return activations

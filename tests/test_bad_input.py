@@ -177,6 +177,16 @@ class TestRecipes:
         assert flags[0] in done.err
         assert not place.out.exists()
 
+    @pytest.mark.parametrize("device", ["cuda:99", "warp", "meta:x"])
+    def test_a_device_that_is_not_there(self, place: Place, device: str) -> None:
+        place.refused(place.merge("--device", device), 2, f"the device `{device}` cannot be used here")
+
+    def test_a_forgotten_output_folder_and_swapped_arguments(self, place: Place) -> None:
+        (place.folder / "r.yml").write_text("merge_method: linear")
+        for wrong in (("r.yml",), ("base", "r.yml"), ("r.yml", "out", "more")):
+            done = place.run("merge", *(place.folder / name for name in wrong))
+            place.refused(done, 2, "merge takes a recipe and then an output folder")
+
     def test_a_shard_size_that_is_too_small(self, place: Place) -> None:
         place.refused(place.merge("--shard-size", "10"), 2, "too small")
 

@@ -74,6 +74,11 @@ class ExactSums:
         return [to_float(total) for total in self._totals]
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in float64, a copy; on the CPU where the device has no float64 (Apple's GPUs)."""
+    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """The terms of a dot product of two float32 tensors; float64 holds each exactly."""
-    return a.to(torch.float64).mul_(b)
+    return wide(a).mul_(wide(b))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_aim.methods.exact import ExactSums
+from lowmem_aim.methods.exact import ExactSums, wide
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
 
@@ -48,7 +48,7 @@ def rescale_factors(
     def magnitudes(rows: Rows) -> list[Tensor]:
         deltas = task_vectors(rows)
         kept = [_masked(delta, mask) for delta, mask in zip(deltas, sparsify(deltas, rows), strict=True)]
-        return [terms.abs().to(torch.float64) for terms in (*deltas, *kept)]
+        return [wide(terms.abs()) for terms in (*deltas, *kept)]
 
     sums = yield ExactSums(magnitudes)
     pairs = zip(sums[: len(density)], sums[len(density) :], strict=True)
