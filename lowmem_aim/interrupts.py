@@ -35,7 +35,7 @@ def install() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     if not _State.working:
-        os.write(2, MESSAGE)
+        os.write(2, b"interrupted\n")
         os._exit(128 + number)
     if not _State.received:
         _State.received = number

@@ -1,0 +1,83 @@
+"""The demo's merges as a user would make them: recipes in files, and commands in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from lowmem_aim.activations import Activations
+from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.demo.models import CALIBRATION, Echo, Models
+from lowmem_aim.errors import LowmemAimError
+from lowmem_aim.relax.aim import shrinkage
+
+OMEGA = 0.4  # the AIM authors' default
+DENSITY = 0.5
+ACTIVATIONS = "activations.safetensors"
+
+
+def write_recipe(folder: Path, name: str, models: Models, *, aim: bool, scale: float = 1.0) -> str:
+    """A TIES recipe in `folder`, its paths relative to it; returns the file's name."""
+    recipe = {
+        "merge_method": "ties",
+        "base_model": f"./{models.base}",
+        "models": [
+            {"model": f"./{expert}", "parameters": {"weight": 1.0, "density": DENSITY}}
+            for expert in models.experts.values()
+        ],
+        "parameters": {"lambda": scale},
+        "dtype": "float32",
+        "tokenizer_source": "base",
+    }
+    if aim:
+        recipe["aim"] = {"omega": OMEGA, "calibration": f"./{ACTIVATIONS}"}
+    (folder / name).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return name
+
+
+def calibrate(folder: Path, models: Models, echo: Echo) -> None:
+    (folder / ACTIVATIONS).unlink(missing_ok=True)
+    texts = ["--calibration", CALIBRATION, "--no-pack"]
+    command(folder, ["calibrate", models.base, "-o", ACTIVATIONS, *texts], echo)
+
+
+def merge(folder: Path, recipe: str, out: str, echo: Echo) -> Path:
+    """Merge by `recipe` into the folder `out`, which is the demo's to clear."""
+    shutil.rmtree(folder / out, ignore_errors=True)
+    command(folder, ["merge", recipe, out], echo)
+    return folder / out
+
+
+def command(folder: Path, arguments: Sequence[str], echo: Echo) -> None:
+    """Run `lowmem-aim` in `folder` and say so. Raises LowmemAimError with what it printed if it fails."""
+    echo(f"$ lowmem-aim {shlex.join(arguments)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "lowmem_aim", *arguments, "--quiet"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise LowmemAimError(f"`lowmem-aim {shlex.join(arguments)}` failed: {done.stderr.strip()}")
+
+
+def mean_factor(folder: Path, models: Models) -> float:
+    """The mean of what AIM multiplies the delta's elements by, over all elements of the model."""
+    activations = Activations.load(folder / ACTIVATIONS)
+    with Checkpoint.open(folder / models.base) as base:
+        kept, elements = 0.0, 0
+        for info in base:
+            elements += info.numel
+            means = activations.means.get(info.name)
+            factor = torch.ones(()) if means is None else 1.0 - shrinkage(means, OMEGA)
+            kept += float(factor.double().mean()) * info.numel
+    return kept / elements

@@ -1,0 +1,175 @@
+"""The demo: its questions do not leak, its models are reused only while they are the same, its table is true."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_aim.activations import Activations
+from lowmem_aim.demo.evaluate import exact_matches
+from lowmem_aim.demo.merges import OMEGA, mean_factor, write_recipe
+from lowmem_aim.demo.models import MODELS, make
+from lowmem_aim.demo.report import table
+from lowmem_aim.demo.settings import Settings, Training
+from lowmem_aim.demo.skills import SKILLS, draw, evaluation, is_held_out, mixture
+from lowmem_aim.demo.tokenizer import build_tokenizer
+from lowmem_aim.demo.train import IGNORED, as_batch, expert_shares
+from lowmem_aim.errors import UsageError
+
+TINY = Settings(
+    hidden=16,
+    layers=2,
+    heads=2,
+    inner=16,
+    base=Training(steps=3, peak_rate=1e-3, batch=4, warmup=1),
+    expert=Training(steps=2, peak_rate=1e-3, batch=4, warmup=1),
+    shard_size="10KB",
+    calibration_texts=8,
+)
+
+
+class TestSkills:
+    def test_the_answers_are_right(self) -> None:
+        for example in mixture(dict.fromkeys(SKILLS, 1.0), 300, Random(1)):
+            skill, _, question = example.prompt.removesuffix("=").partition(":")
+            if skill == "add":
+                assert int(example.answer) == sum(map(int, question.split("+")))
+            else:
+                assert example.answer == "".join(sorted(question) if skill == "sort" else reversed(question))
+
+    def test_the_same_seed_gives_the_same_questions(self) -> None:
+        for skill in SKILLS:
+            assert evaluation(skill, 50, 0) == evaluation(skill, 50, 0) != evaluation(skill, 50, 1)
+
+    def test_training_and_evaluation_share_no_question(self) -> None:
+        for skill in SKILLS:
+            held_out = {example.prompt for example in evaluation(skill, 200, 0)}
+            assert len(held_out) == 200
+            trained = {draw(skill, Random(seed)).prompt for seed in range(300)}
+            assert not held_out & trained
+            assert not any(is_held_out(draw(skill, Random(seed))) for seed in range(50))
+
+    def test_an_expert_mostly_sees_its_skill_and_keeps_a_share_of_the_mixture(self) -> None:
+        shares = expert_shares("sort", TINY)
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert shares["sort"] > 0.7
+        assert all(share > 0 for share in shares.values())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    make(folder, TINY, lambda line: None)
+    return folder
+
+
+class TestModels:
+    def test_they_are_sharded_checkpoints_that_transformers_loads(self, made: Path) -> None:
+        for name in (MODELS.base, *MODELS.experts.values()):
+            assert len(list((made / name).glob("model-*.safetensors"))) > 1
+            assert (made / name / "model.safetensors.index.json").is_file()
+            AutoModelForCausalLM.from_pretrained(made / name)
+            tokenizer = AutoTokenizer.from_pretrained(made / name)
+            for text in ("sort:HGFA=AFGH", "Größe: 1+2 ✓"):
+                assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+    def test_experts_differ_from_the_base_and_from_each_other(self, made: Path) -> None:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        found = []
+        for folder in (MODELS.base, *MODELS.experts.values()):
+            tensors = {k: v for f in (made / folder).glob("*.safetensors") for k, v in load_file(f).items()}
+            found.append(tensors[name])
+        assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+    def test_a_second_run_reuses_them_and_other_settings_train_again(self, made: Path, tmp_path: Path) -> None:
+        weights = sorted(made.rglob("*.safetensors"))
+        before = {file: file.stat().st_mtime_ns for file in weights}
+        said: list[str] = []
+        make(made, TINY, said.append)
+        assert any("reused" in line for line in said)
+        assert {file: file.stat().st_mtime_ns for file in weights} == before
+        make(tmp_path / "a", replace(TINY, seed=1), said.append)
+        digest = json.loads((tmp_path / "a/models.json").read_text())
+        make(tmp_path / "a", replace(TINY, seed=2), said.append)
+        assert json.loads((tmp_path / "a/models.json").read_text()) != digest
+
+    def test_a_half_finished_training_starts_over(self, made: Path, tmp_path: Path) -> None:
+        make(tmp_path / "a", TINY, lambda line: None)
+        (tmp_path / "a/models.json").unlink()
+        said: list[str] = []
+        make(tmp_path / "a", TINY, said.append)
+        assert any("training the base" in line for line in said)
+        for file in made.rglob("*.safetensors"):  # seeded: the same models again
+            assert file.read_bytes() == (tmp_path / "a" / file.relative_to(made)).read_bytes()
+
+    def test_a_folder_of_someone_else_is_left_alone(self, tmp_path: Path, run: Run) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("x")
+        with pytest.raises(UsageError, match="not empty"):
+            make(tmp_path / "mine", TINY, lambda line: None)
+        done = run("demo", tmp_path / "mine")
+        assert done.code == 2
+        assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+class _Knowing:
+    """A model that gives every answer of the batch it is asked, or, `wrong_at` one place, not quite."""
+
+    def __init__(self, labels: torch.Tensor, vocabulary: int, wrong_at: int | None = None) -> None:
+        self.labels, self.vocabulary, self.wrong_at = labels, vocabulary, wrong_at
+
+    def __call__(self, *, input_ids: torch.Tensor) -> Any:
+        wanted = self.labels.masked_fill(self.labels == IGNORED, 0)
+        logits = torch.nn.functional.one_hot(wanted.roll(-1, 1), self.vocabulary).float()
+        if self.wrong_at is not None:
+            logits[self.wrong_at] = 0.0
+            logits[self.wrong_at, :, 0] = 1.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_the_evaluation_counts_whole_right_answers() -> None:
+    tokenizer = build_tokenizer(SKILLS)
+    examples = evaluation("sort", 20, 0)
+    labels = as_batch(examples, tokenizer)[1]
+    assert exact_matches(_Knowing(labels, len(tokenizer)), tokenizer, examples) == 20
+    assert exact_matches(_Knowing(labels, len(tokenizer), wrong_at=3), tokenizer, examples) == 19
+    assert exact_matches(_Knowing(torch.zeros_like(labels), len(tokenizer)), tokenizer, examples) == 0
+
+
+def test_the_mean_factor_is_that_of_all_elements(made: Path) -> None:
+    sizes, factors = 0, 0.0
+    tensors = {k: v for f in (made / MODELS.base).glob("*.safetensors") for k, v in load_file(f).items()}
+    means = {name: torch.rand(1, value.shape[1]) for name, value in tensors.items() if "proj" in name}
+    Activations(means).save(made / "activations.safetensors")
+    for name, value in tensors.items():
+        share = means[name] / means[name].max() if name in means else torch.zeros(1)
+        factors += float((1 - share * (1 - OMEGA)).double().expand_as(value).sum())
+        sizes += value.numel()
+    assert mean_factor(made, MODELS) == pytest.approx(factors / sizes, rel=1e-6)
+
+
+def test_its_recipes_merge(made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    calibrate = ("calibrate", MODELS.base, "-o", tmp_path / "a.safetensors", "--calibration", "calibration.jsonl")
+    assert run(*calibrate, "--no-pack").code == 0
+    recipe = write_recipe(made, "r.yml", MODELS, aim=True)
+    done = run("merge", recipe, tmp_path / "out", "--calibration", tmp_path / "a.safetensors")
+    assert done.code == 0, done.err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_table_shows_the_scores_that_it_is_given() -> None:
+    text = table({"base": {"add": 0.125, "sort": 0.5}, "merge": {"add": 1.0, "sort": 0.0}})
+    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
+    assert ["base", "12.5", "50.0", "31.2"] in rows
+    assert ["merge", "100.0", "0.0", "50.0"] in rows
