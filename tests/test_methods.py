@@ -15,6 +15,7 @@ from lowmem_aim.errors import UsageError
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.methods import METHODS, Rows, Subject, measure
 from lowmem_aim.methods.masks import keep_mask
+from lowmem_aim.methods.ties import largest
 
 SHAPES = [(), (1,), (2,), (97,), (1, 13), (13, 1), (31, 37), (3, 5, 7), (2, 3, 1)]
 CPU = torch.device("cpu")
@@ -107,6 +108,28 @@ class TestAgainstFloat64:
         base, expert = tensors(shape, 1)
         assert torch.equal(merge("passthrough", base, [expert], {}), expert)
         assert_close(merge("passthrough", base, [expert], {"scale": (0.5,)}), expert.double() * 0.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("step", [1, 3, 1 << 30])
+def test_the_mask_of_ties_is_the_k_largest_equal_ones_by_index(
+    shape: tuple[int, ...], density: float, step: int
+) -> None:
+    base, expert = tensors(shape, 1)
+    base, expert = (base * 4).round() / 4, (expert * 8).round() / 8  # so coarse that most magnitudes are shared
+    subject = Subject(NAME, shape, base.numel(), 1)
+    script = largest(subject, (density,))
+    (cut,) = measure(script, lambda: slices(base, [expert], step))  # type: ignore[arg-type]
+    parts = []
+    for rows in slices(base, [expert], step):
+        delta = rows.experts[0] - rows.base
+        mask = cut.mask(delta, rows.start)
+        parts.append(torch.ones_like(delta, dtype=torch.bool) if mask is None else mask)
+    mask = torch.cat(parts).reshape(shape)
+    truth = ref.largest_mask(expert - base, density)
+    # Whether a zero stays changes nothing, so zeros may be kept beyond k.
+    assert torch.equal(mask & (expert != base), truth & (expert != base))
 
 
 PARAMETERS: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,7 @@ ANSWERS = 2  # of each skill, shown at the end
 
 def show(folder: Path, settings: Settings, echo: Echo) -> None:
     """Everything `lowmem-aim demo FOLDER` does. Raises UsageError for a folder that is no demo's."""
+    transformers.utils.logging.disable_progress_bar()  # the library's, for every file that it writes
     models = make(folder, settings, echo)
     echo("")
     merged, factor = _merge(folder, models, echo)

@@ -27,8 +27,8 @@ class Example:
 
 
 def _add(random: Random) -> Example:
-    left, right = random.randrange(60), random.randrange(60)
-    return Example(f"add:{left:02}+{right:02}=", f"{left + right:03}")
+    left, right = random.randrange(990), random.randrange(10)
+    return Example(f"add:{left:03}+{right}=", f"{left + right:03}")
 
 
 def _letters(random: Random) -> str:
