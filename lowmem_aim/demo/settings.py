@@ -34,7 +34,7 @@ class Settings:
     heads: int = 4
     inner: int = 512
     base: Training = field(default_factory=lambda: Training(steps=500, peak_rate=3e-3, batch=32, warmup=60))
-    expert: Training = field(default_factory=lambda: Training(steps=150, peak_rate=1e-3, batch=32, warmup=20))
+    expert: Training = field(default_factory=lambda: Training(steps=200, peak_rate=1e-3, batch=32, warmup=20))
     kept_mixture: float = 0.3  # of an expert's texts are drawn as the base's were
     threads: int = 2  # the result's low bits depend on it, so it is not left to the machine
     shard_size: str = "2MB"  # small, so that the checkpoints really are sharded
