@@ -49,7 +49,8 @@ def own(folder: Path) -> None:
 def make(folder: Path, settings: Settings, echo: Echo) -> Models:
     """Train base and experts into `folder`, or find that they are there already."""
     own(folder)
-    if _made_with(folder) == settings.digest():
+    digest = settings.digest()  # before the training: sources edited meanwhile are not what it was made with
+    if _made_with(folder) == digest:
         echo(f"models of an earlier run are reused: {folder}")
         return MODELS
     (folder / FINISHED).unlink(missing_ok=True)
@@ -57,7 +58,7 @@ def make(folder: Path, settings: Settings, echo: Echo) -> Models:
     with reproducible(settings.seed, settings.threads):
         _train_all(folder, settings, echo)
     echo(f"training took {time.monotonic() - begun:.0f} s")
-    write_file(folder / FINISHED, json.dumps({"digest": settings.digest()}).encode())
+    write_file(folder / FINISHED, json.dumps({"digest": digest}).encode())
     return MODELS
 
 
