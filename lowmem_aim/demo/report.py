@@ -33,7 +33,8 @@ def show(folder: Path, settings: Settings, echo: Echo) -> None:
     echo(table(scores))
     echo(
         f"Answers of {QUESTIONS} held-out questions a skill that are right to the last letter, in percent. AIM keeps "
-        f"{factor:.1%} of the\ndelta on average; the control keeps that share of every element alike. Differences of a few\npoints may be chance."
+        f"{factor:.1%} of the\ndelta on average; the control keeps that share of every element alike. "
+        "Differences of a few points may be chance."
     )
     echo("")
     _answer(folder / "merged-aim", questions, echo)
