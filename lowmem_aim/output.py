@@ -49,6 +49,8 @@ def _left_over(out: Path) -> set[str]:
         names = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return set()
+    if not isinstance(names, list):  # not written by `publish`: then nothing in the folder is ours
+        return set()
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_other_texts_settings_or_base_are_measured_again(  # type: ignore[no-unt
     assert merge(base=tiny.perturbed(llama / "base", tmp_path / "other", scale=0.1))[0]
 
 
+def test_bases_with_equal_sizes_and_times_are_told_apart(merge, llama: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    bases = [tiny.perturbed(llama / "base", tmp_path / str(n) / "base", scale=0.1, seed=n) for n in (1, 2)]
+    for base in bases:  # as in unpacked archives
+        for file in base.iterdir():
+            os.utime(file, (1, 1))
+    assert [merge(base=base)[0] for base in bases] == [True, True]
+
+
 def test_a_damaged_cache_file_is_measured_again(merge, own_cache: Path) -> None:  # type: ignore[no-untyped-def]
     first = merge()
     (file,) = (own_cache / "lowmem_aim").iterdir()
@@ -87,6 +96,12 @@ class TestFile:
         assert {k: v for k, v in vars(after).items() if k != "means"} == {
             k: v for k, v in vars(before).items() if k != "means"
         }
+
+    def test_metadata_nested_beyond_reason(self, tmp_path: Path) -> None:
+        nested = "[" * 100_000 + "]" * 100_000
+        save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"lowmem_aim": nested})
+        with pytest.raises(ModelError, match="not an activations file"):
+            Activations.load(tmp_path / "a.safetensors")
 
     @pytest.mark.parametrize(
         ("means", "facts"),

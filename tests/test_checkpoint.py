@@ -210,6 +210,13 @@ class TestFolders:
         (folder / "x-1.safetensors").symlink_to(outside)
         self.refused(folder, "leads out of its model folder")
 
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+    def test_small_files_that_are_links_out_of_the_folder(self, folder: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "outside").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"{}")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "outside")
+        self.refused(folder, "leads out of its model folder")
+
     def test_the_hub_caches_own_links_are_followed(self, folder: Path, tmp_path: Path) -> None:
         snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123", tmp_path / "models--a--b" / "blobs"
         snapshot.mkdir(parents=True)

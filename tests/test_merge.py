@@ -290,6 +290,15 @@ class TestFailure:
             assert "`model.layers.1.mlp.up_proj.weight` of `broken` holds 3 value(s) that are NaN or Inf" in done.err
             assert not (tmp_path / "out").exists()
 
+    def test_a_float64_weight_beyond_float32_is_named(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        broken = tiny.perturbed(llama / "math", tmp_path / "broken", scale=0.0)
+        tensors = {name: value.double() for name, value in load_file(broken / "model.safetensors").items()}
+        tensors["model.norm.weight"][3] = 1e300
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        done = run("merge", tmp_path / "out", "--method", "linear", "--expert", broken)
+        assert done.code == 3
+        assert "`model.norm.weight` of `broken` holds 1 value(s)" in done.err
+
     def test_a_result_beyond_float16_is_an_error(self, llama: Path, tmp_path: Path, run: Run) -> None:
         done = run(
             *("merge", tmp_path / "out", "--method", "linear", "--expert", llama / "math", "--weight", "1e6"),
@@ -505,6 +514,14 @@ class TestKilled:
         assert "interrupted: nothing was left behind" in err
         assert "Traceback" not in err
         assert not (tmp_path / "out").exists()
+
+    def test_a_list_that_no_run_wrote_makes_nothing_ours(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        (tmp_path / "out/.lowmem_aim").mkdir(parents=True)
+        (tmp_path / "out/mine.txt").write_text("x")
+        for content in ("7", '{"mine.txt": 1}', "junk", '["../math", 3]'):
+            (tmp_path / "out/.lowmem_aim/publishing.json").write_text(content)
+            assert run("merge", tmp_path / "out", "--method", "linear", "--expert", llama / "math").code == 2
+            assert (tmp_path / "out/mine.txt").exists()
 
     @pytest.mark.parametrize("hold", ["lowmem_aim.merge.raw", "lowmem_aim.output.sync_folder"])
     def test_after_a_kill_the_same_command_does_the_job(self, hold: str, llama: Path, tmp_path: Path, run: Run) -> None:

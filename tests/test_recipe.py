@@ -173,6 +173,16 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         ("merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]", "belongs to the whole merge"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, x]}}]", "finite number"),
         ("merge_method: ties\nbase_model: b\nmodels: []", "at least one model"),
+        (f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {'9' * 401}}}}}]", "finite number"),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: 0, value: 1}]}}]",
+            "recipe.yml:2: a filter of `weight` must be a part of tensor names",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: [q], value: 1}]}}]",
+            "a filter of `weight` must be a part of tensor names",
+        ),
+        ("merge_method: linear\n<<: 5\n", "recipe.yml:2: `<<` merges tables only"),
         ("merge_method: 2024-01-01", "unknown merge_method `2024-01-01`"),
     ],
 )
