@@ -8,8 +8,6 @@ decides what happens there. All of it is undone when the set-up ends, also by an
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 
 from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.memory import trim
 from lowmem_aim.observe import Watch
 from lowmem_aim.skeleton import Skeleton, embeddings_of
 
@@ -146,7 +145,7 @@ class Stage:
             self.watch.check(f"{path}.")
         finally:
             hook.post_forward(block, None)
-            _trim()
+            trim()
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator[None]:
@@ -254,13 +253,6 @@ class Stage:
     def _load(self, module: nn.Module, parameter: str) -> None:
         name = parameter.rpartition(".")[2]
         set_module_tensor_to_device(module, name, self.device, value=self.weights[parameter])
-
-
-def _trim() -> None:
-    """Give freed memory back: glibc would keep several blocks' worth, which `top` shows and budgets count."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

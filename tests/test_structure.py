@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lowmem_aim"
 
 # Lower storeys first. A module may import from storeys below its own and from its own, but nothing above.
 STOREYS = [
-    {"errors", "events", "durable", "interrupts", "yaml_tree", "headers"},
+    {"errors", "events", "durable", "interrupts", "yaml_tree", "headers", "memory"},
     {"checkpoint", "activations", "hub", "methods", "relax"},
     {"recipe", "weightmap", "write", "output"},
     {"skeleton", "texts", "observe"},
