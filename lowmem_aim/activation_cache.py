@@ -6,24 +6,26 @@ files, tokens, dtype, device and versions: whatever the measurement's low bits m
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 from torch import Tensor
 
 from lowmem_aim.activations import FORMAT, Activations
-from lowmem_aim.calibrate import calibrate
 from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.durable import cache_folder
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import load_tokenizer
 from lowmem_aim.recipe import Aim
-from lowmem_aim.skeleton import Skeleton
 from lowmem_aim.texts import is_activations_file, token_sequences
+
+if TYPE_CHECKING:
+    from lowmem_aim.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Calibration:
 
     aim: Aim
     base: Checkpoint
-    skeleton: Skeleton
+    skeleton: Skeleton | None  # of the base; None if nothing is to be measured
     sequences: Sequence[Tensor]  # each (tokens,) int64
     given: Activations | None
 
@@ -55,6 +57,9 @@ class Calibration:
         return measured
 
     def measure(self, *, device: str, emit: Emit) -> Activations:
+        from lowmem_aim.calibrate import calibrate
+
+        assert self.skeleton is not None
         dtype = getattr(torch, self.aim.dtype) if self.aim.dtype else None
         if device == "cpu" and self._is_slow_here(dtype or self.skeleton.dtype):
             emit(
@@ -80,13 +85,16 @@ class Calibration:
         return xxhash.xxh3_128_hexdigest(repr(what).encode())
 
 
-def prepare(aim: Aim, base: Checkpoint, skeleton: Skeleton, emit: Emit) -> Calibration:
+def prepare(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
     """Read and tokenise the texts, or load the activations file. Raises ModelError, NetworkError, UsageError.
 
-    `skeleton` is the base's. Blocks are no longer than its context.
+    Blocks are no longer than the base's context.
     """
     if is_activations_file(aim.calibration):
-        return Calibration(aim, base, skeleton, (), Activations.load(Path(aim.calibration).expanduser()))
+        return Calibration(aim, base, None, (), Activations.load(Path(aim.calibration).expanduser()))
+    from lowmem_aim.skeleton import load_skeleton  # transformers: only where texts are to be read
+
+    skeleton = load_skeleton(base)
     if not skeleton.blocks:
         raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
     context = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
@@ -99,11 +107,6 @@ def prepare(aim: Aim, base: Checkpoint, skeleton: Skeleton, emit: Emit) -> Calib
         return list(tokenizer(text, verbose=False)["input_ids"])
 
     return Calibration(aim, base, skeleton, token_sequences(aim, encode, emit), None)
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
 
 
 def _keep(measured: Activations, path: Path, emit: Emit) -> None:

@@ -131,6 +131,8 @@ _AIM = _options(
 _JOB = _options(
     click.option("--read", type=click.Choice(["mmap", "pread"]), default="mmap", show_default=True),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or mps"),
+    click.option("--ram", type=_Size(), help="memory budget, such as 4GB [default: what is free, less a reserve]"),
+    click.option("--vram", type=_Size(), help="the same for the GPU's memory"),
     click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
     click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
     click.option("--debug", is_flag=True, help="show a traceback after a bug"),
@@ -152,6 +154,8 @@ def _job(flags: dict[str, Any]) -> Options:
         read=flags["read"],
         device=flags["device"],
         threads=flags["threads"],
+        ram=flags["ram"],
+        vram=flags["vram"],
         use_cache=flags.get("cache", True),
     )
 

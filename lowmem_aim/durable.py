@@ -53,6 +53,12 @@ def write_file(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/lowmem_aim, or ~/.cache/lowmem_aim: the only place outside the output that is written to."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
+
+
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold `file` as a lock; LockedError at once if another process does. A dead process holds nothing."""

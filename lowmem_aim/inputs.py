@@ -24,8 +24,8 @@ from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError, printabl
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.headers import TensorInfo
 from lowmem_aim.hub import locate, plain_name
+from lowmem_aim.outline import Outline, outline_of
 from lowmem_aim.recipe import Recipe
-from lowmem_aim.skeleton import Skeleton, load_skeleton
 
 # Config keys that change what a weight means without changing its shape: the first must agree, the others should.
 MUST_AGREE = (
@@ -47,7 +47,7 @@ class Inputs:
     base: Checkpoint | None
     experts: tuple[Checkpoint, ...]
     reference: Checkpoint
-    skeleton: Skeleton  # of the reference
+    outline: Outline  # of the reference
     row_maps: dict[Path, Tensor] = field(default_factory=dict)  # by folder: (reference rows,) int64, -1: no such row
     dropped: frozenset[str] = field(default_factory=frozenset)  # tied heads that repeat their embedding
 
@@ -56,11 +56,11 @@ class Inputs:
         return (self.base, *self.experts) if self.base else self.experts
 
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
-        return self.row_maps.get(checkpoint.folder) if tensor in self.skeleton.vocabulary else None
+        return self.row_maps.get(checkpoint.folder) if tensor in self.outline.vocabulary else None
 
 
 @contextlib.contextmanager
-def open_inputs(recipe: Recipe, read: ReadMode, emit: Emit) -> Iterator[Inputs]:
+def open_inputs(recipe: Recipe, read: ReadMode, emit: Emit, use_cache: bool = True) -> Iterator[Inputs]:
     """Locate, open and check all models. Raises ModelError or NetworkError with every problem at once."""
     with contextlib.ExitStack() as stack:
         opened = _open_all(recipe, read, emit)
@@ -70,7 +70,7 @@ def open_inputs(recipe: Recipe, read: ReadMode, emit: Emit) -> Iterator[Inputs]:
         experts = tuple(opened[model.reference] for model in recipe.models)
         merges_base = recipe.method.base == "required" or base in experts or recipe.tokenizer_source is not None
         reference = base if base is not None and merges_base else experts[0]
-        inputs = Inputs(base, experts, reference, load_skeleton(reference))
+        inputs = Inputs(base, experts, reference, outline_of(reference, use_cache))
         _check_configs(inputs, emit)
         inputs.row_maps = _row_maps(inputs, recipe, emit)
         _check_tensors(inputs, emit)
@@ -143,7 +143,7 @@ def _check_tensors(inputs: Inputs, emit: Emit) -> None:
             problem = _tensor_problem(inputs, other, info)
             if problem:
                 problems.append(problem)
-                vocabulary_differs |= info.name in inputs.skeleton.vocabulary and info.name in other.tensors
+                vocabulary_differs |= info.name in inputs.outline.vocabulary and info.name in other.tensors
         _tell_of_extra_tensors(inputs, other, emit)
     if problems:
         hint = "tokens differ: `tokenizer_source: base` in the recipe matches them by their text"
@@ -151,7 +151,7 @@ def _check_tensors(inputs: Inputs, emit: Emit) -> None:
 
 
 def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> None:
-    expected = inputs.reference.tensors.keys() | inputs.skeleton.tied.keys() | inputs.skeleton.buffers
+    expected = inputs.reference.tensors.keys() | inputs.outline.tied.keys() | inputs.outline.buffers
     extra = [name for name in other.tensors if name not in expected]
     if extra:
         what = f"`{printable(other.label)}`: {len(extra)} tensor(s) that `{printable(inputs.reference.label)}` lacks"
@@ -161,7 +161,7 @@ def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> Non
 def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
     """Why the other model's tensor cannot be merged with the reference's, or an empty string."""
     label, name = printable(other.label), printable(ours.name)
-    if ours.name in inputs.skeleton.buffers or ours.name in inputs.skeleton.tied:
+    if ours.name in inputs.outline.buffers or ours.name in inputs.outline.tied:
         return ""
     theirs = other.tensors.get(ours.name)
     if theirs is None:
@@ -173,7 +173,7 @@ def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
     if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
         return f"`{label}`: `{name}` has another number of rows than its embedding; tokens cannot be matched"
     if theirs.shape[mapped:] != ours.shape[mapped:]:
-        is_vocabulary = ours.name in inputs.skeleton.vocabulary
+        is_vocabulary = ours.name in inputs.outline.vocabulary
         return (
             f"`{label}`: {'the vocabulary differs: ' * is_vocabulary}`{name}` has the shape {list(theirs.shape)}, "
             f"but {list(ours.shape)} in `{printable(inputs.reference.label)}`"
@@ -189,7 +189,7 @@ def _repeated_heads(inputs: Inputs) -> frozenset[str]:
     """Heads that the files hold although they are tied: dropped if each equals its embedding, else an error."""
     problems = []
     dropped = set()
-    for head, embedding in inputs.skeleton.tied.items():
+    for head, embedding in inputs.outline.tied.items():
         for checkpoint in inputs.checkpoints:
             if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
                 continue
@@ -244,7 +244,7 @@ def _row_maps(inputs: Inputs, recipe: Recipe, emit: Emit) -> dict[Path, Tensor]:
         return {folder: row_map for folder, row_map in maps.items() if row_map is not None}
     if inputs.base is None or inputs.base in (inputs.reference, *inputs.experts):
         return {}
-    rows, known = (_vocabulary_rows(inputs.skeleton, model) for model in (inputs.reference, inputs.base))
+    rows, known = (_vocabulary_rows(inputs.outline, model) for model in (inputs.reference, inputs.base))
     if rows == known:
         return {}
     if rows > known:
@@ -255,7 +255,7 @@ def _row_maps(inputs: Inputs, recipe: Recipe, emit: Emit) -> dict[Path, Tensor]:
 
 def _by_text(inputs: Inputs, other: Checkpoint) -> Tensor | None:
     """For each row of the reference's embedding the other's row of the same token; None if they are all the same."""
-    sizes = [_vocabulary_rows(inputs.skeleton, checkpoint) for checkpoint in (inputs.reference, other)]
+    sizes = [_vocabulary_rows(inputs.outline, checkpoint) for checkpoint in (inputs.reference, other)]
     ours, theirs = vocabulary_of(inputs.reference), vocabulary_of(other)
     if ours == theirs and sizes[0] == sizes[1]:
         return None  # the same vocabulary, padding included
@@ -267,5 +267,5 @@ def _by_text(inputs: Inputs, other: Checkpoint) -> Tensor | None:
     return rows
 
 
-def _vocabulary_rows(skeleton: Skeleton, checkpoint: Checkpoint) -> int:
-    return next((t.shape[0] for t in checkpoint if t.name in skeleton.vocabulary), 0)
+def _vocabulary_rows(outline: Outline, checkpoint: Checkpoint) -> int:
+    return next((t.shape[0] for t in checkpoint if t.name in outline.vocabulary), 0)

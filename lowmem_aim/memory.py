@@ -82,6 +82,57 @@ def shown(count: int) -> str:
     return f"{count} bytes"
 
 
+# --- how a merge divides it -------------------------------------------------------------------------------------------
+
+# A slice of three experts and a base then has 2 MB of bfloat16: it stays in a processor's cache from read to write.
+CPU_SLICE_ELEMENTS = 1 << 20
+# Large enough that starting a kernel costs nothing against running it.
+GPU_SLICE_ELEMENTS = 1 << 22
+# What a method may hold between its rounds, an expert: histograms, collected magnitudes.
+STATS_BYTES = 24 << 20
+# Slices read ahead, and finished ones that wait to be written, where the budget allows it.
+AHEAD, WAITING = 4, 4
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The parts of a budget that a merge lives in."""
+
+    slice_elements: int  # of each model, in work at a time
+    workers: int  # slices computed at the same time
+    ahead: int  # slices read ahead
+    kept_bytes: int  # a tensor of at most so many bytes, all models together, is kept between its passes
+
+
+def share_out(
+    budget: Budget, device: torch.device, *, models: int, stored_bytes: int, row: int, threads: int, compiled: bool
+) -> Shares:
+    """Divide what is left of the budget.
+
+    `stored_bytes`: of one element in all models and in the output; `row`: elements of the longest row; `compiled`:
+    numba's loops run, which need no float32 copies. Raises MemoryBudgetError if not even single rows fit.
+    """
+    on_host = device.type == "cpu" or budget.vram is None
+    work = 12 if on_host and compiled else 4 * (2 * models + 6)
+    ram = budget.ram_left() - models * STATS_BYTES
+    largest = CPU_SLICE_ELEMENTS if device.type == "cpu" else GPU_SLICE_ELEMENTS
+    for workers, ahead in ((threads if on_host else 3, AHEAD), (1, 1)):
+        # Each slice is held while it is read ahead, computed, or waits for its turn; then while it is written.
+        held = stored_bytes * (ahead + 2 * workers + WAITING)
+        room = ram // 2 // (held + (work * workers if on_host else 0))
+        if not on_host:
+            room = min(room, budget.vram_left(device) * 9 // 10 // ((stored_bytes + work) * workers))
+        if room >= min(row, largest):
+            elements = min(room, max(largest, row))
+            return Shares(min(elements, largest) if row <= largest else row, workers, ahead, ram // 4)
+    needed = 2 * row * (held + work) + models * STATS_BYTES
+    raise MemoryBudgetError(
+        f"a row of {row} elements in {models} models needs {shown(needed)} more, but {shown(budget.left(device))} of "
+        f"the {'`--ram`' if on_host else '`--vram`'} are left",
+        hint="give more memory, close other programs, or merge fewer models at a time",
+    )
+
+
 # --- what is used ---------------------------------------------------------------------------------------------------
 
 

@@ -1,31 +1,42 @@
 """The loop: for each tensor of the plan, slice by slice, read -> method -> relax -> round once -> write.
 
-The memory in use depends on `slices.SLICE_ELEMENTS` and the number of models, not on the size of a tensor or a model.
-The bytes written depend on neither, nor on threads or read mode (see `methods.method`).
+Reading runs ahead in a thread of its own, through all tensors in order; several workers compute, each a slice; writing
+has its own threads. A tensor whose method needs more than one pass is kept between them if the budget allows it, else
+read again. The memory in use follows from `memory.Shares` and the number of models, not from the size of a tensor or a
+model. The bytes written depend on neither, nor on threads or read mode (see `methods.method`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import xxhash
 from torch import Tensor
 
+from lowmem_aim import kernels
 from lowmem_aim.activations import Activations
 from lowmem_aim.checkpoint import raw
+from lowmem_aim.devices import Lanes
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
 from lowmem_aim.inputs import Inputs
-from lowmem_aim.methods import Subject, measure
+from lowmem_aim.memory import Shares
+from lowmem_aim.methods import Rows, Subject, measure
+from lowmem_aim.pipeline import Ahead, Workers
 from lowmem_aim.plan import Plan, Task
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
-from lowmem_aim.slices import Slices, Source, cuts, finite
+from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 from lowmem_aim.write import ShardWriter
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -42,30 +53,53 @@ def merge_tensors(
     activations: Activations | None,
     staging: Path,
     *,
-    device: str,
-    slice_rows: int | None,
+    device: torch.device,
+    shares: Shares,
+    slice_rows: int | None = None,
     emit: Emit,
 ) -> Merged:
-    """Write all shards of the plan into `staging`, durably. Raises ModelError (NaN, changed inputs) and DiskError.
+    """Write all shards of the plan into `staging`, durably.
 
-    `slice_rows` overrides how many rows are in work at a time; the bytes do not depend on it.
+    `slice_rows` overrides how many rows are in work at a time; the bytes do not depend on it. Raises ModelError (NaN,
+    changed inputs), DiskError, and MemoryBudgetError where not even a row fits.
     """
     emit(PhaseStarted("merge", plan.tensor_bytes, "bytes"))
-    loop = _Loop(plan, inputs, activations, torch.device(device), slice_rows)
+    stride = Stride(shares.slice_elements, slice_rows, emit)
     merged = Merged()
     done = 0
-    for shard in plan.shards:
-        with ShardWriter(staging / shard.name, shard.nbytes) as writer:
-            writer.append(shard.header)
-            for task in shard.tasks:
-                for rows in loop.rows_of(task):
-                    writer.append(raw(rows))
-                done += task.nbytes
-                emit(Advanced(done, task.name))
-            merged.shards[shard.name] = writer.close()
+    with _one_thread_an_operation(), Workers(shares.workers) as workers:
+        loop = _Loop(plan, inputs, activations, Lanes(device), stride, shares, workers)
+        with Ahead(loop.read_all(), shares.ahead) as stream:
+            for shard in plan.shards:
+                with ShardWriter(staging / shard.name, shard.nbytes) as writer:
+                    writer.append(shard.header)
+                    for task in shard.tasks:
+                        for rows in loop.rows_of(task, stream):
+                            writer.append(raw(rows))
+                        done += task.nbytes
+                        emit(Advanced(done, task.name))
+                    merged.shards[shard.name] = writer.close()
     merged.models.extend(loop.model_digests())
     emit(PhaseEnded("merge"))
     return merged
+
+
+@contextlib.contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Slices are what is worked on in parallel; threads within torch's operations would only get in their way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _End:
+    """In the stream of slices: after the last of a tensor."""
+
+
+Stream = Iterator[Rows | _End]
 
 
 @dataclass
@@ -73,50 +107,69 @@ class _Loop:
     plan: Plan
     inputs: Inputs
     activations: Activations | None
-    device: torch.device
-    slice_rows: int | None
+    lanes: Lanes
+    stride: Stride
+    shares: Shares
+    workers: Workers
+    tensors: dict[str, TensorInputs] = field(default_factory=dict)  # those whose reading has begun
     # checkpoint folder -> tensor -> xxh3-128 of its rows as read
     digests: dict[Path, dict[str, str]] = field(default_factory=dict)
 
-    def rows_of(self, task: Task) -> Iterator[Tensor]:
+    def read_all(self) -> Iterator[Rows | _End]:
+        """The first pass over every tensor of the plan, in the plan's order."""
+        for task in self.plan.tasks:
+            with_base = self.plan.recipe.method.base == "required" or self._statistic(task) is not None
+            tensor = self.tensors[task.name] = TensorInputs(task, self.inputs, with_base, self.stride)
+            yield from tensor.slices(first_pass=True)
+            yield _End()
+
+    def rows_of(self, task: Task, stream: Stream) -> Iterator[Tensor]:
         """The finished rows of one tensor, on the CPU, contiguous, in the output's dtype."""
-        return self._copied(task) if task.action == "copy" else self._merged(task)
+        passes = _Passes(self, task, stream)
+        if task.action == "copy":
+            yield from passes(lambda rows: rows.stored_experts[0])
+        else:
+            yield from self._merged(task, passes)
+        tensor = self.tensors.pop(task.name)
+        for source in tensor.sources:
+            self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
+        if task.action == "merge" and self._statistic(task):
+            self._check_base(task.name)
 
-    def _copied(self, task: Task) -> Iterator[Tensor]:
-        source = Source(self.inputs.reference, task.name)
-        for start, stop in cuts(task.shape, self.slice_rows):
-            yield source.stored(start, stop)
-        self._keep_digest(source)
-
-    def _merged(self, task: Task) -> Iterator[Tensor]:
-        shrink = self._shrinkage(task)
+    def _merged(self, task: Task, passes: _Passes) -> Iterator[Tensor]:
         method = self.plan.recipe.method
-        with_base = method.base == "required" or shrink is not None
-        slices = Slices(task, self.inputs, with_base, self.slice_rows, self.device)
-        experts = len(self.inputs.experts)
-        subject = Subject(task.name, task.shape, math.prod(task.shape), experts, self.plan.seed)
-        combine = measure(method.start(subject, task.parameters), slices)
-        for rows in slices():
+        subject = Subject(task.name, task.shape, math.prod(task.shape), len(self.inputs.experts), self.plan.seed)
+        combine = measure(method.start(subject, task.parameters), passes.to_measure)
+        shrink = self._shrinkage(task)
+
+        def finished(rows: Rows) -> Tensor:
             merged = combine(rows)
             if shrink is not None:
                 first = rows.start // merged.shape[1]
-                part = shrinkage_rows(shrink, task.shape, first, first + merged.shape[0])
-                merged = relax(merged, rows.base, self._known(task, part, first, merged.shape[0]))
-            yield _rounded(merged, task)
-        for source in slices.sources:
-            self._keep_digest(source)
-        if shrink is not None:
-            self._check_base(task.name)
+                part = shrinkage_rows(shrink, task.shape, first, first + rows.count)
+                part = self._known(task, part, first, rows.count)
+                merged = relax(merged, rows.stored_base, part.to(merged.device))
+            return self.lanes.down(_rounded(merged, task))
+
+        yield from passes(finished)
 
     # -- relaxation
 
-    def _shrinkage(self, task: Task) -> Tensor | None:
-        """AIM's shrinkage of this weight, on the device; None where it is not relaxed."""
+    def _statistic(self, task: Task) -> str | None:
+        """Whose statistic relaxes this weight; None where it is not relaxed."""
         aim = self.plan.recipe.aim
-        if aim is None or self.activations is None:
+        if aim is None or self.activations is None or task.action == "copy":
             return None
-        name = statistic_of(task.name, self.activations, aim)
-        return shrinkage(self.activations.means[name], aim.omega).to(self.device) if name else None
+        return statistic_of(task.name, self.activations, aim)
+
+    def _shrinkage(self, task: Task) -> Tensor | None:
+        """AIM's shrinkage of this weight; None where it is not relaxed."""
+        name = self._statistic(task)
+        if name is None:
+            return None
+        assert self.activations is not None
+        assert self.plan.recipe.aim is not None
+        return shrinkage(self.activations.means[name], self.plan.recipe.aim.omega)
 
     def _known(self, task: Task, part: Tensor, first: int, count: int) -> Tensor:
         """`part` of a shrinkage without the rows that the base does not have: new vocabulary is not relaxed."""
@@ -124,7 +177,7 @@ class _Loop:
         row_map = self.inputs.row_map(self.inputs.base, task.name)
         if row_map is None:
             return part
-        known = (row_map[first : first + count] >= 0).to(part.device)
+        known = row_map[first : first + count] >= 0
         return torch.where(known[:, None], part, 0.0)
 
     def _check_base(self, name: str) -> None:
@@ -141,9 +194,6 @@ class _Loop:
 
     # -- digests
 
-    def _keep_digest(self, source: Source) -> None:
-        self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
-
     def model_digests(self) -> list[tuple[str, str]]:
         """(label, one digest over all tensors of the model that were read, by name), for each model."""
         found = []
@@ -152,6 +202,63 @@ class _Loop:
             text = "".join(f"{name}\0{value}\n" for name, value in table)
             found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
         return found
+
+
+class _Passes:
+    """The passes over one tensor: the first takes the slices from the stream, later ones what was kept, or the files.
+
+    Called, it is the last pass; `to_measure` are the ones before.
+    """
+
+    def __init__(self, loop: _Loop, task: Task, stream: Stream) -> None:
+        self._loop = loop
+        self._task = task
+        self._stream: Stream | None = stream
+        self._kept: deque[Rows] | None = None
+
+    def to_measure(self, work: Callable[[Rows], R]) -> Iterable[R]:
+        return self._run(work, last=False)
+
+    def __call__(self, work: Callable[[Rows], R]) -> Iterable[R]:
+        return self._run(work, last=True)
+
+    def _run(self, work: Callable[[Rows], R], *, last: bool) -> Iterator[R]:
+        lanes, stride = self._loop.lanes, self._loop.stride
+
+        def computed(rows: Rows) -> R:
+            with lanes.lane():
+                up = Rows(lanes.up(rows.stored_base), tuple(map(lanes.up, rows.stored_experts)), rows.start)
+                return work(up)
+
+        def failed(rows: Rows) -> None:
+            lanes.release()
+            stride.too_large(rows.count, rows.stored_experts[0].shape[1], self._task.name)
+
+        for parts in self._loop.workers.map(lambda rows: in_halves(computed, rows, failed), self._slices(last)):
+            yield from parts
+
+    def _slices(self, last: bool) -> Iterator[Rows]:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            tensor = None
+            for rows in stream:
+                if isinstance(rows, _End):
+                    break
+                if tensor is None:
+                    tensor = self._loop.tensors[self._task.name]
+                    if not last and tensor.nbytes <= self._loop.shares.kept_bytes:
+                        self._kept = deque()
+                if self._kept is not None:
+                    self._kept.append(rows)
+                yield rows
+        elif self._kept is None:
+            with Ahead(self._loop.tensors[self._task.name].slices(first_pass=False), self._loop.shares.ahead) as again:
+                yield from again
+        elif last:
+            while self._kept:
+                yield self._kept.popleft()
+        else:
+            yield from self._kept
 
 
 def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:
@@ -185,10 +292,14 @@ def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> Non
 
 def _rounded(merged: Tensor, task: Task) -> Tensor:
     """The one rounding, to the output's dtype. A finite result that the dtype cannot hold is an error."""
-    rounded = merged.to(task.dtype)
-    if not finite(rounded):
+    if task.dtype == torch.bfloat16 and kernels.usable([merged]):
+        rounded, good = kernels.to_bfloat16(merged)
+    else:
+        rounded = merged.to(task.dtype)
+        good = finite(rounded)
+    if not good:
         raise ModelError(
             f"the merged `{printable(task.name)}` leaves the range of {str(task.dtype).removeprefix('torch.')}",
             hint="choose `out_dtype: bfloat16` or `float32`, or smaller weights",
         )
-    return rounded.cpu().contiguous()
+    return rounded

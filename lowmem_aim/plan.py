@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int) ->
 
 
 def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, t: float) -> Task:
-    if not info.dtype.is_floating_point or info.name in inputs.skeleton.buffers or info.numel == 0:
+    if not info.dtype.is_floating_point or info.name in inputs.outline.buffers or info.numel == 0:
         return Task(info.name, info.shape, info.dtype, "copy", {})
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else info.dtype
     return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t))

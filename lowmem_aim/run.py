@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
+from lowmem_aim import kernels
 from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
-from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.devices import usable_device
+from lowmem_aim.errors import UsageError
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.headers import matrix_shape
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
+from lowmem_aim.memory import Budget, Shares, make_budget, share_out
 from lowmem_aim.merge import check_activations, merge_tensors
 from lowmem_aim.output import check_disk, check_output, check_writable, publish, staged
-from lowmem_aim.plan import make_plan
+from lowmem_aim.plan import Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe
-from lowmem_aim.skeleton import load_skeleton
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -35,7 +37,9 @@ class Options:
     device: str = "auto"
     threads: int | None = None
     use_cache: bool = True
-    slice_rows: int | None = None  # rows in work at a time; None: what fits the processor's cache
+    ram: int | None = None  # bytes of anonymous memory; None: what is free, less a reserve
+    vram: int | None = None  # the same on a device with memory of its own
+    slice_rows: int | None = None  # rows in work at a time; None: what fits the budget and the processor's cache
 
 
 def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = silent) -> Path:
@@ -43,11 +47,11 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
 
     Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before.
     """
-    device = _set_up(options)
+    device, budget = _set_up(options)
     for notice in recipe.notices:
         emit(Notice(notice, "warning"))
     check_output(out, [])
-    with open_inputs(recipe, options.read, emit) as inputs:
+    with open_inputs(recipe, options.read, emit, options.use_cache) as inputs:
         check_output(out, [checkpoint.folder for checkpoint in inputs.checkpoints])
         plan = make_plan(recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes)
         check_disk(out, plan.output_bytes)
@@ -61,6 +65,7 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 activations,
                 staging,
                 device=device,
+                shares=_shares(plan, inputs, budget, device),
                 slice_rows=options.slice_rows,
                 emit=emit,
             )
@@ -79,7 +84,7 @@ def calibrate_base(
     emit: Emit = silent,
 ) -> Path:
     """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache."""
-    device = _set_up(options)
+    device, _ = _set_up(options)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
     if output.exists():
@@ -91,50 +96,51 @@ def calibrate_base(
         raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
     check_writable(output.absolute().parent)
     with Checkpoint.open(located.folder, located.label, options.read) as checkpoint:
-        calibration = prepare(aim, checkpoint, load_skeleton(checkpoint), emit)
+        calibration = prepare(aim, checkpoint, emit)
         if calibration.given:
             raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
-        calibration.measure(device=device, emit=emit).save(output)
+        calibration.measure(device=str(device), emit=emit).save(output)
     return output
 
 
-def _set_up(options: Options) -> str:
-    """Process-wide settings; returns the device to work on."""
-    transformers.utils.logging.set_verbosity_error()  # what users should know comes as a Notice
+def _set_up(options: Options) -> tuple[torch.device, Budget]:
+    """Process-wide settings; returns the device to work on and the budget."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    return _usable(options.device)
+    device = usable_device(options.device)
+    return device, make_budget(device, options.ram, options.vram)
 
 
-def _usable(device: str) -> str:
-    """The device that is meant. Raises UsageError if this machine has no such device."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch: unknown names, no driver, no such number
-        raise UsageError(
-            f"the device `{printable(device)}` cannot be used here: {printable(str(error).splitlines()[0])}",
-            hint="`--device cpu` always works",
-        ) from error
-    return device
+def _shares(plan: Plan, inputs: Inputs, budget: Budget, device: torch.device) -> Shares:
+    tasks = [task for task in plan.tasks if task.action == "merge"]
+    models = len(inputs.experts) + 1
+    widest = max((task.dtype.itemsize for task in tasks), default=4)
+    stored = max((t.dtype.itemsize for checkpoint in inputs.checkpoints for t in checkpoint), default=4)
+    return share_out(
+        budget,
+        device,
+        models=models,
+        stored_bytes=models * stored + widest,
+        row=max((matrix_shape(task.shape)[1] for task in tasks), default=1),
+        threads=torch.get_num_threads(),
+        compiled=kernels.available(),
+    )
 
 
 def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | None:
     if recipe.aim is None or inputs.base is None:
         return None
-    skeleton = inputs.skeleton if inputs.base is inputs.reference else load_skeleton(inputs.base)
-    calibration = prepare(recipe.aim, inputs.base, skeleton, emit)
+    calibration = prepare(recipe.aim, inputs.base, emit)
     if calibration.given:
         check_activations(calibration.given, inputs, recipe.aim)
     return calibration
 
 
 def _activations(
-    calibration: Calibration | None, inputs: Inputs, device: str, use_cache: bool, emit: Emit
+    calibration: Calibration | None, inputs: Inputs, device: torch.device, use_cache: bool, emit: Emit
 ) -> Activations | None:
     if calibration is None:
         return None
-    activations = calibration.activations(device=device, use_cache=use_cache, emit=emit)
+    activations = calibration.activations(device=str(device), use_cache=use_cache, emit=emit)
     check_activations(activations, inputs, calibration.aim)
     return activations

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.weightmap import WeightMap, float_bytes
+
+transformers.utils.logging.set_verbosity_error()  # what users should know comes as a Notice
 
 # In every forward pass of this project, of calibration and of the tests: torch's own fused attention where the model
 # has it, and experts one by one in Python, the only form that shows what each expert is given.

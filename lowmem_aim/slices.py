@@ -1,4 +1,4 @@
-"""The matching rows of one tensor in all models, slice by slice, as a method sees them: float32, on the device.
+"""The matching rows of one tensor in all models, slice by slice, as they are stored.
 
 The first pass over a tensor also checks every model's rows for NaN and Inf, and takes the digest of its bytes.
 """
@@ -7,71 +7,126 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import xxhash
 from torch import Tensor
 
+from lowmem_aim import kernels
 from lowmem_aim.checkpoint import Checkpoint, raw
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
+from lowmem_aim.events import Emit, Notice
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.inputs import Inputs
+from lowmem_aim.memory import is_allocation_failure, shown
 from lowmem_aim.methods import Rows
 from lowmem_aim.plan import Task
 
-# A slice of three experts and a base is then 4 MB of float32: it stays in a processor's cache from read to write.
-SLICE_ELEMENTS = 1 << 18
+R = TypeVar("R")
 
 
-def cuts(shape: tuple[int, ...], slice_rows: int | None) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the slices of a tensor; `slice_rows` rows each, or as many as SLICE_ELEMENTS allow."""
-    rows, columns = matrix_shape(shape)
-    step = slice_rows or max(1, SLICE_ELEMENTS // max(columns, 1))
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+class Stride:
+    """How much is in work at a time: `elements` of each model, in whole rows; `rows` overrides it.
+
+    It is halved when an allocation fails, in whatever thread.
+    """
+
+    def __init__(self, elements: int, rows: int | None = None, emit: Emit = lambda event: None) -> None:
+        self.elements = elements
+        self._rows = rows
+        self._emit = emit
+        self._lock = threading.Lock()
+
+    def rows(self, columns: int) -> int:
+        return self._rows or max(1, self.elements // max(columns, 1))
+
+    def too_large(self, count: int, columns: int, name: str) -> None:
+        """`count` rows of `name` were too many. Raises MemoryBudgetError if it was one; else halves the stride."""
+        if count <= 1:
+            raise MemoryBudgetError(
+                f"one row of `{printable(name)}` ({columns} columns) does not fit the memory that is left",
+                hint="close other programs, give a larger `--ram` or `--vram`, or use `--device cpu`",
+            )
+        with self._lock:
+            if self.rows(columns) < count:
+                return  # another thread met the same
+            self._rows, self.elements = None, max(1, count * columns // 2)
+            size = shown(self.elements * torch.float32.itemsize)
+        self._emit(Notice(f"memory ran short: going on with slices of {size}", "warning"))
+
+    def cuts(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """(start, stop) in rows of the slices of a tensor."""
+        rows, columns = matrix_shape(shape)
+        start = 0
+        while start < rows:
+            stop = min(start + self.rows(columns), rows)
+            yield start, stop
+            start = stop
+
+
+def in_halves(work: Callable[[Rows], R], rows: Rows, failed: Callable[[Rows], None]) -> list[R]:
+    """[work(rows)], or the same for both halves where an allocation fails; `failed` is told of each such slice."""
+    try:
+        return [work(rows)]
+    except Exception as error:
+        if not is_allocation_failure(error):
+            raise
+    failed(rows)  # outside the handler: the exception's frames hold tensors
+    return [result for half in rows.halves() for result in in_halves(work, half, failed)]
 
 
 def finite(rows: Tensor) -> bool:
+    """Whether all values are finite, as float32."""
+    if kernels.usable([rows]) and rows.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return kernels.finite(rows)
     # One reduction instead of an elementwise test: NaN and Inf always show in a sum; finite sums may overflow, so a
     # bad sum only asks for the slow look. Sums of float16 are taken in float32 for that reason.
-    return math.isfinite(float(rows.sum(dtype=torch.float32))) or bool(rows.isfinite().all())
+    return math.isfinite(float(rows.sum(dtype=torch.float32))) or bool(rows.to(torch.float32).isfinite().all())
 
 
 class Source:
-    """One model's rows of one tensor, and the digest of those read through `stored` first to last."""
+    """One model's rows of one tensor, and the digest of those that were seen by `digest_of`."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, row_map: Tensor | None = None) -> None:
         self.checkpoint = checkpoint
         self.name = name
         self._row_map = row_map
         self._hash = xxhash.xxh3_128()
-        self._hashing = True
 
-    def stored(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop as they are stored; the first time around they enter the digest."""
-        rows = self.checkpoint.rows(self.name, start, stop)
-        if self._hashing:
-            self._hash.update(raw(rows))
-        return rows
-
-    def rows(self, start: int, stop: int, fill: Tensor | None, device: torch.device) -> Tensor:
-        """Rows start:stop of the reference's numbering, float32; those that this model lacks are `fill`'s, or zeros."""
+    def pieces(self, start: int, stop: int) -> list[tuple[int, Tensor]]:
+        """Rows start:stop of the reference's numbering as (place, rows as stored), but those that are missing."""
         if self._row_map is None:
-            return self.stored(start, stop).to(device).to(torch.float32)
-        wanted = self._row_map[start:stop]
-        columns = self.checkpoint.tensors[self.name].matrix[1]
-        rows = torch.zeros(stop - start, columns, device=device) if fill is None else fill.clone()
-        for first, run in _runs(wanted):
-            if run[0] >= 0:
-                part = self.stored(int(run[0]), int(run[0]) + len(run))
-                rows[first : first + len(run)] = part.to(device).to(torch.float32)
-        return rows
+            return [(0, self.checkpoint.rows(self.name, start, stop))]
+        runs = _runs(self._row_map[start:stop])
+        return [
+            (place, self.checkpoint.rows(self.name, int(run[0]), int(run[0]) + len(run)))
+            for place, run in runs
+            if run[0] >= 0
+        ]
 
-    def first_pass_done(self) -> None:
-        self._hashing = False
+    def enter_digest(self, pieces: list[tuple[int, Tensor]]) -> None:
+        for _, rows in pieces:
+            self._hash.update(raw(rows))
+
+    def assembled(self, pieces: list[tuple[int, Tensor]], count: int, fill: Tensor | None) -> Tensor:
+        """The pieces as (count, columns); missing rows are `fill`'s, or zeros."""
+        if self._row_map is None:
+            return pieces[0][1]
+        info = self.checkpoint.tensors[self.name]
+        if fill is not None and fill.dtype != info.dtype:
+            fill, dtype = fill.to(torch.float32), torch.float32
+        else:
+            dtype = info.dtype
+        rows = torch.zeros(count, info.matrix[1], dtype=dtype) if fill is None else fill.clone()
+        for place, part in pieces:
+            rows[place : place + len(part)] = part.to(dtype)
+        return rows
 
     def digest(self) -> str:
-        return self._hash.hexdigest()
+        return str(self._hash.hexdigest())
 
 
 def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -83,21 +138,15 @@ def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, wanted[first:last]
 
 
-class Slices:
-    """Called, it gives one pass over all slices of one tensor in all models."""
+class TensorInputs:
+    """One tensor of the plan in all models that its merge reads."""
 
-    def __init__(
-        self,
-        task: Task,
-        inputs: Inputs,
-        with_base: bool,
-        slice_rows: int | None,
-        device: torch.device,
-    ) -> None:
-        self._task = task
-        self._slice_rows = slice_rows
-        self._device = device
-        self._checked = False
+    def __init__(self, task: Task, inputs: Inputs, with_base: bool, stride: Stride) -> None:
+        self.task = task
+        self._stride = stride
+        if task.action == "copy":
+            self._base, self._experts = None, [Source(inputs.reference, task.name)]
+            return
         self._experts = [Source(expert, task.name, inputs.row_map(expert, task.name)) for expert in inputs.experts]
         # Rows that a mapped vocabulary lacks come from the base, whether the method reads it or not.
         mapped = any(inputs.row_map(expert, task.name) is not None for expert in inputs.experts)
@@ -108,33 +157,56 @@ class Slices:
     def sources(self) -> list[Source]:
         return [*([self._base] if self._base else []), *self._experts]
 
-    def __call__(self) -> Iterator[Rows]:
-        columns = matrix_shape(self._task.shape)[1]
-        nothing = torch.empty(0, device=self._device)
-        for start, stop in cuts(self._task.shape, self._slice_rows):
-            base = self._base.rows(start, stop, None, self._device) if self._base else None
-            experts = tuple(source.rows(start, stop, base, self._device) for source in self._experts)
-            if not self._checked:
-                self._check((base, *experts) if base is not None else experts)
-            yield Rows(nothing if base is None else base, experts, start * columns)
-        self._checked = True
-        for source in self.sources:
-            source.first_pass_done()
+    @property
+    def nbytes(self) -> int:
+        """Of the rows of all models, as stored."""
+        sizes = [source.checkpoint.tensors[source.name].dtype.itemsize for source in self.sources]
+        return sum(sizes) * math.prod(self.task.shape)
 
-    def _check(self, rows: tuple[Tensor, ...]) -> None:
-        if all(finite(part) for part in rows):
-            return
+    def slices(self, first_pass: bool) -> Iterator[Rows]:
+        """One pass over all slices. The first checks and takes digests. Raises ModelError, MemoryBudgetError."""
+        rows, columns = matrix_shape(self.task.shape)
+        start = 0
+        while start < rows:
+            stop = min(start + self._stride.rows(columns), rows)
+            try:
+                pieces = [source.pieces(start, stop) for source in self.sources]
+                read = self._assembled(pieces, start, stop - start, columns)
+            except Exception as error:
+                if not is_allocation_failure(error):
+                    raise
+                read = None
+            if read is None:
+                self._stride.too_large(stop - start, columns, self.task.name)
+                continue
+            if first_pass:
+                self._look_at(pieces)
+            yield read
+            del read, pieces  # before the next are read
+            start = stop
+
+    def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
+        base = self._base.assembled(pieces[0], count, None) if self._base else None
+        parts = zip(self._experts, pieces[len(pieces) - len(self._experts) :], strict=True)
+        experts = tuple(source.assembled(part, count, base) for source, part in parts)
+        return Rows(torch.empty(0) if base is None else base, experts, start * columns)
+
+    def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
+        for source, part in zip(self.sources, pieces, strict=True):
+            source.enter_digest(part)
+            if self.task.action == "merge" and not all(finite(rows) for _, rows in part):
+                self._refuse()
+
+    def _refuse(self) -> None:
         problems = []
         for source in self.sources:
-            count = self._count(source)
+            count = self._bad_values(source)
             if count:
-                where = f"`{printable(self._task.name)}` of `{printable(source.checkpoint.label)}`"
+                where = f"`{printable(self.task.name)}` of `{printable(source.checkpoint.label)}`"
                 problems.append(f"{where} holds {count} value(s) that are NaN or Inf, or beyond float32")
         raise ModelError(problems, hint="a broken download or a diverged fine-tune: get this model again")
 
-    def _count(self, source: Source) -> int:
+    def _bad_values(self, source: Source) -> int:
         info = source.checkpoint.tensors[source.name]
-        parts = cuts(info.shape, self._slice_rows)
-        return sum(
-            int((~source.checkpoint.rows(source.name, a, b).to(torch.float32).isfinite()).sum()) for a, b in parts
-        )
+        slices = (source.checkpoint.rows(source.name, a, b) for a, b in self._stride.cuts(info.shape))
+        return sum(int((~rows.to(torch.float32).isfinite()).sum()) for rows in slices)

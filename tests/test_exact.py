@@ -42,8 +42,8 @@ def test_a_term_that_is_not_finite_is_refused() -> None:
 
 
 def test_the_fold_adds_up_slices() -> None:
-    fold = ExactSums(lambda rows: [rows.base.double(), rows.experts[0].double()])
+    fold = ExactSums(lambda rows: [exact_sum(rows.base.double()), exact_sum(rows.experts[0].double())])
     for start in range(3):
-        fold.add(Rows(torch.full((2, 2), 0.1), (torch.ones(2, 2),), start))
+        fold.add(fold.part(Rows(torch.full((2, 2), 0.1), (torch.ones(2, 2),), start)))
     tenth = float(torch.tensor(0.1))
     assert fold.finish() == [float(12 * Fraction(tenth)), 12.0]

@@ -42,7 +42,7 @@ def merge(
     method: str, base: Tensor, experts: list[Tensor], parameters: dict[str, Any], step: int = 1 << 30, seed: int = 0
 ) -> Tensor:
     subject = Subject(NAME, tuple(base.shape), base.numel(), len(experts), seed)
-    combine = measure(METHODS[method].start(subject, parameters), lambda: slices(base, experts, step))
+    combine = measure(METHODS[method].start(subject, parameters), lambda work: map(work, slices(base, experts, step)))
     return torch.cat([combine(rows) for rows in slices(base, experts, step)]).reshape(base.shape)
 
 
@@ -120,7 +120,7 @@ def test_the_mask_of_ties_is_the_k_largest_equal_ones_by_index(
     base, expert = (base * 4).round() / 4, (expert * 8).round() / 8  # so coarse that most magnitudes are shared
     subject = Subject(NAME, shape, base.numel(), 1)
     script = largest(subject, (density,))
-    (cut,) = measure(script, lambda: slices(base, [expert], step))  # type: ignore[arg-type]
+    (cut,) = measure(script, lambda work: map(work, slices(base, [expert], step)))  # type: ignore[arg-type]
     parts = []
     for rows in slices(base, [expert], step):
         delta = rows.experts[0] - rows.base

@@ -13,11 +13,24 @@ PACKAGE = ROOT / "lowmem_aim"
 
 # Lower storeys first. A module may import from storeys below its own and from its own, but nothing above.
 STOREYS = [
-    {"errors", "events", "durable", "interrupts", "yaml_tree", "headers", "memory"},
+    {
+        "errors",
+        "events",
+        "durable",
+        "interrupts",
+        "yaml_tree",
+        "headers",
+        "memory",
+        "loops",
+        "kernels",
+        "pipeline",
+        "devices",
+    },
     {"checkpoint", "activations", "hub", "methods", "relax"},
     {"recipe", "weightmap", "write", "output"},
     {"skeleton", "texts", "observe"},
-    {"inputs", "stage"},
+    {"outline", "stage"},
+    {"inputs"},
     {"plan", "drivers"},
     {"calibrate"},
     {"activation_cache", "slices"},

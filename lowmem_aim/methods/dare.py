@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from lowmem_aim.methods.masks import keep_mask
-from lowmem_aim.methods.method import Densities, Rescale, Rows, Script, Subject, Weights, merge_method
-from lowmem_aim.methods.task_vectors import Sparsify, consensus, rescale_factors
+from lowmem_aim.methods.method import Densities, Rescale, Script, Subject, Weights, merge_method
+from lowmem_aim.methods.selection import Selection, Share
+from lowmem_aim.methods.task_vectors import consensus, rescale_factors
 
 
 @merge_method("dare_linear", source="arXiv 2311.03099")
@@ -23,9 +21,9 @@ def dare_linear(
     int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
 ) -> Script:
     """W0 + lambda sum wi Di, each element of Di kept with probability density."""
-    sparsify = at_random(tensor, density)
-    factor = yield from rescale_factors(sparsify, density, rescale)
-    return consensus(sparsify, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
+    selections = at_random(tensor, density)
+    factor = yield from rescale_factors(selections, density, rescale)
+    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
 
 
 @merge_method("dare_ties", source="arXiv 2311.03099 with the sign election of arXiv 2306.01708")
@@ -40,32 +38,11 @@ def dare_ties(
     int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
 ) -> Script:
     """As dare_linear, with the elements summed over the experts that agree with the elected sign."""
-    sparsify = at_random(tensor, density)
-    factor = yield from rescale_factors(sparsify, density, rescale)
-    return consensus(sparsify, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
+    selections = at_random(tensor, density)
+    factor = yield from rescale_factors(selections, density, rescale)
+    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
-def at_random(tensor: Subject, density: Sequence[float]) -> Sparsify:
-    """Keep each element of expert i's delta with probability density_i, by the counter-based masks of `masks`."""
-
-    def sparsify(deltas: Sequence[Tensor], rows: Rows) -> list[Tensor | None]:
-        return [
-            _mask(tensor, i, d, delta, rows.start) for i, (d, delta) in enumerate(zip(density, deltas, strict=True))
-        ]
-
-    return sparsify
-
-
-def _mask(tensor: Subject, position: int, density: float, delta: Tensor, start: int) -> Tensor | None:
-    if density >= 1.0:
-        return None
-    mask = keep_mask(
-        density,
-        seed=tensor.seed,
-        name=tensor.name,
-        position=position,
-        start=start,
-        count=delta.numel(),
-        device=delta.device,
-    )
-    return mask.view(delta.shape)
+def at_random(tensor: Subject, density: Sequence[float]) -> list[Selection]:
+    """Each element of expert i's delta with probability density_i."""
+    return [Share(d, tensor.seed, tensor.name, position) for position, d in enumerate(density)]

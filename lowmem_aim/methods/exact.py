@@ -59,16 +59,18 @@ def to_float(units: int) -> float:
 
 
 class ExactSums:
-    """A fold: exact sums of several float64 terms tensors a slice. Answers with a list of floats."""
+    """A fold: exact sums over the whole tensor, several at a time. Answers with a list of floats."""
 
-    def __init__(self, terms: Callable[[Rows], Sequence[Tensor]]) -> None:
-        """`terms(rows)` gives, slice after slice, the same number of fresh float64 tensors (they are overwritten)."""
-        self._terms = terms
+    def __init__(self, sums: Callable[[Rows], Sequence[int]]) -> None:
+        """`sums(rows)` gives the slice's own sums, as `exact_sum` does."""
+        self._sums = sums
         self._totals: list[int] = []
 
-    def add(self, rows: Rows) -> None:
-        sums = [exact_sum(term) for term in self._terms(rows)]
-        self._totals = [a + b for a, b in zip(self._totals or [0] * len(sums), sums, strict=True)]
+    def part(self, rows: Rows) -> Sequence[int]:
+        return self._sums(rows)
+
+    def add(self, part: Sequence[int]) -> None:
+        self._totals = [a + b for a, b in zip(self._totals or [0] * len(part), part, strict=True)]
 
     def finish(self) -> list[float]:
         return [to_float(total) for total in self._totals]

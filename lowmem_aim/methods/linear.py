@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from lowmem_aim import kernels
 from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
 ZERO_WEIGHT = 1e-8  # a sum of weights below this is no divisor
 
 
-def weighted_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
-    """sum wi Ti, added in model order; a fresh tensor."""
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += tensor * weight
+def weighted_sum(stored: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+    """sum wi Ti in float32, added in model order; a fresh tensor."""
+    if kernels.usable(stored):
+        return kernels.weighted_sum(stored, weights)
+    total = stored[0].to(torch.float32) * weights[0]
+    for tensor, weight in zip(stored[1:], weights[1:], strict=True):
+        total += tensor.to(torch.float32) * weight
     return total
 
 
@@ -26,7 +30,7 @@ def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Scrip
     shares = tuple(w / sum(weight) for w in weight) if normalize else weight
 
     def combine(rows: Rows) -> Tensor:
-        return weighted_sum(rows.experts, shares)
+        return weighted_sum(rows.stored_experts, shares)
 
     return combine
     yield  # no rounds
@@ -37,7 +41,7 @@ def passthrough(tensor: Subject, *, scale: Scales = (1.0,)) -> Script:
     """W * scale."""
 
     def combine(rows: Rows) -> Tensor:
-        return rows.experts[0] * scale[0]
+        return weighted_sum(rows.stored_experts, scale)
 
     return combine
     yield  # no rounds

@@ -13,7 +13,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-_SPAN = 1 << 32  # the counter's low word; its high word goes into the keys
+SPAN = 1 << 32  # the counter's low word; its high word goes into the keys
+SIGNED_TOP = SPAN >> 1  # draws are signed: [-2^31, 2^31)
 
 
 def keep_mask(
@@ -23,20 +24,26 @@ def keep_mask(
 
     `position` counts the models without the base.
     """
-    limit = round(density * _SPAN) - (_SPAN >> 1)  # draws are signed: [-2^31, 2^31)
-    if limit >= _SPAN >> 1:
+    limit = mask_limit(density)
+    if limit >= SIGNED_TOP:
         return torch.ones(count, dtype=torch.bool, device=device)
     parts = []
     while count > 0:  # a piece ends where the counter's low word wraps
-        low = start % _SPAN
-        length = min(count, _SPAN - low)
-        keys = _keys(seed, name, position, start // _SPAN)
+        low = start % SPAN
+        length = min(count, SPAN - low)
+        keys = mask_keys(seed, name, position, start // SPAN)
         parts.append(_draws(low, length, keys, device) < limit)
         start, count = start + length, count - length
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _keys(seed: int, name: str, position: int, high: int) -> tuple[int, int]:
+def mask_limit(density: float) -> int:
+    """An element stays if its draw lies below this."""
+    return round(density * SPAN) - SIGNED_TOP
+
+
+def mask_keys(seed: int, name: str, position: int, high: int) -> tuple[int, int]:
+    """The two keys of a model's draws for one tensor; `high` is the counter's upper word."""
     message = f"lowmem-aim mask 1\0{seed}\0{position}\0{high}\0{name}"
     words = hashlib.blake2b(message.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(words[:4], "little", signed=True), int.from_bytes(words[4:], "little", signed=True)
@@ -63,4 +70,4 @@ def _mix(x: Tensor) -> Tensor:
 
 def _signed(word: int) -> int:
     """A 32-bit word as int32 holds it."""
-    return (word + (1 << 31)) % _SPAN - (1 << 31)
+    return (word + (1 << 31)) % SPAN - (1 << 31)

@@ -27,8 +27,9 @@ import inspect
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 
@@ -45,17 +46,50 @@ class Subject:
 
 @dataclass(frozen=True)
 class Rows:
-    """The same rows of one tensor in all models, float32; none of them may be written to."""
+    """The same rows of one tensor in all models; none of them may be written to. Compute with `base` and `experts`.
 
-    base: Tensor  # (rows, columns); zeros are never invented: methods without a base must not look at it
-    experts: tuple[Tensor, ...]  # K x (rows, columns)
+    `stored_base` is empty where the method has no base and must not be looked at.
+    """
+
+    stored_base: Tensor  # (rows, columns), in the dtype of the file
+    stored_experts: tuple[Tensor, ...]  # K x (rows, columns)
     start: int  # flat index of the first element in the whole tensor
+
+    @property
+    def base(self) -> Tensor:
+        """float32; a copy, unless it is stored so."""
+        return self.stored_base.to(torch.float32)
+
+    @property
+    def experts(self) -> tuple[Tensor, ...]:
+        """float32; copies, unless they are stored so."""
+        return tuple(expert.to(torch.float32) for expert in self.stored_experts)
+
+    @property
+    def count(self) -> int:
+        return self.stored_experts[0].shape[0]
+
+    def halves(self) -> tuple[Rows, Rows]:
+        """The upper and the lower half of the rows; there must be two at least."""
+        middle = self.count // 2
+        columns = self.stored_experts[0].shape[1]
+        return (
+            Rows(self.stored_base[:middle], tuple(e[:middle] for e in self.stored_experts), self.start),
+            Rows(
+                self.stored_base[middle:],
+                tuple(e[middle:] for e in self.stored_experts),
+                self.start + middle * columns,
+            ),
+        )
 
 
 class Fold(Protocol):
-    """One round: `add` sees each slice once, in order; `finish` gives what was measured."""
+    """One round. `part`, a pure function, measures each slice, several at once perhaps; `add` takes the parts in the
+    order of the slices (a slice may come as several parts); `finish` gives what was measured."""
 
-    def add(self, rows: Rows) -> None: ...
+    def part(self, rows: Rows) -> Any: ...
+
+    def add(self, part: Any) -> None: ...
 
     def finish(self) -> Any: ...
 
@@ -191,13 +225,22 @@ def merge_method(
     return register
 
 
-def measure(script: Script, slices: Callable[[], Iterable[Rows]]) -> Combine:
-    """Run all rounds of a script, each over a fresh pass of `slices`, and return its combine."""
+T = TypeVar("T")
+
+
+class Pass(Protocol):
+    """Goes over all slices of a tensor: gives work(rows) for each, in order."""
+
+    def __call__(self, work: Callable[[Rows], T], /) -> Iterable[T]: ...
+
+
+def measure(script: Script, over_slices: Pass) -> Combine:
+    """Run all rounds of a script, each a fresh pass, and return its combine."""
     try:
         fold = next(script)
         while True:
-            for rows in slices():
-                fold.add(rows)
+            for part in over_slices(fold.part):
+                fold.add(part)
             fold = script.send(fold.finish())
     except StopIteration as finished:
         combine: Combine = finished.value

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from torch import Tensor
 
-from lowmem_aim.methods.exact import ExactSums, dot
+from lowmem_aim import kernels
+from lowmem_aim.methods.exact import ExactSums, dot, exact_sum
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
 
@@ -17,17 +18,21 @@ PARALLEL = 0.9995  # |cos| above this: the angle is too small to divide by its s
 @merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985")
 def slerp(tensor: Subject, *, t: Annotated[float, Within()]) -> Script:
     """sin((1-t)a)/sin a W0 + sin(t a)/sin a W1, a the angle between the tensors; linear where they are parallel."""
-    squares = yield ExactSums(lambda rows: _gram(rows.base, rows.experts[0]))
+    squares = yield ExactSums(_gram)
     shares = _shares(t, *squares)
 
     def combine(rows: Rows) -> Tensor:
-        return weighted_sum((rows.base, rows.experts[0]), shares)
+        return weighted_sum((rows.stored_base, rows.stored_experts[0]), shares)
 
     return combine
 
 
-def _gram(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return dot(a, a), dot(b, b), dot(a, b)
+def _gram(rows: Rows) -> tuple[int, ...]:
+    """Exact sums of a a, b b and a b, a the base and b the expert."""
+    if kernels.usable(rows.stored_experts):
+        return kernels.dot_sums(rows.stored_base, rows.stored_experts[0])
+    a, b = rows.base, rows.experts[0]
+    return exact_sum(dot(a, a)), exact_sum(dot(b, b)), exact_sum(dot(a, b))
 
 
 def _shares(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:

@@ -6,38 +6,29 @@ elected sign stay -> sum -> if `normalize`, divided by the weights that took par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_aim.methods.exact import ExactSums, wide
+from lowmem_aim import kernels
+from lowmem_aim.methods.exact import ExactSums, exact_sum, wide
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
-
-# deltas, rows -> for each expert the elements of its delta that stay, (rows, columns) bool; None where all stay
-Sparsify = Callable[[Sequence[Tensor], Rows], Sequence[Tensor | None]]
+from lowmem_aim.methods.selection import Everything, Selection
 
 
 @merge_method("task_arithmetic", source="arXiv 2212.04089")
 def task_arithmetic(tensor: Subject, *, weight: Weights, normalize: bool = False, lambda_: float = 1.0) -> Script:
     """W0 + lambda sum wi Di."""
-    return consensus(keep_all, weight, (1.0,) * tensor.experts, normalize=normalize, lambda_=lambda_, elect=False)
+    everything, unscaled = (Everything(),) * tensor.experts, (1.0,) * tensor.experts
+    return consensus(everything, weight, unscaled, normalize=normalize, lambda_=lambda_, elect=False)
     yield  # no rounds
 
 
-def task_vectors(rows: Rows) -> list[Tensor]:
-    """Fresh deltas Wi - W0, K x (rows, columns) float32."""
-    return [expert - rows.base for expert in rows.experts]
-
-
-def keep_all(deltas: Sequence[Tensor], rows: Rows) -> Sequence[Tensor | None]:
-    return [None] * len(deltas)
-
-
 def rescale_factors(
-    sparsify: Sparsify, density: Sequence[float], rescale: Rescale
+    selections: Sequence[Selection], density: Sequence[float], rescale: Rescale
 ) -> Generator[Fold, Any, tuple[float, ...]]:
     """What each sparsified delta is multiplied by: |D|_1 / |kept|_1 (one round), 1 / density, or 1."""
     if rescale is False or all(d >= 1.0 for d in density):
@@ -45,18 +36,27 @@ def rescale_factors(
     if rescale == "density":
         return tuple(1.0 / d if d > 0.0 else 1.0 for d in density)
 
-    def magnitudes(rows: Rows) -> list[Tensor]:
-        deltas = task_vectors(rows)
-        kept = [_masked(delta, mask) for delta, mask in zip(deltas, sparsify(deltas, rows), strict=True)]
-        return [wide(terms.abs()) for terms in (*deltas, *kept)]
+    def sums(rows: Rows) -> list[int]:
+        return [total for i, chosen in enumerate(selections) for total in _absolute_sums(rows, i, chosen)]
 
-    sums = yield ExactSums(magnitudes)
-    pairs = zip(sums[: len(density)], sums[len(density) :], strict=True)
+    found = yield ExactSums(sums)
+    pairs = zip(found[::2], found[1::2], strict=True)
     return tuple(whole / kept if kept > 0.0 else 1.0 for whole, kept in pairs)
 
 
+def _absolute_sums(rows: Rows, expert: int, selection: Selection) -> tuple[int, int]:
+    """Exact |D|_1 and |kept|_1 of one expert's slice."""
+    stored = rows.stored_experts[expert]
+    kept = selection.kept(rows.start, stored.numel())
+    if kept and kernels.usable(rows.stored_experts):
+        return kernels.absolute_sums(rows.stored_base, stored, kept)
+    delta = stored.to(torch.float32) - rows.base
+    stays = _masked(delta, selection.mask(delta, rows.start))
+    return exact_sum(wide(delta.abs())), exact_sum(wide(stays.abs()))
+
+
 def consensus(
-    sparsify: Sparsify,
+    selections: Sequence[Selection],
     weight: Sequence[float],
     factor: Sequence[float],  # from `rescale_factors`; not part of the divisor
     *,
@@ -65,25 +65,52 @@ def consensus(
     elect: bool,
 ) -> Combine:
     """The combine of the whole family."""
+    scales = [w * f for w, f in zip(weight, factor, strict=True)]
+    # Where signs are elected the divisor is the element's own, else it is one number.
+    share = 1.0 / _safe(sum(weight)) if normalize and not elect else 1.0
+
+    def compiled(rows: Rows) -> Tensor | None:
+        kept = [selection.kept(rows.start, rows.stored_base.numel()) for selection in selections]
+        whole = [numbers for numbers in kept if numbers]
+        if len(whole) < len(kept) or not kernels.usable(rows.stored_experts):
+            return None
+        return kernels.consensus(
+            rows.stored_base,
+            rows.stored_experts,
+            whole,
+            scales,
+            weight,
+            elect=elect,
+            per_element=elect and normalize,
+            factor=share,
+            lambda_=lambda_,
+            zero_weight=ZERO_WEIGHT,
+        )
 
     def combine(rows: Rows) -> Tensor:
-        deltas = task_vectors(rows)
-        masks = sparsify(deltas, rows)
-        parts = [
-            _masked(delta, mask).mul_(w * f) for delta, mask, w, f in zip(deltas, masks, weight, factor, strict=True)
-        ]
-        merged, divisor = _elected(parts, weight) if elect else (_sum(parts), sum(weight))
-        if normalize:
-            merged = (
-                merged / _safe(divisor) if isinstance(divisor, Tensor) else merged.mul_(1.0 / _safe_scalar(divisor))
-            )
-        return merged.mul_(lambda_).add_(rows.base)
+        result = compiled(rows)
+        if result is not None:
+            return result
+        base = rows.base
+        parts = [_part(e - base, s, scale, rows) for e, s, scale in zip(rows.experts, selections, scales, strict=True)]
+        merged = _sum(parts)
+        if elect:
+            merged, divisor = _elected(parts, merged, weight)
+            if normalize:
+                merged /= divisor.masked_fill_(divisor.abs() < ZERO_WEIGHT, 1.0)
+        return merged.mul_(share).mul_(lambda_).add_(base)
 
     return combine
 
 
+def _part(delta: Tensor, selection: Selection, scale: float, rows: Rows) -> Tensor:
+    """What an expert adds: the elements of its delta (overwritten) that stay, scaled; zero elsewhere."""
+    mask = selection.mask(delta, rows.start)
+    return _masked(delta.mul_(scale), mask)
+
+
 def _masked(delta: Tensor, mask: Tensor | None) -> Tensor:
-    return delta if mask is None else delta * mask
+    return delta if mask is None else torch.where(mask, delta, 0.0)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -94,21 +121,17 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _elected(parts: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Per element: the sum of the Vi whose sign is that of sum Vi (+ where it is 0), and the sum of their weights."""
-    positive = _sum(parts) >= 0.0
-    total = torch.zeros_like(parts[0])
-    divisor = torch.zeros_like(parts[0])
+def _elected(parts: Sequence[Tensor], total: Tensor, weight: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Per element: the sum of the Vi whose sign is that of their `total` (+ where it is 0), and of their weights."""
+    positive = total >= 0.0
+    elected = torch.zeros_like(total)
+    divisor = torch.zeros_like(total)
     for part, w in zip(parts, weight, strict=True):
         agrees = torch.where(positive, part > 0.0, part < 0.0)  # a zero agrees with neither
-        total += part * agrees
+        elected += torch.where(agrees, part, 0.0)
         divisor += agrees * w
-    return total, divisor
+    return elected, divisor
 
 
-def _safe(divisor: Tensor) -> Tensor:
-    return divisor.masked_fill_(divisor.abs() < ZERO_WEIGHT, 1.0)
-
-
-def _safe_scalar(divisor: float) -> float:
+def _safe(divisor: float) -> float:
     return divisor if abs(divisor) >= ZERO_WEIGHT else 1.0

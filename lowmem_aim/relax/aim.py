@@ -12,6 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowmem_aim import kernels
+
+FEW_COLUMNS = 256  # a compiled loop over fewer has nothing to be fast with
+
 
 def shrinkage(
     means: Tensor,  # (1, in), (in, 1), (n,), (experts, 1, in) or (experts, in, 1) float32, see `activations`
@@ -43,14 +47,16 @@ def shrinkage_rows(
 
 
 def relax(
-    merged: Tensor,  # (rows, columns) float32
-    base: Tensor,  # (rows, columns) float32
+    merged: Tensor,  # (rows, columns) float32; overwritten
+    base: Tensor,  # (rows, columns), in any float dtype
     shrink: Tensor,  # broadcastable against them, float32 in [0, 1]
 ) -> Tensor:  # (rows, columns) float32
     """W0 + (Wm - W0)(1 - s), computed from the nearer end, so that s = 0 gives Wm and s = 1 gives W0 exactly."""
+    if kernels.usable([merged]) and merged.is_contiguous():
+        by_column = shrink.shape == (1, merged.shape[1]) and merged.shape[1] >= FEW_COLUMNS
+        return kernels.relax(merged, base, shrink if by_column else shrink.expand(merged.shape).contiguous())
+    base = base.to(torch.float32)
     from_base = shrink > 0.5
     delta = merged - base
     delta *= torch.where(from_base, 1.0 - shrink, -shrink)
-    if not bool(from_base.any()):
-        return delta.add_(merged)
     return delta.add_(torch.where(from_base, base, merged))
