@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test format clean
+.PHONY: install demo lint type test bench format clean
 
 install: $(STAMP)
 
@@ -28,9 +28,15 @@ type: install
 test: lint type
 	$(BIN)/pytest
 
+# An hour and 20 GB of disk: every method at 1b against mergekit, calibration, then how time and memory grow.
+bench: install
+	$(BIN)/python tests/bench/bench.py --scale 160m --only calibration
+	$(BIN)/python tests/bench/bench.py --scale 1b
+	$(BIN)/python tests/bench/bench.py --scale 160m 3b 8gb-tensor --only ours disk --methods task_arithmetic ties --repeats 1
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-run build dist *.egg-info
+	rm -rf $(VENV) demo-run bench-run build dist *.egg-info

@@ -1,0 +1,105 @@
+"""The commands that are compared: ours, mergekit's, and the two ways to calibrate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from measure import Cost, cost_of
+from models import EXPERTS
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RAM = "1GB"
+WEIGHTS = (1.0, 0.5, 0.3)
+METHODS = ("linear", "task_arithmetic", "slerp", "dare_linear", "dare_ties", "ties")
+SPARSE = ("dare_linear", "dare_ties", "ties")
+OMEGA = "0.4"
+
+
+@dataclass(frozen=True)
+class Setting:
+    models: Path  # with base/ and expert-*/
+    scratch: Path
+
+    @property
+    def experts(self) -> list[Path]:
+        return [self.models / name for name in EXPERTS if (self.models / name).is_dir()]
+
+    @property
+    def base(self) -> Path:
+        return self.models / "base"
+
+
+def save_recipe(method: str, setting: Setting) -> Path:
+    """mergekit's YAML, which both read."""
+    experts = setting.experts[:1] if method == "slerp" else setting.experts
+    models: list[dict[str, Any]] = []
+    for expert, weight in zip(experts, WEIGHTS, strict=False):
+        parameters = {"weight": weight} | ({"density": 0.5} if method in SPARSE else {})
+        models.append({"model": str(expert)} | ({"parameters": parameters} if method != "slerp" else {}))
+    recipe: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+    if method == "slerp":
+        recipe["models"] = [{"model": str(setting.base)}, *models]
+        recipe["parameters"] = {"t": 0.4}
+    if method != "linear":
+        recipe["base_model"] = str(setting.base)
+    file = setting.scratch / f"{method}.yml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def ours(method: str, setting: Setting, activations: Path | None = None) -> Cost:
+    recipe, out = save_recipe(method, setting), setting.scratch / "out-ours"
+    aim = ["--calibration", str(activations), "--omega", OMEGA] if activations else []
+    command = [sys.executable, "-m", "lowmem_aim", "merge", str(recipe), str(out), "--quiet", "--ram", RAM, *aim]
+    return _cost(command, setting, out)
+
+
+def mergekit(method: str, setting: Setting, tool: Path) -> Cost:
+    recipe, out = save_recipe(method, setting), setting.scratch / "out-mergekit"
+    return _cost([str(tool), str(recipe), str(out), "--quiet"], setting, out)
+
+
+def disk(setting: Setting, models: list[Path], nbytes: int) -> Cost:
+    files = [str(file) for model in models for file in sorted(model.glob("*.safetensors"))]
+    out = setting.scratch / "out-disk"
+    return _cost([sys.executable, str(HERE / "measure.py"), *files, str(out), str(nbytes)], setting, out)
+
+
+def calibrate(setting: Setting, texts: Path, dtype: str, out: Path) -> Cost:
+    command = [sys.executable, "-m", "lowmem_aim", "calibrate", str(setting.base), "-o", str(out), "--quiet"]
+    flags = ["--calibration", str(texts), "--samples", "100000", "--calibration-dtype", dtype, "--ram", RAM]
+    return _cost([*command, *flags], setting, None)
+
+
+def whole_model_calibration(setting: Setting, texts: Path, dtype: str) -> Cost:
+    script = str(HERE / "whole_model_calibration.py")
+    return _cost([sys.executable, script, str(setting.base), str(texts), dtype], setting, None)
+
+
+def _cost(command: list[str], setting: Setting, out: Path | None) -> Cost:
+    if out is not None:
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+    log = setting.scratch / "log.txt"
+    cost = cost_of(command, log)
+    if cost.exit_code:
+        raise RuntimeError(f"{' '.join(command)} ended with {cost.exit_code}:\n{log.read_text()[-2000:]}")
+    if out is not None:
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+    return cost
+
+
+def install_mergekit(work: Path) -> Path | None:
+    """The mergekit-yaml command, in an environment of its own; None if it cannot be installed."""
+    folder = work / "mergekit-environment"
+    tool = folder / "bin" / "mergekit-yaml"
+    if not tool.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(folder / "bin" / "pip"), "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
+        subprocess.run([*install, "-r", str(HERE / "mergekit-requirements.txt")], check=False)
+    return tool if tool.is_file() else None
