@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +77,7 @@ class Calibration:
         return dtype in (torch.bfloat16, torch.float16) and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
     def _key(self, device: str) -> str:
-        import transformers
-
-        versions = (torch.__version__, transformers.__version__, FORMAT)
+        versions = (torch.__version__, metadata.version("transformers"), FORMAT)
         threads = torch.get_num_threads() if device == "cpu" else 0
         tokens = [sequence.tolist() for sequence in self.sequences]
         what = (self.base.fingerprint(), tokens, self.aim.dtype, device, threads, versions)

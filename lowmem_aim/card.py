@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,9 @@ def provenance(
 
 
 def versions() -> dict[str, str]:
-    import safetensors
-    import transformers
-
-    return {
-        "lowmem-aim": lowmem_aim.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
+    """Of what is installed; asked without importing it, which takes seconds."""
+    others = {name: metadata.version(name) for name in ("transformers", "safetensors")}
+    return {"lowmem-aim": lowmem_aim.__version__, "torch": str(torch.__version__), **others}
 
 
 def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> str:
