@@ -126,12 +126,12 @@ def count_upper(base: Tensor, expert: Tensor) -> Tensor:  # (2^UPPER_BITS,) int6
     return counts
 
 
-def collect(base: Tensor, expert: Tensor, upper: int) -> tuple[Tensor, Tensor]:  # (n,) int64, (n,) int32
-    """Indices in the slice and bits of those |expert - base| whose upper bits are `upper`, in order."""
-    places = np.empty(base.numel(), np.int32)
-    bits = np.empty(base.numel(), np.int32)
+def collect(base: Tensor, expert: Tensor, upper: int, most: int) -> tuple[Tensor, Tensor]:  # (n,) int64, (n,) int32
+    """Indices in the slice and bits of those |expert - base| whose upper bits are `upper`, in order; `most` at most."""
+    places = np.empty(min(base.numel(), most), np.int32)
+    bits = np.empty(len(places), np.int32)
     found = _loops().collect(*_arrays([base, expert]), 31 - UPPER_BITS, upper, places, bits)
-    # Copies: the buffers are as large as the slice, what was found mostly is a hundredth of it.
+    # Copies: the buffers have room for all of the bin, what was found in this slice is a part of it.
     return torch.from_numpy(places[:found].astype(np.int64)), torch.from_numpy(bits[:found].copy())
 
 

@@ -124,7 +124,9 @@ def share_out(
             room = min(room, budget.vram_left(device) * 9 // 10 // ((stored_bytes + work) * workers))
         if room >= min(row, largest):
             elements = min(room, max(largest, row))
-            return Shares(min(elements, largest) if row <= largest else row, workers, ahead, ram // 4)
+            return Shares(
+                min(elements, largest) if row <= largest else row, workers, ahead, ram // 6
+            )  # two tensors may be kept at a time
     needed = 2 * row * (held + work) + models * STATS_BYTES
     raise MemoryBudgetError(
         f"a row of {row} elements in {models} models needs {shown(needed)} more, but {shown(budget.left(device))} of "

@@ -9,12 +9,14 @@ model. The bytes written depend on neither, nor on threads or read mode (see `me
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Any
 
 import torch
 import xxhash
@@ -28,15 +30,14 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.memory import Shares
-from lowmem_aim.methods import Rows, Subject, measure
-from lowmem_aim.pipeline import Ahead, Workers
-from lowmem_aim.plan import Plan, Task
+from lowmem_aim.methods import Rows, Subject, rounds
+from lowmem_aim.methods.method import Combine, Fold
+from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
+from lowmem_aim.plan import Plan, Shard, Task
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 from lowmem_aim.write import ShardWriter
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,53 @@ def merge_tensors(
     """
     emit(PhaseStarted("merge", plan.tensor_bytes, "bytes"))
     stride = Stride(shares.slice_elements, slice_rows, emit)
-    merged = Merged()
-    done = 0
-    with _one_thread_an_operation(), Workers(shares.workers) as workers:
-        loop = _Loop(plan, inputs, activations, Lanes(device), stride, shares, workers)
-        with Ahead(loop.read_all(), shares.ahead) as stream:
-            for shard in plan.shards:
-                with ShardWriter(staging / shard.name, shard.nbytes) as writer:
-                    writer.append(shard.header)
-                    for task in shard.tasks:
-                        for rows in loop.rows_of(task, stream):
-                            writer.append(raw(rows))
-                        done += task.nbytes
-                        emit(Advanced(done, task.name))
-                    merged.shards[shard.name] = writer.close()
-    merged.models.extend(loop.model_digests())
+    loop = _Loop(plan, inputs, activations, Lanes(device), stride, shares)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_thread_an_operation())
+        output = stack.enter_context(_Output(plan, staging, emit))
+        workers = stack.enter_context(Workers(shares.workers))
+        stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
+        workers.run(loop.job(task, stream, output) for task in plan.tasks)
     emit(PhaseEnded("merge"))
-    return merged
+    return Merged(output.digests, loop.model_digests())
+
+
+class _Output:
+    """The shards, each begun with its first row and closed with its last. A context manager."""
+
+    def __init__(self, plan: Plan, staging: Path, emit: Emit) -> None:
+        self._staging, self._emit = staging, emit
+        self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
+        self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
+        self._done = 0  # bytes
+        self.digests: dict[str, str] = {}  # file name -> sha256
+
+    def append(self, task: Task, rows: Tensor) -> None:
+        self._writer(self._shards[task.name]).append(raw(rows))
+
+    def tensor_done(self, task: Task) -> None:
+        shard = self._shards[task.name]
+        writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
+        self._done += task.nbytes
+        self._emit(Advanced(self._done, task.name))
+        if task is shard.tasks[-1]:
+            self.digests[shard.name] = writer.close()
+            del self._writers[shard.name]
+
+    def _writer(self, shard: Shard) -> ShardWriter:
+        if shard.name not in self._writers:
+            self._writers[shard.name] = ShardWriter(self._staging / shard.name, shard.nbytes)
+            self._writers[shard.name].append(shard.header)
+        return self._writers[shard.name]
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
 
 
 @contextlib.contextmanager
@@ -110,7 +141,6 @@ class _Loop:
     lanes: Lanes
     stride: Stride
     shares: Shares
-    workers: Workers
     tensors: dict[str, TensorInputs] = field(default_factory=dict)  # those whose reading has begun
     # checkpoint folder -> tensor -> xxh3-128 of its rows as read
     digests: dict[Path, dict[str, str]] = field(default_factory=dict)
@@ -123,23 +153,26 @@ class _Loop:
             yield from tensor.slices(first_pass=True)
             yield _End()
 
-    def rows_of(self, task: Task, stream: Stream) -> Iterator[Tensor]:
-        """The finished rows of one tensor, on the CPU, contiguous, in the output's dtype."""
+    def job(self, task: Task, stream: Stream, output: _Output) -> Job:
+        """The passes over one tensor; the last gives its finished rows to the output."""
         passes = _Passes(self, task, stream)
-        if task.action == "copy":
-            yield from passes(lambda rows: rows.stored_experts[0])
-        else:
-            yield from self._merged(task, passes)
-        tensor = self.tensors.pop(task.name)
-        for source in tensor.sources:
-            self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
-        if task.action == "merge" and self._statistic(task):
-            self._check_base(task.name)
 
-    def _merged(self, task: Task, passes: _Passes) -> Iterator[Tensor]:
+        def append(parts: list[Tensor]) -> None:
+            for rows in parts:
+                output.append(task, rows)
+
+        def done() -> None:
+            self._read_whole(task)
+            output.tensor_done(task)
+
+        finished = self._copied if task.action == "copy" else (yield from self._measured(task, passes))
+        yield passes.make(finished, append, last=True, done=done)
+
+    def _measured(self, task: Task, passes: _Passes) -> Generator[Pass, None, Callable[[Rows], Tensor]]:
+        """The measure rounds; returns what makes finished rows: combine, relax, round."""
         method = self.plan.recipe.method
         subject = Subject(task.name, task.shape, math.prod(task.shape), len(self.inputs.experts), self.plan.seed)
-        combine = measure(method.start(subject, task.parameters), passes.to_measure)
+        combine = yield from _as_passes(rounds(method.start(subject, task.parameters)), passes)
         shrink = self._shrinkage(task)
 
         def finished(rows: Rows) -> Tensor:
@@ -151,7 +184,18 @@ class _Loop:
                 merged = relax(merged, rows.stored_base, part.to(merged.device))
             return self.lanes.down(_rounded(merged, task))
 
-        yield from passes(finished)
+        return finished
+
+    @staticmethod
+    def _copied(rows: Rows) -> Tensor:
+        return rows.stored_experts[0]
+
+    def _read_whole(self, task: Task) -> None:
+        """Keep the digests of a tensor that has been read to its end."""
+        for source in self.tensors.pop(task.name).sources:
+            self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
+        if self._statistic(task):
+            self._check_base(task.name)
 
     # -- relaxation
 
@@ -204,10 +248,25 @@ class _Loop:
         return found
 
 
-class _Passes:
-    """The passes over one tensor: the first takes the slices from the stream, later ones what was kept, or the files.
+def _as_passes(folds: Generator[Fold, None, Combine], passes: _Passes) -> Generator[Pass, None, Combine]:
+    while True:
+        try:
+            fold = next(folds)
+        except StopIteration as finished:
+            combine: Combine = finished.value
+            return combine
+        yield passes.make(fold.part, functools.partial(_add_all, fold), last=False)
 
-    Called, it is the last pass; `to_measure` are the ones before.
+
+def _add_all(fold: Fold, parts: list[Any]) -> None:
+    for part in parts:
+        fold.add(part)
+
+
+class _Passes:
+    """The passes over one tensor: the first takes its slices from the stream, later ones what was kept, or the files.
+
+    Kept is what fits `Shares.kept_bytes`.
     """
 
     def __init__(self, loop: _Loop, task: Task, stream: Stream) -> None:
@@ -216,49 +275,54 @@ class _Passes:
         self._stream: Stream | None = stream
         self._kept: deque[Rows] | None = None
 
-    def to_measure(self, work: Callable[[Rows], R]) -> Iterable[R]:
-        return self._run(work, last=False)
-
-    def __call__(self, work: Callable[[Rows], R]) -> Iterable[R]:
-        return self._run(work, last=True)
-
-    def _run(self, work: Callable[[Rows], R], *, last: bool) -> Iterator[R]:
+    def make(
+        self,
+        work: Callable[[Rows], Any],
+        take: Callable[[list[Any]], None],
+        *,
+        last: bool,
+        done: Callable[[], None] = lambda: None,
+    ) -> Pass:
+        """work(rows) for each slice, on the device. Lists are taken: short of memory, a slice comes in parts."""
         lanes, stride = self._loop.lanes, self._loop.stride
 
-        def computed(rows: Rows) -> R:
+        def computed(rows: Rows) -> Any:
             with lanes.lane():
-                up = Rows(lanes.up(rows.stored_base), tuple(map(lanes.up, rows.stored_experts)), rows.start)
-                return work(up)
+                return work(Rows(lanes.up(rows.stored_base), tuple(map(lanes.up, rows.stored_experts)), rows.start))
 
         def failed(rows: Rows) -> None:
             lanes.release()
             stride.too_large(rows.count, rows.stored_experts[0].shape[1], self._task.name)
 
-        for parts in self._loop.workers.map(lambda rows: in_halves(computed, rows, failed), self._slices(last)):
-            yield from parts
+        return Pass(self._slices(last), lambda rows: in_halves(computed, rows, failed), take, last, done)
 
     def _slices(self, last: bool) -> Iterator[Rows]:
         if self._stream is not None:
             stream, self._stream = self._stream, None
-            tensor = None
-            for rows in stream:
-                if isinstance(rows, _End):
-                    break
-                if tensor is None:
-                    tensor = self._loop.tensors[self._task.name]
-                    if not last and tensor.nbytes <= self._loop.shares.kept_bytes:
-                        self._kept = deque()
-                if self._kept is not None:
-                    self._kept.append(rows)
-                yield rows
-        elif self._kept is None:
-            with Ahead(self._loop.tensors[self._task.name].slices(first_pass=False), self._loop.shares.ahead) as again:
-                yield from again
-        elif last:
-            while self._kept:
-                yield self._kept.popleft()
-        else:
-            yield from self._kept
+            return self._from(stream, last)
+        if self._kept is None:
+            return self._read_again()
+        return self._let_go() if last else iter(self._kept)
+
+    def _from(self, stream: Stream, last: bool) -> Iterator[Rows]:
+        for rows in stream:
+            if isinstance(rows, _End):
+                return
+            if self._kept is None and rows.start == 0 and not last:
+                tensor = self._loop.tensors[self._task.name]
+                self._kept = deque() if tensor.nbytes <= self._loop.shares.kept_bytes else None
+            if self._kept is not None:
+                self._kept.append(rows)
+            yield rows
+
+    def _read_again(self) -> Iterator[Rows]:
+        slices = self._loop.tensors[self._task.name].slices(first_pass=False)
+        with Ahead(slices, self._loop.shares.ahead) as again:
+            yield from again
+
+    def _let_go(self) -> Iterator[Rows]:
+        while self._kept:
+            yield self._kept.popleft()
 
 
 def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:

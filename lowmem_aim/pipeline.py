@@ -10,11 +10,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 _POLL_SECONDS = 0.05  # how soon a stage that waits to hand on notices that nobody wants it any more
 
@@ -78,27 +78,76 @@ class Ahead(Generic[T]):
         self.close()
 
 
+@dataclass(eq=False)
+class Pass:
+    """Work on each of some items; the results are taken in the items' order, by the thread that runs the jobs."""
+
+    items: Iterable[Any]
+    work: Callable[[Any], Any]
+    take: Callable[[Any], None]
+    last: bool  # of its job
+    done: Callable[[], None] = lambda: None  # called when all is taken
+    open: int = 1  # results to come, and one until all items are begun
+
+    def close_one(self) -> None:
+        self.open -= 1
+        if not self.open:
+            self.done()
+
+
+Job = Iterator[Pass]  # its passes; each is asked for when the one before has been taken whole
+
+
 class Workers:
-    """Threads that work on several items at once; results come in the items' order. A context manager."""
+    """Threads that compute the passes of a row of jobs. A context manager."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self._count = count
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="compute")
+        self._begun: deque[tuple[Future[Any], Pass]] = deque()  # in the order in which they are taken
 
-    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """work(item) for each item; at most `count` + 1 are begun and not yet taken."""
-        begun: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                begun.append(self._pool.submit(work, item))
-                del item  # a slice must not outlive its work
-                if len(begun) > self.count:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
-        finally:
-            for future in begun:
-                future.cancel()
+    def run(self, jobs: Iterable[Job]) -> None:
+        """To the end of all jobs.
+
+        The next job's first pass is begun before the end of this one's is awaited, so that the threads always have
+        something to do; but results of last passes come in the order of the jobs.
+        """
+        current: tuple[Job, Pass] | None = None
+        for job in jobs:
+            first = next(job)
+            if not first.last:
+                self._begin(first)
+            if current:
+                self._go_on(*current)
+            if first.last:
+                self._begin(first)
+            current = (job, first)
+        if current:
+            self._go_on(*current)
+        while self._begun:
+            self._take()
+
+    def _go_on(self, job: Job, begun: Pass) -> None:
+        """Until the job's last pass has begun."""
+        while not begun.last:
+            while begun.open:
+                self._take()
+            begun = next(job)
+            self._begin(begun)
+
+    def _begin(self, begun: Pass) -> None:
+        for item in begun.items:
+            begun.open += 1
+            self._begun.append((self._pool.submit(begun.work, item), begun))
+            del item  # it must not outlive its work
+            if len(self._begun) > self._count + 1:
+                self._take()
+        begun.close_one()
+
+    def _take(self) -> None:
+        future, begun = self._begun.popleft()
+        begun.take(future.result())
+        begun.close_one()
 
     def __enter__(self) -> Workers:
         return self
@@ -107,3 +156,4 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._begun.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem_aim.errors import UsageError
 from lowmem_aim.headers import matrix_shape
-from lowmem_aim.methods import METHODS, Rows, Subject, measure
+from lowmem_aim.methods import METHODS, Rows, Subject, rounds
 from lowmem_aim.methods.masks import keep_mask
 from lowmem_aim.methods.ties import largest
 
@@ -38,11 +38,23 @@ def slices(base: Tensor, experts: list[Tensor], step: int) -> Iterator[Rows]:
         yield Rows(part[0], tuple(part[1:]), start * columns)
 
 
+def measured(script: Any, base: Tensor, experts: list[Tensor], step: int) -> Any:
+    """What a script returns after all of its rounds."""
+    folds = rounds(script)
+    while True:
+        try:
+            fold = next(folds)
+        except StopIteration as finished:
+            return finished.value
+        for rows in slices(base, experts, step):
+            fold.add(fold.part(rows))
+
+
 def merge(
     method: str, base: Tensor, experts: list[Tensor], parameters: dict[str, Any], step: int = 1 << 30, seed: int = 0
 ) -> Tensor:
     subject = Subject(NAME, tuple(base.shape), base.numel(), len(experts), seed)
-    combine = measure(METHODS[method].start(subject, parameters), lambda work: map(work, slices(base, experts, step)))
+    combine = measured(METHODS[method].start(subject, parameters), base, experts, step)
     return torch.cat([combine(rows) for rows in slices(base, experts, step)]).reshape(base.shape)
 
 
@@ -120,7 +132,7 @@ def test_the_mask_of_ties_is_the_k_largest_equal_ones_by_index(
     base, expert = (base * 4).round() / 4, (expert * 8).round() / 8  # so coarse that most magnitudes are shared
     subject = Subject(NAME, shape, base.numel(), 1)
     script = largest(subject, (density,))
-    (cut,) = measure(script, lambda work: map(work, slices(base, [expert], step)))  # type: ignore[arg-type]
+    (cut,) = measured(script, base, [expert], step)  # type: ignore[arg-type]
     parts = []
     for rows in slices(base, [expert], step):
         delta = rows.experts[0] - rows.base

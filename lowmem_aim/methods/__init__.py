@@ -1,7 +1,7 @@
 """Weight-space merge methods: pure functions of row slices, one file a family. Importing this registers them all."""
 
 from lowmem_aim.methods import dare, linear, slerp, task_vectors, ties
-from lowmem_aim.methods.method import METHODS, Method, Parameter, PerExpert, Rows, Subject, measure
+from lowmem_aim.methods.method import METHODS, Method, Parameter, PerExpert, Rows, Subject, rounds
 
 __all__ = [
     "METHODS",
@@ -12,7 +12,7 @@ __all__ = [
     "Subject",
     "dare",
     "linear",
-    "measure",
+    "rounds",
     "slerp",
     "task_vectors",
     "ties",

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -225,22 +225,12 @@ def merge_method(
     return register
 
 
-T = TypeVar("T")
-
-
-class Pass(Protocol):
-    """Goes over all slices of a tensor: gives work(rows) for each, in order."""
-
-    def __call__(self, work: Callable[[Rows], T], /) -> Iterable[T]: ...
-
-
-def measure(script: Script, over_slices: Pass) -> Combine:
-    """Run all rounds of a script, each a fresh pass, and return its combine."""
+def rounds(script: Script) -> Generator[Fold, None, Combine]:
+    """The folds of a script, one after the other; each must have been given all parts before the next is asked for."""
     try:
         fold = next(script)
         while True:
-            for part in over_slices(fold.part):
-                fold.add(part)
+            yield fold
             fold = script.send(fold.finish())
     except StopIteration as finished:
         combine: Combine = finished.value

@@ -119,7 +119,8 @@ class _Collected:
     def part(self, rows: Rows) -> dict[int, tuple[Tensor, Tensor]]:
         if kernels.usable(rows.stored_experts):
             found = {
-                i: kernels.collect(rows.stored_base, rows.stored_experts[i], b.number) for i, b in self._bins.items()
+                i: kernels.collect(rows.stored_base, rows.stored_experts[i], b.number, b.size)
+                for i, b in self._bins.items()
             }
         else:
             found = {}
