@@ -92,6 +92,8 @@ GPU_SLICE_ELEMENTS = 1 << 22
 STATS_BYTES = 24 << 20
 # Slices read ahead, and finished ones that wait to be written, where the budget allows it.
 AHEAD, WAITING = 4, 4
+# Slices on a GPU at the same time: one copied in, one computed, one copied out.
+LANES = 3
 
 
 @dataclass(frozen=True)
@@ -112,26 +114,24 @@ def share_out(
     `stored_bytes`: of one element in all models and in the output; `row`: elements of the longest row; `compiled`:
     numba's loops run, which need no float32 copies. Raises MemoryBudgetError if not even single rows fit.
     """
-    on_host = device.type == "cpu" or budget.vram is None
-    work = 12 if on_host and compiled else 4 * (2 * models + 6)
-    ram = budget.ram_left() - models * STATS_BYTES
-    largest = CPU_SLICE_ELEMENTS if device.type == "cpu" else GPU_SLICE_ELEMENTS
-    for workers, ahead in ((threads if on_host else 3, AHEAD), (1, 1)):
-        # Each slice is held while it is read ahead, computed, or waits for its turn; then while it is written.
-        held = stored_bytes * (ahead + 2 * workers + WAITING)
-        room = ram // 2 // (held + (work * workers if on_host else 0))
+    on_host = budget.vram is None
+    work = 12 if on_host and compiled else 4 * (2 * models + 6)  # bytes an element that computing takes
+    left = budget.ram_left()
+    ram = left - min(models * STATS_BYTES, left // 4)
+    for workers, ahead in ((threads if on_host else LANES, AHEAD), (1, 1)):
+        # A slice is held while it is read, waits to be computed, is computed, waits for its turn, and is written.
+        held = stored_bytes * (ahead + 2 * workers + WAITING) + (work * workers if on_host else 0)
+        room = ram // 2 // held
         if not on_host:
             room = min(room, budget.vram_left(device) * 9 // 10 // ((stored_bytes + work) * workers))
-        if room >= min(row, largest):
-            elements = min(room, max(largest, row))
-            return Shares(
-                min(elements, largest) if row <= largest else row, workers, ahead, ram // 6
-            )  # two tensors may be kept at a time
-    needed = 2 * row * (held + work) + models * STATS_BYTES
+        if room >= row:
+            largest = CPU_SLICE_ELEMENTS if device.type == "cpu" else GPU_SLICE_ELEMENTS
+            return Shares(max(row, min(room, largest)), workers, ahead, kept_bytes=ram // 6)  # two tensors at a time
+    where, there = ("RAM", left) if on_host else ("RAM or VRAM", min(left, budget.vram_left(device)))
     raise MemoryBudgetError(
-        f"a row of {row} elements in {models} models needs {shown(needed)} more, but {shown(budget.left(device))} of "
-        f"the {'`--ram`' if on_host else '`--vram`'} are left",
-        hint="give more memory, close other programs, or merge fewer models at a time",
+        f"a row of {row} elements in {models} models needs some {shown(3 * row * held)}, but of the budget "
+        f"{shown(there)} of {where} are left",
+        hint="give more memory (`--ram`, `--vram`), close other programs, or merge fewer models at a time",
     )
 
 
