@@ -51,6 +51,8 @@ class Lanes:
 
     def up(self, stored: Tensor) -> Tensor:
         """A CPU tensor on the device; itself, if that is the CPU."""
+        if self.device.type == "mps" and stored.dtype == torch.float64:
+            stored = stored.to(torch.float32)  # Apple's GPUs have no float64; slices are computed in float32 anyway
         if self.device.type != "cuda":
             return stored.to(self.device)
         pinned = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True)

@@ -21,7 +21,7 @@ BLOCK = 1024  # elements; three experts' parts, signs and sums of a block take s
 # A bin of an exact sum counts units of 2^(index - BIN_ZERO): products of two float32 reach from 2^-298 to 2^256.
 BINS = 720
 BIN_ZERO = 440
-# What stays of a delta: everything, a random share, or the largest magnitudes. See `kernels.Selection`.
+# What stays of a delta: everything, a random share, or the largest magnitudes. See `kernels.Kept`.
 ALL, RANDOM, LARGEST = 0, 1, 2
 
 U32, I32, I64, F32, F64 = np.uint32, np.int32, np.int64, np.float32, np.float64
@@ -94,7 +94,7 @@ def weighted_sum(models, weights, out):
 
 @inner
 def _part(base, expert, scale, kind, keep, offset, out):
-    """out = delta * scale where it is kept, else 0. `keep` are the numbers of `kernels.Selection`."""
+    """out = delta * scale where it is kept, else 0. `keep` are the numbers of `kernels.Kept`."""
     if kind == ALL:
         for j in range(out.size):
             out[j] = (_wide(expert[j]) - _wide(base[j])) * scale

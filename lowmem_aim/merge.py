@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -38,6 +38,8 @@ from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 from lowmem_aim.write import ShardWriter
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class _Loop:
         """The measure rounds; returns what makes finished rows: combine, relax, round."""
         method = self.plan.recipe.method
         subject = Subject(task.name, task.shape, math.prod(task.shape), len(self.inputs.experts), self.plan.seed)
-        combine = yield from _as_passes(rounds(method.start(subject, task.parameters)), passes)
+        combine = yield from self._rounds(rounds(method.start(subject, task.parameters)), passes)
         shrink = self._shrinkage(task)
 
         def finished(rows: Rows) -> Tensor:
@@ -184,10 +186,30 @@ class _Loop:
                 merged = relax(merged, rows.stored_base, part.to(merged.device))
             return self.lanes.down(_rounded(merged, task))
 
-        return finished
+        return self._on_device(finished)
+
+    def _rounds(self, folds: Generator[Fold, None, Combine], passes: _Passes) -> Generator[Pass, None, Combine]:
+        while True:
+            try:
+                fold = next(folds)
+            except StopIteration as stopped:
+                combine: Combine = stopped.value
+                return combine
+            yield passes.make(self._on_device(fold.part), functools.partial(_add_all, fold), last=False)
+
+    def _on_device(self, work: Callable[[Rows], R]) -> Callable[[Rows], R]:
+        """`work` for slices as they were read: copied to the device, and computed in a lane of its own."""
+
+        def computed(rows: Rows) -> R:
+            with self.lanes.lane():
+                up = self.lanes.up
+                return work(Rows(up(rows.stored_base), tuple(map(up, rows.stored_experts)), rows.start))
+
+        return computed
 
     @staticmethod
     def _copied(rows: Rows) -> Tensor:
+        # Not by way of the device: it may not have the dtype.
         return rows.stored_experts[0]
 
     def _read_whole(self, task: Task) -> None:
@@ -248,16 +270,6 @@ class _Loop:
         return found
 
 
-def _as_passes(folds: Generator[Fold, None, Combine], passes: _Passes) -> Generator[Pass, None, Combine]:
-    while True:
-        try:
-            fold = next(folds)
-        except StopIteration as finished:
-            combine: Combine = finished.value
-            return combine
-        yield passes.make(fold.part, functools.partial(_add_all, fold), last=False)
-
-
 def _add_all(fold: Fold, parts: list[Any]) -> None:
     for part in parts:
         fold.add(part)
@@ -283,18 +295,14 @@ class _Passes:
         last: bool,
         done: Callable[[], None] = lambda: None,
     ) -> Pass:
-        """work(rows) for each slice, on the device. Lists are taken: short of memory, a slice comes in parts."""
+        """work(rows) for each slice. Lists are taken: short of memory, a slice comes in parts."""
         lanes, stride = self._loop.lanes, self._loop.stride
-
-        def computed(rows: Rows) -> Any:
-            with lanes.lane():
-                return work(Rows(lanes.up(rows.stored_base), tuple(map(lanes.up, rows.stored_experts)), rows.start))
 
         def failed(rows: Rows) -> None:
             lanes.release()
             stride.too_large(rows.count, rows.stored_experts[0].shape[1], self._task.name)
 
-        return Pass(self._slices(last), lambda rows: in_halves(computed, rows, failed), take, last, done)
+        return Pass(self._slices(last), lambda rows: in_halves(work, rows, failed), take, last, done)
 
     def _slices(self, last: bool) -> Iterator[Rows]:
         if self._stream is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,34 @@ def test_not_even_a_row_is_exit_5_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_budgets_do_not_change_the_bytes(llama: Path, tmp_path: Path) -> None:
-    small = memory.anonymous_bytes() + 150 * MB
-    made = [
-        digests(merge(recipe(llama, "ties", density=("0.4",)), tmp_path / str(ram), Options(ram=ram)))
-        for ram in (None, small, 8 * 10**9)
-    ]
+@pytest.mark.parametrize("method", FLAGS)
+def test_budgets_do_not_change_the_bytes(
+    llama: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest makes slices of a few rows, and keeps no tensor of more than one slice between its passes."""
+    from lowmem_aim import run
+    from lowmem_aim.slices import TensorInputs
+
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
+    shares: list[Shares] = []
+    passes: list[bool] = []  # first or not
+    slices = TensorInputs.slices
+
+    def noted(tensor: TensorInputs, first_pass: bool) -> Iterator[Rows]:
+        passes.append(first_pass)
+        return slices(tensor, first_pass)
+
+    monkeypatch.setattr(TensorInputs, "slices", noted)
+    monkeypatch.setattr(run, "share_out", lambda *args, **given: shares.append(share_out(*args, **given)) or shares[-1])
+    made, read_again = [], []
+    for ram in (200_000, 2 * MB, 10**9):
+        passes.clear()
+        made.append(digests(merge(recipe(llama, method, **FLAGS[method]), tmp_path / str(ram), Options(ram=ram))))
+        read_again.append(not all(passes))
     assert made[0] == made[1] == made[2]
+    assert shares[0].slice_elements < 1000 < shares[1].slice_elements < shares[2].slice_elements
+    measures = method in ("ties", "dare_linear", "dare_ties", "slerp")
+    assert (read_again[0], read_again[2]) == (measures, False)
 
 
 def test_what_counts_as_a_failed_allocation() -> None:
@@ -213,9 +234,3 @@ def test_halves_are_the_whole() -> None:
     assert (a.start, b.start, a.count + b.count) == (30, 36, 5)
     assert torch.equal(torch.cat([a.base, b.base]), rows.base)
     assert torch.equal(torch.cat([weighted_sum(r.experts, (0.5,)) for r in (a, b)]), rows.base)
-
-
-def test_files_of_equal_bytes_have_equal_digests(tmp_path: Path) -> None:
-    """The comparison above would not notice if it compared nothing."""
-    (tmp_path / "a").write_bytes(b"x")
-    assert digests(tmp_path) == {"a": hashlib.sha256(b"x").hexdigest()}
