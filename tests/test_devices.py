@@ -1,0 +1,50 @@
+"""What goes to a device and comes back, by a device that only notes it: no GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_merge import FLAGS, digests, recipe
+from torch import Tensor
+
+from lowmem_aim.devices import Lanes
+from lowmem_aim.merge import merge_tensors
+from lowmem_aim.run import merge
+
+
+class Elsewhere(Tensor):
+    """A tensor that is on the device: what is computed from it is there too."""
+
+
+class FakeLanes(Lanes):
+    """Rows go up as `Elsewhere` and must come down; the compiled loops, which are the CPU's, see none of it."""
+
+    def up(self, stored: Tensor) -> Tensor:
+        assert stored.dtype.is_floating_point
+        assert not isinstance(stored, Elsewhere)
+        return stored.clone().as_subclass(Elsewhere)
+
+    def down(self, result: Tensor) -> Tensor:
+        assert isinstance(result, Elsewhere)
+        return result.as_subclass(Tensor).contiguous()
+
+
+@pytest.mark.parametrize("method", FLAGS)
+def test_every_slice_goes_up_and_comes_down_and_copies_stay_here(
+    llama: Path, texts: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "math", "code", "chat"):
+        tiny.perturbed(llama / name, tmp_path / name, scale=0.0)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.rotary_emb.steps"] = torch.arange(3)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    asked = recipe(tmp_path, method, **FLAGS[method], omega=0.3, calibration=str(texts))
+    expected = digests(merge(asked, tmp_path / "here"))
+    monkeypatch.setitem(merge_tensors.__globals__, "Lanes", FakeLanes)
+    monkeypatch.setattr("lowmem_aim.kernels.usable", lambda tensors: not isinstance(tensors[0], Elsewhere))
+    monkeypatch.setattr("lowmem_aim.kernels.available", lambda: False)
+    assert digests(merge(asked, tmp_path / "there")) == expected
