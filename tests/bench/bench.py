@@ -139,7 +139,7 @@ def _machine() -> dict[str, Any]:
         "memory": psutil.virtual_memory().total,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "mergekit": "0.1.5",
+        "mergekit": contenders.mergekit_version(),
     }
 
 

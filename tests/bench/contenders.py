@@ -94,6 +94,12 @@ def _cost(command: list[str], setting: Setting, out: Path | None) -> Cost:
     return cost
 
 
+def mergekit_version() -> str:
+    """The one that is compared with."""
+    lines = (HERE / "mergekit-requirements.txt").read_text().splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith("mergekit=="))
+
+
 def install_mergekit(work: Path) -> Path | None:
     """The mergekit-yaml command, in an environment of its own; None if it cannot be installed."""
     folder = work / "mergekit-environment"
