@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,9 +233,18 @@ class Checkpoint:
         data = self._read(info, info.begin + start * row_bytes, info.begin + stop * row_bytes)
         return data.view(info.dtype).reshape(stop - start, columns)
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Tensors that are read soon: the system may fetch them from the disk meanwhile. Takes no memory of ours."""
+        if hasattr(os, "posix_fadvise"):
+            for info in (self.tensors[name] for name in names):
+                with suppress(OSError):  # a filesystem that takes no advice
+                    descriptor = self._file(info.file).descriptor
+                    os.posix_fadvise(descriptor, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
+
     def _read(self, info: TensorInfo, begin: int, end: int) -> Tensor:
         """Bytes [begin, end) of the tensor's file as a (bytes,) uint8 tensor that may be viewed as its dtype."""
         file = self._file(info.file)
+        self._let_go_of_all_but(file)
         with file.lock:
             self._check_unchanged(info.file, file)
             if begin == end:
@@ -257,6 +266,13 @@ class Checkpoint:
                 self._changed(info.file)
             done += count
         return data
+
+    def _let_go_of_all_but(self, file: _File) -> None:
+        """One window a model, not one a shard: thirty shards would be a gigabyte that `top` shows."""
+        for other in list(self._files.values()):
+            if other is not file and other.window is not None and other.lock.acquire(blocking=False):
+                other.window = None
+                other.lock.release()
 
     def _file(self, path: Path) -> _File:
         if path not in self._files:

@@ -60,6 +60,18 @@ def test_tensors_and_rows_are_those_of_the_safetensors_library(folder: Path, rea
                 assert torch.equal(checkpoint.rows(name, start, stop), flat[start:stop])
 
 
+def test_a_model_of_many_shards_maps_one_window_at_a_time(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        checkpoint.expect(checkpoint.tensors)  # advice changes nothing
+        held = checkpoint.rows("a", 0, 5)
+        before = held.clone()
+        for name in ("c", "a", "c"):
+            checkpoint.rows(name, 0, 1)
+            mapped = [file for file, state in checkpoint._files.items() if state.window is not None]
+            assert mapped == [checkpoint.tensors[name].file]
+        assert torch.equal(held, before)  # what is still in use stays
+
+
 @pytest.mark.parametrize("read", READS)
 def test_a_tensor_larger_than_the_window_is_read_through_it(tmp_path: Path, monkeypatch: Any, read: Any) -> None:
     monkeypatch.setattr("lowmem_aim.checkpoint.WINDOW_BYTES", 8192)
