@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test bench format clean
+.PHONY: install demo lint type test bench gpu-check format clean
 
 install: $(STAMP)
 
@@ -34,9 +34,13 @@ bench: install
 	$(BIN)/python tests/bench/bench.py --scale 1b
 	$(BIN)/python tests/bench/bench.py --scale 160m 3b 8gb-tensor --only ours disk --methods task_arithmetic ties --repeats 1
 
+# On a CUDA machine: memory, agreement with the CPU, resuming and rates, with Llama-2-13B's shapes as the disk allows.
+gpu-check: install
+	$(BIN)/python tests/bench/gpu_check.py
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-run bench-run build dist *.egg-info
+	rm -rf $(VENV) demo-run bench-run gpu-check-run build dist *.egg-info

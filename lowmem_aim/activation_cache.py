@@ -22,6 +22,7 @@ from lowmem_aim.durable import cache_folder
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import load_tokenizer
+from lowmem_aim.memory import Budget
 from lowmem_aim.recipe import Aim
 from lowmem_aim.texts import is_activations_file, token_sequences
 
@@ -35,15 +36,17 @@ class Calibration:
 
     aim: Aim
     base: Checkpoint
-    skeleton: Skeleton | None  # of the base; None if nothing is to be measured
+    skeleton: Skeleton | None  # of the base, in the forward's dtype; None if nothing is to be measured
     sequences: Sequence[Tensor]  # each (tokens,) int64
     given: Activations | None
 
-    def activations(self, *, device: str, use_cache: bool, emit: Emit) -> Activations:
-        """Load or measure. Raises ModelError."""
+    def activations(
+        self, *, device: torch.device, budget: Budget, spill: Path, use_cache: bool, emit: Emit
+    ) -> Activations:
+        """Load or measure, within `budget`; `spill` is a folder for what does not fit it. Raises ModelError."""
         if self.given:
             return self.given
-        cached = cache_folder() / f"{self._key(device)}.safetensors"
+        cached = cache_folder() / f"{self._key(str(device))}.safetensors"
         if use_cache and cached.is_file():
             try:
                 found = Activations.load(cached)
@@ -52,17 +55,17 @@ class Calibration:
             else:
                 emit(Notice(f"activations measured before are reused: `{cached}`"))
                 return found
-        measured = self.measure(device=device, emit=emit)
+        measured = self.measure(device=device, budget=budget, spill=spill, emit=emit)
         if use_cache:
             _keep(measured, cached, emit)
         return measured
 
-    def measure(self, *, device: str, emit: Emit) -> Activations:
+    def measure(self, *, device: torch.device, budget: Budget, spill: Path, emit: Emit) -> Activations:
+        """Measure now, whatever the cache holds."""
         from lowmem_aim.calibrate import calibrate
 
         assert self.skeleton is not None
-        dtype = getattr(torch, self.aim.dtype) if self.aim.dtype else None
-        if device == "cpu" and self._is_slow_here(dtype or self.skeleton.dtype):
+        if device.type == "cpu" and self._is_slow_here(self.skeleton.dtype):
             emit(
                 Notice(
                     "this processor has no instructions for 16-bit floats: `--calibration-dtype float32` is several "
@@ -70,7 +73,9 @@ class Calibration:
                     "warning",
                 )
             )
-        return calibrate(self.base, self.skeleton, self.sequences, device=device, dtype=dtype, emit=emit)
+        return calibrate(
+            self.base, self.skeleton, self.sequences, device=str(device), budget=budget, spill=spill, emit=emit
+        )
 
     @staticmethod
     def _is_slow_here(dtype: torch.dtype) -> bool:
@@ -93,7 +98,7 @@ def prepare(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
         return Calibration(aim, base, None, (), Activations.load(Path(aim.calibration).expanduser()))
     from lowmem_aim.skeleton import load_skeleton  # transformers: only where texts are to be read
 
-    skeleton = load_skeleton(base)
+    skeleton = load_skeleton(base, getattr(torch, aim.dtype) if aim.dtype else None)
     if not skeleton.blocks:
         raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
     context = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)

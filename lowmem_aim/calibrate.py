@@ -5,14 +5,16 @@
                  every sequence's hidden state through it with its own recorded arguments, drop it
     3. tail      the same forward again with the last block giving the true hidden state: final norm, output head
 
-Memory: one block, the activations of one sequence, the hidden states of all. Each weight is read once; embeddings
-are read by row; the output head is never loaded and no logits are computed. The recorder assumes that nothing happens
-between blocks but handing the hidden state on. A *canary* checks that on this very model: one short sequence goes
-through the model's own forward, suspended at each block, and is compared bit for bit with the recorded way. If they
-differ, a notice is given and the whole is done again
+Memory: one block, the activations of one sequence, the hidden states of all; under a budget (`rooms`) hidden states go
+to a file and a block's modules come in one by one. Each weight is read once, or, where it is paged, once a sequence;
+embeddings are read by row; the output head is never loaded and no logits are computed. The recorder assumes that
+nothing happens between blocks but handing the hidden state on. A *canary* checks that on this very model: one short
+sequence goes through the model's own forward, suspended at each block, and is compared bit for bit with the recorded
+way. If they differ, a notice is given and the whole is done again
 
     in lock-step      every sequence an ordinary forward in a suspended thread: each weight is read once (and once
                       more for a canary of its own), memory also holds what those forwards keep alive
+                      (only where the budget has room for all hidden states)
     paged             one ordinary forward a sequence, blocks brought in as they are called: right for any order of
                       calls, each block is read once a sequence
 
@@ -22,7 +24,9 @@ which give the same numbers. Forwards are one sequence each, unpadded, without g
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +36,13 @@ from torch import Tensor
 from lowmem_aim.activations import Activations
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.drivers import Broken, Pager, Suspended, Tail, Tape
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
-from lowmem_aim.skeleton import Skeleton, load_skeleton
+from lowmem_aim.memory import Budget, is_allocation_failure
+from lowmem_aim.output import check_disk
+from lowmem_aim.rooms import BOUNDLESS, Needs, Rooms, divide
+from lowmem_aim.shelf import Slot
+from lowmem_aim.skeleton import Skeleton
 from lowmem_aim.stage import Call, Stage, hidden_of
 
 # Long enough to fill attention with something, short enough to cost nothing.
@@ -47,27 +55,55 @@ def calibrate(
     sequences: Sequence[Tensor],  # (length,) int64 each; lengths may differ
     *,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    budget: Budget | None = None,
+    spill: Path | None = None,
     emit: Emit = silent,
 ) -> Activations:
     """The activation statistics of `base` (AIM, arXiv 2502.02421): mean over tokens, then over sequences.
 
-    The forward runs in `dtype`, by default that of the skeleton. Reproducible for one device, set of versions and
-    thread count. The skeleton is left as it was found, also after an exception. Raises ModelError: a sequence that
-    the model cannot take, weights that do not load, inputs that overflow.
+    The forward runs in the skeleton's dtype, within `budget` (None: no bound); what does not fit it goes to a file
+    without a name in the folder `spill` (None: it stays in RAM). Reproducible for one device, set of versions and
+    thread count, whatever the budget. The skeleton is left as it was found, also after an exception. Raises ModelError
+    (a sequence that the model cannot take, weights that do not load, inputs that overflow), MemoryBudgetError where
+    not even single modules fit, DiskError.
     """
     _check_sequences(sequences)
-    if not skeleton.blocks:
-        raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
-    if dtype not in (None, skeleton.dtype):
-        skeleton = load_skeleton(base, dtype)
+    place = torch.device(device)
+    rooms = BOUNDLESS if budget is None else rooms_for(skeleton, sequences, budget, place, spill)
     emit(PhaseStarted("calibrate", len(skeleton.blocks), "blocks"))
-    progress = _Progress(emit)
-    with torch.no_grad():
-        stage = _run(base, skeleton, sequences, torch.device(device), progress)
+    with torch.no_grad(), _as_budget_errors():
+        stage = _run(lambda: Stage(base, skeleton, place, rooms, spill, emit), sequences, _Progress(emit))
     result = _gather(stage, sequences, emit)
     emit(PhaseEnded("calibrate"))
     return result
+
+
+def rooms_for(
+    skeleton: Skeleton, sequences: Sequence[Tensor], budget: Budget, device: torch.device, spill: Path | None
+) -> Rooms:
+    """How the budget is divided. Raises MemoryBudgetError if it is too small, DiskError if the disk of `spill` is."""
+    if not skeleton.blocks:
+        label = printable(skeleton.weights.checkpoint.label)
+        raise ModelError(f"`{label}` is not built of a list of blocks: it cannot be calibrated")
+    needs = Needs.of(skeleton, sequences)
+    rooms = divide(budget, device, needs)
+    if spill is not None and not rooms.hold(needs.states):
+        check_disk(spill, needs.states, "calibration, for what does not fit the memory,")
+    return rooms
+
+
+@contextlib.contextmanager
+def _as_budget_errors() -> Iterator[None]:
+    """What fails for want of memory outside the blocks, where nothing can be made smaller."""
+    try:
+        yield
+    except Exception as error:
+        if not is_allocation_failure(error):
+            raise
+        raise MemoryBudgetError(
+            f"calibration: there was no memory left: {printable(str(error).splitlines()[0] if str(error) else '')}",
+            hint="close other programs, or take shorter sequences (`--block-size`) or fewer texts (`--samples`)",
+        ) from error
 
 
 def _check_sequences(sequences: Sequence[Tensor]) -> None:
@@ -90,17 +126,17 @@ class _Progress:
             self.emit(Advanced(self.done, path))
 
 
-def _run(
-    base: Checkpoint, skeleton: Skeleton, sequences: Sequence[Tensor], device: torch.device, progress: _Progress
-) -> Stage:
+def _run(open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress: _Progress) -> Stage:
     """The first way that holds for this model; what it saw is in the stage's `watch`."""
     ways: list[tuple[Callable[..., None], str]] = [
         (_recorded, "suspending a forward of every sequence instead"),
         (_lock_step, "reading each block again for every sequence instead, which takes longer"),
         (_paged, ""),
     ]
+    stage = open_stage()
+    if not stage.rooms.hold(2 * Needs.of(stage.skeleton, sequences).states):
+        ways = [(_recorded, ways[1][1]), ways[2]]  # suspended forwards hold their states in memory
     for way, instead in ways:
-        stage = Stage(base, skeleton, device)
         try:
             with stage.set_up():
                 way(stage, sequences, progress)
@@ -108,67 +144,68 @@ def _run(
             break
         except Broken as reason:
             progress.emit(Notice(f"calibration: {reason}; {instead}", "warning"))
+            stage = open_stage()
     return stage
 
 
 # --- the recorder -----------------------------------------------------------------------------------------------
 
 
-class _States:
-    """The hidden states between two blocks, one a sequence."""
-
-    def __init__(self) -> None:
-        self._states: dict[int, Tensor] = {}
-
-    def put(self, sequence: int, state: Tensor) -> None:
-        self._states[sequence] = state
-
-    def get(self, sequence: int) -> Tensor:
-        return self._states[sequence]
-
-
 def _recorded(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -> None:
     """Raises Broken when the canary shows that the recorder's assumption does not hold for this model."""
     watched = len(sequences)  # the canary comes after them, uncounted
     texts = [*sequences, sequences[0][:CANARY_TOKENS]]
-    states = _States()
-    tapes = _record(stage, texts, states)
+    tapes, states = _record(stage, texts)
     with Suspended(stage, texts[watched]) as canary:
         for index, (path, _) in enumerate(stage.blocks):
-            with stage.loaded(index):
-                _same(canary.call.hidden if canary.index == index else None, states.get(watched), path)
-                for number, calls in enumerate(tapes):
-                    stage.watch.active = number < watched
-                    output = stage.run_block(index, calls[index].having(states.get(number)))
-                    states.put(number, hidden_of(output))
-                stage.watch.active = False
-                canary.step(stage.run_block(index, canary.call))
+            _same(canary.call.hidden if canary.index == index else None, stage.shelf.get(states[watched]), path)
+            canary.step(_driven(stage, index, tapes, states, canary.call))
             progress.block(index, path)
         for number, tokens in enumerate(texts):
-            tail = Tail(stage, states.get(number), counted=number < watched)
+            tail = Tail(stage, stage.shelf.get(states[number]), counted=number < watched)
             stage.watch.active = False
             stage.forward(tokens, tail)
+            stage.watch.commit()
         _same(canary.head_input, tail.head_input, "the output head")
 
 
-def _record(stage: Stage, texts: Sequence[Tensor], states: _States) -> list[list[Call]]:
-    """The calls of every text, and their first hidden states put into `states`."""
-    shared: dict[tuple[Any, ...], Tensor] = {}
-    tapes = []
+def _driven(stage: Stage, index: int, tapes: Sequence[Sequence[Call]], states: Sequence[Slot], canary: Call) -> Any:
+    """Every sequence's state through block `index`, the last one's uncounted; what the block makes of `canary`."""
+    shelf = stage.shelf
+    left = deque(range(len(tapes)))  # so that what is done is not done again after a failed allocation
+
+    def drive() -> Any:
+        while left:
+            number = left[0]
+            stage.watch.active = number < len(tapes) - 1
+            call = tapes[number][index].from_shelf(shelf).having(shelf.get(states[number]))
+            shelf.put(hidden_of(stage.run_block(index, call)), states[number])
+            left.popleft()
+        stage.watch.active = False
+        return stage.run_block(index, canary)
+
+    return stage.with_block(index, drive)
+
+
+def _record(stage: Stage, texts: Sequence[Tensor]) -> tuple[list[list[Call]], list[Slot]]:
+    """(the calls of every text, their first hidden states)."""
+    shared: dict[tuple[Any, ...], Slot] = {}
+    tapes, states = [], []
     for number, tokens in enumerate(texts):
         tape = Tape(stage, shared, [])
         stage.watch.active = number < len(texts) - 1
         try:
             stage.forward(tokens, tape)
-        except torch.OutOfMemoryError:
-            raise
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if is_allocation_failure(error):
+                raise
             raise Broken(f"this model's blocks cannot be left out ({type(error).__name__})") from error
         if tape.state is None or len(tape.calls) != len(stage.blocks):
             raise Broken("this model does not call its blocks once each, in order")
-        states.put(number, tape.state)
+        stage.watch.commit()
+        states.append(stage.shelf.put(tape.state))
         tapes.append(tape.calls)
-    return tapes
+    return tapes, states
 
 
 def _same(true: Tensor | None, recorded: Tensor | None, place: str) -> None:

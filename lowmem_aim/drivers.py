@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.checkpoint import digest
+from lowmem_aim.shelf import Slot
 from lowmem_aim.stage import Call, Driver, Stage
 
 
@@ -42,8 +43,8 @@ class Tape(Driver):
     """Records what each block is called with in one sequence's forward, every block handing its input on."""
 
     stage: Stage
-    shared: dict[tuple[Any, ...], Tensor]  # masks and rotary tables, which sequences of one length have in common
-    calls: list[Call]
+    shared: dict[tuple[Any, ...], Slot]  # masks and rotary tables, which sequences of one length have in common
+    calls: list[Call]  # tensors are on the stage's shelf
     state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
 
     def block(self, index: int, call: Call) -> Any:
@@ -55,19 +56,16 @@ class Tape(Driver):
             self.state = hidden
         if hidden.data_ptr() != self.state.data_ptr() or hidden.shape != self.state.shape:
             raise Broken("this model works on the hidden state between blocks")
-        self.calls.append(self._slim(call.having(None)))
+        self.calls.append(call.having(None).mapped(self._put_away))
         return hidden.as_subclass(_Handed)
 
-    def _slim(self, call: Call) -> Call:
-        return Call(self._share(call.args), {key: self._share(value) for key, value in call.kwargs.items()})
-
-    def _share(self, value: Any) -> Any:
-        if type(value) is tuple:
-            return tuple(self._share(part) for part in value)
+    def _put_away(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         key = (value.dtype, value.shape, value.stride(), digest(value.cpu().contiguous()))
-        return self.shared.setdefault(key, value)
+        if key not in self.shared:
+            self.shared[key] = self.stage.shelf.put(value)
+        return self.shared[key]
 
 
 @dataclass
@@ -164,8 +162,7 @@ class Pager(Driver):
     head_input: Tensor | None = None
 
     def block(self, index: int, call: Call) -> Any:
-        with self.stage.loaded(index):
-            return self.stage.run_block(index, call)
+        return self.stage.with_block(index, lambda: self.stage.run_block(index, call))
 
     def head(self, x: Tensor) -> None:
         self.head_input = x

@@ -67,12 +67,29 @@ class Tally:
 
 
 class Watch:
-    """The tallies of a calibration. Nothing is counted while `active` is False (the canary passes unseen)."""
+    """The tallies of a calibration. Nothing is counted while `active` is False (the canary passes unseen).
+
+    What is seen counts once it is committed, so that a forward that fails half-way can be done again.
+    """
 
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}  # by parameter name
         self.stacks: set[str] = set()  # the fused experts that were met, seen or not
         self.active = False
+        self._seen: list[tuple[Tally, int, Tensor]] = []  # (tally, its row, a mean)
+
+    def note(self, tally: Tally, row: int, mean: Tensor) -> None:
+        self._seen.append((tally, row, mean))
+
+    def commit(self) -> None:
+        """Count what was seen since the last time."""
+        for tally, row, mean in self._seen:
+            tally.add(row, mean)
+        self._seen.clear()
+
+    def discard(self) -> None:
+        """Forget it instead."""
+        self._seen.clear()
 
     @contextlib.contextmanager
     def on(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
@@ -90,9 +107,9 @@ class Watch:
 
     @contextlib.contextmanager
     def experts(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-        """Watch the fused experts among `parts`, whose weights must be loaded, in this thread."""
-        stacks = {name: value for path, part in parts for name, value in _stacks(path, part)}
-        self.stacks |= stacks.keys()
+        """Watch the fused experts among `parts`, in this thread."""
+        stacks = [stack for path, part in parts for stack in _stacks(path, part)]
+        self.stacks |= {name for name, _, _ in stacks}
         with _ExpertProducts(self, stacks) if stacks else contextlib.nullcontext():
             yield
 
@@ -100,10 +117,11 @@ class Watch:
         """One call of the module that holds `weight`, with input `x`; `transposed`: (in, out) instead of (out, in)."""
         channels = weight.shape[0] if transposed else weight.shape[-1]
         if self.active and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
-            self._tally(parameter, weight, x.device, transposed=transposed).add(0, mean_abs(x))
+            self.note(self._tally(parameter, weight, x.device, transposed=transposed), 0, mean_abs(x))
 
     def check(self, prefix: str) -> None:
-        """Raises ModelError naming a module under `prefix` whose inputs are not finite."""
+        """Commit; raises ModelError naming a module under `prefix` whose inputs are not finite."""
+        self.commit()
         for name, tally in self.tallies.items():
             if name.startswith(prefix) and not bool(tally.total.isfinite().all()):
                 raise ModelError(
@@ -141,21 +159,23 @@ def _is_scaled(part: nn.Module) -> bool:
     return weight is not None and weight.dim() in (1, 2) and not isinstance(part, nn.Embedding)
 
 
-def _stacks(path: str, part: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Its 3-D parameters (experts, a, b) by name."""
+Stack = tuple[str, nn.Module, str]  # a parameter's name, its module, its name there
+
+
+def _stacks(path: str, part: nn.Module) -> Iterator[Stack]:
+    """Its 3-D parameters (experts, a, b)."""
     for name, value in part._parameters.items():
         if value is not None and value.dim() == 3 and not isinstance(part, nn.Conv1d):
-            yield f"{path}.{name}", value
+            yield f"{path}.{name}", part, name
 
 
 class _ExpertProducts(TorchFunctionMode):
     """Sees every matrix product; counts those whose weight is a slice of a stack, or a whole stack."""
 
-    def __init__(self, watch: Watch, stacks: dict[str, nn.Parameter]) -> None:
+    def __init__(self, watch: Watch, stacks: list[Stack]) -> None:
         super().__init__()
         self.watch = watch
-        # By storage: a slice is a view, and shares it.
-        self.stacks = {value.untyped_storage().data_ptr(): (name, value) for name, value in stacks.items()}
+        self.stacks = stacks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.watch.active and (func in _LINEAR or func in _PRODUCTS) and len(args) >= 2:
@@ -165,8 +185,8 @@ class _ExpertProducts(TorchFunctionMode):
     def _look(self, x: Any, weight: Any, *, linear: bool) -> None:
         if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
             return
-        found = self.stacks.get(weight.untyped_storage().data_ptr())
-        if found is None or weight.dim() not in (2, 3):
+        found = self._stack_of(weight) if weight.dim() in (2, 3) else None
+        if found is None:
             return
         name, stack = found
         # Which of the stack's two inner dimensions runs over the input channels: the one with the same stride.
@@ -174,10 +194,19 @@ class _ExpertProducts(TorchFunctionMode):
         axis = 2 if weight.stride(channel) == stack.stride(2) and weight.shape[channel] == stack.shape[2] else 1
         tally = self._tally(name, stack, axis)
         if weight.dim() == 3:
-            _add_all(tally, x)
+            self._note_all(tally, x)
         elif x.numel():
             offset = (weight.data_ptr() - stack.data_ptr()) // stack.element_size()
-            tally.add(offset // stack.stride(0), mean_abs(x))
+            self.watch.note(tally, offset // stack.stride(0), mean_abs(x))
+
+    def _stack_of(self, weight: Tensor) -> tuple[str, Tensor] | None:
+        """By storage: a slice is a view, and shares it. Looked up anew, as weights come and go."""
+        pointer = weight.untyped_storage().data_ptr()
+        for name, owner, key in self.stacks:
+            value = owner.get_parameter(key)
+            if not value.is_meta and value.untyped_storage().data_ptr() == pointer:
+                return name, value
+        return None
 
     def _tally(self, name: str, stack: Tensor, axis: int) -> Tally:
         tally = self.watch.tallies.get(name)
@@ -188,10 +217,9 @@ class _ExpertProducts(TorchFunctionMode):
             tally = self.watch.tallies[name] = Tally(total, [0] * experts, shape)
         return tally
 
-
-def _add_all(tally: Tally, x: Tensor) -> None:
-    """All experts in one batched product, x (experts, tokens, channels): rows of zeros are tokens routed elsewhere."""
-    for expert, rows in enumerate(x):
-        routed = rows[rows.ne(0).any(-1)]
-        if routed.shape[0]:
-            tally.add(expert, mean_abs(routed))
+    def _note_all(self, tally: Tally, x: Tensor) -> None:
+        """All experts in one batched product, x (experts, tokens, channels): rows of zeros are routed elsewhere."""
+        for expert, rows in enumerate(x):
+            routed = rows[rows.ne(0).any(-1)]
+            if routed.shape[0]:
+                self.watch.note(tally, expert, mean_abs(routed))

@@ -60,14 +60,14 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-def check_disk(out: Path, needed_bytes: int) -> None:
+def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
     """Raises DiskError if the disk that `out` will be on has less than `needed_bytes` (and small files) free."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     with disk_errors(out):
         disk = shutil.disk_usage(existing)
     if disk.total and needed_bytes + SMALL_FILES_BYTES > disk.free:  # a total of 0: no real disk, nothing is known
         raise DiskError(
-            f"the output needs {filesize.decimal(needed_bytes + SMALL_FILES_BYTES)}, "
+            f"{what} needs {filesize.decimal(needed_bytes + SMALL_FILES_BYTES)}, "
             f"but the disk of `{printable(str(out))}` has {filesize.decimal(disk.free)} free",
             hint="free some space, or choose an output folder on another disk",
         )

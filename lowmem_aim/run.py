@@ -57,8 +57,9 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         check_disk(out, plan.output_bytes)
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
+        _shares(plan, inputs, budget, device)  # a row that does not fit must show before hours of calibration
         with staged(out) as staging:
-            activations = _activations(calibration, inputs, device, options.use_cache, emit)
+            activations = _activations(calibration, inputs, device, budget, staging, options.use_cache, emit)
             merged = merge_tensors(
                 plan,
                 inputs,
@@ -84,7 +85,7 @@ def calibrate_base(
     emit: Emit = silent,
 ) -> Path:
     """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache."""
-    device, _ = _set_up(options)
+    device, budget = _set_up(options)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
     if output.exists():
@@ -99,7 +100,8 @@ def calibrate_base(
         calibration = prepare(aim, checkpoint, emit)
         if calibration.given:
             raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
-        calibration.measure(device=str(device), emit=emit).save(output)
+        folder = output.absolute().parent
+        calibration.measure(device=device, budget=budget, spill=folder, emit=emit).save(output)
     return output
 
 
@@ -137,10 +139,16 @@ def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | No
 
 
 def _activations(
-    calibration: Calibration | None, inputs: Inputs, device: torch.device, use_cache: bool, emit: Emit
+    calibration: Calibration | None,
+    inputs: Inputs,
+    device: torch.device,
+    budget: Budget,
+    spill: Path,
+    use_cache: bool,
+    emit: Emit,
 ) -> Activations | None:
     if calibration is None:
         return None
-    activations = calibration.activations(device=str(device), use_cache=use_cache, emit=emit)
+    activations = calibration.activations(device=device, budget=budget, spill=spill, use_cache=use_cache, emit=emit)
     check_activations(activations, inputs, calibration.aim)
     return activations

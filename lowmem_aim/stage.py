@@ -1,8 +1,9 @@
 """A skeleton made runnable, and cut open at its blocks and its output head.
 
 What lies outside the blocks is loaded (embeddings stand for their rows in the checkpoint), each block's weights come
-and go through accelerate's offload hook, and every forward meets a *driver* at each block and at the head, which
-decides what happens there. All of it is undone when the set-up ends, also by an exception.
+and go through accelerate's offload hooks, whole or, where the room is small, module by module, and every forward meets
+a *driver* at each block and at the head, which decides what happens there. All of it is undone when the set-up ends,
+also by an exception.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -21,10 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem_aim.checkpoint import Checkpoint, digest
-from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.memory import trim
+from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
+from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.memory import is_allocation_failure, shown, trim
 from lowmem_aim.observe import Watch
+from lowmem_aim.rooms import BOUNDLESS, SMALLEST_PAGED, Rooms, owners, paged, size_of
+from lowmem_aim.shelf import Shelf, Slot
 from lowmem_aim.skeleton import Skeleton, embeddings_of
+
+R = TypeVar("R")
 
 
 class Driver:
@@ -58,6 +65,18 @@ class Call:
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, self.key: hidden})
 
+    def mapped(self, change: Callable[[Any], Any]) -> Call:
+        """With `change` done to each argument, and to each part of those that are tuples."""
+
+        def changed(value: Any) -> Any:
+            return tuple(map(changed, value)) if type(value) is tuple else change(value)
+
+        return Call(tuple(map(changed, self.args)), {key: changed(value) for key, value in self.kwargs.items()})
+
+    def from_shelf(self, shelf: Shelf) -> Call:
+        """With the tensors themselves instead of their places."""
+        return self.mapped(lambda value: shelf.get(value) if isinstance(value, Slot) else value)
+
 
 def hidden_of(output: Any) -> Tensor:
     """A block returns the hidden state, or a tuple that begins with it."""
@@ -75,6 +94,10 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, parameter: str) -> Tensor:
         return self.map.load(parameter, self._read)
+
+    def sources(self, parameter: str) -> list[str]:
+        """The checkpoint's tensors that it is made of."""
+        return self.map.sources(parameter)
 
     def _read(self, name: str) -> Tensor:
         value = self.base.tensor(name)
@@ -105,14 +128,49 @@ class Rows(Tensor):
             return func(*args, **(kwargs or {}))
 
 
+class ReadWhileAbsent(Exception):
+    """A weight was used that is not there just now."""
+
+
+class Absent(Tensor):
+    """Stands for a weight that is not there. torch would not always say so: products with it may just be garbage."""
+
+    _is_param = True  # for nn.Module.get_parameter
+    _FACTS = frozenset(
+        getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "is_meta", "ndim", "requires_grad")
+    ) | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
+
+    @classmethod
+    def like(cls, value: Tensor) -> Any:
+        return value.detach().as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in cls._FACTS:
+            raise ReadWhileAbsent
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class Stage:
     """The skeleton with what lies outside the blocks loaded, and blocks and head handed to the forward's driver."""
 
-    def __init__(self, base: Checkpoint, skeleton: Skeleton, device: torch.device) -> None:
-        self.skeleton, self.device = skeleton, device
+    def __init__(
+        self,
+        base: Checkpoint,
+        skeleton: Skeleton,
+        device: torch.device,
+        rooms: Rooms = BOUNDLESS,
+        spill: Path | None = None,
+        emit: Emit = silent,
+    ) -> None:
+        """`spill`: a folder for hidden states that find no room in memory."""
+        self.skeleton, self.device, self._emit = skeleton, device, emit
         self.model, self.blocks = skeleton.model, skeleton.blocks
         self.weights = Weights(base, skeleton)
         self.watch = Watch()
+        self.shelf = Shelf(device, device_bytes=rooms.device_states, ram_bytes=rooms.ram_states, folder=spill)
+        self.rooms, self._room = rooms, rooms.weights
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
         self._driver = threading.local()
 
@@ -122,35 +180,140 @@ class Stage:
         self.model(input_ids=tokens[None].to(self.device), use_cache=False)
 
     def run_block(self, index: int, call: Call) -> Any:
-        """The block itself; its weights must be loaded."""
-        return self._forwards[index](*call.args, **call.kwargs)
+        """The block itself; its weights must be loaded. What is seen of a run that fails does not count."""
+        self.watch.commit()  # what was seen before it
+        try:
+            output = self._forwards[index](*call.args, **call.kwargs)
+        except BaseException:
+            self.watch.discard()
+            raise
+        self.watch.commit()
+        return output
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Block `index` with its weights, watched; after it they are dropped."""
+        """Block `index` with its weights, or with as many as fit the room while the others come and go; watched."""
         path, block = self.blocks[index]
+        parts = list(block.named_modules(prefix=path))
+        away = self._paged(index)
+        with contextlib.ExitStack() as undo:
+            undo.callback(trim)
+            for name, module in owners(path, block):
+                undo.enter_context(self._coming(name, module) if name in away else self._there(name, module))
+            if index + 1 < len(self.blocks):
+                self._expect(index + 1)
+            with self.watch.on(parts), self.watch.experts(parts), self._explained(index):
+                yield
+            self.watch.check(f"{path}.")
+
+    def with_block(self, index: int, work: Callable[[], R]) -> R:
+        """work() with the block loaded; once more with less in memory after each allocation that fails.
+
+        What `work` has finished it must not do again. Raises MemoryBudgetError when nothing more can be let go.
+        """
+        while True:
+            try:
+                with self.loaded(index):
+                    return work()
+            except Exception as error:
+                if not is_allocation_failure(error):
+                    raise
+            self._lessen(index)  # outside the handler: the exception's frames hold tensors
+
+    # -- weights that come and go
+
+    def _paged(self, index: int) -> set[str]:
+        path, block = self.blocks[index]
+        sizes = {name: size_of(module) for name, module in owners(path, block)}
+        own = sizes.pop(path, 0)  # the block's own: its forward is called by its driver, past all hooks
+        return paged(sizes, self._room - own)
+
+    def _hook(self, path: str, module: nn.Module) -> AlignDevicesHook:
+        """Brings the module's own parameters in, and drops them."""
         hook = AlignDevicesHook(
             execution_device=self.device,
             offload=True,
             offload_buffers=False,
-            place_submodules=True,
             weights_map=PrefixedDataset(self.weights, f"{path}."),
         )
-        hook.init_hook(block)
+        hook.tied_pointers_to_remove = set()  # post_forward asks for it also where nothing came in
+        hook.init_hook(module)
+        return hook
+
+    @contextlib.contextmanager
+    def _there(self, path: str, module: nn.Module) -> Iterator[None]:
+        hook = self._hook(path, module)
         try:
-            hook.pre_forward(block)
-            parts = list(block.named_modules(prefix=path))
-            with self.watch.on(parts), self.watch.experts(parts):
-                yield
-            self.watch.check(f"{path}.")
+            hook.pre_forward(module)
+            yield
         finally:
-            hook.post_forward(block, None)
-            trim()
+            hook.post_forward(module, None)
+
+    @contextlib.contextmanager
+    def _coming(self, path: str, module: nn.Module) -> Iterator[None]:
+        """The module has its weights only while it is called."""
+        hook = self._hook(path, module)
+        on_meta = {name: value for name, value in module._parameters.items() if value is not None}
+
+        def before(called: nn.Module, args: Any) -> None:
+            module._parameters.update(on_meta)
+            hook.pre_forward(module)
+
+        def after(called: nn.Module, args: Any, output: Any) -> None:
+            module._parameters.update({name: Absent.like(value) for name, value in on_meta.items()})
+
+        handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+        try:
+            after(module, (), None)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            module._parameters.update(on_meta)
+
+    def _expect(self, index: int) -> None:
+        """Have the disk fetch a block's weights while another block is at work."""
+        path, block = self.blocks[index]
+        parameters = [name for name, _ in block.named_parameters(prefix=path)]
+        self.weights.base.expect({source for name in parameters for source in self.weights.sources(name)})
+
+    @contextlib.contextmanager
+    def _explained(self, index: int) -> Iterator[None]:
+        """A model may read a module's weight without calling the module; then it cannot be paged."""
+        try:
+            yield
+        except ReadWhileAbsent as error:
+            path, block = self.blocks[index]
+            size = sum(size_of(module) for _, module in owners(path, block))
+            raise MemoryBudgetError(
+                f"a block of this model, {shown(size)}, does not fit the budget, and its modules cannot be brought in "
+                "one by one",
+                hint="give more memory (`--ram`, `--vram`)",
+            ) from error
+
+    def _lessen(self, index: int) -> None:
+        """Let go of something after a failed allocation. Raises MemoryBudgetError if there is nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.shelf.leave_device():
+            self._emit(Notice("calibration: memory ran short: hidden states leave the device", "warning"))
+            return
+        if self._room == 0:
+            raise MemoryBudgetError(
+                f"calibration: one sequence in `{printable(self.blocks[index][0])}` does not fit the memory that is "
+                "left, even with its modules brought in one by one",
+                hint="shorter sequences (`--block-size`) take less; so do fewer other programs, or `--device cpu`",
+            )
+        path, block = self.blocks[index]
+        there = min(self._room, sum(size_of(module) for _, module in owners(path, block)))
+        self._room = there // 2 if there > SMALLEST_PAGED else 0
+        self._emit(Notice("calibration: memory ran short: fewer of a block's weights stay in it at a time", "warning"))
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator[None]:
         """Make the model runnable; undo all of it at the end."""
         with contextlib.ExitStack() as undo:
+            undo.enter_context(self.shelf)
             self._place_buffers(undo)
             self._place_embeddings(undo)
             self._place_rest(undo)

@@ -1,4 +1,4 @@
-"""The benchmark itself works: it builds, runs, counts and draws; on the tiniest models, ours alone."""
+"""The benchmark and the GPU check work: they build, run, count and draw; on the tiniest models, ours alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 BENCH = Path(__file__).parent / "bench" / "bench.py"
 
@@ -27,3 +30,28 @@ def test_it_measures_and_draws(tmp_path: Path) -> None:
     assert "| task_arithmetic |" in text
     assert "old" not in text
     assert "lowmem-aim" in (results.parent / "chart.svg").read_text()
+
+
+def test_the_gpu_check_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    what = ["--device", "cpu", "--scale", "tiny", "--methods", "ties", "--blocks", "3", "--block-size", "32"]
+    limits = ["--work", str(tmp_path), "--ram", "2GB"]
+    command = [sys.executable, str(BENCH.with_name("gpu_check.py")), *what, *limits]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.partition("\n\n")[2]
+    assert "| ties: device against CPU | 0.0e+00 of the elements off by more than 1 ulp | ok |" in table
+    assert "| ties, killed half-way, then the same command | the same bytes | ok |" in table
+    assert "| calibrate: peak anonymous memory |" in table
+    assert "failed" not in table
+
+
+def test_distances_are_counted_in_units_in_the_last_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    import gpu_check
+
+    steps = torch.tensor([-2, -1, 0, 1, 2], dtype=torch.int16)
+    near_one = (torch.tensor(0x3F80, dtype=torch.int16) + steps).view(torch.bfloat16)
+    assert gpu_check._order(near_one).diff().tolist() == [1] * 4
+    assert gpu_check._order(-near_one).diff().tolist() == [-1] * 4
+    around_zero = torch.tensor([-0x7FFF, -0x8000, 0, 1], dtype=torch.int16).view(torch.bfloat16)
+    assert gpu_check._order(around_zero).tolist() == [-1, 0, 0, 1]

@@ -38,9 +38,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return model
 
 
-def calibrated(folder: Path, texts: Sequence[Tensor] = TEXTS, **options: Any) -> tuple[Activations, Skeleton]:
+def calibrated(
+    folder: Path, texts: Sequence[Tensor] = TEXTS, dtype: torch.dtype | None = None, **options: Any
+) -> tuple[Activations, Skeleton]:
     with Checkpoint.open(folder) as base:
-        skeleton = load_skeleton(base)
+        skeleton = load_skeleton(base, dtype)
         return calibrate(base, skeleton, texts, **options), skeleton
 
 

@@ -193,7 +193,8 @@ def test_budgets_do_not_change_the_bytes(
         made.append(digests(merge(recipe(llama, method, **FLAGS[method]), tmp_path / str(ram), Options(ram=ram))))
         read_again.append(not all(passes))
     assert made[0] == made[1] == made[2]
-    assert shares[0].slice_elements < 1000 < shares[1].slice_elements < shares[2].slice_elements
+    sizes = [share.slice_elements for share in shares[::2]]  # reckoned as a check before work, and again
+    assert sizes[0] < 1000 < sizes[1] < sizes[2]
     measures = method in ("ties", "dare_linear", "dare_ties", "slerp")
     assert (read_again[0], read_again[2]) == (measures, False)
 

@@ -28,7 +28,7 @@ import contenders
 import report
 from contenders import METHODS, ROOT, Setting
 from measure import Cost
-from models import SCALES, build, save_texts
+from models import SCALES, build, model_bytes, save_texts
 
 SLOW_SECONDS = 60  # a contender that takes longer runs `--slow-repeats` times
 BLOCK = 512
@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
 def _merges(method: str, setting: Setting, tool: Path | None, options: argparse.Namespace) -> dict[str, Any]:
     experts = setting.experts[:1] if method == "slerp" else setting.experts
     models = experts if method == "linear" else [setting.base, *experts]
-    size = (setting.base / "model.safetensors").stat().st_size
+    size = model_bytes(setting.base)
     ways: dict[str, Callable[[], Cost]] = {}
     if "ours" in options.only:
         ways["ours"] = lambda: contenders.ours(method, setting)

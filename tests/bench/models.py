@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +31,10 @@ class Shape:
     vocabulary: int = 32_000
     experts: int = 3
 
+    def nbytes(self, layers: int) -> int:
+        """Of a model of these shapes with so many layers, bfloat16."""
+        return 2 * sum(math.prod(size) for _, size in tensors(replace(self, layers=layers)))
+
 
 SCALES = {
     "tiny": Shape(64, 128, 2, 4, 2, 512),
@@ -46,7 +50,7 @@ def build(scale: str, work: Path, layers: int | None = None) -> Path:
     """The folder with base/ and expert-1/ ... of a scale, built unless it is there. `layers` overrides the scale's."""
     shape = SCALES[scale]
     if layers is not None:
-        shape = Shape(**{**shape.__dict__, "layers": layers})
+        shape = replace(shape, layers=layers)
     folder = work / (scale if layers is None else f"{scale}-{layers}-layers")
     marker = folder / "built.json"
     wanted = json.dumps({"format": FORMAT, **shape.__dict__})
@@ -60,6 +64,11 @@ def build(scale: str, work: Path, layers: int | None = None) -> Path:
     _save_weights([folder / name / "model.safetensors" for name in names], shape)
     marker.write_text(wanted)
     return folder
+
+
+def model_bytes(model: Path) -> int:
+    """Of a built model's weights."""
+    return (model / "model.safetensors").stat().st_size
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,188 @@
+"""What calibrating a model takes, and how a budget is divided for it. All figures are bytes.
+
+    fixed      what lies beside the blocks, and the work of one sequence in a block
+    weights    a whole block's where they fit; else a part stays and the rest is paged in module by module
+    states     hidden states, on the device, in RAM or in a file: they get what is left
+
+A block goes before the hidden states: a module that is paged is read again for every sequence, a hidden state once a
+block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_aim.errors import MemoryBudgetError, printable
+from lowmem_aim.memory import Budget, shown
+from lowmem_aim.observe import CHUNK_NUMEL
+from lowmem_aim.skeleton import Skeleton
+
+# What the allocator keeps back between two uses, and what small things add up to.
+SLACK_BYTES = 32 << 20
+# Modules below this are never paged: they take nothing, and some are read by their parents without being called.
+SMALLEST_PAGED = 1 << 16
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of calibrating one model with some sequences, in the dtype of its skeleton."""
+
+    block: int  # the weights of the largest block
+    module: int  # of the largest module in it
+    module_path: str
+    read: int  # what is read for the largest parameter, where its dtype is not the skeleton's
+    beside: int  # weights beside the blocks
+    work: int  # what the longest sequence takes in a block, weights aside: an upper bound, as if nothing were freed
+    states: int  # the hidden states of all sequences
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, sequences: Sequence[Tensor]) -> Needs:
+        blocks = [owners(path, block) for path, block in skeleton.blocks]
+        sizes = [{path: size_of(module) for path, module in parts} for parts in blocks]
+        largest = max((part for parts in sizes for part in parts.items()), key=lambda part: part[1], default=("", 0))
+        longest = max((len(tokens) for tokens in sequences), default=0)
+        hidden = _hidden_bytes(skeleton)
+        return cls(
+            block=max((sum(parts.values()) for parts in sizes), default=0),
+            module=largest[1],
+            module_path=largest[0],
+            read=_read_bytes(skeleton, largest[1]),
+            beside=_beside(skeleton),
+            work=max((_work(skeleton, parts, longest) for parts in blocks), default=0) + 4 * longest * hidden,
+            states=sum(len(tokens) for tokens in sequences) * hidden,
+        )
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """The parts of a budget that a calibration lives in."""
+
+    weights: int = UNLIMITED  # of a block, at a time
+    device_states: int = UNLIMITED
+    ram_states: int = UNLIMITED
+
+    def hold(self, states: int) -> bool:
+        """Whether so many bytes of hidden states need no file."""
+        return states <= self.device_states + self.ram_states
+
+
+BOUNDLESS = Rooms()
+
+
+def divide(budget: Budget, device: torch.device, needs: Needs) -> Rooms:
+    """Raises MemoryBudgetError with the numbers if not even one module at a time fits."""
+    work = needs.work + needs.beside + SLACK_BYTES
+    if budget.vram is None:
+        left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram)
+        weights = min(needs.block, left)
+        return Rooms(weights, 0, left - weights)
+    on_device = _after(budget.vram_left(device), work, needs, "VRAM", budget.vram)
+    # Weights pass through RAM one by one.
+    on_host = _after(budget.ram_left(), needs.read + SLACK_BYTES, needs, "RAM", budget.ram)
+    weights = min(needs.block, on_device)
+    return Rooms(weights, on_device - weights, on_host - needs.module)
+
+
+def _after(left: int, fixed: int, needs: Needs, kind: str, budget: int) -> int:
+    """What is left when the fixed part is taken: at least one module."""
+    least = fixed + needs.module
+    if left < least:
+        flag = kind.replace("VRAM", "--vram").replace("RAM", "--ram")
+        raise MemoryBudgetError(
+            f"calibrating needs some {shown(least)} of {kind} (its largest module `{printable(needs.module_path)}` "
+            f"takes {shown(needs.module)}), but of the budget {shown(left)} are left",
+            hint=f"`{flag} {shown(budget - left + least).replace(' ', '')}` would do; shorter sequences "
+            "(`--block-size`) take less",
+        )
+    return left - fixed
+
+
+def paged(sizes: Mapping[str, int], room: int) -> set[str]:
+    """Which modules of a block come and go with each sequence, so that what is there at a time fits the room.
+
+    The largest are kept first: what is paged is read again for every sequence.
+    """
+    if sum(sizes.values()) <= room:
+        return set()
+    small = {name for name, size in sizes.items() if size < SMALLEST_PAGED}
+    held = sum(sizes[name] for name in small)
+    order = sorted(sizes.keys() - small, key=lambda name: (-sizes[name], name))
+    away: list[str] = []
+    for place, name in enumerate(order):
+        others = away or order[place + 1 :]  # the largest of those that will be paged comes first
+        coming = sizes[others[0]] if others else 0
+        if held + sizes[name] + coming <= room:
+            held += sizes[name]
+        else:
+            away.append(name)
+    return set(away)
+
+
+# --- sizes of a model -------------------------------------------------------------------------------------------------
+
+
+def owners(path: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the modules of a block that have parameters of their own."""
+    return [(name, part) for name, part in block.named_modules(prefix=path) if next(_own(part), None) is not None]
+
+
+def size_of(module: nn.Module) -> int:
+    """Of its own parameters."""
+    return sum(value.numel() * value.element_size() for value in _own(module))
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (value for value in module._parameters.values() if value is not None)
+
+
+def _hidden_bytes(skeleton: Skeleton) -> int:
+    """Of one token's hidden state; Gemma 3n has several side by side."""
+    config: Any = skeleton.model.config.get_text_config()
+    copies = getattr(config, "altup_num_inputs", 1) or 1
+    return int(config.hidden_size) * int(copies) * skeleton.dtype.itemsize
+
+
+def _read_bytes(skeleton: Skeleton, largest: int) -> int:
+    """A tensor whose dtype is another than the forward's is there in both for a moment."""
+    stored = {info.dtype for info in skeleton.weights.checkpoint if info.dtype.is_floating_point}
+    others = [dtype.itemsize for dtype in stored if dtype != skeleton.dtype]
+    return largest // skeleton.dtype.itemsize * max(others, default=0)
+
+
+def _beside(skeleton: Skeleton) -> int:
+    """What lies beside blocks and head and is loaded once: embeddings are not, they are read by row."""
+    decoder = skeleton.blocks[0][0].rsplit(".", 2)[0] if skeleton.blocks else ""
+    inside = {id(part) for _, block in skeleton.blocks for part in block.modules()}
+    return sum(
+        size_of(part)
+        for path, part in skeleton.model.named_modules()
+        if path.startswith(decoder)
+        and id(part) not in inside
+        and path != skeleton.head
+        and not isinstance(part, nn.Embedding)
+    )
+
+
+def _work(skeleton: Skeleton, parts: Sequence[tuple[str, nn.Module]], tokens: int) -> int:
+    """Everything that a block's modules take in and give out for one sequence, as if nothing were freed."""
+    size = skeleton.dtype.itemsize
+    channels = sum(_channels(value) for _, part in parts for value in _own(part))
+    config: Any = skeleton.model.config.get_text_config()
+    scores = tokens * tokens * size  # a mask
+    if config._attn_implementation == "eager":
+        scores += int(config.num_attention_heads) * tokens * tokens * (size + 4)
+    statistics = 2 * min(CHUNK_NUMEL, tokens * channels) * 8
+    return tokens * channels * size + scores + statistics
+
+
+def _channels(weight: Tensor) -> int:
+    """Numbers a token that its module holds: in and out; a norm works in float32, some four times."""
+    if weight.dim() < 2:
+        return 4 * weight.numel() * 4 // weight.element_size()
+    return weight.shape[-1] + weight.shape[-2]

@@ -1,0 +1,137 @@
+"""Tensors between two uses: on the device, in RAM or in a file, each as near as the budget allows.
+
+The file never has a name (or loses it with its last handle, where the system has no such files): nothing is left of it
+however the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.checkpoint import raw
+from lowmem_aim.durable import disk_errors
+from lowmem_aim.errors import DiskError
+
+Place = Literal["device", "ram", "file"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """One tensor's place. Whoever puts another tensor into it forgets the one before."""
+
+    place: Place | None = None  # None: empty
+    nbytes: int = 0
+    value: Tensor | None = None  # None where it is in the file; then an empty one on meta says what it was
+    like: Tensor | None = None
+    offset: int = 0  # in the file
+    capacity: int = 0  # bytes of the file that are this slot's
+
+
+class Shelf:
+    """Holds tensors of `device`. A context manager: its file goes with it."""
+
+    def __init__(self, device: torch.device, *, device_bytes: int, ram_bytes: int, folder: Path | None) -> None:
+        """At most so many bytes on the device (if that is not the CPU) and in RAM; the rest in a file in `folder`.
+
+        Without a folder everything else lies in RAM.
+        """
+        self._device, self._folder = device, folder
+        self._left: dict[Place, int] = {"device": device_bytes if device.type != "cpu" else 0, "ram": ram_bytes}
+        self._on_device: set[Slot] = set()
+        self._file: IO[bytes] | None = None
+        self._end = 0  # of what the file's slots have been given
+
+    def put(self, value: Tensor, slot: Slot | None = None) -> Slot:
+        """Keep `value`, which must not change from now on. Raises DiskError."""
+        slot = Slot() if slot is None else slot
+        self._clear(slot)
+        slot.nbytes = value.numel() * value.element_size()
+        slot.place = self._place_for(value, slot.nbytes)
+        if slot.place == "file":
+            self._write(slot, value.cpu())
+            slot.like = torch.empty_like(value, device="meta")
+            return slot
+        self._left[slot.place] -= slot.nbytes
+        if slot.place == "device":
+            self._on_device.add(slot)
+        slot.value = value if slot.place == "device" else value.cpu()
+        return slot
+
+    def get(self, slot: Slot) -> Tensor:
+        """The tensor, on the device. It may be the one that is kept: do not write to it. Raises DiskError."""
+        if slot.value is not None:
+            return slot.value.to(self._device)
+        assert slot.like is not None, "an empty slot"
+        value = torch.empty_like(slot.like, device="cpu")
+        self._read(slot, memoryview(raw(value)))
+        return value.to(self._device)
+
+    def leave_device(self) -> bool:
+        """Give the device's memory back: what is on it moves to RAM or the file. False if nothing was there."""
+        self._left["device"] = 0
+        moved = list(self._on_device)
+        for slot in moved:
+            assert slot.value is not None
+            value = slot.value.cpu()
+            slot.value = None
+            self.put(value, slot)
+        self._left["device"] = 0
+        return bool(moved)
+
+    def _place_for(self, value: Tensor, nbytes: int) -> Place:
+        if value.device.type != "cpu" and nbytes <= self._left["device"]:
+            return "device"
+        # A file would lose the strides (of an expanded mask), and with them, perhaps, the way in which it is computed.
+        if nbytes <= self._left["ram"] or self._folder is None or not value.is_contiguous():
+            return "ram"
+        return "file"
+
+    def _clear(self, slot: Slot) -> None:
+        if slot.place in ("device", "ram"):
+            self._left[slot.place] += slot.nbytes
+            self._on_device.discard(slot)
+        slot.place = slot.value = slot.like = None
+
+    # -- the file
+
+    def _write(self, slot: Slot, value: Tensor) -> None:
+        if slot.nbytes > slot.capacity:
+            slot.offset, slot.capacity = self._end, slot.nbytes
+            self._end += slot.nbytes
+        assert self._folder is not None
+        with disk_errors(self._folder):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed on exit)
+            self._file.seek(slot.offset)
+            left = memoryview(raw(value))
+            while left:
+                left = left[self._file.write(left) :]
+
+    def _read(self, slot: Slot, into: memoryview) -> None:
+        assert self._file is not None
+        assert self._folder is not None
+        with disk_errors(self._folder):
+            self._file.seek(slot.offset)
+            while into:
+                count = self._file.readinto(into)  # type: ignore[attr-defined]
+                if not count:
+                    raise DiskError(f"the temporary file in `{self._folder}` was cut off")
+                into = into[count:]
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
