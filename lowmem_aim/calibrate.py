@@ -72,7 +72,7 @@ def calibrate(
     rooms = BOUNDLESS if budget is None else rooms_for(skeleton, sequences, budget, place, spill)
     emit(PhaseStarted("calibrate", len(skeleton.blocks), "blocks"))
     with torch.no_grad(), _as_budget_errors():
-        stage = _run(lambda: Stage(base, skeleton, place, rooms, spill, emit), sequences, _Progress(emit))
+        stage = _run(lambda: Stage(base, skeleton, place, rooms, budget, spill, emit), sequences, _Progress(emit))
     result = _gather(stage, sequences, emit)
     emit(PhaseEnded("calibrate"))
     return result

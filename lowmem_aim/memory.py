@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +17,13 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from lowmem_aim.errors import MemoryBudgetError, UsageError, printable
 
 # Left to the rest of the machine when no budget is given: a tenth, at least this much.
 RESERVE_BYTES = 500_000_000
+_APART_BYTES = 1 << 20  # smaller ones leave smaller holes
 CGROUPS = Path("/sys/fs/cgroup")
 # Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
 _ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
@@ -162,6 +166,18 @@ def trim() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def empty_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """torch.empty in pages of its own, which go back to the system with it.
+
+    For weights that come and go between a forward's small tensors: the heap would have holes where they were.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _APART_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=dtype).view(shape)
 
 
 # --- what is free ---------------------------------------------------------------------------------------------------

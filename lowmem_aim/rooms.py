@@ -66,6 +66,7 @@ class Rooms:
     weights: int = UNLIMITED  # of a block, at a time
     device_states: int = UNLIMITED
     ram_states: int = UNLIMITED
+    ram_work: int = 0  # what one sequence in a block may take in RAM
 
     def hold(self, states: int) -> bool:
         """Whether so many bytes of hidden states need no file."""
@@ -81,7 +82,7 @@ def divide(budget: Budget, device: torch.device, needs: Needs) -> Rooms:
     if budget.vram is None:
         left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram)
         weights = min(needs.block, left)
-        return Rooms(weights, 0, left - weights)
+        return Rooms(weights, 0, left - weights, needs.work)
     on_device = _after(budget.vram_left(device), work, needs, "VRAM", budget.vram)
     # Weights pass through RAM one by one.
     on_host = _after(budget.ram_left(), needs.read + SLACK_BYTES, needs, "RAM", budget.ram)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.memory import is_allocation_failure, shown, trim
+from lowmem_aim.memory import Budget, is_allocation_failure, shown, trim
 from lowmem_aim.observe import Watch
 from lowmem_aim.rooms import BOUNDLESS, SMALLEST_PAGED, Rooms, owners, paged, size_of
 from lowmem_aim.shelf import Shelf, Slot
@@ -161,16 +161,18 @@ class Stage:
         skeleton: Skeleton,
         device: torch.device,
         rooms: Rooms = BOUNDLESS,
+        budget: Budget | None = None,
         spill: Path | None = None,
         emit: Emit = silent,
     ) -> None:
-        """`spill`: a folder for hidden states that find no room in memory."""
+        """`rooms` are those of `budget`; `spill`: a folder for hidden states that find no room in memory."""
         self.skeleton, self.device, self._emit = skeleton, device, emit
         self.model, self.blocks = skeleton.model, skeleton.blocks
         self.weights = Weights(base, skeleton)
         self.watch = Watch()
         self.shelf = Shelf(device, device_bytes=rooms.device_states, ram_bytes=rooms.ram_states, folder=spill)
         self.rooms, self._room = rooms, rooms.weights
+        self._budget = budget
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
         self._driver = threading.local()
 
@@ -182,6 +184,8 @@ class Stage:
     def run_block(self, index: int, call: Call) -> Any:
         """The block itself; its weights must be loaded. What is seen of a run that fails does not count."""
         self.watch.commit()  # what was seen before it
+        if self._budget is not None and self._budget.ram_left() < self.rooms.ram_work:
+            trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
         try:
             output = self._forwards[index](*call.args, **call.kwargs)
         except BaseException:

@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.memory import empty_apart
 
 Read = Callable[[str], Tensor]
 
@@ -71,6 +72,7 @@ class WeightMap:
         self.model, self.checkpoint = model, checkpoint
         self.unused: set[str] = set()  # checkpoint tensors that the model has no place for
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._dtypes = {name: value.dtype for name, value in model.state_dict().items()}
         self._known = dict.fromkeys(self._shapes, True)  # what transformers' renaming wants to look names up in
         self._recipes: dict[str, _Recipe] = {}
         self._waiting: dict[str, Tensor] = {}  # made along with another parameter, not yet asked for
@@ -94,7 +96,7 @@ class WeightMap:
         return recipe.parts[0][1] if recipe is not None and recipe.converter is None else None
 
     def load(self, parameter: str, read: Read | None = None) -> Tensor:
-        """The parameter's value, in the checkpoint's dtype and in memory of its own.
+        """The parameter's value in memory of its own; in the model's dtype, but for what a converter has made.
 
         `read` fetches a checkpoint tensor whole (default: `Checkpoint.tensor`). A tensor that feeds several
         parameters is read once if they are loaded one after the other. Raises KeyError for an unknown parameter.
@@ -108,12 +110,16 @@ class WeightMap:
         if recipe.converter is None:
             # A copy: matrix products on file mappings, at any alignment, may round differently, and a file cut off
             # while it is mapped would kill the process.
-            return fetch(recipe.parts[0][1]).clone()
+            return self._own(parameter, fetch(recipe.parts[0][1]))
         if _is_plain_stack(recipe.converter):
             return self._stack(recipe, fetch)
         made = recipe.run(self.model, fetch)
         self._waiting.update({name: value for name, value in made.items() if name in self._shapes})
         return self._waiting.pop(parameter)
+
+    def _own(self, parameter: str, stored: Tensor) -> Tensor:
+        dtype = self._dtypes.get(parameter, stored.dtype)
+        return empty_apart(tuple(stored.shape), dtype).copy_(stored)
 
     def scatter(self, parameter: str, statistic: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, its statistic) for each tensor that `parameter` is made of.
@@ -142,7 +148,7 @@ class WeightMap:
     def _stack(self, recipe: _Recipe, read: Read) -> Tensor:
         """The same as the converter's stack and concatenate, without its second and third copy of the experts."""
         shape = self._shapes[recipe.first]
-        value = torch.empty(shape, dtype=self.checkpoint.tensors[recipe.parts[0][1]].dtype)
+        value = empty_apart(shape, self._dtypes[recipe.first])
         patterns = list(recipe.converter.source_patterns)
         width = shape[1] // len(patterns)
         for (name, index), (pattern, _) in zip(_numbered(recipe), recipe.parts, strict=True):

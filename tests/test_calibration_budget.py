@@ -229,9 +229,9 @@ NEEDS = Needs(block=600 * MB, module=140 * MB, module_path="m", read=0, beside=0
 def test_a_block_goes_before_the_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     fixed = NEEDS.work + rooms.SLACK_BYTES
-    assert divide(Budget(fixed + 2000 * MB), CPU, NEEDS) == Rooms(600 * MB, 0, 1400 * MB)
-    assert divide(Budget(fixed + 700 * MB), CPU, NEEDS) == Rooms(600 * MB, 0, 100 * MB)
-    assert divide(Budget(fixed + 200 * MB), CPU, NEEDS) == Rooms(200 * MB, 0, 0)
+    assert divide(Budget(fixed + 2000 * MB), CPU, NEEDS) == Rooms(600 * MB, 0, 1400 * MB, 100 * MB)
+    assert divide(Budget(fixed + 700 * MB), CPU, NEEDS) == Rooms(600 * MB, 0, 100 * MB, 100 * MB)
+    assert divide(Budget(fixed + 200 * MB), CPU, NEEDS) == Rooms(200 * MB, 0, 0, 100 * MB)
 
 
 def test_on_a_device_of_its_own_states_go_to_ram_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
