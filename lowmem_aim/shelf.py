@@ -19,6 +19,7 @@ from torch import Tensor
 from lowmem_aim.checkpoint import raw
 from lowmem_aim.durable import disk_errors
 from lowmem_aim.errors import DiskError
+from lowmem_aim.memory import empty_apart
 
 Place = Literal["device", "ram", "file"]
 
@@ -52,6 +53,7 @@ class Shelf:
     def put(self, value: Tensor, slot: Slot | None = None) -> Slot:
         """Keep `value`, which must not change from now on. Raises DiskError."""
         slot = Slot() if slot is None else slot
+        before = slot.value if slot.place == "ram" else None
         self._clear(slot)
         slot.nbytes = value.numel() * value.element_size()
         slot.place = self._place_for(value, slot.nbytes)
@@ -62,11 +64,11 @@ class Shelf:
         self._left[slot.place] -= slot.nbytes
         if slot.place == "device":
             self._on_device.add(slot)
-        slot.value = value if slot.place == "device" else value.cpu()
+        slot.value = value if slot.place == "device" else _in_ram(value, before)
         return slot
 
     def get(self, slot: Slot) -> Tensor:
-        """The tensor, on the device. It may be the one that is kept: do not write to it. Raises DiskError."""
+        """The tensor, on the device. Not to be written to, nor used after the next `put` there. Raises DiskError."""
         if slot.value is not None:
             return slot.value.to(self._device)
         assert slot.like is not None, "an empty slot"
@@ -135,3 +137,12 @@ class Shelf:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+def _in_ram(value: Tensor, before: Tensor | None) -> Tensor:
+    """In memory apart from the heap, where it would lie among what a forward frees; in that of `before` if it fits."""
+    if not value.is_contiguous():
+        return value.cpu()
+    if before is None or not before.is_contiguous() or (before.shape, before.dtype) != (value.shape, value.dtype):
+        before = empty_apart(tuple(value.shape), value.dtype)
+    return before.copy_(value)
