@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from lowmem_aim.output import check_disk
 from lowmem_aim.rooms import BOUNDLESS, Needs, Rooms, divide
 from lowmem_aim.shelf import Slot
 from lowmem_aim.skeleton import Skeleton
-from lowmem_aim.stage import Call, Stage, hidden_of
+from lowmem_aim.stage import SHORTER, Call, Stage, hidden_of
 
 # Long enough to fill attention with something, short enough to cost nothing.
 CANARY_TOKENS = 32
@@ -87,8 +88,8 @@ def rooms_for(
         raise ModelError(f"`{label}` is not built of a list of blocks: it cannot be calibrated")
     needs = Needs.of(skeleton, sequences)
     rooms = divide(budget, device, needs)
-    if spill is not None and not rooms.hold(needs.states):
-        check_disk(spill, needs.states, "calibration, for what does not fit the memory,")
+    if spill is not None and (spilled := rooms.spilled(needs.states)):
+        check_disk(spill, spilled, "calibration, for what does not fit the memory,")
     return rooms
 
 
@@ -102,7 +103,7 @@ def _as_budget_errors() -> Iterator[None]:
             raise
         raise MemoryBudgetError(
             f"calibration: there was no memory left: {printable(str(error).splitlines()[0] if str(error) else '')}",
-            hint="close other programs, or take shorter sequences (`--block-size`) or fewer texts (`--samples`)",
+            hint=SHORTER,
         ) from error
 
 
@@ -134,7 +135,7 @@ def _run(open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress:
         (_paged, ""),
     ]
     stage = open_stage()
-    if not stage.rooms.hold(2 * Needs.of(stage.skeleton, sequences).states):
+    if not stage.rooms.suspend(2 * Needs.of(stage.skeleton, sequences).states):
         ways = [(_recorded, ways[1][1]), ways[2]]  # suspended forwards hold their states in memory
     for way, instead in ways:
         try:
@@ -144,7 +145,11 @@ def _run(open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress:
             break
         except Broken as reason:
             progress.emit(Notice(f"calibration: {reason}; {instead}", "warning"))
-            stage = open_stage()
+        except MemoryBudgetError as reason:
+            if way is not _lock_step:
+                raise
+            progress.emit(Notice(f"{reason}; {instead}", "warning"))
+        stage = open_stage()
     return stage
 
 
@@ -161,12 +166,18 @@ def _recorded(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) ->
             _same(canary.call.hidden if canary.index == index else None, stage.shelf.get(states[watched]), path)
             canary.step(_driven(stage, index, tapes, states, canary.call))
             progress.block(index, path)
-        for number, tokens in enumerate(texts):
-            tail = Tail(stage, stage.shelf.get(states[number]), counted=number < watched)
-            stage.watch.active = False
-            stage.forward(tokens, tail)
+        for number in range(len(texts)):
+            tail = stage.with_less(partial(_finished, stage, texts[number], states[number], number < watched))
             stage.watch.commit()
         _same(canary.head_input, tail.head_input, "the output head")
+
+
+def _finished(stage: Stage, tokens: Tensor, state: Slot, counted: bool) -> Tail:
+    """A forward that ends with a known hidden state of the last block."""
+    tail = Tail(stage, stage.shelf.get(state), counted)
+    stage.watch.active = False
+    stage.forward(tokens, tail)
+    return tail
 
 
 def _driven(stage: Stage, index: int, tapes: Sequence[Sequence[Call]], states: Sequence[Slot], canary: Call) -> Any:
@@ -180,6 +191,7 @@ def _driven(stage: Stage, index: int, tapes: Sequence[Sequence[Call]], states: S
             stage.watch.active = number < len(tapes) - 1
             call = tapes[number][index].from_shelf(shelf).having(shelf.get(states[number]))
             shelf.put(hidden_of(stage.run_block(index, call)), states[number])
+            stage.watch.commit()
             left.popleft()
         stage.watch.active = False
         return stage.run_block(index, canary)
@@ -192,20 +204,27 @@ def _record(stage: Stage, texts: Sequence[Tensor]) -> tuple[list[list[Call]], li
     shared: dict[tuple[Any, ...], Slot] = {}
     tapes, states = [], []
     for number, tokens in enumerate(texts):
-        tape = Tape(stage, shared, [])
-        stage.watch.active = number < len(texts) - 1
-        try:
-            stage.forward(tokens, tape)
-        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            if is_allocation_failure(error):
-                raise
-            raise Broken(f"this model's blocks cannot be left out ({type(error).__name__})") from error
-        if tape.state is None or len(tape.calls) != len(stage.blocks):
-            raise Broken("this model does not call its blocks once each, in order")
+        calls, state = stage.with_less(partial(_recorded_calls, stage, tokens, shared, number < len(texts) - 1))
         stage.watch.commit()
-        states.append(stage.shelf.put(tape.state))
-        tapes.append(tape.calls)
+        states.append(state)
+        tapes.append(calls)
     return tapes, states
+
+
+def _recorded_calls(
+    stage: Stage, tokens: Tensor, shared: dict[tuple[Any, ...], Slot], counted: bool
+) -> tuple[list[Call], Slot]:
+    tape = Tape(stage, shared, [])
+    stage.watch.active = counted
+    try:
+        stage.forward(tokens, tape)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if is_allocation_failure(error):
+            raise
+        raise Broken(f"this model's blocks cannot be left out ({type(error).__name__})") from error
+    if tape.state is None or len(tape.calls) != len(stage.blocks):
+        raise Broken("this model does not call its blocks once each, in order")
+    return tape.calls, stage.shelf.put(tape.state)
 
 
 def _same(true: Tensor | None, recorded: Tensor | None, place: str) -> None:
@@ -228,12 +247,7 @@ def _lock_step(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -
         for run in (*runs, canary):
             stack.enter_context(run)
         for index, (path, _) in enumerate(stage.blocks):
-            with stage.loaded(index):
-                for run in (*runs, canary):
-                    if run.index != index:
-                        raise Broken("this model does not call its blocks once each, in order")
-                    stage.watch.active = run.counted
-                    run.step(stage.run_block(index, run.call))
+            stage.with_block(index, partial(_stepped, stage, index, deque([*runs, canary])))
             progress.block(index, path)
         if canary.index >= 0:
             raise Broken("this model calls blocks more than once")
@@ -241,6 +255,19 @@ def _lock_step(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -
     stage.watch.active = False
     stage.forward(canary.tokens, pager)  # the canary by itself: nothing that other sequences leave behind
     _same(pager.head_input, canary.head_input, "the output head")
+
+
+def _stepped(stage: Stage, index: int, left: deque[Suspended]) -> None:
+    """Every suspended forward over its block `index`; those that are over it are taken out of `left`."""
+    while left:
+        run = left[0]
+        if run.index != index:
+            raise Broken("this model does not call its blocks once each, in order")
+        stage.watch.active = run.counted
+        output = stage.run_block(index, run.call)
+        stage.watch.commit()
+        left.popleft()
+        run.step(output)
 
 
 def _paged(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -> None:

@@ -236,7 +236,7 @@ class Checkpoint:
     def expect(self, names: Iterable[str]) -> None:
         """Tensors that are read soon: the system may fetch them from the disk meanwhile. Takes no memory of ours."""
         if hasattr(os, "posix_fadvise"):
-            for info in (self.tensors[name] for name in names):
+            for info in (info for name in names if (info := self.tensors[name]).nbytes):  # 0 would mean: to the end
                 with suppress(OSError):  # a filesystem that takes no advice
                     descriptor = self._file(info.file).descriptor
                     os.posix_fadvise(descriptor, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)

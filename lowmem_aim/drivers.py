@@ -100,6 +100,7 @@ class Suspended(Driver):
 
     def __init__(self, stage: Stage, tokens: Tensor, *, counted: bool = False) -> None:
         self.stage, self.tokens, self.counted = stage, tokens, counted
+        self.ended = False  # by an exception
         self.index = -1  # of the block that it waits for; -1 when it has ended
         self.call = Call((), {})
         self.head_input: Tensor | None = None
@@ -124,11 +125,14 @@ class Suspended(Driver):
         self._let_run(lambda: self._to_thread.put(output))
 
     def _let_run(self, start: Callable[[], None]) -> None:
+        if self.ended:
+            raise Broken("a suspended forward has ended before its last block")  # its thread would never answer
         self.stage.watch.active = self.counted  # before the thread runs, not beside it
         start()
         arrived = self._to_owner.get()
         self.stage.watch.active = False
         if isinstance(arrived, BaseException):
+            self.ended = True
             raise arrived
         self.index, self.call = arrived
 

@@ -27,7 +27,7 @@ _APART_BYTES = 1 << 20  # smaller ones leave smaller holes
 CGROUPS = Path("/sys/fs/cgroup")
 # Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
 _ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
-_ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memory")
+_ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ class Budget:
     ram: int
     vram: int | None = None  # None: the device works in RAM
 
+    def ram_used(self) -> int:
+        """Bytes of RAM that the process has now."""
+        return anonymous_bytes()
+
     def ram_left(self) -> int:
         """Bytes of RAM that may still be allocated; 0 if the budget is used up."""
-        return max(0, self.ram - anonymous_bytes())
+        return max(0, self.ram - self.ram_used())
 
     def vram_left(self, device: torch.device) -> int:
         """Bytes that may still be allocated on a device with memory of its own."""
@@ -177,7 +181,11 @@ def empty_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if nbytes < _APART_BYTES:
         return torch.empty(shape, dtype=dtype)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=dtype).view(shape)
+    try:
+        pages = mmap.mmap(-1, nbytes, **private)
+    except OSError as error:
+        raise MemoryError(f"no room for {shown(nbytes)}") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 # --- what is free ---------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,8 @@ class Needs:
     block: int  # the weights of the largest block
     module: int  # of the largest module in it
     module_path: str
-    read: int  # what is read for the largest parameter, where its dtype is not the skeleton's
-    beside: int  # weights beside the blocks
+    read: int  # the largest tensor as stored, where reading takes memory of its own
+    beside: int  # weights beside the blocks, and the statistics
     work: int  # what the longest sequence takes in a block, weights aside: an upper bound, as if nothing were freed
     states: int  # the hidden states of all sequences
 
@@ -52,8 +53,8 @@ class Needs:
             block=max((sum(parts.values()) for parts in sizes), default=0),
             module=largest[1],
             module_path=largest[0],
-            read=_read_bytes(skeleton, largest[1]),
-            beside=_beside(skeleton),
+            read=_read_bytes(skeleton),
+            beside=_beside(skeleton) + _statistics(skeleton),
             work=max((_work(skeleton, parts, longest) for parts in blocks), default=0) + 4 * longest * hidden,
             states=sum(len(tokens) for tokens in sequences) * hidden,
         )
@@ -64,13 +65,17 @@ class Rooms:
     """The parts of a budget that a calibration lives in."""
 
     weights: int = UNLIMITED  # of a block, at a time
-    device_states: int = UNLIMITED
+    device_states: int = UNLIMITED  # on a device with memory of its own
     ram_states: int = UNLIMITED
     ram_work: int = 0  # what one sequence in a block may take in RAM
 
-    def hold(self, states: int) -> bool:
-        """Whether so many bytes of hidden states need no file."""
-        return states <= self.device_states + self.ram_states
+    def spilled(self, states: int) -> int:
+        """How much of so many bytes of hidden states goes to a file."""
+        return max(0, states - self.device_states - self.ram_states)
+
+    def suspend(self, states: int) -> bool:
+        """Whether so many bytes may stay where forwards that are suspended keep them."""
+        return states <= (self.device_states or self.ram_states)
 
 
 BOUNDLESS = Rooms()
@@ -80,40 +85,39 @@ def divide(budget: Budget, device: torch.device, needs: Needs) -> Rooms:
     """Raises MemoryBudgetError with the numbers if not even one module at a time fits."""
     work = needs.work + needs.beside + SLACK_BYTES
     if budget.vram is None:
-        left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram)
+        left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram_used())
         weights = min(needs.block, left)
         return Rooms(weights, 0, left - weights, needs.work)
-    on_device = _after(budget.vram_left(device), work, needs, "VRAM", budget.vram)
+    on_device = _after(budget.vram_left(device), work, needs, "VRAM", budget.vram - budget.vram_left(device))
     # Weights pass through RAM one by one.
-    on_host = _after(budget.ram_left(), needs.read + SLACK_BYTES, needs, "RAM", budget.ram)
+    on_host = _after(budget.ram_left(), needs.read + SLACK_BYTES, needs, "RAM", budget.ram_used())
     weights = min(needs.block, on_device)
     return Rooms(weights, on_device - weights, on_host - needs.module)
 
 
-def _after(left: int, fixed: int, needs: Needs, kind: str, budget: int) -> int:
+def _after(left: int, fixed: int, needs: Needs, kind: Literal["RAM", "VRAM"], used: int) -> int:
     """What is left when the fixed part is taken: at least one module."""
     least = fixed + needs.module
     if left < least:
-        flag = kind.replace("VRAM", "--vram").replace("RAM", "--ram")
+        enough = math.ceil((used + least) / 1e6)
         raise MemoryBudgetError(
             f"calibrating needs some {shown(least)} of {kind} (its largest module `{printable(needs.module_path)}` "
             f"takes {shown(needs.module)}), but of the budget {shown(left)} are left",
-            hint=f"`{flag} {shown(budget - left + least).replace(' ', '')}` would do; shorter sequences "
-            "(`--block-size`) take less",
+            hint=f"`--{kind.lower()} {enough}MB` would do; shorter sequences (`--block-size`) take less",
         )
     return left - fixed
 
 
-def paged(sizes: Mapping[str, int], room: int) -> set[str]:
+def paged(sizes: Mapping[str, int], room: int, stay: Set[str] = frozenset()) -> set[str]:
     """Which modules of a block come and go with each sequence, so that what is there at a time fits the room.
 
-    The largest are kept first: what is paged is read again for every sequence.
+    Those that `stay` never do. Of the others the largest are kept first: what is paged is read for every sequence.
     """
     if sum(sizes.values()) <= room:
         return set()
-    small = {name for name, size in sizes.items() if size < SMALLEST_PAGED}
-    held = sum(sizes[name] for name in small)
-    order = sorted(sizes.keys() - small, key=lambda name: (-sizes[name], name))
+    stay = stay | {name for name, size in sizes.items() if size < SMALLEST_PAGED}
+    held = sum(size for name, size in sizes.items() if name in stay)
+    order = sorted(sizes.keys() - stay, key=lambda name: (-sizes[name], name))
     away: list[str] = []
     for place, name in enumerate(order):
         others = away or order[place + 1 :]  # the largest of those that will be paged comes first
@@ -149,11 +153,23 @@ def _hidden_bytes(skeleton: Skeleton) -> int:
     return int(config.hidden_size) * int(copies) * skeleton.dtype.itemsize
 
 
-def _read_bytes(skeleton: Skeleton, largest: int) -> int:
-    """A tensor whose dtype is another than the forward's is there in both for a moment."""
-    stored = {info.dtype for info in skeleton.weights.checkpoint if info.dtype.is_floating_point}
-    others = [dtype.itemsize for dtype in stored if dtype != skeleton.dtype]
-    return largest // skeleton.dtype.itemsize * max(others, default=0)
+def _read_bytes(skeleton: Skeleton) -> int:
+    """Mapped files take no memory of ours; what is read into it is there beside the weight that is made of it."""
+    checkpoint = skeleton.weights.checkpoint
+    if checkpoint.read == "mmap":
+        return 0
+    outside = skeleton.vocabulary | skeleton.embeddings  # read by row, or not at all
+    return max((info.nbytes for info in checkpoint if info.name not in outside), default=0)
+
+
+def _statistics(skeleton: Skeleton) -> int:
+    """Sums in float64 and the means made of them, of every input channel (of every expert)."""
+    channels = 0
+    for _, block in skeleton.blocks:
+        for value in block.parameters():
+            experts = value.shape[0] if value.dim() == 3 else 1
+            channels += experts * max(value.shape[-2:], default=0) if value.dim() else 0
+    return channels * 12
 
 
 def _beside(skeleton: Skeleton) -> int:

@@ -53,18 +53,22 @@ class Shelf:
     def put(self, value: Tensor, slot: Slot | None = None) -> Slot:
         """Keep `value`, which must not change from now on. Raises DiskError."""
         slot = Slot() if slot is None else slot
-        before = slot.value if slot.place == "ram" else None
+        nbytes = value.numel() * value.element_size()
+        place = self._place_for(value, nbytes, instead=slot)
+        # All that can fail comes first: what the slot held before is still there then.
+        kept = None
+        if place == "file":
+            self._write(slot, value.cpu(), nbytes)
+        else:
+            kept = value if place == "device" else _in_ram(value, slot.value if slot.place == "ram" else None)
         self._clear(slot)
-        slot.nbytes = value.numel() * value.element_size()
-        slot.place = self._place_for(value, slot.nbytes)
-        if slot.place == "file":
-            self._write(slot, value.cpu())
+        slot.place, slot.nbytes, slot.value = place, nbytes, kept
+        if place == "file":
             slot.like = torch.empty_like(value, device="meta")
             return slot
-        self._left[slot.place] -= slot.nbytes
-        if slot.place == "device":
+        self._left[place] -= nbytes
+        if place == "device":
             self._on_device.add(slot)
-        slot.value = value if slot.place == "device" else _in_ram(value, before)
         return slot
 
     def get(self, slot: Slot) -> Tensor:
@@ -82,17 +86,16 @@ class Shelf:
         moved = list(self._on_device)
         for slot in moved:
             assert slot.value is not None
-            value = slot.value.cpu()
-            slot.value = None
-            self.put(value, slot)
+            self.put(slot.value.cpu(), slot)
         self._left["device"] = 0
         return bool(moved)
 
-    def _place_for(self, value: Tensor, nbytes: int) -> Place:
-        if value.device.type != "cpu" and nbytes <= self._left["device"]:
+    def _place_for(self, value: Tensor, nbytes: int, instead: Slot) -> Place:
+        left = {place: self._left[place] + instead.nbytes * (instead.place == place) for place in self._left}
+        if value.device.type != "cpu" and nbytes <= left["device"]:
             return "device"
         # A file would lose the strides (of an expanded mask), and with them, perhaps, the way in which it is computed.
-        if nbytes <= self._left["ram"] or self._folder is None or not value.is_contiguous():
+        if nbytes <= left["ram"] or self._folder is None or not value.is_contiguous():
             return "ram"
         return "file"
 
@@ -104,10 +107,10 @@ class Shelf:
 
     # -- the file
 
-    def _write(self, slot: Slot, value: Tensor) -> None:
-        if slot.nbytes > slot.capacity:
-            slot.offset, slot.capacity = self._end, slot.nbytes
-            self._end += slot.nbytes
+    def _write(self, slot: Slot, value: Tensor, nbytes: int) -> None:
+        if nbytes > slot.capacity:
+            slot.offset, slot.capacity = self._end, nbytes
+            self._end += nbytes
         assert self._folder is not None
         with disk_errors(self._folder):
             if self._file is None:

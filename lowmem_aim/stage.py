@@ -32,6 +32,7 @@ from lowmem_aim.shelf import Shelf, Slot
 from lowmem_aim.skeleton import Skeleton, embeddings_of
 
 R = TypeVar("R")
+SHORTER = "shorter sequences (`--block-size`) take less; close other programs, or use `--device cpu`"
 
 
 class Driver:
@@ -129,25 +130,35 @@ class Rows(Tensor):
 
 
 class ReadWhileAbsent(Exception):
-    """A weight was used that is not there just now."""
+    """A weight was used that is not there just now: its model reads it without calling its module."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.module = module
 
 
 class Absent(Tensor):
     """Stands for a weight that is not there. torch would not always say so: products with it may just be garbage."""
 
     _is_param = True  # for nn.Module.get_parameter
+    module: str
+    place: torch.device
     _FACTS = frozenset(
         getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "is_meta", "ndim", "requires_grad")
     ) | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
 
     @classmethod
-    def like(cls, value: Tensor) -> Any:
-        return value.detach().as_subclass(cls)
+    def like(cls, value: Tensor, module: str, place: torch.device) -> Any:
+        absent = value.detach().as_subclass(cls)
+        absent.module, absent.place = module, place
+        return absent
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.device.__get__ and isinstance(args[0], cls):
+            return args[0].place  # models move their inputs to where a weight is
         if func not in cls._FACTS:
-            raise ReadWhileAbsent
+            raise ReadWhileAbsent(next((arg.module for arg in args if isinstance(arg, cls)), ""))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -173,6 +184,8 @@ class Stage:
         self.shelf = Shelf(device, device_bytes=rooms.device_states, ram_bytes=rooms.ram_states, folder=spill)
         self.rooms, self._room = rooms, rooms.weights
         self._budget = budget
+        self._stay: set[str] = set()  # modules whose weights are read without calling them
+        self._short = False  # an allocation has failed
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
         self._driver = threading.local()
 
@@ -180,10 +193,14 @@ class Stage:
         """One ordinary forward of the model, unpadded; blocks and head are the driver's."""
         self._driver.now = driver
         self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        trim()  # what is kept of many forwards would lie between the holes that they leave
 
     def run_block(self, index: int, call: Call) -> Any:
-        """The block itself; its weights must be loaded. What is seen of a run that fails does not count."""
-        self.watch.commit()  # what was seen before it
+        """The block itself; its weights must be loaded. What is seen of a run that fails does not count.
+
+        What is seen of one that does not counts once it is committed, by the caller or by the next run.
+        """
+        self.watch.commit()
         if self._budget is not None and self._budget.ram_left() < self.rooms.ram_work:
             trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
         try:
@@ -191,7 +208,6 @@ class Stage:
         except BaseException:
             self.watch.discard()
             raise
-        self.watch.commit()
         return output
 
     @contextlib.contextmanager
@@ -204,9 +220,9 @@ class Stage:
             undo.callback(trim)
             for name, module in owners(path, block):
                 undo.enter_context(self._coming(name, module) if name in away else self._there(name, module))
-            if index + 1 < len(self.blocks):
+            if index + 1 < len(self.blocks) and not away:  # else this block is read again, and needs the system's cache
                 self._expect(index + 1)
-            with self.watch.on(parts), self.watch.experts(parts), self._explained(index):
+            with self.watch.on(parts), self.watch.experts(parts):
                 yield
             self.watch.check(f"{path}.")
 
@@ -219,18 +235,46 @@ class Stage:
             try:
                 with self.loaded(index):
                     return work()
+            except ReadWhileAbsent as error:
+                self._stay.add(error.module)
             except Exception as error:
                 if not is_allocation_failure(error):
                     raise
-            self._lessen(index)  # outside the handler: the exception's frames hold tensors
+                self._short = True
+            self.watch.discard()
+            if self._short:  # outside the handlers: the exceptions' frames hold tensors
+                self._short = False
+                self._lessen(index)
+
+    def with_less(self, work: Callable[[], R]) -> R:
+        """work(); once more without the hidden states on the device if an allocation fails. Not for blocks."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_allocation_failure(error):
+                raise
+        self.watch.discard()
+        if not self.shelf.leave_device():
+            raise MemoryBudgetError(
+                "calibration: there was no memory left for what lies beside the blocks", hint=SHORTER
+            )
+        return work()
 
     # -- weights that come and go
 
     def _paged(self, index: int) -> set[str]:
         path, block = self.blocks[index]
         sizes = {name: size_of(module) for name, module in owners(path, block)}
-        own = sizes.pop(path, 0)  # the block's own: its forward is called by its driver, past all hooks
-        return paged(sizes, self._room - own)
+        # The block's own never goes: its forward is called by its driver, past all hooks.
+        away = paged(sizes, self._room, self._stay | {path})
+        there = sum(size for name, size in sizes.items() if name not in away)
+        if self._stay & sizes.keys() and there + max((sizes[name] for name in away), default=0) > self._room:
+            raise MemoryBudgetError(
+                f"of a block of this model {shown(there)} have to stay in memory, since it reads weights past their "
+                f"modules (`{printable(min(self._stay))}`); that does not fit the budget",
+                hint="give more memory (`--ram`, `--vram`)",
+            )
+        return away
 
     def _hook(self, path: str, module: nn.Module) -> AlignDevicesHook:
         """Brings the module's own parameters in, and drops them."""
@@ -264,7 +308,8 @@ class Stage:
             hook.pre_forward(module)
 
         def after(called: nn.Module, args: Any, output: Any) -> None:
-            module._parameters.update({name: Absent.like(value) for name, value in on_meta.items()})
+            for name, value in on_meta.items():
+                module._parameters[name] = Absent.like(value, path, self.device)
 
         handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
         try:
@@ -281,20 +326,6 @@ class Stage:
         parameters = [name for name, _ in block.named_parameters(prefix=path)]
         self.weights.base.expect({source for name in parameters for source in self.weights.sources(name)})
 
-    @contextlib.contextmanager
-    def _explained(self, index: int) -> Iterator[None]:
-        """A model may read a module's weight without calling the module; then it cannot be paged."""
-        try:
-            yield
-        except ReadWhileAbsent as error:
-            path, block = self.blocks[index]
-            size = sum(size_of(module) for _, module in owners(path, block))
-            raise MemoryBudgetError(
-                f"a block of this model, {shown(size)}, does not fit the budget, and its modules cannot be brought in "
-                "one by one",
-                hint="give more memory (`--ram`, `--vram`)",
-            ) from error
-
     def _lessen(self, index: int) -> None:
         """Let go of something after a failed allocation. Raises MemoryBudgetError if there is nothing."""
         if self.device.type == "cuda":
@@ -306,7 +337,7 @@ class Stage:
             raise MemoryBudgetError(
                 f"calibration: one sequence in `{printable(self.blocks[index][0])}` does not fit the memory that is "
                 "left, even with its modules brought in one by one",
-                hint="shorter sequences (`--block-size`) take less; so do fewer other programs, or `--device cpu`",
+                hint=SHORTER,
             )
         path, block = self.blocks[index]
         there = min(self._room, sum(size_of(module) for _, module in owners(path, block)))

@@ -6,6 +6,7 @@ Builds synthetic checkpoints of Llama-2-13B's shapes (as many layers as the disk
 merges under the two budgets, and checks that
 
     - the peaks of VRAM and of anonymous memory stay below the budgets,
+    - calibrating within the smallest budget that is accepted gives the same bytes as within the large one,
     - a merge on the device equals the CPU's to one unit in the last place of bfloat16 (where a threshold decides, a few
       elements may fall either way), as do the activations to a relative 1e-2,
     - a merge that is killed half-way ends, by the same command, with the same bytes.
@@ -46,8 +47,10 @@ MAY_FALL_OTHERWISE = 1e-4  # share of elements
 ACTIVATIONS_APART = 1e-2  # relative: matrix products in bfloat16 are rounded in another order
 SPARE_DISK = 0.8
 COPY_BYTES = 1 << 28
+TOO_LITTLE = "300MB"
 DRIVER_BYTES = 1 << 30  # a process's context at most: in the device's own count, not in the budget
 SAMPLE_SECONDS = 0.05
+KILL_AFTER = 0.7  # of the time it takes: the first part of that is imports
 BLOCK_TOKENS = 512
 
 
@@ -87,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.note("model", f"{options.scale}, {layers} layers, {_gb(model_bytes(setting.base))} a model, base + 3 experts")
     _rates(check, setting, device)
     activations = _calibration(check, setting, device, options)
+    _tight(check, setting, activations, device, options)
     _agreement(check, setting, device, options)
     for method in options.methods:
         _merge(check, setting, method, activations, device, options)
@@ -110,9 +114,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _layers_for(work: Path, scale: str) -> int:
-    """Base, three experts and two outputs of so many layers fit the disk."""
+    """Base, three experts and two outputs of so many layers fit the disk; what earlier checks have built counts too."""
     shape = SCALES[scale]
-    free = shutil.disk_usage(work).free * SPARE_DISK
+    built = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free = (shutil.disk_usage(work).free + built) * SPARE_DISK
     sizes = [shape.nbytes(layers) * 6 for layers in range(1, shape.layers + 1)]
     fitting = sum(size <= free for size in sizes)
     if not fitting:
@@ -198,11 +203,31 @@ def _calibration(check: Check, setting: Setting, device: torch.device, o: argpar
     texts, made = setting.scratch / "texts.jsonl", setting.scratch / "activations.safetensors"
     save_texts(texts, o.blocks, o.block_size, SCALES[o.scale].vocabulary)
     made.unlink(missing_ok=True)
-    flags = ["--calibration", str(texts), "--samples", "1000000", "--block-size", str(o.block_size)]
-    cost = _run(check, "calibrate", ["calibrate", str(setting.base), "-o", str(made), *flags], setting, device, o)
+    cost = _run(check, "calibrate", _calibrate(setting, made, o), setting, device, o)
     tokens = o.blocks * o.block_size
     check.note(f"calibrate, {tokens} tokens", f"{cost.wall:.1f} s, {tokens / cost.wall:.0f} tokens a second")
     return made
+
+
+def _tight(check: Check, setting: Setting, roomy: Path, device: torch.device, o: argparse.Namespace) -> None:
+    """The same calibration in the smallest budget, which the refusal of one that is too small names."""
+    made, log = setting.scratch / "tight.safetensors", setting.scratch / "log.txt"
+    made.unlink(missing_ok=True)
+    flag = "--vram" if device.type == "cuda" else "--ram"
+    asked = [sys.executable, "-m", "lowmem_aim", *_calibrate(setting, made, o), "--quiet", "--device", o.device]
+    refused = cost_of([*asked, flag, TOO_LITTLE], log)
+    least = log.read_text().partition(f"`{flag} ")[2].partition("`")[0]
+    cost = cost_of([*asked, flag, least], log)
+    same = made.is_file() and made.read_bytes() == roomy.read_bytes()
+    good = (refused.exit_code, cost.exit_code) == (5, 0) and same
+    check.note(f"calibrate, {flag} {least}", f"{cost.wall:.1f} s, {'the same' if same else 'other'} bytes", good)
+    made.unlink(missing_ok=True)
+
+
+def _calibrate(setting: Setting, made: Path, o: argparse.Namespace) -> list[str]:
+    texts = str(setting.scratch / "texts.jsonl")
+    flags = ["--calibration", texts, "--samples", "1000000", "--block-size", str(o.block_size)]
+    return ["calibrate", str(setting.base), "-o", str(made), *flags]
 
 
 def _agreement(check: Check, setting: Setting, device: torch.device, o: argparse.Namespace) -> None:
@@ -260,7 +285,7 @@ def _killed(check: Check, setting: Setting, activations: Path, device: torch.dev
     took = time.monotonic() - started
     command = [*_command(method, setting, activations, out), "--device", o.device]
     process = subprocess.Popen([sys.executable, "-m", "lowmem_aim", *command, "--quiet"], stdout=subprocess.DEVNULL)
-    time.sleep(took / 2)
+    time.sleep(took * KILL_AFTER)
     when = "half-way" if process.poll() is None else "too late"
     process.kill()
     process.wait()

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 EXPERTS = ("expert-1", "expert-2", "expert-3")
-FORMAT = 1  # of what is built: another number builds anew
+SPECIAL = ("<unk>", "<s>", "</s>")  # the first tokens
+FORMAT = 2  # of what is built: another number builds anew
 CHUNK = 1 << 22  # elements written at a time
 
 
@@ -153,16 +154,19 @@ def _save_small_files(folder: Path, shape: Shape) -> None:
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0"))
+    # Special tokens are found inside of words too: none of them may begin another.
+    table = {SPECIAL[i] if i < len(SPECIAL) else f"w{i}": i for i in range(shape.vocabulary)}
+    words = Tokenizer(models.WordLevel(table, unk_token=SPECIAL[0]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0")
+    unknown, begin, end = SPECIAL
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token=begin, eos_token=end, unk_token=unknown)
     tokenizer.save_pretrained(folder)
 
 
 def save_texts(file: Path, blocks: int, block_size: int, vocabulary: int) -> None:
     """Texts that make exactly `blocks` blocks of `block_size` tokens with the tokenizer above."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, vocabulary, (blocks, block_size), generator=generator)
+    ids = torch.randint(len(SPECIAL), vocabulary, (blocks, block_size), generator=generator)
     lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.tolist()]
     file.write_text("\n".join(lines) + "\n")
