@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test bench gpu-check format clean
+.PHONY: install demo lint type test test-crash bench gpu-check format clean
 
 install: $(STAMP)
 
@@ -38,9 +38,13 @@ bench: install
 gpu-check: install
 	$(BIN)/python tests/bench/gpu_check.py
 
+# Five minutes: SIGKILL at random times, until merges are done; outputs compared with an uninterrupted one's.
+test-crash: install
+	$(BIN)/python tests/crash/kills.py
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-run bench-run gpu-check-run build dist *.egg-info
+	rm -rf $(VENV) demo-run bench-run gpu-check-run crash-run build dist *.egg-info

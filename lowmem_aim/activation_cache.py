@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from lowmem_aim.activations import FORMAT, Activations
-from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.durable import cache_folder
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
@@ -39,6 +39,14 @@ class Calibration:
     skeleton: Skeleton | None  # of the base, in the forward's dtype; None if nothing is to be measured
     sequences: Sequence[Tensor]  # each (tokens,) int64
     given: Activations | None
+
+    def digest(self) -> str:
+        """Of what is to be measured, or of what is given."""
+        if self.given:
+            facts: Any = [(name, digest(value)) for name, value in sorted(self.given.means.items())]
+        else:
+            facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences])
+        return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def activations(
         self, *, device: torch.device, budget: Budget, spill: Path, use_cache: bool, emit: Emit

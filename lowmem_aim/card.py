@@ -51,14 +51,24 @@ def copied_files(reference: Checkpoint) -> dict[str, bytes]:
 
 
 def output_files(
-    plan: Plan, inputs: Inputs, activations: Activations | None, merged: Merged, copied: dict[str, bytes]
+    plan: Plan,
+    inputs: Inputs,
+    activations: Activations | None,
+    merged: Merged,
+    copied: dict[str, bytes],
+    environments: list[dict[str, str]] | None = None,
 ) -> dict[str, bytes]:
-    """Every small file of the output by name, config.json last. `copied` is from `copied_files`."""
+    """Every small file of the output by name, config.json last. `copied` is from `copied_files`.
+
+    `environments`: versions and devices, where there was more than one on the way to this output.
+    """
     files = dict(copied)
     if len(plan.shards) > 1:
         files[INDEX] = plan.index()
     recipe = portable_recipe(plan.recipe, inputs)
     facts = provenance(plan, inputs, activations, merged, recipe)
+    if environments:
+        facts["environments"] = environments
     files["mergekit_config.yml"] = _yaml(recipe).encode()
     files["lowmem_aim.json"] = _json(facts)
     files["README.md"] = _card(facts, recipe, plan.recipe).encode()
@@ -191,7 +201,17 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}\n"
         f"## Recipe\n\n{_fenced(_yaml(portable))}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"Versions: {used}.\n"
+        f"Versions: {used}.\n{_changes(facts)}"
+    )
+
+
+def _changes(facts: dict[str, Any]) -> str:
+    if "environments" not in facts:
+        return ""
+    steps = [", ".join(f"{name} {value}" for name, value in step.items()) for step in facts["environments"]]
+    listed = "\n".join(f"- {_inline(step)}" for step in steps)
+    return (
+        f"\nThe run was interrupted and went on in another environment, which may show in the low bits:\n\n{listed}\n"
     )
 
 

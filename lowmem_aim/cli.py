@@ -142,6 +142,8 @@ _OUTPUT = _options(
     click.option("--dtype", help="float32, float16 or bfloat16 [default: as the inputs]"),
     click.option("--tokenizer-source", help="`base` matches tokens by their text"),
     click.option("--cache/--no-cache", default=True, show_default=True, help="keep and reuse activations"),
+    click.option("--fresh", is_flag=True, help="discard what an interrupted run has left in OUT"),
+    click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
 )
 
 
@@ -157,7 +159,18 @@ def _job(flags: dict[str, Any]) -> Options:
         ram=flags["ram"],
         vram=flags["vram"],
         use_cache=flags.get("cache", True),
+        fresh=flags.get("fresh", False),
+        accept_environment=flags.get("accept_environment", False),
     )
+
+
+def _refuse_if_running(out: Path) -> None:
+    """At once, before anything slow is imported; the run itself asks again."""
+    from lowmem_aim.durable import is_held, locked_error, owner_of
+
+    lock = out / ".lowmem_aim" / "lock"
+    if is_held(lock):
+        raise locked_error(lock, owner_of(lock))
 
 
 def _run(work: Callable[[Any], Path], quiet: bool) -> None:
@@ -191,13 +204,17 @@ def _run(work: Callable[[Any], Path], quiet: bool) -> None:
 @_OUTPUT
 @_JOB
 def merge(paths: tuple[Path, ...], **flags: Any) -> None:
-    """Merge by RECIPE (mergekit's YAML) into the new folder OUT. Flags override the recipe, or replace it."""
+    """Merge by RECIPE (mergekit's YAML) into the new folder OUT. Flags override the recipe, or replace it.
+
+    The same command goes on with a run that was interrupted.
+    """
     if (
         len(paths) > 2
         or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))
         or (len(paths) == 2 and paths[0].is_dir())
     ):
         raise UsageError("merge takes a recipe and then an output folder", hint="lowmem-aim merge recipe.yml out/")
+    _refuse_if_running(paths[-1])
     from lowmem_aim import flags as overrides
     from lowmem_aim.recipe import read_recipe
     from lowmem_aim.run import merge as work
@@ -217,6 +234,7 @@ def merge(paths: tuple[Path, ...], **flags: Any) -> None:
 @_JOB
 def relax(merged: str, out: Path, **flags: Any) -> None:
     """Apply AIM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
+    _refuse_if_running(out)
     from lowmem_aim import flags as overrides
     from lowmem_aim.recipe import read_recipe
     from lowmem_aim.run import merge as work
@@ -237,6 +255,34 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
 
     aim = overrides.calibration_settings(flags)
     _run(lambda emit: calibrate_base(base, aim, output, _job(flags), emit), flags["quiet"])
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="one line of JSON")
+def status(out: Path, as_json: bool) -> None:
+    """Tell how far the run in OUT is, and whether it is alive, interrupted or finished."""
+    import json
+
+    from lowmem_aim.status import status_of
+
+    found = status_of(out)
+    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
+def verify(out: Path, quiet: bool) -> None:
+    """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
+    from lowmem_aim.output import PRIVATE, SUMS
+    from lowmem_aim.verify import verify as work
+
+    def checked(emit: Callable[[Event], None]) -> Path:
+        work(out, f"{PRIVATE}/{SUMS}", emit)
+        return out
+
+    _run(checked, quiet)
 
 
 @cli.command()

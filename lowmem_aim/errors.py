@@ -7,6 +7,8 @@
     ├── DiskError                4  too little space, not writable, a write failed
     ├── MemoryBudgetError        5  something does not fit the memory
     ├── LockedError              6  another run owns the output folder
+    ├── ResumeError              7  an interrupted run was another one
+    ├── VerifyError              8  a finished output is not what was written
     └── NetworkError             9  the Hub cannot be reached
 
 Problems of one kind are collected and raised together: `problems` holds one line each.
@@ -50,6 +52,14 @@ class MemoryBudgetError(LowmemAimError):
 
 class LockedError(LowmemAimError):
     exit_code = 6
+
+
+class ResumeError(LowmemAimError):
+    exit_code = 7
+
+
+class VerifyError(LowmemAimError):
+    exit_code = 8
 
 
 class NetworkError(LowmemAimError):

@@ -55,6 +55,11 @@ class Inputs:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         return (self.base, *self.experts) if self.base else self.experts
 
+    @property
+    def folders(self) -> list[Path]:
+        """Of the models, each once; the first is the base's, if there is one."""
+        return list(dict.fromkeys(checkpoint.folder for checkpoint in self.checkpoints))
+
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
         return self.row_maps.get(checkpoint.folder) if tensor in self.outline.vocabulary else None
 

@@ -1,9 +1,10 @@
 """Signals that ask the program to end: SIGINT, SIGTERM, SIGHUP.
 
 Before work starts there is nothing to take back, and an exception raised in the middle of an import is swallowed or
-dressed up by it: the process just ends. During `work`, the first signal raises `Interrupted`, so that the run takes
-back what it made; further ones are ignored meanwhile. Library code that swallows the exception only delays it: `check`,
-called at every event of the run, raises it again.
+dressed up by it: the process just ends. During `work`, the first signal raises `Interrupted`, so that the run drops the
+tensors in work and leaves what is finished; a second one ends the process at once, which is as good as a kill: the same
+command goes on from there too. Library code that swallows the exception only delays it: `check`, called at every event
+of the run, raises it again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-MESSAGE = b"interrupted: nothing was left behind; run the same command to start again\n"
+MESSAGE = b"interrupted: run the same command again to go on\n"
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupted(BaseException):
@@ -40,6 +42,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _State.received:
         _State.received = number
         raise Interrupted
+    if os.isatty(2):
+        os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
+    os.write(2, MESSAGE)
+    os._exit(128 + _State.received)
 
 
 def received() -> int:

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,9 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.checkpoint import raw
 from lowmem_aim.devices import Lanes
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
+from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted
 from lowmem_aim.inputs import Inputs
+from lowmem_aim.journal import Group, Journal
 from lowmem_aim.memory import Shares
 from lowmem_aim.methods import Rows, Subject, rounds
 from lowmem_aim.methods.method import Combine, Fold
@@ -37,9 +38,10 @@ from lowmem_aim.plan import Plan, Shard, Task
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
-from lowmem_aim.write import ShardWriter
+from lowmem_aim.write import Commit, Prefix, ShardWriter, finished_prefix
 
 R = TypeVar("R")
+ReadDigests = Mapping[str, Mapping[str, str]]  # number of the model's folder -> tensor -> xxh3-128 of its bytes as read
 
 
 @dataclass(frozen=True)
@@ -55,46 +57,74 @@ def merge_tensors(
     inputs: Inputs,
     activations: Activations | None,
     staging: Path,
+    journal: Journal,
     *,
     device: torch.device,
     shares: Shares,
     slice_rows: int | None = None,
     emit: Emit,
 ) -> Merged:
-    """Write all shards of the plan into `staging`, durably.
+    """Write all shards of the plan into `staging`, durably; what the journal knows to be there is checked and kept.
 
     `slice_rows` overrides how many rows are in work at a time; the bytes do not depend on it. Raises ModelError (NaN,
     changed inputs), DiskError, and MemoryBudgetError where not even a row fits.
     """
     emit(PhaseStarted("merge", plan.tensor_bytes, "bytes"))
     stride = Stride(shares.slice_elements, slice_rows, emit)
+    output = _Output(plan, staging, journal, emit)
     loop = _Loop(plan, inputs, activations, Lanes(device), stride, shares)
+    loop.know(output.read_before)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_thread_an_operation())
-        output = stack.enter_context(_Output(plan, staging, emit))
+        stack.enter_context(output)
         workers = stack.enter_context(Workers(shares.workers))
-        stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
-        workers.run(loop.job(task, stream, output) for task in plan.tasks)
+        stream = stack.enter_context(Ahead(loop.read_all(output.left), shares.ahead))
+        workers.run(loop.job(task, stream, output) for task in output.left)
     emit(PhaseEnded("merge"))
-    return Merged(output.digests, loop.model_digests())
+    return Merged({shard.name: output.digests[shard.name] for shard in plan.shards}, loop.model_digests())
 
 
 class _Output:
-    """The shards, each begun with its first row and closed with its last. A context manager."""
+    """The shards, each begun with its first row and closed with its last. A context manager.
 
-    def __init__(self, plan: Plan, staging: Path, emit: Emit) -> None:
-        self._staging, self._emit = staging, emit
+    What an earlier run has finished is checked first, and is not among the tasks that are `left`.
+    """
+
+    def __init__(self, plan: Plan, staging: Path, journal: Journal, emit: Emit) -> None:
+        self._staging, self._journal, self._emit = staging, journal, emit
         self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
         self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
+        self._prefixes: dict[str, Prefix] = {}  # what was found of the shards, by file name
         self._done = 0  # bytes
         self.digests: dict[str, str] = {}  # file name -> sha256
+        self.read_before: list[ReadDigests] = []  # of the tensors that were found
+        self.left = [task for shard in plan.shards for task in self._left_of(shard)]
+        if self._done:
+            found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
+            sizes = f"{self._done / 2**30:.1f} of {plan.tensor_bytes / 2**30:.1f} GiB"
+            emit(Notice(f"resuming: {found}, {sizes}"))
+            emit(Advanced(self._done))
+
+    def _left_of(self, shard: Shard) -> tuple[Task, ...]:
+        file = self._staging / shard.name
+        prefix, groups = finished_prefix(file, self._journal.groups(shard.name))
+        if prefix is None:
+            file.unlink(missing_ok=True)
+            return shard.tasks
+        self._prefixes[shard.name] = prefix
+        self.read_before += [group.digests for group in groups]
+        self._done += sum(task.nbytes for task in shard.tasks[: prefix.tensors])
+        if prefix.tensors == len(shard.tasks):
+            self.digests[shard.name] = prefix.state.hexdigest()
+        return shard.tasks[prefix.tensors :]
 
     def append(self, task: Task, rows: Tensor) -> None:
         self._writer(self._shards[task.name]).append(raw(rows))
 
-    def tensor_done(self, task: Task) -> None:
+    def tensor_done(self, task: Task, read: ReadDigests) -> None:
         shard = self._shards[task.name]
         writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
+        writer.tensor_done(read)
         self._done += task.nbytes
         self._emit(Advanced(self._done, task.name))
         if task is shard.tasks[-1]:
@@ -103,9 +133,20 @@ class _Output:
 
     def _writer(self, shard: Shard) -> ShardWriter:
         if shard.name not in self._writers:
-            self._writers[shard.name] = ShardWriter(self._staging / shard.name, shard.nbytes)
-            self._writers[shard.name].append(shard.header)
+            prefix = self._prefixes.get(shard.name)
+            commit = functools.partial(self._commit, shard)
+            writer = ShardWriter(self._staging / shard.name, shard.nbytes, commit, prefix)
+            self._writers[shard.name] = writer
+            if prefix is None:
+                writer.append(shard.header)
         return self._writers[shard.name]
+
+    def _commit(self, shard: Shard, done: Commit) -> None:
+        digests: dict[str, dict[str, str]] = {}
+        for read in done.facts:
+            for model, table in read.items():
+                digests.setdefault(model, {}).update(table)
+        self._journal.put_group(Group(shard.name, done.tensors, done.end, done.sha256, digests))
 
     def __enter__(self) -> _Output:
         return self
@@ -147,9 +188,15 @@ class _Loop:
     # checkpoint folder -> tensor -> xxh3-128 of its rows as read
     digests: dict[Path, dict[str, str]] = field(default_factory=dict)
 
-    def read_all(self) -> Iterator[Rows | _End]:
-        """The first pass over every tensor of the plan, in the plan's order."""
-        for task in self.plan.tasks:
+    def know(self, read: Iterable[ReadDigests]) -> None:
+        """What an earlier run has read."""
+        for found in read:
+            for model, table in found.items():
+                self.digests.setdefault(self.inputs.folders[int(model)], {}).update(table)
+
+    def read_all(self, tasks: Sequence[Task]) -> Iterator[Rows | _End]:
+        """The first pass over every tensor, in the tasks' order."""
+        for task in tasks:
             with_base = self.plan.recipe.method.base == "required" or self._statistic(task) is not None
             tensor = self.tensors[task.name] = TensorInputs(task, self.inputs, with_base, self.stride)
             yield from tensor.slices(first_pass=True)
@@ -164,8 +211,7 @@ class _Loop:
                 output.append(task, rows)
 
         def done() -> None:
-            self._read_whole(task)
-            output.tensor_done(task)
+            output.tensor_done(task, self._read_whole(task))
 
         finished = self._copied if task.action == "copy" else (yield from self._measured(task, passes))
         yield passes.make(finished, append, last=True, done=done)
@@ -212,12 +258,16 @@ class _Loop:
         # Not by way of the device: it may not have the dtype.
         return rows.stored_experts[0]
 
-    def _read_whole(self, task: Task) -> None:
-        """Keep the digests of a tensor that has been read to its end."""
+    def _read_whole(self, task: Task) -> ReadDigests:
+        """The digests of a tensor that has been read to its end, which are kept."""
+        read: dict[str, dict[str, str]] = {}
         for source in self.tensors.pop(task.name).sources:
-            self.digests.setdefault(source.checkpoint.folder, {})[source.name] = source.digest()
+            folder, digest = source.checkpoint.folder, source.digest()
+            self.digests.setdefault(folder, {})[source.name] = digest
+            read.setdefault(str(self.inputs.folders.index(folder)), {})[source.name] = digest
         if self._statistic(task):
             self._check_base(task.name)
+        return read
 
     # -- relaxation
 

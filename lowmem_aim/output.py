@@ -1,29 +1,38 @@
 """The output folder: checked before work, locked during it, filled only once everything is whole.
 
-Until `publish`, all that a run writes lies in OUT/.lowmem_aim/staging. Then its files get their final names, in an
-order in which the folder is no loadable model until the last of them, config.json, is there. A run that fails takes
-back what it made. One that is killed leaves OUT/.lowmem_aim behind, and what it had published: a list in there, written
-first, says what that is, and the next run at that place clears both.
+Until `publish`, all that a run writes lies in OUT/.lowmem_aim: the shards in staging/, the journal of what is finished.
+Then files get their final names, in an order in which the folder is no loadable model until the last of them,
+config.json, is there. A run that fails or is killed leaves what it had finished for the same command to go on with; one
+that had finished nothing leaves nothing. Files that a killed run had published (a list, written first, says which) are
+taken back to staging by the next. What stays beside a finished model: the journal and sha256.txt.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import filesize
 
 from lowmem_aim.checkpoint import CONFIG
 from lowmem_aim.durable import disk_errors, locked, sync_folder, write_file
-from lowmem_aim.errors import DiskError, LockedError, UsageError, printable
+from lowmem_aim.errors import DiskError, LockedError, MemoryBudgetError, ModelError, UsageError, printable
+from lowmem_aim.journal import NAME as JOURNAL
+from lowmem_aim.journal import Journal
+from lowmem_aim.verify import sums_text
 
 PRIVATE = ".lowmem_aim"
 PUBLISHING = "publishing.json"
+STAGING = "staging"
+SUMS = "sha256.txt"
+ACTIVATIONS = "activations.safetensors"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
 SMALL_FILES_BYTES = 50_000_000
 
@@ -37,21 +46,26 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
             raise UsageError(f"the output `{shown}` is a file", hint="name a new folder")
         if any(place == folder or folder in place.parents for folder in inputs):
             raise UsageError(f"the output `{shown}` lies inside an input model", hint="name a folder elsewhere")
-        if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - _left_over(out):
+        if is_finished(out):
+            return  # by the same job? that is seen once the inputs are open
+        if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - set(_left_over(out)):
             raise UsageError(f"the output folder `{shown}` is not empty", hint="name a new folder, or empty this one")
 
 
-def _left_over(out: Path) -> set[str]:
-    """The files in `out` that a killed run had published; none if it had come to config.json: then that is a model."""
-    if (out / CONFIG).exists():
-        return set()
+def _left_over(out: Path) -> list[str]:
+    """The files in `out` that a run had published, or was about to, when it was killed; in the order of publishing."""
     try:
         names = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return set()
+        return []
     if not isinstance(names, list):  # not written by `publish`: then nothing in the folder is ours
-        return set()
-    return {name for name in names if isinstance(name, str) and Path(name).name == name}
+        return []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has come to its end there."""
+    return (out / PRIVATE / SUMS).is_file() and (out / CONFIG).is_file() and not (out / PRIVATE / PUBLISHING).exists()
 
 
 def check_writable(folder: Path) -> None:
@@ -73,36 +87,76 @@ def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
         )
 
 
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Make `out` and give an empty staging folder in it, locked against other runs.
+@dataclass(frozen=True)
+class Workspace:
+    """The output folder while a run holds it."""
 
-    On an exception everything this run made is removed again. Raises DiskError, LockedError.
+    out: Path
+    journal: Journal
+    sums: dict[str, str] = field(default_factory=dict)  # of the published files: name -> sha256
+
+    @property
+    def private(self) -> Path:
+        return self.out / PRIVATE
+
+    @property
+    def staging(self) -> Path:
+        return self.private / STAGING
+
+    def staged_bytes(self) -> int:
+        """What earlier runs have already taken of the disk."""
+        with contextlib.suppress(OSError):
+            return sum(file.stat().st_size for file in self.staging.iterdir())
+        return 0
+
+
+@contextlib.contextmanager
+def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
+    """Make `out` if need be and lock it against other runs; what an interrupted run had finished is in staging.
+
+    `fresh` discards that. On an exception what this run made is removed again, unless there is something finished for
+    the same command to go on with. Raises DiskError, LockedError, UsageError.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    private = out / PRIVATE
+    private, keep = out / PRIVATE, False
     try:
         with disk_errors(out):
             private.mkdir(parents=True, exist_ok=True)
         with locked(private / "lock"):
-            check_output(out, [])  # again: another run may have finished here in the meantime
-            staging = private / "staging"
-            with disk_errors(staging):
-                for name in _left_over(out):
-                    (out / name).unlink(missing_ok=True)
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir()
-            try:
-                yield staging
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+            check_output(out, [])  # again: another run may have been here in the meantime
+            keep = is_finished(out)
+            if not keep:
+                _take_back(out, discard=fresh)
+            with Journal(private) as journal:
+                space = Workspace(out, journal)
+                try:
+                    yield space
+                finally:
+                    keep = keep or journal.holds("group") or journal.holds("activations")
+            if space.sums:
+                _seal(out, space.sums)
     except BaseException as error:
-        if not isinstance(error, LockedError):  # then the folder is another run's
+        if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
+            error.hint += f"{'; ' * bool(error.hint)}what is finished stays: the same command goes on from there"
+        if not keep and not isinstance(error, LockedError):  # then the folder is another run's
             shutil.rmtree(private, ignore_errors=True)
             _remove_empty(made)
         raise
-    # The lock file and its folder have done their work; what a finished model is made of stands beside them.
-    shutil.rmtree(private, ignore_errors=True)
+
+
+def _take_back(out: Path, *, discard: bool) -> None:
+    """Published files of a killed run go back to staging, config.json first: half a model is never one that loads."""
+    staging = out / PRIVATE / STAGING
+    with disk_errors(staging):
+        staging.mkdir(exist_ok=True)
+        for name in reversed(_left_over(out)):
+            if (out / name).exists():
+                os.replace(out / name, staging / name)
+        if discard:
+            shutil.rmtree(staging)
+            staging.mkdir()
+            Journal.remove(out / PRIVATE)
+        (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -111,23 +165,32 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def publish(out: Path, staging: Path, shards: Sequence[str], files: dict[str, bytes]) -> None:
+def publish(space: Workspace, shards: dict[str, str], files: dict[str, bytes]) -> None:
     """Give the staged shards and then `files` (in their order, config.json last) their final names, durably.
 
-    `out` held nothing before; after an exception it holds nothing again.
+    `shards`: name -> sha256. Can be done again after it was interrupted at any point. Raises DiskError.
     """
+    out, staging = space.out, space.staging
     for name, content in files.items():
         write_file(staging / name, content)
     names = [*shards, *files]
-    write_file(out / PRIVATE / PUBLISHING, json.dumps(names).encode())
-    try:
-        with disk_errors(out):
-            for name in names[:-1]:
-                os.replace(staging / name, out / name)
-            sync_folder(out)  # before config.json: a power loss must not keep that and lose another
-            os.replace(staging / names[-1], out / names[-1])
-            sync_folder(out)
-    except BaseException:
-        for name in reversed(names):  # config.json first: half a model is never one that loads
-            (out / name).unlink(missing_ok=True)
-        raise
+    write_file(space.private / PUBLISHING, json.dumps(names).encode())
+    with disk_errors(out):
+        for name in names[:-1]:
+            os.replace(staging / name, out / name)
+        sync_folder(out)  # before config.json: a power loss must not keep that and lose another
+        os.replace(staging / names[-1], out / names[-1])
+        sync_folder(out)
+    space.sums.update(shards)
+    space.sums.update({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def _seal(out: Path, sums: dict[str, str]) -> None:
+    """The list of digests, the closed journal's with them; with it the run is finished."""
+    private = out / PRIVATE
+    with disk_errors(private):
+        own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256((private / JOURNAL).read_bytes()).hexdigest()}
+        write_file(private / SUMS, sums_text(sums | own))
+        shutil.rmtree(private / STAGING, ignore_errors=True)
+        (private / ACTIVATIONS).unlink(missing_ok=True)
+        (private / PUBLISHING).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from lowmem_aim import kernels
 from lowmem_aim.activation_cache import Calibration, prepare
@@ -13,16 +14,27 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
 from lowmem_aim.devices import usable_device
-from lowmem_aim.errors import UsageError
+from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
+from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Budget, Shares, make_budget, share_out
 from lowmem_aim.merge import check_activations, merge_tensors
-from lowmem_aim.output import check_disk, check_output, check_writable, publish, staged
+from lowmem_aim.output import (
+    ACTIVATIONS,
+    Workspace,
+    check_disk,
+    check_output,
+    check_writable,
+    is_finished,
+    publish,
+    workspace,
+)
 from lowmem_aim.plan import Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe
+from lowmem_aim.resume import Identity, agree, check_same
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -40,12 +52,15 @@ class Options:
     ram: int | None = None  # bytes of anonymous memory; None: what is free, less a reserve
     vram: int | None = None  # the same on a device with memory of its own
     slice_rows: int | None = None  # rows in work at a time; None: what fits the budget and the processor's cache
+    fresh: bool = False  # discard what an interrupted run has left
+    accept_environment: bool = False  # go on with it under other versions or on another device
 
 
 def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = silent) -> Path:
-    """Merge by the recipe into the new folder `out`; returns it.
+    """Merge by the recipe into the new folder `out`, or go on with a run that was interrupted there; returns `out`.
 
-    Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before.
+    Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before. What a run
+    had finished when it failed, or was killed, stays for the next.
     """
     device, budget = _set_up(options)
     for notice in recipe.notices:
@@ -54,25 +69,32 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
     with open_inputs(recipe, options.read, emit, options.use_cache) as inputs:
         check_output(out, [checkpoint.folder for checkpoint in inputs.checkpoints])
         plan = make_plan(recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes)
-        check_disk(out, plan.output_bytes)
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
+        identity = Identity.of(plan, inputs, copied, calibration, device)
         _shares(plan, inputs, budget, device)  # a row that does not fit must show before hours of calibration
-        with staged(out) as staging:
-            activations = _activations(calibration, inputs, device, budget, staging, options.use_cache, emit)
+        with workspace(out, fresh=options.fresh) as space:
+            if is_finished(out):
+                check_same(space.journal, identity, out)
+                emit(Notice(f"`{printable(str(out))}` is finished already"))
+                return out
+            check_disk(out, plan.output_bytes - space.staged_bytes())
+            agree(space.journal, identity, plan, inputs, accept_environment=options.accept_environment, emit=emit)
+            activations = _activations(calibration, inputs, device, budget, space, options.use_cache, emit)
             merged = merge_tensors(
                 plan,
                 inputs,
                 activations,
-                staging,
+                space.staging,
+                space.journal,
                 device=device,
                 shares=_shares(plan, inputs, budget, device),
                 slice_rows=options.slice_rows,
                 emit=emit,
             )
-            files = output_files(plan, inputs, activations, merged, copied)
+            files = output_files(plan, inputs, activations, merged, copied, space.journal.get("accepted"))
             emit(PhaseStarted("finish", len(plan.shards) + len(files), "files"))
-            publish(out, staging, [shard.name for shard in plan.shards], files)
+            publish(space, merged.shards, files)
             emit(PhaseEnded("finish"))
     return out
 
@@ -143,12 +165,31 @@ def _activations(
     inputs: Inputs,
     device: torch.device,
     budget: Budget,
-    spill: Path,
+    space: Workspace,
     use_cache: bool,
     emit: Emit,
 ) -> Activations | None:
+    """Measured ones are kept beside the output until it is finished, whatever becomes of the cache."""
     if calibration is None:
         return None
-    activations = calibration.activations(device=device, budget=budget, spill=spill, use_cache=use_cache, emit=emit)
+    kept = space.private / ACTIVATIONS
+    activations = calibration.given or _kept(kept, space.journal)
+    if activations is None:
+        activations = calibration.activations(
+            device=device, budget=budget, spill=space.private, use_cache=use_cache, emit=emit
+        )
+        activations.save(kept)
+        space.journal.put("activations", "", _digest_of(kept))
     check_activations(activations, inputs, calibration.aim)
     return activations
+
+
+def _kept(file: Path, journal: Journal) -> Activations | None:
+    """What the interrupted run had measured."""
+    if not file.is_file() or journal.get("activations") != _digest_of(file):
+        return None
+    return Activations.load(file)
+
+
+def _digest_of(file: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(file.read_bytes())

@@ -1,8 +1,9 @@
 """Output shards: preallocated, written front to back under a temporary name, hashed as they are written.
 
-Hashing, writing and syncing have threads of their own: who appends waits only when they are behind. Guarantee: `close`
-returns after the file's bytes are durable (fsync). Nothing here gives a file its final name. A full disk shows when
-the shard is begun (posix_fallocate), where the filesystem can reserve space.
+Hashing, writing and syncing have threads of their own: who appends waits only when they are behind. Finished tensors
+are committed in groups: a group is told of only after its bytes are durable (fdatasync), and `close` returns after all
+are. Nothing here gives a file its final name. A full disk shows when the shard is begun (posix_fallocate), where the
+filesystem can reserve space.
 """
 
 from __future__ import annotations
@@ -12,40 +13,82 @@ import hashlib
 import os
 import queue
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from lowmem_aim.durable import disk_errors
-from lowmem_aim.errors import DiskError
+from lowmem_aim.journal import Group
 
 # Appended pieces that may wait to be written.
 WAITING = 4
 # The disk is told to write so much at a time while the shard still grows; else all of it would wait for the fsync.
 SYNC_BYTES = 64 << 20
+# Tensors are committed together up to so many bytes: a commit costs some 16 ms, on many disks more.
+GROUP_BYTES = 64_000_000
+CHUNK = 8 << 20
 
 Data = bytes | memoryview
+Facts = Any  # what the journal is told of a tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The finished front of a shard's file, as it was found."""
+
+    tensors: int
+    end: int  # bytes
+    state: Any  # hashlib's, of those bytes
+
+
+@dataclass(frozen=True)
+class _Done:
+    """In the queue: a tensor has been appended whole."""
+
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Tensors that have become durable; `tensors`, `end` and `sha256` are of the whole file so far."""
+
+    tensors: int
+    end: int
+    sha256: str
+    facts: tuple[Facts, ...]  # of the tensors since the last commit
 
 
 class ShardWriter:
     """One file of a known size. A context manager: leaving it without `close` drops the descriptor, nothing more."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Create `path` (it must not exist) with `size` bytes. Raises DiskError."""
-        self._path = path
-        self._size = size
-        self._written = 0
-        self._hash = hashlib.sha256()
+    def __init__(
+        self, path: Path, size: int, commit: Callable[[Commit], None] = lambda done: None, prefix: Prefix | None = None
+    ) -> None:
+        """Create `path` with `size` bytes (it must not exist), or go on after its `prefix`. Raises DiskError.
+
+        `commit` is called, in another thread, with what has become durable.
+        """
+        self._path, self._size, self._commit = path, size, commit
+        self._tensors, self._written, self._hash = 0, 0, hashlib.sha256()
+        if prefix:
+            self._tensors, self._written, self._hash = prefix.tensors, prefix.end, prefix.state
+        self._committed = self._synced = self._written
+        self._facts: list[Facts] = []  # of the tensors that are not committed yet
         self._error: BaseException | None = None
         with disk_errors(path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            mode = 0 if prefix else os.O_CREAT | os.O_EXCL
+            flags = os.O_RDWR | mode | getattr(os, "O_BINARY", 0)
             self._descriptor: int | None = os.open(path, flags, 0o666)  # less the umask, as for any file
             try:
+                os.lseek(self._descriptor, self._written, os.SEEK_SET)
                 _reserve(self._descriptor, size)
             except BaseException:
                 self._drop()
                 raise
-        self._waiting: queue.Queue[Data | None] = queue.Queue(WAITING)
-        self._grown = threading.Semaphore(0)  # one release for each SYNC_BYTES, and one for the end
+        self._waiting: queue.Queue[Data | _Done | None] = queue.Queue(WAITING)
+        self._to_sync: queue.SimpleQueue[Commit | bool] = queue.SimpleQueue()  # True: only sync; False: the end
         self._threads = [
             threading.Thread(target=body, daemon=True, name=name)
             for body, name in ((self._write_all, "write"), (self._sync_all, "sync"))
@@ -55,10 +98,11 @@ class ShardWriter:
 
     def append(self, data: Data) -> None:
         """The next bytes of the file; they must not change from now on. Raises DiskError, perhaps of earlier ones."""
-        assert self._threads, "the shard is closed"
-        if self._error:
-            raise self._error
-        self._waiting.put(data)
+        self._put(data)
+
+    def tensor_done(self, facts: Facts = None) -> None:
+        """What was appended since the last time, or since the header, is a whole tensor. Raises as `append`."""
+        self._put(_Done(facts))
 
     def close(self) -> str:
         """Make the file durable; its sha256 in hex. Raises DiskError."""
@@ -71,16 +115,25 @@ class ShardWriter:
         with disk_errors(self._path):
             os.fsync(self._descriptor)
         self._drop()
-        return self._hash.hexdigest()
+        return str(self._hash.hexdigest())
+
+    def _put(self, item: Data | _Done) -> None:
+        assert self._threads, "the shard is closed"
+        if self._error:
+            raise self._error
+        self._waiting.put(item)
 
     # -- the threads
 
     def _write_all(self) -> None:
-        while (data := self._waiting.get()) is not None:
+        while (item := self._waiting.get()) is not None:
             if self._error:
                 continue  # take the rest, so that nobody waits for this thread
             try:
-                self._write(memoryview(data).cast("B"))
+                if isinstance(item, _Done):
+                    self._count(item)
+                else:
+                    self._write(memoryview(item).cast("B"))
             except BaseException as error:
                 self._error = error
 
@@ -91,26 +144,38 @@ class ShardWriter:
             while view:
                 count = os.write(self._descriptor, view)
                 view = view[count:]
-                before, self._written = self._written, self._written + count
-                if before // SYNC_BYTES != self._written // SYNC_BYTES:
-                    self._grown.release()
+                self._written += count
+        if self._written - self._synced >= SYNC_BYTES:
+            self._synced = self._written
+            self._to_sync.put(True)
+
+    def _count(self, done: _Done) -> None:
+        self._tensors += 1
+        self._facts.append(done.facts)
+        if self._written - self._committed >= GROUP_BYTES or self._written == self._size:
+            self._to_sync.put(Commit(self._tensors, self._written, self._hash.hexdigest(), tuple(self._facts)))
+            self._committed = self._synced = self._written
+            self._facts.clear()
 
     def _sync_all(self) -> None:
-        while self._grown.acquire() and self._threads:
+        while (item := self._to_sync.get()) is not False:
+            if self._error:
+                continue
             assert self._descriptor is not None
             try:
                 with disk_errors(self._path):
                     getattr(os, "fdatasync", os.fsync)(self._descriptor)
-            except DiskError as error:
+                if isinstance(item, Commit):
+                    self._commit(item)
+            except BaseException as error:
                 self._error = self._error or error
-                return
 
     def _stop(self) -> None:
         threads, self._threads = self._threads, []
         if threads:
             self._waiting.put(None)
             threads[0].join()
-            self._grown.release()
+            self._to_sync.put(False)
             threads[1].join()
 
     def _drop(self) -> None:
@@ -129,7 +194,30 @@ class ShardWriter:
         self._drop()
 
 
+def finished_prefix(path: Path, groups: Sequence[Group]) -> tuple[Prefix | None, list[Group]]:
+    """How far a shard's file is what the journal says, by reading it; and the groups that are. Raises DiskError.
+
+    `groups` in file order; what comes after the first that differs does not count.
+    """
+    state, good, position = hashlib.sha256(), [], 0
+    prefix = None
+    if not groups or not path.is_file():
+        return None, []
+    with disk_errors(path), path.open("rb", buffering=0) as stream:
+        for group in groups:
+            while position < group.end and (data := stream.read(min(CHUNK, group.end - position))):
+                state.update(data)
+                position += len(data)
+            if position < group.end or state.hexdigest() != group.sha256:
+                break
+            good.append(group)
+            prefix = Prefix(group.tensors, group.end, state.copy())
+    return prefix, good
+
+
 def _reserve(descriptor: int, size: int) -> None:
+    if os.fstat(descriptor).st_size > size:
+        os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(descriptor, 0, size)

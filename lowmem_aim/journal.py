@@ -1,0 +1,147 @@
+"""The journal of a run: what was asked for, on which inputs, and which bytes are finished. sqlite beside the output.
+
+Guarantee: a row speaks only of bytes that were durable before it was written, and is durable itself when `put` returns
+(journal_mode DELETE, synchronous EXTRA; WAL would fail on network filesystems). Every row carries a digest of itself.
+A row that is damaged, and a journal that is, count as absent: that leads to work done again, never to wrong bytes.
+Limit: durable is what the system's fsync makes so. A disk that lies about it may lose bytes whose row it kept; the
+digests show that when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+from lowmem_aim.errors import DiskError, printable
+
+NAME = "journal.sqlite"
+_TABLE = """
+CREATE TABLE IF NOT EXISTS entries
+    (kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (kind, name))
+"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished tensors of one shard: the first `tensors` of it, and all bytes of the file up to `end`."""
+
+    shard: str  # file name
+    tensors: int
+    end: int
+    sha256: str  # of the file's bytes up to `end`
+    digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor of this group -> xxh3-128 of its bytes as read
+
+
+class Journal:
+    """A context manager; its methods may be called from any thread."""
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        """The journal in `folder`; a new one if there is none or it is damaged beyond reading. Raises DiskError.
+
+        `read_only`: one that is not there, or damaged, is empty.
+        """
+        self._file = folder / NAME
+        self._lock = threading.Lock()
+        if read_only:
+            self._connection = sqlite3.connect(_read_only(self._file), uri=True)
+            return
+        with self._disk_errors():
+            try:
+                self._connection = _connected(self._file)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                self.remove(folder)
+                self._connection = _connected(self._file)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Forget all that a folder's journal says."""
+        for name in (f"{NAME}-journal", NAME):  # the rollback journal first: it must never meet another database
+            (folder / name).unlink(missing_ok=True)
+
+    def put(self, kind: str, name: str, value: Any) -> None:
+        """Keep a JSON value, durably. Raises DiskError."""
+        text = json.dumps(value, sort_keys=True)
+        row = (kind, name, text, _digest(kind, name, text))
+        with self._lock, self._disk_errors():
+            self._connection.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
+
+    def get(self, kind: str, name: str = "") -> Any:
+        """None if it is not there, or damaged."""
+        return self._rows(kind).get(name)
+
+    def holds(self, kind: str) -> bool:
+        """Whether there is anything of a kind."""
+        return bool(self._rows(kind))
+
+    def drop(self, kind: str) -> None:
+        """Forget all of a kind. Raises DiskError."""
+        with self._lock, self._disk_errors():
+            self._connection.execute("DELETE FROM entries WHERE kind = ?", (kind,))
+
+    def put_group(self, group: Group) -> None:
+        self.put("group", f"{group.shard}\0{group.tensors:09}", asdict(group))
+
+    def groups(self, shard: str) -> list[Group]:
+        """Of one shard, in file order."""
+        found = [Group(**value) for name, value in sorted(self._rows("group").items()) if name.startswith(f"{shard}\0")]
+        return sorted(found, key=lambda group: group.tensors)
+
+    def _rows(self, kind: str) -> dict[str, Any]:
+        try:
+            with self._lock:
+                rows = self._connection.execute("SELECT * FROM entries WHERE kind = ?", (kind,)).fetchall()
+        except sqlite3.DatabaseError:
+            return {}  # damaged pages: as if nothing had been done
+        return {row[1]: json.loads(row[2]) for row in rows if row[3] == _digest(*row[:3])}
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise DiskError(
+                f"the journal `{printable(str(self._file))}` cannot be written: {error}",
+                hint="what is finished stays: mend the disk, then run the same command again",
+            ) from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_only(file: Path) -> str:
+    return f"{file.absolute().as_uri()}?mode=ro" if file.is_file() else "file::memory:"
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+    try:
+        for statement in ("PRAGMA journal_mode=DELETE", "PRAGMA synchronous=EXTRA", _TABLE, "SELECT * FROM entries"):
+            connection.execute(statement).fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _digest(kind: str, name: str, text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(f"{kind}\0{name}\0{text}".encode("utf-8", "surrogatepass"))

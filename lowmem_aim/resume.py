@@ -1,0 +1,175 @@
+"""May an interrupted run be gone on with? Only if the same would come out: the same job on the same inputs.
+
+The journal holds what the run was of. Job and settings must be the same; so must the versions and the device, unless
+the user accepts others. An input whose files have other times or inodes (copied, downloaded anew) is read again as far
+as the run had come, and accepted if what it gave is still what it gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from lowmem_aim.activation_cache import Calibration
+from lowmem_aim.card import portable_recipe, versions
+from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.errors import ResumeError, UsageError, printable
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.inputs import Inputs
+from lowmem_aim.journal import Journal
+from lowmem_aim.plan import Plan
+from lowmem_aim.slices import Stride, TensorInputs
+
+REREAD_ELEMENTS = 1 << 20
+_SHOWN = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is of. All JSON values."""
+
+    job: Mapping[str, Any]  # recipe, seed, layout, small files: any difference is another output
+    inputs: list[Mapping[str, Any]]  # of each model's folder: label, tensors, and the files' sizes, times, inodes
+    environment: Mapping[str, str]  # versions, device: another may give other bytes
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        inputs: Inputs,
+        copied: Mapping[str, bytes],
+        calibration: Calibration | None,
+        device: torch.device,
+    ) -> Identity:
+        job = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
+        job |= {
+            "seed": plan.seed,
+            "parameters": _digest(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
+            "shards": _digest(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
+            "tokenizer and other small files": {name: _digest(content) for name, content in sorted(copied.items())},
+            "config.json": _digest(repr(sorted(inputs.reference.config.items())).encode()),
+        }
+        if calibration is not None:
+            job["calibration"] = calibration.digest()
+        checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
+        environment = {**versions(), "device": _name(device)}
+        return cls(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
+
+    def as_json(self) -> dict[str, Any]:
+        """As it comes back from the journal: lists for tuples."""
+        fields = {"job": dict(self.job), "inputs": list(self.inputs), "environment": dict(self.environment)}
+        same: dict[str, Any] = json.loads(json.dumps(fields))
+        return same
+
+
+def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
+    stats = {file.name: file.stat() for file in checkpoint.files}
+    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
+    return {"label": checkpoint.label, "tensors": _digest(tensors.encode("utf-8", "surrogatepass")), "files": files}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def agree(journal: Journal, now: Identity, plan: Plan, inputs: Inputs, *, accept_environment: bool, emit: Emit) -> None:
+    """Write down what a new run is of, or check that an interrupted one is of the same.
+
+    Raises ResumeError with every difference.
+    """
+    tensors = {"tensors": len(plan.tasks), "bytes": plan.output_bytes, "shards": [shard.name for shard in plan.shards]}
+    before = journal.get("identity")
+    if before is None:  # new; or what it was of is lost, and with it what the rest is worth
+        for kind in ("group", "accepted", "activations"):
+            journal.drop(kind)
+        journal.put("plan", "", tensors)
+        journal.put("identity", "", now.as_json())
+        return
+    then, now = Identity(**before), Identity(**now.as_json())
+    problems = [*_differences(then.job, now.job, "")]
+    if len(then.inputs) == len(now.inputs):
+        for number, (old, new) in enumerate(zip(then.inputs, now.inputs, strict=True)):
+            problems += _changed(number, old, new, plan, inputs, journal, emit)
+    elsewhere = list(_differences(then.environment, now.environment, ""))
+    if elsewhere and not accept_environment:
+        problems += elsewhere
+    if problems:
+        only = " (or `--accept-environment` to go on all the same)" if len(elsewhere) == len(problems) else ""
+        raise ResumeError(
+            ["the interrupted run in this folder was another one:", *problems],
+            hint=f"`--fresh` starts over{only}; or give the run back what it had",
+        )
+    if elsewhere:
+        for difference in elsewhere:
+            emit(Notice(f"going on although {difference}", "warning"))
+        earlier = journal.get("accepted") or [dict(then.environment)]
+        journal.put("accepted", "", [*earlier, dict(now.environment)])
+    journal.put("identity", "", now.as_json())
+
+
+def check_same(journal: Journal, now: Identity, out: Path) -> None:
+    """Raises UsageError if the finished output in `out` is not of this very job."""
+    then = journal.get("identity")
+    if then is None or (then["job"], then["inputs"]) != (now.as_json()["job"], now.as_json()["inputs"]):
+        raise UsageError(
+            f"the output folder `{printable(str(out))}` is not empty: it holds another merge, or one of other inputs",
+            hint="name a new folder, or empty this one",
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Iterator[str]:
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            yield f"{where}`{printable(key)}` was {_shown(old.get(key))} and is now {_shown(new.get(key))}"
+
+
+def _shown(value: Any) -> str:
+    return f"`{printable(str(value), _SHOWN)}`" if value is not None else "absent"
+
+
+def _changed(
+    number: int,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    plan: Plan,
+    inputs: Inputs,
+    journal: Journal,
+    emit: Emit,
+) -> Iterator[str]:
+    """Why a model is not what it was."""
+    label = printable(str(new["label"]))
+    sizes = [{name: facts[0] for name, facts in side["files"].items()} for side in (old, new)]
+    if old["tensors"] != new["tensors"] or sizes[0] != sizes[1]:
+        yield f"`{label}` has other tensors or files than before"
+    elif old["files"] != new["files"]:
+        emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
+        for name in _differing_tensors(number, plan, inputs, journal):
+            yield f"`{label}` has another `{printable(name)}` than before"
+            return  # one says enough; others would take their time
+
+
+def _differing_tensors(number: int, plan: Plan, inputs: Inputs, journal: Journal) -> Iterator[str]:
+    known: dict[str, str] = {}
+    for shard in plan.shards:
+        for group in journal.groups(shard.name):
+            known |= group.digests.get(str(number), {})
+    folder = inputs.folders[number]
+    stride = Stride(REREAD_ELEMENTS)
+    for task in (task for task in plan.tasks if task.name in known):
+        tensor = TensorInputs(task, inputs, True, stride)
+        for source in (source for source in tensor.sources if source.checkpoint.folder == folder):
+            for start, stop in stride.cuts(task.shape):
+                source.enter_digest(source.pieces(start, stop))
+            if source.digest() != known[task.name]:
+                yield task.name

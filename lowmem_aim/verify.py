@@ -1,0 +1,66 @@
+"""sha256.txt beside a finished output, in the form that `sha256sum --check` takes, and the check itself.
+
+Its last line is a digest of the lines before it, so that damage to the list itself shows too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lowmem_aim.errors import UsageError, VerifyError, printable
+from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted, silent
+
+_LAST = "# sha256 of the lines above: "
+
+
+def sums_text(sums: Mapping[str, str]) -> bytes:
+    """File name (relative to the output folder) -> sha256, as the list's text."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+    return lines + f"{_LAST}{hashlib.sha256(lines).hexdigest()}\n".encode()
+
+
+def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
+    """Read every file again; returns how many. Raises VerifyError naming all that differ, UsageError without a list."""
+    file = out / list_name
+    if not file.is_file():
+        raise UsageError(
+            f"`{printable(str(out))}` is no finished output of this tool: there is no `{list_name}`",
+            hint="`lowmem-aim status` tells what is there",
+        )
+    sums = _read(file)
+    present = [name for name in sums if (out / name).is_file()]
+    emit(PhaseStarted("verify", sum((out / name).stat().st_size for name in present), "bytes"))
+    problems, done = [], 0
+    for name, expected in sums.items():
+        if name not in present:
+            problems.append(f"`{printable(name)}` is missing")
+            continue
+        if _sha256(out / name) != expected:
+            problems.append(f"`{printable(name)}` is not what was written")
+        done += (out / name).stat().st_size
+        emit(Advanced(done, name))
+    emit(PhaseEnded("verify"))
+    if problems:
+        raise VerifyError(problems, hint="merge again into a new folder; if it comes again, suspect the disk")
+    return len(sums)
+
+
+def _read(file: Path) -> dict[str, str]:
+    data = file.read_bytes()
+    lines, _, _ = data.rpartition(b"# ")
+    if data != lines + f"{_LAST}{hashlib.sha256(lines).hexdigest()}\n".encode():
+        raise VerifyError(f"`{printable(str(file))}`, the list of digests, is damaged itself")
+    return dict(_entries(lines.decode()))
+
+
+def _entries(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        digest, _, name = line.partition("  ")
+        yield name, digest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

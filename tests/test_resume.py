@@ -1,0 +1,475 @@
+"""A run that ends early goes on with the same command and ends with the same bytes; another job is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from conftest import Run
+from safetensors.torch import load_file, save_file
+from test_merge import FLAGS, digests, recipe
+
+from lowmem_aim import output, write
+from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError
+from lowmem_aim.events import Advanced, Event, Notice
+from lowmem_aim.journal import Group, Journal
+from lowmem_aim.output import PRIVATE, SUMS, is_finished
+from lowmem_aim.run import Options, merge
+from lowmem_aim.slices import TensorInputs
+from lowmem_aim.status import status_of
+from lowmem_aim.verify import verify
+from lowmem_aim.write import Commit, ShardWriter, finished_prefix
+
+SHARDS = Options(shard_bytes=40_000)
+
+
+class Stopped(BaseException):
+    """As a signal would."""
+
+
+@pytest.fixture
+def each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor is a commit of its own."""
+    monkeypatch.setattr(write, "GROUP_BYTES", 1)
+
+
+def stopping_after(tensors: int, notices: list[str] | None = None) -> Callable[[Event], None]:
+    """An Emit that stops the run when so many tensors are done."""
+    left = [tensors]
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Notice) and notices is not None:
+            notices.append(event.text)
+        if isinstance(event, Advanced) and "." in event.item:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stopped
+
+    return emit
+
+
+def stop(job: Any, out: Path, tensors: int, options: Options = SHARDS) -> None:
+    with pytest.raises(Stopped):
+        merge(job, out, options, stopping_after(tensors))
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", FLAGS)
+def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
+    method: str, llama: Path, texts: Path, tmp_path: Path, each_tensor: None
+) -> None:
+    job = recipe(llama, method, **FLAGS[method], omega=0.3, calibration=str(texts))
+    merge(job, tmp_path / "whole", SHARDS)
+    out = tmp_path / "out"
+    for tensors in (3, 1, 9, 4):
+        stop(job, out, tensors)
+        assert not (out / "config.json").exists()
+    notices: list[str] = []
+    merge(job, out, SHARDS, stopping_after(1000, notices))
+    assert any(text.startswith("resuming: ") and " tensors, " in text for text in notices)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_what_is_finished_is_not_read_again(
+    llama: Path, tmp_path: Path, each_tensor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = recipe(llama, "linear")
+    stop(job, tmp_path / "out", 20)
+    finished = status_of(tmp_path / "out").tensors
+    read: list[str] = []
+    slices = TensorInputs.slices
+
+    def noted(tensor: TensorInputs, first_pass: bool) -> Any:
+        read.append(tensor.task.name)
+        return slices(tensor, first_pass)
+
+    monkeypatch.setattr(TensorInputs, "slices", noted)
+    merge(job, tmp_path / "out", SHARDS)
+    total = len(load_file(llama / "base" / "model.safetensors"))
+    assert 10 < finished <= 20
+    assert len(read) == total - finished
+
+
+def test_measured_activations_are_kept_whatever_becomes_of_the_cache(
+    llama: Path, texts: Path, tmp_path: Path, each_tensor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowmem_aim import calibrate
+
+    job = recipe(llama, "linear", omega=0.3, calibration=str(texts))
+    options = Options(shard_bytes=40_000, use_cache=False)
+    merge(job, tmp_path / "whole", options)
+    stop(job, tmp_path / "out", 5, options)
+
+    def never(*args: Any, **given: Any) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(calibrate, "calibrate", never)
+    merge(job, tmp_path / "out", options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_before_anything_is_finished_nothing_is_left(llama: Path, tmp_path: Path) -> None:
+    stop(recipe(llama, "linear"), tmp_path / "a" / "out", 0, Options())
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "journal", "row"])
+def test_damage_leads_to_work_done_again(damage: str, llama: Path, tmp_path: Path, each_tensor: None) -> None:
+    job, out = recipe(llama, "ties"), tmp_path / "out"
+    merge(job, tmp_path / "whole", SHARDS)
+    stop(job, out, 15)
+    shards = sorted((out / PRIVATE / "staging").glob("*.safetensors"))
+    journal = out / PRIVATE / "journal.sqlite"
+    if damage == "flip":
+        flip(shards[0], shards[0].stat().st_size * 8 // 2)
+    elif damage == "cut":
+        os.truncate(shards[-1], 100)
+    elif damage == "remove":
+        shards[0].unlink()
+    elif damage == "journal":
+        journal.write_bytes(random.Random(0).randbytes(5000))
+    else:
+        with sqlite3.connect(journal) as connection:
+            connection.execute("UPDATE entries SET value = replace(value, '1', '2') WHERE kind = 'group'")
+        connection.close()
+    merge(job, out, SHARDS)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_killed_at_any_step_of_the_finish_it_is_no_model_and_goes_on(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = recipe(llama, "linear")
+    merge(job, tmp_path / "whole", SHARDS)
+    replace, sync = os.replace, output.sync_folder
+    steps = 0
+    for stop_at in range(1000):
+        left, out = [stop_at], tmp_path / f"out-{stop_at}"
+
+        def counted(work: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
+            def step(*args: Any) -> None:
+                if left[0] == 0:
+                    raise Stopped
+                left[0] -= 1
+                work(*args)
+
+            return step
+
+        monkeypatch.setattr("lowmem_aim.output.os.replace", counted(replace))
+        monkeypatch.setattr(output, "sync_folder", counted(sync))
+        try:
+            merge(job, out, SHARDS)
+        except Stopped:
+            complete = (out / "config.json").exists()
+            assert not complete or {f.name for f in (tmp_path / "whole").iterdir()} <= {f.name for f in out.iterdir()}
+        else:
+            steps = stop_at
+        monkeypatch.undo()
+        merge(job, out, SHARDS)
+        assert digests(out) == digests(tmp_path / "whole")
+        assert is_finished(out)
+        if steps:
+            break
+    assert steps > 15
+
+
+# --- what is not the same ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(llama: Path, tmp_path: Path) -> Path:
+    """Copies that may be changed."""
+    for name in ("base", "math", "code", "chat"):
+        tiny.perturbed(llama / name, tmp_path / "models" / name, scale=0.0)
+    return tmp_path / "models"
+
+
+def test_another_recipe_seed_or_size_is_refused_with_the_difference(
+    models: Path, tmp_path: Path, each_tensor: None, run: Run
+) -> None:
+    out = tmp_path / "out"
+    stop(recipe(models, "dare_linear", density=("0.4",), weight=("0.3",)), out, 15)
+    command = ["merge", out, "--method", "dare_linear", "--base", models / "base", "--shard-size", "40000"]
+    for name in ("math", "code", "chat"):
+        command += ["--expert", models / name]
+    done = run(*command, "--density", "0.4", "--weight", "0.3", "--seed", "7")
+    assert done.code == 7
+    assert "`seed` was `0` and is now `7`" in done.err
+    assert "--fresh" in done.err
+    done = run(*command, "--density", "0.5", "--weight", "0.3")
+    assert done.code == 7
+    assert "recipe: models" in done.err
+    assert run(*command, "--density", "0.4", "--weight", "0.3").code == 0
+
+
+def test_fresh_starts_over(models: Path, tmp_path: Path, each_tensor: None) -> None:
+    out = tmp_path / "out"
+    stop(recipe(models, "linear"), out, 15)
+    other = recipe(models, "task_arithmetic", weight=("0.3",))
+    with pytest.raises(ResumeError, match="merge_method"):
+        merge(other, out, SHARDS)
+    merge(other, out, Options(shard_bytes=40_000, fresh=True))
+    assert digests(out) == digests(merge(other, tmp_path / "whole", SHARDS))
+
+
+def test_an_input_of_another_time_is_read_again_and_accepted(models: Path, tmp_path: Path, each_tensor: None) -> None:
+    job, out, notices = recipe(models, "ties"), tmp_path / "out", []
+    merge(job, tmp_path / "whole", SHARDS)
+    stop(job, out, 15)
+    os.utime(models / "math" / "model.safetensors", (1, 1))
+    merge(job, out, SHARDS, stopping_after(1000, notices))
+    assert any("`math` has files of another time" in text for text in notices)
+    assert any(text.startswith("resuming: ") for text in notices)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_an_input_of_other_content_is_refused_by_name(models: Path, tmp_path: Path, each_tensor: None) -> None:
+    job, out = recipe(models, "ties"), tmp_path / "out"
+    stop(job, out, 15)
+    file = models / "math" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] += 1  # of the first tensor of the output
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match=r"`math` has another `lm_head\.weight` than before") as caught:
+        merge(job, out, SHARDS)
+    assert caught.value.exit_code == 7
+
+
+def test_other_versions_are_refused_or_accepted_and_told(
+    models: Path, tmp_path: Path, each_tensor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = recipe(models, "linear"), tmp_path / "out"
+    stop(job, out, 15)
+    from lowmem_aim import resume
+
+    monkeypatch.setattr(resume, "versions", lambda: {"lowmem-aim": "0.1.0", "torch": "9.9"})
+    with pytest.raises(ResumeError, match=r"`torch` was .* and is now `9\.9`") as caught:
+        merge(job, out, SHARDS)
+    assert "--accept-environment" in caught.value.hint
+    merge(job, out, Options(shard_bytes=40_000, accept_environment=True))
+    steps = json.loads((out / "lowmem_aim.json").read_text())["environments"]
+    assert [step["torch"] == "9.9" for step in steps] == [False, True]
+    assert "went on in another environment" in (out / "README.md").read_text()
+
+
+# --- when it is finished ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_on_a_finished_output_changes_nothing(models: Path, tmp_path: Path) -> None:
+    job, out, notices = recipe(models, "linear"), tmp_path / "out", []
+    merge(job, out)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir() if file.is_file()}
+    assert merge(job, out, emit=stopping_after(0, notices)) == out
+    assert any("finished already" in text for text in notices)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in before} == before
+    verify(out, f"{PRIVATE}/{SUMS}")
+    with pytest.raises(UsageError, match="not empty: it holds another merge"):
+        merge(recipe(models, "task_arithmetic"), out)
+    with pytest.raises(UsageError, match="not empty"):
+        merge(recipe(models, "task_arithmetic"), out, Options(fresh=True))  # a finished model is the user's to remove
+    assert is_finished(out)
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def test_verify_finds_any_flipped_bit(llama: Path, tmp_path: Path, run: Run) -> None:
+    out = merge(recipe(llama, "linear"), tmp_path / "out", SHARDS)
+    assert run("verify", out).code == 0
+    draw = random.Random(0)
+    files = [file for file in sorted(out.rglob("*")) if file.is_file() and file.name != "lock"]
+    assert {f"{PRIVATE}/journal.sqlite", "config.json", f"{PRIVATE}/{SUMS}"} <= {
+        file.relative_to(out).as_posix() for file in files
+    }
+    for file in files * 3:
+        bit = draw.randrange(file.stat().st_size * 8)
+        flip(file, bit)
+        with pytest.raises(VerifyError) as caught:
+            verify(out, f"{PRIVATE}/{SUMS}")
+        assert caught.value.exit_code == 8
+        assert file.name in str(caught.value)
+        flip(file, bit)
+    (out / "tokenizer.json").unlink()
+    done = run("verify", out)
+    assert done.code == 8
+    assert "`tokenizer.json` is missing" in done.err
+
+
+def test_the_list_of_digests_is_what_sha256sum_takes(llama: Path, tmp_path: Path) -> None:
+    out = merge(recipe(llama, "linear"), tmp_path / "out")
+    lines = (out / PRIVATE / SUMS).read_text().splitlines()
+    for line in lines[:-1]:
+        digest, name = line.split("  ")
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+    assert lines[-1].startswith("# ")
+
+
+# --- seen from outside ------------------------------------------------------------------------------------------------
+
+
+def test_status_tells_interrupted_from_finished(llama: Path, tmp_path: Path, each_tensor: None, run: Run) -> None:
+    out = tmp_path / "out"
+    assert run("status", out).code == 2
+    stop(recipe(llama, "linear"), out, 15)
+    found = status_of(out)
+    assert (found.state, found.owner) == ("interrupted", "")
+    assert 0 < found.tensors < found.tensors_total
+    assert 0 < found.bytes < found.bytes_total
+    assert "run the same command again" in run("status", out).out
+    merge(recipe(llama, "linear"), out, SHARDS)
+    assert json.loads(run("status", out, "--json").out)["state"] == "finished"
+    assert run("verify", tmp_path / "nothing").code == 2
+
+
+class TestTwoRuns:
+    def start(self, llama: Path, out: Path) -> subprocess.Popen[str]:
+        """A run that stops for good in its first tensor."""
+        code = (
+            "import time, lowmem_aim.interrupts as i; i.install()\n"
+            "import lowmem_aim.merge as module\n"
+            "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
+            "module.raw = stop\n"
+            "from lowmem_aim.cli import main; main()"
+        )
+        command = ["merge", str(out), "--method", "linear", "--expert", str(llama / "math")]
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "HOLD\n"
+        return process
+
+    def test_the_second_names_the_first_and_a_dead_ones_lock_is_taken_over(
+        self, llama: Path, tmp_path: Path, run: Run
+    ) -> None:
+        out = tmp_path / "out"
+        process = self.start(llama, out)
+        try:
+            command = ("merge", out, "--method", "linear", "--expert", llama / "math")
+            done = run(*command)
+            assert done.code == 6
+            assert f"process {process.pid} on " in done.err
+            found = status_of(out)
+            assert found.state == "running"
+            assert str(process.pid) in found.owner
+        finally:
+            process.kill()
+            process.communicate(timeout=60)
+        assert status_of(out).state == "interrupted"
+        assert run(*command).code == 0
+
+    def test_a_second_signal_ends_it_at_once(self, llama: Path, tmp_path: Path) -> None:
+        process = self.start(llama, tmp_path / "out")
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "run the same command again to go on" in err
+        assert "Traceback" not in err
+
+
+# --- the journal and the writer ---------------------------------------------------------------------------------------
+
+
+def test_the_journal_keeps_what_it_is_given(tmp_path: Path) -> None:
+    groups = [Group("a", 2, 90, "x", {"0": {"t": "1"}}), Group("a", 11, 500, "y", {}), Group("ab", 1, 5, "z", {})]
+    with Journal(tmp_path) as journal:
+        for group in reversed(groups):
+            journal.put_group(group)
+        journal.put("plan", "", {"tensors": 3})
+    with Journal(tmp_path) as journal:
+        assert journal.groups("a") == groups[:2]
+        assert journal.groups("ab") == groups[2:]
+        assert journal.get("plan") == {"tensors": 3}
+        assert journal.get("nothing") is None
+        journal.drop("group")
+        assert not journal.holds("group")
+        assert journal._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
+        assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+def test_a_damaged_row_is_no_row(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.put("plan", "", {"tensors": 3})
+        journal._connection.execute("UPDATE entries SET value = '{\"tensors\": 4}'")
+        assert journal.get("plan") is None
+
+
+def test_a_journal_that_cannot_be_written_is_exit_4(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal._connection.execute("PRAGMA query_only = 1")
+        with pytest.raises(DiskError, match="journal") as caught:
+            journal.put("plan", "", 1)
+        assert caught.value.exit_code == 4
+    (tmp_path / "sub" / "journal.sqlite").mkdir(parents=True)
+    with pytest.raises(DiskError, match="journal"):
+        Journal(tmp_path / "sub")
+
+
+def written(path: Path, pieces: list[bytes], commits: list[Commit], prefix: Any = None, last: int | None = None) -> str:
+    size = sum(map(len, pieces))
+    begin = prefix.tensors if prefix else 0
+    with ShardWriter(path, size, commits.append, prefix) as shard:
+        for number, piece in enumerate(pieces[begin:last], start=begin):
+            shard.append(piece)
+            shard.tensor_done(number)
+        return shard.close() if last is None else ""
+
+
+def test_commits_come_after_the_bytes_and_the_writer_goes_on_where_they_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "GROUP_BYTES", 25)
+    order: list[str] = []
+    sync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: order.append("sync") or sync(descriptor))
+    pieces = [bytes([number]) * 10 for number in range(8)]
+    commits: list[Commit] = []
+    whole = written(tmp_path / "whole", pieces, commits)
+    assert [(c.tensors, c.end, c.facts) for c in commits] == [
+        (3, 30, (0, 1, 2)),
+        (6, 60, (3, 4, 5)),
+        (8, 80, (6, 7)),
+    ]
+    assert order == ["sync"] * 3
+    data = b"".join(pieces)
+    assert [c.sha256 for c in commits] == [hashlib.sha256(data[: c.end]).hexdigest() for c in commits]
+    groups = [Group("s", c.tensors, c.end, c.sha256, {}) for c in commits]
+    (tmp_path / "part").write_bytes(data[:60] + b"junk")
+    prefix, good = finished_prefix(tmp_path / "part", groups)
+    assert prefix is not None
+    assert (prefix.tensors, prefix.end, good) == (6, 60, groups[:2])
+    assert written(tmp_path / "part", pieces, [], prefix) == whole
+    assert (tmp_path / "part").read_bytes() == data
+    flip(tmp_path / "part", 45 * 8)
+    prefix, good = finished_prefix(tmp_path / "part", groups)
+    assert prefix is not None
+    assert (prefix.tensors, good) == (3, groups[:1])
+    assert finished_prefix(tmp_path / "absent", groups) == (None, [])
+
+
+def test_a_commit_that_fails_stops_the_writer(tmp_path: Path) -> None:
+    def full(done: Commit) -> None:
+        raise DiskError("the journal is full")
+
+    with ShardWriter(tmp_path / "s", 4, full) as shard:
+        shard.append(b"1234")
+        shard.tensor_done()
+        with pytest.raises(DiskError, match="journal is full"):
+            shard.close()
