@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import set_module_tensor_to_device
-from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_aim.checkpoint import Checkpoint, digest
+from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.memory import Budget, is_allocation_failure, shown, trim
 from lowmem_aim.observe import Watch
+from lowmem_aim.offload import ReadWhileAbsent, Weights
 from lowmem_aim.rooms import BOUNDLESS, SMALLEST_PAGED, Rooms, owners, paged, size_of
 from lowmem_aim.shelf import Shelf, Slot
 from lowmem_aim.skeleton import Skeleton, embeddings_of
@@ -85,34 +84,6 @@ def hidden_of(output: Any) -> Tensor:
     return state
 
 
-class Weights(Mapping[str, Tensor]):
-    """Parameter name -> value, read from the checkpoint when asked for: accelerate's `weights_map`."""
-
-    def __init__(self, base: Checkpoint, skeleton: Skeleton) -> None:
-        self.base, self.map = base, skeleton.weights
-        self.names = [name for name, _ in skeleton.model.named_parameters()]
-        self.digests: dict[str, str] = {}
-
-    def __getitem__(self, parameter: str) -> Tensor:
-        return self.map.load(parameter, self._read)
-
-    def sources(self, parameter: str) -> list[str]:
-        """The checkpoint's tensors that it is made of."""
-        return self.map.sources(parameter)
-
-    def _read(self, name: str) -> Tensor:
-        value = self.base.tensor(name)
-        if name not in self.digests:
-            self.digests[name] = digest(value)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
 class Rows(Tensor):
     """Stands for an embedding's weight; looking tokens up in it reads just their rows from the checkpoint."""
 
@@ -125,40 +96,6 @@ class Rows(Tensor):
             return args[1].fetch(args[0])
         if func == Tensor.device.__get__ and isinstance(args[0], cls):
             return args[0].place  # models move their inputs to where the embedding is
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-
-class ReadWhileAbsent(Exception):
-    """A weight was used that is not there just now: its model reads it without calling its module."""
-
-    def __init__(self, module: str) -> None:
-        super().__init__(module)
-        self.module = module
-
-
-class Absent(Tensor):
-    """Stands for a weight that is not there. torch would not always say so: products with it may just be garbage."""
-
-    _is_param = True  # for nn.Module.get_parameter
-    module: str
-    place: torch.device
-    _FACTS = frozenset(
-        getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "is_meta", "ndim", "requires_grad")
-    ) | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
-
-    @classmethod
-    def like(cls, value: Tensor, module: str, place: torch.device) -> Any:
-        absent = value.detach().as_subclass(cls)
-        absent.module, absent.place = module, place
-        return absent
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.device.__get__ and isinstance(args[0], cls):
-            return args[0].place  # models move their inputs to where a weight is
-        if func not in cls._FACTS:
-            raise ReadWhileAbsent(next((arg.module for arg in args if isinstance(arg, cls)), ""))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -179,7 +116,7 @@ class Stage:
         """`rooms` are those of `budget`; `spill`: a folder for hidden states that find no room in memory."""
         self.skeleton, self.device, self._emit = skeleton, device, emit
         self.model, self.blocks = skeleton.model, skeleton.blocks
-        self.weights = Weights(base, skeleton)
+        self.weights = Weights(base, skeleton, device)
         self.watch = Watch()
         self.shelf = Shelf(device, device_bytes=rooms.device_states, ram_bytes=rooms.ram_states, folder=spill)
         self.rooms, self._room = rooms, rooms.weights
@@ -219,9 +156,11 @@ class Stage:
         with contextlib.ExitStack() as undo:
             undo.callback(trim)
             for name, module in owners(path, block):
-                undo.enter_context(self._coming(name, module) if name in away else self._there(name, module))
+                bring = self.weights.coming if name in away else self.weights.there
+                undo.enter_context(bring(name, module))
             if index + 1 < len(self.blocks) and not away:  # else this block is read again, and needs the system's cache
-                self._expect(index + 1)
+                following, after = self.blocks[index + 1]
+                self.weights.expect(name for name, _ in after.named_parameters(prefix=following))
             with self.watch.on(parts), self.watch.experts(parts):
                 yield
             self.watch.check(f"{path}.")
@@ -275,56 +214,6 @@ class Stage:
                 hint="give more memory (`--ram`, `--vram`)",
             )
         return away
-
-    def _hook(self, path: str, module: nn.Module) -> AlignDevicesHook:
-        """Brings the module's own parameters in, and drops them."""
-        hook = AlignDevicesHook(
-            execution_device=self.device,
-            offload=True,
-            offload_buffers=False,
-            weights_map=PrefixedDataset(self.weights, f"{path}."),
-        )
-        hook.tied_pointers_to_remove = set()  # post_forward asks for it also where nothing came in
-        hook.init_hook(module)
-        return hook
-
-    @contextlib.contextmanager
-    def _there(self, path: str, module: nn.Module) -> Iterator[None]:
-        hook = self._hook(path, module)
-        try:
-            hook.pre_forward(module)
-            yield
-        finally:
-            hook.post_forward(module, None)
-
-    @contextlib.contextmanager
-    def _coming(self, path: str, module: nn.Module) -> Iterator[None]:
-        """The module has its weights only while it is called."""
-        hook = self._hook(path, module)
-        on_meta = {name: value for name, value in module._parameters.items() if value is not None}
-
-        def before(called: nn.Module, args: Any) -> None:
-            module._parameters.update(on_meta)
-            hook.pre_forward(module)
-
-        def after(called: nn.Module, args: Any, output: Any) -> None:
-            for name, value in on_meta.items():
-                module._parameters[name] = Absent.like(value, path, self.device)
-
-        handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
-        try:
-            after(module, (), None)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            module._parameters.update(on_meta)
-
-    def _expect(self, index: int) -> None:
-        """Have the disk fetch a block's weights while another block is at work."""
-        path, block = self.blocks[index]
-        parameters = [name for name, _ in block.named_parameters(prefix=path)]
-        self.weights.base.expect({source for name in parameters for source in self.weights.sources(name)})
 
     def _lessen(self, index: int) -> None:
         """Let go of something after a failed allocation. Raises MemoryBudgetError if there is nothing."""

@@ -512,7 +512,7 @@ class TestKilled:
     def test_a_signal_before_anything_is_finished_takes_everything_back(
         self, name: str, code: int, llama: Path, tmp_path: Path
     ) -> None:
-        process = self.start(llama, tmp_path / "out", "lowmem_aim.merge.raw")
+        process = self.start(llama, tmp_path / "out", "lowmem_aim.shards.raw")
         process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=60)
         assert process.returncode == code
@@ -528,7 +528,7 @@ class TestKilled:
             assert run("merge", tmp_path / "out", "--method", "linear", "--expert", llama / "math").code == 2
             assert (tmp_path / "out/mine.txt").exists()
 
-    @pytest.mark.parametrize("hold", ["lowmem_aim.merge.raw", "lowmem_aim.output.sync_folder"])
+    @pytest.mark.parametrize("hold", ["lowmem_aim.shards.raw", "lowmem_aim.output.sync_folder"])
     def test_after_a_kill_the_same_command_does_the_job(self, hold: str, llama: Path, tmp_path: Path, run: Run) -> None:
         process = self.start(llama, tmp_path / "out", hold)
         process.kill()

@@ -342,7 +342,7 @@ class TestTwoRuns:
         """A run that stops for good in its first tensor."""
         code = (
             "import time, lowmem_aim.interrupts as i; i.install()\n"
-            "import lowmem_aim.merge as module\n"
+            "import lowmem_aim.shards as module\n"
             "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
             "module.raw = stop\n"
             "from lowmem_aim.cli import main; main()"

@@ -1,0 +1,92 @@
+"""The shards of an output on their way: what an earlier run has finished, what is left, what becomes durable."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from lowmem_aim.checkpoint import raw
+from lowmem_aim.events import Advanced, Emit, Notice
+from lowmem_aim.journal import Group, Journal
+from lowmem_aim.plan import Plan, Shard, Task
+from lowmem_aim.write import Commit, Prefix, ShardWriter, finished_prefix
+
+ReadDigests = Mapping[str, Mapping[str, str]]  # number of the model's folder -> tensor -> xxh3-128 of its bytes as read
+
+
+class Shards:
+    """The shards, each begun with its first row and closed with its last. A context manager.
+
+    What an earlier run has finished is checked first, and is not among the tasks that are `left`.
+    """
+
+    def __init__(self, plan: Plan, staging: Path, journal: Journal, emit: Emit) -> None:
+        self._staging, self._journal, self._emit = staging, journal, emit
+        self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
+        self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
+        self._prefixes: dict[str, Prefix] = {}  # what was found of the shards, by file name
+        self._done = 0  # bytes
+        self.digests: dict[str, str] = {}  # file name -> sha256
+        self.read_before: list[ReadDigests] = []  # of the tensors that were found
+        self.left = [task for shard in plan.shards for task in self._left_of(shard)]
+        if self._done:
+            found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
+            sizes = f"{self._done / 2**30:.1f} of {plan.tensor_bytes / 2**30:.1f} GiB"
+            emit(Notice(f"resuming: {found}, {sizes}"))
+            emit(Advanced(self._done))
+
+    def _left_of(self, shard: Shard) -> tuple[Task, ...]:
+        file = self._staging / shard.name
+        prefix, groups = finished_prefix(file, self._journal.groups(shard.name))
+        if prefix is None:
+            file.unlink(missing_ok=True)
+            return shard.tasks
+        self._prefixes[shard.name] = prefix
+        self.read_before += [group.digests for group in groups]
+        self._done += sum(task.nbytes for task in shard.tasks[: prefix.tensors])
+        if prefix.tensors == len(shard.tasks):
+            self.digests[shard.name] = prefix.state.hexdigest()
+        return shard.tasks[prefix.tensors :]
+
+    def append(self, task: Task, rows: Tensor) -> None:
+        self._writer(self._shards[task.name]).append(raw(rows))
+
+    def tensor_done(self, task: Task, read: ReadDigests) -> None:
+        shard = self._shards[task.name]
+        writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
+        writer.tensor_done(read)
+        self._done += task.nbytes
+        self._emit(Advanced(self._done, task.name))
+        if task is shard.tasks[-1]:
+            self.digests[shard.name] = writer.close()
+            del self._writers[shard.name]
+
+    def _writer(self, shard: Shard) -> ShardWriter:
+        if shard.name not in self._writers:
+            prefix = self._prefixes.get(shard.name)
+            commit = functools.partial(self._commit, shard)
+            writer = ShardWriter(self._staging / shard.name, shard.nbytes, commit, prefix)
+            self._writers[shard.name] = writer
+            if prefix is None:
+                writer.append(shard.header)
+        return self._writers[shard.name]
+
+    def _commit(self, shard: Shard, done: Commit) -> None:
+        digests: dict[str, dict[str, str]] = {}
+        for read in done.facts:
+            for model, table in read.items():
+                digests.setdefault(model, {}).update(table)
+        self._journal.put_group(Group(shard.name, done.tensors, done.end, done.sha256, digests))
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
