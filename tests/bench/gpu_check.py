@@ -17,7 +17,6 @@ Prints a table for docs/performance.md; exits with 1 if a check failed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import contenders
 from contenders import OMEGA, Setting, save_recipe
-from measure import Cost, cost_of
+from measure import Cost, cost_of, digests
 from models import SCALES, build, model_bytes, save_texts
 
 METHODS = ("task_arithmetic", "slerp", "dare_linear", "dare_ties", "ties")
@@ -290,19 +289,11 @@ def _killed(check: Check, setting: Setting, activations: Path, device: torch.dev
     process.kill()
     process.wait()
     _quietly(command)
-    same = _digests(whole) == _digests(out)
+    same = digests(whole) == digests(out)
     what = f"{method}, killed {when}, then the same command"
     check.note(what, "the same bytes" if same else "other bytes", same and when == "half-way")
     shutil.rmtree(out)
     shutil.rmtree(whole)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in (path for path in sorted(folder.iterdir()) if path.is_file()):
-        with path.open("rb") as stream:
-            found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 # --- how far two outputs are apart ------------------------------------------------------------------------------------

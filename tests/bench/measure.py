@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import subprocess
@@ -77,6 +78,15 @@ def _quiet() -> bool:
         if time.monotonic() > deadline:
             return False
     return True
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of all that lies in a folder, what lies deeper excepted."""
+    found = {}
+    for file in (file for file in sorted(folder.iterdir()) if file.is_file()):
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def disk_limit(inputs: list[Path], output: Path, size: int) -> None:

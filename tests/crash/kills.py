@@ -8,7 +8,6 @@ Also counts what is done again: at most what was not committed, which is the ten
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 from contenders import Setting, save_recipe
+from measure import digests
 from models import build, save_texts
 
 from lowmem_aim.output import PRIVATE
@@ -41,7 +41,7 @@ def main() -> int:
     started = time.monotonic()
     subprocess.run([*command, str(whole), *aim, "--quiet"], check=True, stdout=subprocess.DEVNULL)
     took = time.monotonic() - started
-    expected = _digests(whole)
+    expected = digests(whole)
     print(f"uninterrupted: {took:.1f} s, {len(expected)} files")
     draw, kills, rounds, wrong = random.Random(options.seed), 0, 0, 0
     while kills < options.kills:
@@ -49,7 +49,7 @@ def main() -> int:
         shutil.rmtree(out, ignore_errors=True)
         found, log = _until_done([*command, str(out), *aim, "--quiet"], out, draw, took)
         kills, rounds = kills + found, rounds + 1
-        same = _digests(out) == expected
+        same = digests(out) == expected
         wrong += not same
         print(
             f"merge {rounds}: {found} kills, {'the same bytes' if same else 'OTHER BYTES'}; finished at: {log}",
@@ -96,14 +96,6 @@ def _check_unfinished(out: Path) -> None:
     """config.json is there only if all the rest is."""
     if (out / "config.json").exists() and not (out / "model.safetensors").exists():
         raise SystemExit("a killed run left a config.json beside no weights")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for file in (file for file in sorted(folder.iterdir()) if file.is_file()):
-        with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 if __name__ == "__main__":
