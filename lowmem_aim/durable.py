@@ -107,8 +107,10 @@ def locked(file: Path) -> Iterator[None]:
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except Timeout:  # an OSError too
         raise locked_error(file, owner_of(file)) from None
+    except OSError as error:
+        raise DiskError(f"`{printable(str(file))}` cannot be locked: {error.strerror or error}") from error
     try:
         _sign(file)
         yield

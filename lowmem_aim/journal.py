@@ -32,9 +32,10 @@ CREATE TABLE IF NOT EXISTS entries
 
 @dataclass(frozen=True)
 class Group:
-    """Finished tensors of one shard: the first `tensors` of it, and all bytes of the file up to `end`."""
+    """Finished tensors of one shard, from number `start` on: now its first `tensors`, the bytes up to `end`, are."""
 
     shard: str  # file name
+    start: int
     tensors: int
     end: int
     sha256: str  # of the file's bytes up to `end`
@@ -81,8 +82,9 @@ class Journal:
         return self._rows(kind).get(name)
 
     def holds(self, kind: str) -> bool:
-        """Whether there is anything of a kind."""
-        return bool(self._rows(kind))
+        """Whether there is anything of a kind. Raises DiskError."""
+        with self._lock, self._disk_errors():
+            return bool(self._connection.execute("SELECT 1 FROM entries WHERE kind = ? LIMIT 1", (kind,)).fetchall())
 
     def drop(self, kind: str) -> None:
         """Forget all of a kind. Raises DiskError."""
@@ -94,13 +96,19 @@ class Journal:
 
     def groups(self, shard: str) -> list[Group]:
         """Of one shard, in file order."""
-        found = [Group(**value) for name, value in sorted(self._rows("group").items()) if name.startswith(f"{shard}\0")]
-        return sorted(found, key=lambda group: group.tensors)
+        found = self._rows("group", f"{shard}\0", f"{shard}\1")
+        return sorted((Group(**value) for value in found.values()), key=lambda group: group.tensors)
 
-    def _rows(self, kind: str) -> dict[str, Any]:
+    def _rows(self, kind: str, first: str = "", last: str = "\U0010ffff") -> dict[str, Any]:
+        """Those of a kind, from the name `first` to `last`. Raises DiskError where they cannot be read now."""
+        query = "SELECT * FROM entries WHERE kind = ? AND name >= ? AND name < ?"
         try:
             with self._lock:
-                rows = self._connection.execute("SELECT * FROM entries WHERE kind = ?", (kind,)).fetchall()
+                rows = self._connection.execute(query, (kind, first, last)).fetchall()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return {}
+            raise DiskError(f"the journal `{printable(str(self._file))}` cannot be read now: {error}") from error
         except sqlite3.DatabaseError:
             return {}  # damaged pages: as if nothing had been done
         return {row[1]: json.loads(row[2]) for row in rows if row[3] == _digest(*row[:3])}
@@ -135,8 +143,10 @@ def _read_only(file: Path) -> str:
 def _connected(file: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
     try:
-        for statement in ("PRAGMA journal_mode=DELETE", "PRAGMA synchronous=EXTRA", _TABLE, "SELECT * FROM entries"):
+        for statement in ("PRAGMA journal_mode=DELETE", "PRAGMA synchronous=EXTRA", _TABLE):
             connection.execute(statement).fetchall()
+        if connection.execute("PRAGMA quick_check").fetchall() != [("ok",)]:
+            raise sqlite3.DatabaseError("damaged")
     except BaseException:
         connection.close()
         raise

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich import filesize
 
 from lowmem_aim.checkpoint import CONFIG
-from lowmem_aim.durable import disk_errors, locked, sync_folder, write_file
+from lowmem_aim.durable import OWNER, disk_errors, locked, sync_folder, write_file
 from lowmem_aim.errors import DiskError, LockedError, MemoryBudgetError, ModelError, UsageError, printable
 from lowmem_aim.journal import NAME as JOURNAL
 from lowmem_aim.journal import Journal
@@ -53,14 +54,24 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
 
 
 def _left_over(out: Path) -> list[str]:
-    """The files in `out` that a run had published, or was about to, when it was killed; in the order of publishing."""
+    """The files in `out` that a killed run had published, in that order; others of the same names do not count.
+
+    They are known by inode and size, which a rename keeps.
+    """
     try:
-        names = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
+        listed = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    if not isinstance(names, list):  # not written by `publish`: then nothing in the folder is ours
+    if not isinstance(listed, dict):  # not written by `publish`: then nothing in the folder is ours
         return []
-    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    return [name for name, known in listed.items() if Path(name).name == name and _known(out / name) == known]
+
+
+def _known(file: Path) -> list[int] | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = file.lstat()
+        return [found.st_ino, found.st_size] if stat.S_ISREG(found.st_mode) else None
+    return None
 
 
 def is_finished(out: Path) -> bool:
@@ -103,6 +114,10 @@ class Workspace:
     def staging(self) -> Path:
         return self.private / STAGING
 
+    def take_back(self) -> None:
+        """What a killed run had published goes back to staging. Raises DiskError."""
+        _take_back(self.out)
+
     def staged_bytes(self) -> int:
         """What earlier runs have already taken of the disk."""
         with contextlib.suppress(OSError):
@@ -112,50 +127,58 @@ class Workspace:
 
 @contextlib.contextmanager
 def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
-    """Make `out` if need be and lock it against other runs; what an interrupted run had finished is in staging.
+    """Make `out` if need be and lock it against other runs; `take_back` then puts what is finished into staging.
 
-    `fresh` discards that. On an exception what this run made is removed again, unless there is something finished for
-    the same command to go on with. Raises DiskError, LockedError, UsageError.
+    `fresh` discards what an interrupted run has left. On an exception what this run made is removed again, unless there
+    is something finished for the same command to go on with. Raises DiskError, LockedError, UsageError.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    private, keep = out / PRIVATE, False
+    private = out / PRIVATE
+    keep = private.exists()  # what is there is another's until its journal, once read, says that nothing is finished
     try:
         with disk_errors(out):
             private.mkdir(parents=True, exist_ok=True)
         with locked(private / "lock"):
             check_output(out, [])  # again: another run may have been here in the meantime
-            keep = is_finished(out)
-            if not keep:
-                _take_back(out, discard=fresh)
-            with Journal(private) as journal:
+            finished = is_finished(out)
+            if fresh and not finished:
+                _take_back(out)
+                shutil.rmtree(private / STAGING)
+                Journal.remove(private)
+            with Journal(private, read_only=finished) as journal:
                 space = Workspace(out, journal)
                 try:
                     yield space
                 finally:
-                    keep = keep or journal.holds("group") or journal.holds("activations")
+                    keep = True
+                    keep = finished or journal.holds("group") or journal.holds("activations")
             if space.sums:
                 _seal(out, space.sums)
     except BaseException as error:
         if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
             error.hint += f"{'; ' * bool(error.hint)}what is finished stays: the same command goes on from there"
         if not keep and not isinstance(error, LockedError):  # then the folder is another run's
-            shutil.rmtree(private, ignore_errors=True)
-            _remove_empty(made)
+            _clear(private)
+            _remove_empty([private, *made])
         raise
 
 
-def _take_back(out: Path, *, discard: bool) -> None:
+def _clear(private: Path) -> None:
+    """Remove what runs put there, and nothing else."""
+    shutil.rmtree(private / STAGING, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        Journal.remove(private)
+        for name in (ACTIVATIONS, PUBLISHING, OWNER, "lock"):
+            (private / name).unlink(missing_ok=True)
+
+
+def _take_back(out: Path) -> None:
     """Published files of a killed run go back to staging, config.json first: half a model is never one that loads."""
     staging = out / PRIVATE / STAGING
     with disk_errors(staging):
         staging.mkdir(exist_ok=True)
         for name in reversed(_left_over(out)):
-            if (out / name).exists():
-                os.replace(out / name, staging / name)
-        if discard:
-            shutil.rmtree(staging)
-            staging.mkdir()
-            Journal.remove(out / PRIVATE)
+            os.replace(out / name, staging / name)
         (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
 
 
@@ -174,7 +197,13 @@ def publish(space: Workspace, shards: dict[str, str], files: dict[str, bytes]) -
     for name, content in files.items():
         write_file(staging / name, content)
     names = [*shards, *files]
-    write_file(space.private / PUBLISHING, json.dumps(names).encode())
+    there = [name for name in names if os.path.lexists(out / name)]
+    if there:  # it was not when the run began
+        raise DiskError(
+            f"`{printable(str(out / there[0]))}` has been put into the output folder meanwhile",
+            hint="move it away, and give the same command again",
+        )
+    write_file(space.private / PUBLISHING, json.dumps({name: _known(staging / name) for name in names}).encode())
     with disk_errors(out):
         for name in names[:-1]:
             os.replace(staging / name, out / name)
@@ -191,6 +220,6 @@ def _seal(out: Path, sums: dict[str, str]) -> None:
     with disk_errors(private):
         own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256((private / JOURNAL).read_bytes()).hexdigest()}
         write_file(private / SUMS, sums_text(sums | own))
+        (private / PUBLISHING).unlink(missing_ok=True)
         shutil.rmtree(private / STAGING, ignore_errors=True)
         (private / ACTIVATIONS).unlink(missing_ok=True)
-        (private / PUBLISHING).unlink(missing_ok=True)

@@ -121,11 +121,22 @@ def agree(journal: Journal, now: Identity, plan: Plan, inputs: Inputs, *, accept
 def check_same(journal: Journal, now: Identity, out: Path) -> None:
     """Raises UsageError if the finished output in `out` is not of this very job."""
     then = journal.get("identity")
-    if then is None or (then["job"], then["inputs"]) != (now.as_json()["job"], now.as_json()["inputs"]):
+    if then is None or _content(then) != _content(now.as_json()):
+        why = "its journal is damaged" if then is None else "it holds another merge, or one of other inputs"
         raise UsageError(
-            f"the output folder `{printable(str(out))}` is not empty: it holds another merge, or one of other inputs",
+            f"the output folder `{printable(str(out))}` is not empty: {why}",
             hint="name a new folder, or empty this one",
         )
+
+
+def _content(identity: Mapping[str, Any]) -> Any:
+    """The job and the inputs, whenever and wherever their files were made."""
+    models = [(model["label"], model["tensors"], _sizes(model)) for model in identity["inputs"]]
+    return identity["job"], models
+
+
+def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
+    return {name: facts[0] for name, facts in model["files"].items()}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -149,8 +160,7 @@ def _changed(
 ) -> Iterator[str]:
     """Why a model is not what it was."""
     label = printable(str(new["label"]))
-    sizes = [{name: facts[0] for name, facts in side["files"].items()} for side in (old, new)]
-    if old["tensors"] != new["tensors"] or sizes[0] != sizes[1]:
+    if old["tensors"] != new["tensors"] or _sizes(old) != _sizes(new):
         yield f"`{label}` has other tensors or files than before"
     elif old["files"] != new["files"]:
         emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))

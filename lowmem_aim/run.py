@@ -78,8 +78,9 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 check_same(space.journal, identity, out)
                 emit(Notice(f"`{printable(str(out))}` is finished already"))
                 return out
-            check_disk(out, plan.output_bytes - space.staged_bytes())
             agree(space.journal, identity, plan, inputs, accept_environment=options.accept_environment, emit=emit)
+            space.take_back()
+            check_disk(out, plan.output_bytes - space.staged_bytes())
             activations = _activations(calibration, inputs, device, budget, space, options.use_cache, emit)
             merged = merge_tensors(
                 plan,

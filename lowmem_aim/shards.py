@@ -49,7 +49,8 @@ class Shards:
         self.read_before += [group.digests for group in groups]
         self._done += sum(task.nbytes for task in shard.tasks[: prefix.tensors])
         if prefix.tensors == len(shard.tasks):
-            self.digests[shard.name] = prefix.state.hexdigest()
+            with ShardWriter(file, shard.nbytes, prefix=prefix) as writer:  # cuts off what may have come after the end
+                self.digests[shard.name] = writer.close()
         return shard.tasks[prefix.tensors :]
 
     def append(self, task: Task, rows: Tensor) -> None:
@@ -80,7 +81,8 @@ class Shards:
         for read in done.facts:
             for model, table in read.items():
                 digests.setdefault(model, {}).update(table)
-        self._journal.put_group(Group(shard.name, done.tensors, done.end, done.sha256, digests))
+        start = done.tensors - len(done.facts)
+        self._journal.put_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests))
 
     def __enter__(self) -> Shards:
         return self

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_aim.durable import is_held, owner_of
-from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.errors import DiskError, UsageError, printable
 from lowmem_aim.journal import Journal
 from lowmem_aim.output import ACTIVATIONS, PRIVATE, is_finished
 
@@ -33,6 +34,8 @@ class Status:
         heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
         done = f"{self.tensors}/{self.tensors_total} tensors, "
         done += f"{self.bytes / 2**30:.1f} of {self.bytes_total / 2**30:.1f} GiB are finished"
+        if self.state == "interrupted" and not self.tensors and not self.activations:
+            return ["interrupted before anything was finished: the same command starts again"]
         return [heading, done, *(["activations are measured"] if self.activations else [])]
 
 
@@ -41,6 +44,8 @@ def status_of(out: Path) -> Status:
     private = out / PRIVATE
     if not private.is_dir():
         raise UsageError(f"no run of this tool has been in `{printable(str(out))}`")
+    if not os.access(private, os.R_OK | os.X_OK):
+        raise DiskError(f"`{printable(str(private))}` cannot be read: no permission")
     finished = is_finished(out)
     running = not finished and is_held(private / "lock")
     with Journal(private, read_only=True) as journal:

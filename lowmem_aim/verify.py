@@ -12,6 +12,7 @@ from pathlib import Path
 from lowmem_aim.errors import UsageError, VerifyError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted, silent
 
+LONGEST_NAME = 200  # characters
 _LAST = "# sha256 of the lines above: "
 
 
@@ -52,13 +53,25 @@ def _read(file: Path) -> dict[str, str]:
     lines, _, _ = data.rpartition(b"# ")
     if data != lines + f"{_LAST}{hashlib.sha256(lines).hexdigest()}\n".encode():
         raise VerifyError(f"`{printable(str(file))}`, the list of digests, is damaged itself")
-    return dict(_entries(lines.decode()))
+    sums = dict(_entries(lines.decode("utf-8", "replace")))
+    if "config.json" not in sums or not all(map(_is_inside, sums)):
+        raise VerifyError(f"`{printable(str(file))}` is no list of digests that this tool wrote")
+    return sums
 
 
 def _entries(text: str) -> Iterator[tuple[str, str]]:
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
         yield name, digest
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name leads to a file of the output, and cannot lead elsewhere."""
+    return (
+        0 < len(name) < LONGEST_NAME
+        and not set(name) & {"\0", "\\", ":"}
+        and not ({"", ".", ".."} & set(name.split("/")))
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -208,7 +208,8 @@ def finished_prefix(path: Path, groups: Sequence[Group]) -> tuple[Prefix | None,
             while position < group.end and (data := stream.read(min(CHUNK, group.end - position))):
                 state.update(data)
                 position += len(data)
-            if position < group.end or state.hexdigest() != group.sha256:
+            begun = prefix.tensors if prefix else 0  # what a lost row said of its tensors is lost with it
+            if group.start != begun or position < group.end or state.hexdigest() != group.sha256:
                 break
             good.append(group)
             prefix = Prefix(group.tensors, group.end, state.copy())

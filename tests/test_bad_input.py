@@ -272,6 +272,7 @@ class TestOutput:
         from lowmem_aim.output import workspace
 
         with workspace(place.out) as space:
+            space.take_back()
             (space.staging / "half").write_text("x")
             done = place.merge()
             assert done.code == 6

@@ -126,7 +126,7 @@ def test_before_anything_is_finished_nothing_is_left(llama: Path, tmp_path: Path
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "journal", "row"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "grow", "journal", "row", "lost row"])
 def test_damage_leads_to_work_done_again(damage: str, llama: Path, tmp_path: Path, each_tensor: None) -> None:
     job, out = recipe(llama, "ties"), tmp_path / "out"
     merge(job, tmp_path / "whole", SHARDS)
@@ -139,13 +139,18 @@ def test_damage_leads_to_work_done_again(damage: str, llama: Path, tmp_path: Pat
         os.truncate(shards[-1], 100)
     elif damage == "remove":
         shards[0].unlink()
+    elif damage == "grow":
+        with shards[0].open("ab") as stream:
+            stream.write(b"junk")
     elif damage == "journal":
         journal.write_bytes(random.Random(0).randbytes(5000))
     else:
+        where = "kind = 'group'" + (" AND name LIKE '%000000002'" if damage == "lost row" else "")
         with sqlite3.connect(journal) as connection:
-            connection.execute("UPDATE entries SET value = replace(value, '1', '2') WHERE kind = 'group'")
+            connection.execute(f"UPDATE entries SET value = replace(value, '1', '2') WHERE {where}")
         connection.close()
     merge(job, out, SHARDS)
+    verify(out, f"{PRIVATE}/{SUMS}")
     assert digests(out) == digests(tmp_path / "whole")
 
 
@@ -184,6 +189,80 @@ def test_killed_at_any_step_of_the_finish_it_is_no_model_and_goes_on(
         if steps:
             break
     assert steps > 15
+
+
+@pytest.mark.parametrize("trouble", ["locked journal", "lock", "foreign file", "take back"])
+def test_trouble_at_the_start_costs_nothing_that_is_finished(
+    trouble: str, llama: Path, tmp_path: Path, each_tensor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+    stop(job, out, 15)
+    finished = status_of(out).tensors
+    holder = sqlite3.connect(out / PRIVATE / "journal.sqlite", isolation_level=None)
+    expected: type[Exception] = DiskError
+
+    def fails(*args: Any, **given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if trouble == "locked journal":
+        holder.execute("BEGIN EXCLUSIVE")
+        connect = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", lambda *args, **given: connect(*args, timeout=0.1, **given))
+    elif trouble == "lock":
+        monkeypatch.setattr("lowmem_aim.durable.FileLock.acquire", fails)
+    elif trouble == "foreign file":
+        (out / "notes.txt").write_text("mine")
+        monkeypatch.setattr("lowmem_aim.run.check_output", lambda *args: None)  # it came after that
+        expected = UsageError
+    else:
+        monkeypatch.setattr("lowmem_aim.output.Path.mkdir", fails)
+    with pytest.raises(expected):
+        merge(job, out, SHARDS)
+    monkeypatch.undo()
+    holder.close()
+    (out / "notes.txt").unlink(missing_ok=True)
+    assert status_of(out).tensors == finished
+    merge(job, out, SHARDS)
+    assert is_finished(out)
+
+
+def test_files_that_the_user_puts_there_meanwhile_are_his(llama: Path, tmp_path: Path, each_tensor: None) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Advanced) and "." in event.item:
+            (out / "README.md").write_text("mine")
+
+    with pytest.raises(DiskError, match=r"README\.md` has been put into the output folder") as caught:
+        merge(job, out, SHARDS, emit)
+    assert "the same command goes on" in caught.value.hint
+    assert (out / "README.md").read_text() == "mine"
+    with pytest.raises(UsageError, match="not empty"):
+        merge(job, out, SHARDS)
+    (out / "README.md").rename(tmp_path / "README.md")
+    merge(job, out, SHARDS)
+    assert digests(out) == digests(merge(job, tmp_path / "whole", SHARDS))
+
+
+def test_another_job_is_refused_without_touching_what_was_published(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+
+    def killed(*args: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(output, "_seal", killed)
+    with pytest.raises(Stopped):
+        merge(job, out, SHARDS)
+    monkeypatch.undo()
+    before = digests(out)
+    with pytest.raises(ResumeError):
+        merge(recipe(llama, "task_arithmetic", weight=("0.3",)), out, SHARDS)
+    assert digests(out) == before
+    assert "config.json" in before
+    merge(job, out, SHARDS)
+    assert digests(out) == before
 
 
 # --- what is not the same ---------------------------------------------------------------------------------------------
@@ -311,6 +390,16 @@ def test_verify_finds_any_flipped_bit(llama: Path, tmp_path: Path, run: Run) -> 
     assert "`tokenizer.json` is missing" in done.err
 
 
+@pytest.mark.parametrize("names", [[], ["config.json", "../out/config.json"], ["config.json", "/etc/hostname"]])
+def test_a_list_of_digests_that_no_run_wrote_is_refused(names: list[str], llama: Path, tmp_path: Path) -> None:
+    from lowmem_aim.verify import sums_text
+
+    out = merge(recipe(llama, "linear"), tmp_path / "out")
+    (out / PRIVATE / SUMS).write_bytes(sums_text(dict.fromkeys(names, "0")))
+    with pytest.raises(VerifyError, match="no list of digests that this tool wrote"):
+        verify(out, f"{PRIVATE}/{SUMS}")
+
+
 def test_the_list_of_digests_is_what_sha256sum_takes(llama: Path, tmp_path: Path) -> None:
     out = merge(recipe(llama, "linear"), tmp_path / "out")
     lines = (out / PRIVATE / SUMS).read_text().splitlines()
@@ -388,7 +477,11 @@ class TestTwoRuns:
 
 
 def test_the_journal_keeps_what_it_is_given(tmp_path: Path) -> None:
-    groups = [Group("a", 2, 90, "x", {"0": {"t": "1"}}), Group("a", 11, 500, "y", {}), Group("ab", 1, 5, "z", {})]
+    groups = [
+        Group("a", 0, 2, 90, "x", {"0": {"t": "1"}}),
+        Group("a", 2, 11, 500, "y", {}),
+        Group("ab", 0, 1, 5, "z", {}),
+    ]
     with Journal(tmp_path) as journal:
         for group in reversed(groups):
             journal.put_group(group)
@@ -450,7 +543,7 @@ def test_commits_come_after_the_bytes_and_the_writer_goes_on_where_they_end(
     assert order == ["sync"] * 3
     data = b"".join(pieces)
     assert [c.sha256 for c in commits] == [hashlib.sha256(data[: c.end]).hexdigest() for c in commits]
-    groups = [Group("s", c.tensors, c.end, c.sha256, {}) for c in commits]
+    groups = [Group("s", c.tensors - len(c.facts), c.tensors, c.end, c.sha256, {}) for c in commits]
     (tmp_path / "part").write_bytes(data[:60] + b"junk")
     prefix, good = finished_prefix(tmp_path / "part", groups)
     assert prefix is not None
@@ -461,6 +554,7 @@ def test_commits_come_after_the_bytes_and_the_writer_goes_on_where_they_end(
     prefix, good = finished_prefix(tmp_path / "part", groups)
     assert prefix is not None
     assert (prefix.tensors, good) == (3, groups[:1])
+    assert finished_prefix(tmp_path / "whole", [groups[0], groups[2]])[1] == groups[:1]  # a row is lost
     assert finished_prefix(tmp_path / "absent", groups) == (None, [])
 
 
