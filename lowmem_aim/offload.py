@@ -118,6 +118,15 @@ class Absent(Tensor):
         if func == Tensor.device.__get__ and isinstance(args[0], cls):
             return args[0].place  # models move their inputs to where a weight is
         if func not in cls._FACTS:
-            raise ReadWhileAbsent(next((arg.module for arg in args if isinstance(arg, cls)), ""))
+            raise ReadWhileAbsent(next(cls._modules((args, kwargs)), ""))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def _modules(cls, value: Any) -> Iterator[str]:
+        """Of the absent weights among a call's arguments, in whatever they are nested."""
+        if isinstance(value, cls):
+            yield value.module
+        elif isinstance(value, (tuple, list, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from cls._modules(part)

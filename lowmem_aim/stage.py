@@ -175,6 +175,8 @@ class Stage:
                 with self.loaded(index):
                     return work()
             except ReadWhileAbsent as error:
+                if error.module in self._stay:
+                    raise  # never again and again
                 self._stay.add(error.module)
             except Exception as error:
                 if not is_allocation_failure(error):

@@ -130,7 +130,9 @@ def test_weights_that_are_read_past_their_modules_stay(
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x, self.up_proj.weight), self.down_proj.weight)
+        return nn.functional.linear(
+            nn.functional.linear(x, torch.cat([self.up_proj.weight])), weight=self.down_proj.weight
+        )
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     monkeypatch.setattr(rooms, "SMALLEST_PAGED", 1024)
