@@ -22,6 +22,7 @@ from lowmem_aim.durable import cache_folder
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import load_tokenizer
+from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Budget
 from lowmem_aim.recipe import Aim
 from lowmem_aim.texts import is_activations_file, token_sequences
@@ -49,9 +50,9 @@ class Calibration:
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def activations(
-        self, *, device: torch.device, budget: Budget, spill: Path, use_cache: bool, emit: Emit
+        self, *, device: torch.device, budget: Budget, folder: Path, journal: Journal, use_cache: bool, emit: Emit
     ) -> Activations:
-        """Load or measure, within `budget`; `spill` is a folder for what does not fit it. Raises ModelError."""
+        """Load or measure; see `measure`. Raises ModelError."""
         if self.given:
             return self.given
         cached = cache_folder() / f"{self._key(str(device))}.safetensors"
@@ -63,14 +64,20 @@ class Calibration:
             else:
                 emit(Notice(f"activations measured before are reused: `{cached}`"))
                 return found
-        measured = self.measure(device=device, budget=budget, spill=spill, emit=emit)
+        measured = self.measure(device=device, budget=budget, folder=folder, journal=journal, emit=emit)
         if use_cache:
             _keep(measured, cached, emit)
         return measured
 
-    def measure(self, *, device: torch.device, budget: Budget, spill: Path, emit: Emit) -> Activations:
-        """Measure now, whatever the cache holds."""
+    def measure(
+        self, *, device: torch.device, budget: Budget, folder: Path, journal: Journal, emit: Emit
+    ) -> Activations:
+        """Measure now, whatever the cache holds, within `budget`.
+
+        `folder` takes what does not fit it and, with a row in the journal, what an interrupted run goes on from.
+        """
         from lowmem_aim.calibrate import calibrate
+        from lowmem_aim.snapshots import Snapshots
 
         assert self.skeleton is not None
         if device.type == "cpu" and self._is_slow_here(self.skeleton.dtype):
@@ -82,7 +89,14 @@ class Calibration:
                 )
             )
         return calibrate(
-            self.base, self.skeleton, self.sequences, device=str(device), budget=budget, spill=spill, emit=emit
+            self.base,
+            self.skeleton,
+            self.sequences,
+            device=str(device),
+            budget=budget,
+            spill=folder,
+            snapshots=Snapshots(folder, journal),
+            emit=emit,
         )
 
     @staticmethod

@@ -44,6 +44,7 @@ from lowmem_aim.output import check_disk
 from lowmem_aim.rooms import BOUNDLESS, Needs, Rooms, divide
 from lowmem_aim.shelf import Slot
 from lowmem_aim.skeleton import Skeleton
+from lowmem_aim.snapshots import Course, Snapshots, on_shelf
 from lowmem_aim.stage import SHORTER, Call, Stage, hidden_of
 
 # Long enough to fill attention with something, short enough to cost nothing.
@@ -58,12 +59,14 @@ def calibrate(
     device: str = "cpu",
     budget: Budget | None = None,
     spill: Path | None = None,
+    snapshots: Snapshots | None = None,
     emit: Emit = silent,
 ) -> Activations:
     """The activation statistics of `base` (AIM, arXiv 2502.02421): mean over tokens, then over sequences.
 
     The forward runs in the skeleton's dtype, within `budget` (None: no bound); what does not fit it goes to a file
-    without a name in the folder `spill` (None: it stays in RAM). Reproducible for one device, set of versions and
+    without a name in the folder `spill` (None: it stays in RAM). Where it stands is kept in `snapshots`, and a run that
+    was killed goes on from there. Reproducible for one device, set of versions and
     thread count, whatever the budget. The skeleton is left as it was found, also after an exception. Raises ModelError
     (a sequence that the model cannot take, weights that do not load, inputs that overflow), MemoryBudgetError where
     not even single modules fit, DiskError.
@@ -71,9 +74,10 @@ def calibrate(
     _check_sequences(sequences)
     place = torch.device(device)
     rooms = BOUNDLESS if budget is None else rooms_for(skeleton, sequences, budget, place, spill)
+    progress = _Progress(emit)
     emit(PhaseStarted("calibrate", len(skeleton.blocks), "blocks"))
     with torch.no_grad(), _as_budget_errors():
-        stage = _run(lambda: Stage(base, skeleton, place, rooms, budget, spill, emit), sequences, _Progress(emit))
+        stage = _run(lambda: Stage(base, skeleton, place, rooms, budget, spill, emit), sequences, progress, snapshots)
     result = _gather(stage, sequences, emit)
     emit(PhaseEnded("calibrate"))
     return result
@@ -82,14 +86,17 @@ def calibrate(
 def rooms_for(
     skeleton: Skeleton, sequences: Sequence[Tensor], budget: Budget, device: torch.device, spill: Path | None
 ) -> Rooms:
-    """How the budget is divided. Raises MemoryBudgetError if it is too small, DiskError if the disk of `spill` is."""
+    """How the budget is divided. Raises MemoryBudgetError if it is too small, DiskError if the disk of `spill` is.
+
+    `spill` also has to take two snapshots of the hidden states: the last one stays until the next is whole.
+    """
     if not skeleton.blocks:
         label = printable(skeleton.weights.checkpoint.label)
         raise ModelError(f"`{label}` is not built of a list of blocks: it cannot be calibrated")
     needs = Needs.of(skeleton, sequences)
     rooms = divide(budget, device, needs)
-    if spill is not None and (spilled := rooms.spilled(needs.states)):
-        check_disk(spill, spilled, "calibration, for what does not fit the memory,")
+    if spill is not None:
+        check_disk(spill, rooms.spilled(needs.states) + 2 * needs.states, "calibration, for hidden states,")
     return rooms
 
 
@@ -121,22 +128,30 @@ class _Progress:
     def __init__(self, emit: Emit) -> None:
         self.emit, self.done = emit, 0
 
+    def found(self, blocks: int, of: int, path: str) -> None:
+        """An earlier run has finished some."""
+        self.emit(Notice(f"resuming: {blocks}/{of} blocks are calibrated"))
+        self.block(blocks - 1, path)
+
     def block(self, index: int, path: str) -> None:
         if index >= self.done:
             self.done = index + 1
             self.emit(Advanced(self.done, path))
 
 
-def _run(open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress: _Progress) -> Stage:
+def _run(
+    open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress: _Progress, snapshots: Snapshots | None
+) -> Stage:
     """The first way that holds for this model; what it saw is in the stage's `watch`."""
+    recorded = partial(_recorded, snapshots=snapshots)
     ways: list[tuple[Callable[..., None], str]] = [
-        (_recorded, "suspending a forward of every sequence instead"),
+        (recorded, "suspending a forward of every sequence instead"),
         (_lock_step, "reading each block again for every sequence instead, which takes longer"),
         (_paged, ""),
     ]
     stage = open_stage()
     if not stage.rooms.suspend(2 * Needs.of(stage.skeleton, sequences).states):
-        ways = [(_recorded, ways[1][1]), ways[2]]  # suspended forwards hold their states in memory
+        ways = [(recorded, ways[1][1]), ways[2]]  # suspended forwards hold their states in memory
     for way, instead in ways:
         try:
             with stage.set_up():
@@ -145,6 +160,8 @@ def _run(open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress:
             break
         except Broken as reason:
             progress.emit(Notice(f"calibration: {reason}; {instead}", "warning"))
+            if snapshots:
+                snapshots.forget()  # of what does not hold
         except MemoryBudgetError as reason:
             if way is not _lock_step:
                 raise
@@ -156,20 +173,38 @@ def _run(open_stage: Callable[[], Stage], sequences: Sequence[Tensor], progress:
 # --- the recorder -----------------------------------------------------------------------------------------------
 
 
-def _recorded(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -> None:
+def _recorded(
+    stage: Stage, sequences: Sequence[Tensor], progress: _Progress, snapshots: Snapshots | None = None
+) -> None:
     """Raises Broken when the canary shows that the recorder's assumption does not hold for this model."""
     watched = len(sequences)  # the canary comes after them, uncounted
     texts = [*sequences, sequences[0][:CANARY_TOKENS]]
-    tapes, states = _record(stage, texts)
+    course = Course(*_record(stage, texts))
+    states = course.states
+    if snapshots:
+        stage.with_less(partial(snapshots.restore, stage, course))
     with Suspended(stage, texts[watched]) as canary:
-        for index, (path, _) in enumerate(stage.blocks):
+        _stepped_again(canary, course, stage, progress)
+        for index, (path, _) in list(enumerate(stage.blocks))[course.blocks :]:
             _same(canary.call.hidden if canary.index == index else None, stage.shelf.get(states[watched]), path)
-            canary.step(_driven(stage, index, tapes, states, canary.call))
+            output = _driven(stage, index, course.tapes, states, canary.call)
+            course.outputs.append(on_shelf(output, stage))
+            canary.step(output)
             progress.block(index, path)
+            if snapshots:
+                snapshots.offer(stage, course, progress.emit)
         for number in range(len(texts)):
             tail = stage.with_less(partial(_finished, stage, texts[number], states[number], number < watched))
             stage.watch.commit()
         _same(canary.head_input, tail.head_input, "the output head")
+
+
+def _stepped_again(canary: Suspended, course: Course, stage: Stage, progress: _Progress) -> None:
+    """Bring the canary over the blocks that an earlier run has finished."""
+    for output in course.outputs:
+        canary.step(output.from_shelf(stage.shelf).args[0])
+    if course.blocks:
+        progress.found(course.blocks, len(stage.blocks), stage.blocks[course.blocks - 1][0])
 
 
 def _finished(stage: Stage, tokens: Tensor, state: Slot, counted: bool) -> Tail:

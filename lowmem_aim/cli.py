@@ -134,6 +134,8 @@ _JOB = _options(
     click.option("--ram", type=_Size(), help="memory budget, such as 4GB [default: what is free, less a reserve]"),
     click.option("--vram", type=_Size(), help="the same for the GPU's memory"),
     click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
+    click.option("--fresh", is_flag=True, help="discard what an interrupted run has left"),
+    click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
     click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
     click.option("--debug", is_flag=True, help="show a traceback after a bug"),
 )
@@ -142,8 +144,6 @@ _OUTPUT = _options(
     click.option("--dtype", help="float32, float16 or bfloat16 [default: as the inputs]"),
     click.option("--tokenizer-source", help="`base` matches tokens by their text"),
     click.option("--cache/--no-cache", default=True, show_default=True, help="keep and reuse activations"),
-    click.option("--fresh", is_flag=True, help="discard what an interrupted run has left in OUT"),
-    click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
 )
 
 
@@ -159,8 +159,8 @@ def _job(flags: dict[str, Any]) -> Options:
         ram=flags["ram"],
         vram=flags["vram"],
         use_cache=flags.get("cache", True),
-        fresh=flags.get("fresh", False),
-        accept_environment=flags.get("accept_environment", False),
+        fresh=flags["fresh"],
+        accept_environment=flags["accept_environment"],
     )
 
 
@@ -249,7 +249,13 @@ def relax(merged: str, out: Path, **flags: Any) -> None:
 @_CALIBRATION
 @_JOB
 def calibrate(base: str, output: Path, **flags: Any) -> None:
-    """Measure the activations of BASE once; pass the file to later merges as --calibration."""
+    """Measure the activations of BASE once; pass the file to later merges as --calibration.
+
+    The same command goes on with a run that was interrupted.
+    """
+    from lowmem_aim.durable import partial_folder
+
+    _refuse_if_running(partial_folder(output))
     from lowmem_aim import flags as overrides
     from lowmem_aim.run import calibrate_base
 

@@ -65,6 +65,11 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
 
 
+def partial_folder(output: Path) -> Path:
+    """The folder that work on one file lies in until it is whole."""
+    return output.with_name(f"{output.name}.partial")
+
+
 @dataclass(frozen=True)
 class Owner:
     """Who holds a lock, as it said itself."""

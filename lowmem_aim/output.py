@@ -34,6 +34,7 @@ PUBLISHING = "publishing.json"
 STAGING = "staging"
 SUMS = "sha256.txt"
 ACTIVATIONS = "activations.safetensors"
+SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
 SMALL_FILES_BYTES = 50_000_000
 
@@ -118,6 +119,12 @@ class Workspace:
         """What a killed run had published goes back to staging. Raises DiskError."""
         _take_back(self.out)
 
+    def forget_calibration(self) -> None:
+        """Its snapshots are of no more use. Raises DiskError."""
+        if self.journal.holds("calibration"):
+            self.journal.drop("calibration")
+        remove_snapshots(self.private)
+
     def staged_bytes(self) -> int:
         """What earlier runs have already taken of the disk."""
         with contextlib.suppress(OSError):
@@ -145,13 +152,14 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                 _take_back(out)
                 shutil.rmtree(private / STAGING)
                 Journal.remove(private)
+                remove_snapshots(private)
             with Journal(private, read_only=finished) as journal:
                 space = Workspace(out, journal)
                 try:
                     yield space
                 finally:
                     keep = True
-                    keep = finished or journal.holds("group") or journal.holds("activations")
+                    keep = finished or any(map(journal.holds, ("group", "activations", "calibration")))
             if space.sums:
                 _seal(out, space.sums)
     except BaseException as error:
@@ -163,13 +171,28 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
         raise
 
 
+def discard(out: Path) -> None:
+    """Remove what runs have left in `out`, and the folder if that was all. Not while a run holds it."""
+    _clear(out / PRIVATE)
+    _remove_empty([out / PRIVATE, out])
+
+
 def _clear(private: Path) -> None:
     """Remove what runs put there, and nothing else."""
     shutil.rmtree(private / STAGING, ignore_errors=True)
+    remove_snapshots(private)
     with contextlib.suppress(OSError):
         Journal.remove(private)
         for name in (ACTIVATIONS, PUBLISHING, OWNER, "lock"):
             (private / name).unlink(missing_ok=True)
+
+
+def remove_snapshots(private: Path, but: str = "") -> None:
+    """Remove those of calibration, except the file of one name."""
+    for file in private.glob(SNAPSHOTS):
+        if file.name != but:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _take_back(out: Path) -> None:
@@ -222,4 +245,5 @@ def _seal(out: Path, sums: dict[str, str]) -> None:
         write_file(private / SUMS, sums_text(sums | own))
         (private / PUBLISHING).unlink(missing_ok=True)
         shutil.rmtree(private / STAGING, ignore_errors=True)
+        remove_snapshots(private)
         (private / ACTIVATIONS).unlink(missing_ok=True)

@@ -77,6 +77,10 @@ class Plan:
     def tensor_bytes(self) -> int:
         return sum(task.nbytes for task in self.tasks)
 
+    def size(self) -> dict[str, Any]:
+        """What there is to do: for the journal."""
+        return {"tensors": len(self.tasks), "bytes": self.output_bytes, "shards": [shard.name for shard in self.shards]}
+
     def index(self) -> bytes:
         """model.safetensors.index.json."""
         weight_map = {task.name: shard.name for shard in self.shards for task in shard.tasks}

@@ -1,15 +1,17 @@
 """May an interrupted run be gone on with? Only if the same would come out: the same job on the same inputs.
 
-The journal holds what the run was of. Job and settings must be the same; so must the versions and the device, unless
-the user accepts others. An input whose files have other times or inodes (copied, downloaded anew) is read again as far
-as the run had come, and accepted if what it gave is still what it gives.
+The journal holds what the run was of. Job and settings must be the same; so must the versions and the device (and,
+while calibration is in its midst, the number of threads), unless the user accepts others. An input whose files have
+other times or inodes (copied, downloaded anew) is read again as far as the run had come, and accepted if what it gave
+is still what it gives.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import xxhash
 
 from lowmem_aim.activation_cache import Calibration
 from lowmem_aim.card import portable_recipe, versions
-from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.errors import ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import Inputs
@@ -27,6 +29,7 @@ from lowmem_aim.plan import Plan
 from lowmem_aim.slices import Stride, TensorInputs
 
 REREAD_ELEMENTS = 1 << 20
+_THREADS = "threads of calibration"  # they show in the low bits of its matrix products
 _SHOWN = 200  # characters of a value in a message
 
 
@@ -58,8 +61,13 @@ class Identity:
         if calibration is not None:
             job["calibration"] = calibration.digest()
         checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-        environment = {**versions(), "device": _name(device)}
-        return cls(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
+        measures = calibration is not None and calibration.given is None
+        return cls(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], _environment(device, measures))
+
+    @classmethod
+    def of_calibration(cls, calibration: Calibration, device: torch.device) -> Identity:
+        """Of one that is all there is to do."""
+        return cls({"calibration": calibration.digest()}, [_of_input(calibration.base)], _environment(device, True))
 
     def as_json(self) -> dict[str, Any]:
         """As it comes back from the journal: lists for tuples."""
@@ -75,6 +83,11 @@ def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"label": checkpoint.label, "tensors": _digest(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 
+def _environment(device: torch.device, measures: bool) -> dict[str, str]:
+    threads = {_THREADS: str(torch.get_num_threads())} if measures and device.type == "cpu" else {}
+    return {**versions(), "device": _name(device), **threads}
+
+
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -83,25 +96,27 @@ def _digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def agree(journal: Journal, now: Identity, plan: Plan, inputs: Inputs, *, accept_environment: bool, emit: Emit) -> None:
+Reread = Callable[[int], Iterator[str]]  # number of an input -> its tensors that are not what they were
+
+
+def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment: bool, emit: Emit) -> None:
     """Write down what a new run is of, or check that an interrupted one is of the same.
 
     Raises ResumeError with every difference.
     """
-    tensors = {"tensors": len(plan.tasks), "bytes": plan.output_bytes, "shards": [shard.name for shard in plan.shards]}
     before = journal.get("identity")
     if before is None:  # new; or what it was of is lost, and with it what the rest is worth
-        for kind in ("group", "accepted", "activations"):
+        for kind in ("group", "accepted", "activations", "calibration"):
             journal.drop(kind)
-        journal.put("plan", "", tensors)
         journal.put("identity", "", now.as_json())
         return
     then, now = Identity(**before), Identity(**now.as_json())
-    problems = [*_differences(then.job, now.job, "")]
+    problems = [*_differences(then.job, now.job)]
     if len(then.inputs) == len(now.inputs):
         for number, (old, new) in enumerate(zip(then.inputs, now.inputs, strict=True)):
-            problems += _changed(number, old, new, plan, inputs, journal, emit)
-    elsewhere = list(_differences(then.environment, now.environment, ""))
+            problems += _changed(old, new, partial(reread, number), emit)
+    known, found = _compared(then, journal), _compared(now, journal)
+    elsewhere = list(_differences(known, found))
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
@@ -113,8 +128,7 @@ def agree(journal: Journal, now: Identity, plan: Plan, inputs: Inputs, *, accept
     if elsewhere:
         for difference in elsewhere:
             emit(Notice(f"going on although {difference}", "warning"))
-        earlier = journal.get("accepted") or [dict(then.environment)]
-        journal.put("accepted", "", [*earlier, dict(now.environment)])
+        journal.put("accepted", "", [*(journal.get("accepted") or [known]), found])
     journal.put("identity", "", now.as_json())
 
 
@@ -139,10 +153,16 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
     return {name: facts[0] for name, facts in model["files"].items()}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Iterator[str]:
+def _compared(identity: Identity, journal: Journal) -> dict[str, str]:
+    """Of the environment, what still makes a difference."""
+    midst = journal.holds("calibration") and not journal.holds("activations")
+    return {key: value for key, value in identity.environment.items() if midst or key != _THREADS}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key):
-            yield f"{where}`{printable(key)}` was {_shown(old.get(key))} and is now {_shown(new.get(key))}"
+            yield f"`{printable(key)}` was {_shown(old.get(key))} and is now {_shown(new.get(key))}"
 
 
 def _shown(value: Any) -> str:
@@ -150,13 +170,7 @@ def _shown(value: Any) -> str:
 
 
 def _changed(
-    number: int,
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    plan: Plan,
-    inputs: Inputs,
-    journal: Journal,
-    emit: Emit,
+    old: Mapping[str, Any], new: Mapping[str, Any], reread: Callable[[], Iterator[str]], emit: Emit
 ) -> Iterator[str]:
     """Why a model is not what it was."""
     label = printable(str(new["label"]))
@@ -164,12 +178,15 @@ def _changed(
         yield f"`{label}` has other tensors or files than before"
     elif old["files"] != new["files"]:
         emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
-        for name in _differing_tensors(number, plan, inputs, journal):
+        for name in reread():
             yield f"`{label}` has another `{printable(name)}` than before"
             return  # one says enough; others would take their time
 
 
-def _differing_tensors(number: int, plan: Plan, inputs: Inputs, journal: Journal) -> Iterator[str]:
+def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int) -> Iterator[str]:
+    """Tensors of one input that do not give what they gave to an interrupted merge."""
+    if inputs.base is not None and inputs.folders[number] == inputs.base.folder:
+        yield from differing_weights(inputs.base, journal)
     known: dict[str, str] = {}
     for shard in plan.shards:
         for group in journal.groups(shard.name):
@@ -183,3 +200,11 @@ def _differing_tensors(number: int, plan: Plan, inputs: Inputs, journal: Journal
                 source.enter_digest(source.pieces(start, stop))
             if source.digest() != known[task.name]:
                 yield task.name
+
+
+def differing_weights(base: Checkpoint, journal: Journal, number: int = 0) -> Iterator[str]:
+    """Tensors of the base that do not give what they gave to an interrupted calibration."""
+    row = journal.get("calibration") or {"weights": {}}
+    for name, known in row["weights"].items():
+        if digest(base.tensor(name)) != known:
+            yield name

@@ -99,6 +99,7 @@ def _after(left: int, fixed: int, needs: Needs, kind: Literal["RAM", "VRAM"], us
     """What is left when the fixed part is taken: at least one module."""
     least = fixed + needs.module
     if left < least:
+        used += used // 50  # it differs a little from process to process
         enough = math.ceil((used + least) / 1e6)
         raise MemoryBudgetError(
             f"calibrating needs some {shown(least)} of {kind} (its largest module `{printable(needs.module_path)}` "

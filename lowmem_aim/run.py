@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
 from lowmem_aim.devices import usable_device
+from lowmem_aim.durable import is_held, partial_folder
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.headers import matrix_shape
@@ -24,17 +26,19 @@ from lowmem_aim.memory import Budget, Shares, make_budget, share_out
 from lowmem_aim.merge import check_activations, merge_tensors
 from lowmem_aim.output import (
     ACTIVATIONS,
+    PRIVATE,
     Workspace,
     check_disk,
     check_output,
     check_writable,
+    discard,
     is_finished,
     publish,
     workspace,
 )
 from lowmem_aim.plan import Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe
-from lowmem_aim.resume import Identity, agree, check_same
+from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -78,7 +82,9 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 check_same(space.journal, identity, out)
                 emit(Notice(f"`{printable(str(out))}` is finished already"))
                 return out
-            agree(space.journal, identity, plan, inputs, accept_environment=options.accept_environment, emit=emit)
+            reread = partial(differing_tensors, plan, inputs, space.journal)
+            agree(space.journal, identity, reread, accept_environment=options.accept_environment, emit=emit)
+            space.journal.put("plan", "", plan.size())  # for `status`
             space.take_back()
             check_disk(out, plan.output_bytes - space.staged_bytes())
             activations = _activations(calibration, inputs, device, budget, space, options.use_cache, emit)
@@ -107,11 +113,17 @@ def calibrate_base(
     options: Options = Options(),
     emit: Emit = silent,
 ) -> Path:
-    """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache."""
+    """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache.
+
+    Until it is done, what a killed run goes on from lies in the folder `output`.partial.
+    """
     device, budget = _set_up(options)
+    unfinished = partial_folder(output)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
     if output.exists():
+        if unfinished.is_dir() and not is_held(unfinished / PRIVATE / "lock"):
+            discard(unfinished)  # killed in its very last step
         raise UsageError(f"`{output}` exists already", hint="name a new file, or remove that one")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"there is no folder `{output.absolute().parent}`")
@@ -123,8 +135,15 @@ def calibrate_base(
         calibration = prepare(aim, checkpoint, emit)
         if calibration.given:
             raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
-        folder = output.absolute().parent
-        calibration.measure(device=device, budget=budget, spill=folder, emit=emit).save(output)
+        with workspace(unfinished, fresh=options.fresh) as space:
+            identity = Identity.of_calibration(calibration, device)
+            reread = partial(differing_weights, checkpoint, space.journal)
+            agree(space.journal, identity, reread, accept_environment=options.accept_environment, emit=emit)
+            measured = calibration.measure(
+                device=device, budget=budget, folder=space.private, journal=space.journal, emit=emit
+            )
+            measured.save(output)
+    discard(unfinished)
     return output
 
 
@@ -177,10 +196,16 @@ def _activations(
     activations = calibration.given or _kept(kept, space.journal)
     if activations is None:
         activations = calibration.activations(
-            device=device, budget=budget, spill=space.private, use_cache=use_cache, emit=emit
+            device=device,
+            budget=budget,
+            folder=space.private,
+            journal=space.journal,
+            use_cache=use_cache,
+            emit=emit,
         )
         activations.save(kept)
         space.journal.put("activations", "", _digest_of(kept))
+    space.forget_calibration()
     check_activations(activations, inputs, calibration.aim)
     return activations
 

@@ -35,6 +35,10 @@ class Slot:
     offset: int = 0  # in the file
     capacity: int = 0  # bytes of the file that are this slot's
 
+    @property
+    def is_contiguous(self) -> bool:
+        return self.value is None or self.value.is_contiguous()
+
 
 class Shelf:
     """Holds tensors of `device`. A context manager: its file goes with it."""

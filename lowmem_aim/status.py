@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from lowmem_aim.output import ACTIVATIONS, PRIVATE, is_finished
 class Status:
     state: Literal["running", "interrupted", "finished"]
     owner: str  # who is, or was last, at work; "" where that is not known
+    blocks: int  # calibrated, and kept to go on from
+    blocks_total: int  # 0 where nothing is known of calibration
     activations: bool  # measured and kept
     tensors: int  # finished
     tensors_total: int
@@ -32,11 +35,18 @@ class Status:
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` reads it all again"]
         heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
-        done = f"{self.tensors}/{self.tensors_total} tensors, "
-        done += f"{self.bytes / 2**30:.1f} of {self.bytes_total / 2**30:.1f} GiB are finished"
-        if self.state == "interrupted" and not self.tensors and not self.activations:
+        if self.state == "interrupted" and not (self.tensors or self.activations or self.blocks):
             return ["interrupted before anything was finished: the same command starts again"]
-        return [heading, done, *(["activations are measured"] if self.activations else [])]
+        return [heading, *self._done()]
+
+    def _done(self) -> Iterator[str]:
+        if self.tensors_total:  # else it is only a calibration
+            sizes = f"{self.bytes / 2**30:.1f} of {self.bytes_total / 2**30:.1f} GiB"
+            yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
+        if self.activations:
+            yield "activations are measured"
+        elif self.blocks:
+            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated"
 
 
 def status_of(out: Path) -> Status:
@@ -50,11 +60,14 @@ def status_of(out: Path) -> Status:
     running = not finished and is_held(private / "lock")
     with Journal(private, read_only=True) as journal:
         plan: dict[str, Any] = journal.get("plan") or {"tensors": 0, "bytes": 0, "shards": []}
+        calibration: dict[str, Any] = journal.get("calibration") or {"blocks": 0, "of": 0}
         last = [groups[-1] for name in plan["shards"] if (groups := journal.groups(name))]
         owner = owner_of(private / "lock")
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
             owner=str(owner) if owner and running else "",
+            blocks=calibration["blocks"],
+            blocks_total=calibration["of"],
             activations=(private / ACTIVATIONS).is_file() and journal.get("activations") is not None,
             tensors=sum(group.tensors for group in last),
             tensors_total=plan["tensors"],

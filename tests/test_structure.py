@@ -35,7 +35,7 @@ STOREYS = [
     {"offload", "outline"},
     {"stage"},
     {"inputs"},
-    {"plan", "drivers"},
+    {"plan", "drivers", "snapshots"},
     {"calibrate"},
     {"activation_cache", "shards", "slices"},
     {"merge"},

@@ -1,0 +1,176 @@
+"""Where a calibration stands after a block, kept durably, so that a killed run goes on at the next one.
+
+A snapshot is a file of tensors, one after another (hidden states of every text, sums so far, what each block made of
+the canary), and a row in the journal that says what they are, with the file's digest. The row is written once the file
+is durable; only then is the file before it removed. What the recorder finds out (arguments of the blocks) is not kept:
+recording again costs next to nothing. A snapshot is made after a block, at most every `SECONDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowmem_aim.checkpoint import raw
+from lowmem_aim.durable import disk_errors, sync_folder
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.journal import Journal
+from lowmem_aim.observe import Tally
+from lowmem_aim.output import SNAPSHOTS, remove_snapshots
+from lowmem_aim.shelf import Slot
+from lowmem_aim.stage import Call, Stage
+
+# Rarer than blocks where those are quick: a snapshot of a 13B model's hidden states has some 600 MB.
+SECONDS = 60.0
+KIND = "calibration"  # of the journal's row
+
+
+@dataclass
+class Course:
+    """What the blocks have made so far."""
+
+    tapes: Sequence[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
+    states: Sequence[Slot]  # of each text: the hidden state after the last finished block
+    outputs: list[Call] = field(default_factory=list)  # what each made of the canary, as an only argument
+
+    @property
+    def blocks(self) -> int:
+        """How many are finished."""
+        return len(self.outputs)
+
+    def is_whole(self) -> bool:
+        """Whether this is all that blocks hand to each other; objects that their calls share could carry more."""
+        calls = [*self.outputs, *(call for tape in self.tapes for call in tape)]
+        values = [value for call in calls for value in (*call.args, *call.kwargs.values())]
+        return all(map(_is_plain, values)) and all(slot.is_contiguous for slot in self.states)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (Slot, bool, int, float, str, torch.dtype))
+
+
+class Snapshots:
+    """The snapshots of one run, of which the last counts. All methods raise DiskError."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self._folder, self._journal = folder, journal
+        self._last = time.monotonic()
+        self._possible = True
+
+    def offer(self, stage: Stage, course: Course, emit: Emit) -> None:
+        """A block is finished: make a snapshot if the last is old enough."""
+        if not self._possible or time.monotonic() - self._last < SECONDS:
+            return
+        self._possible = course.is_whole()
+        if self._possible:
+            self._keep(stage, course)
+            self._last = time.monotonic()
+        else:
+            what = "the blocks of this model share more than tensors: if calibration is interrupted, it starts again"
+            emit(Notice(what, "warning"))
+
+    def _keep(self, stage: Stage, course: Course) -> None:
+        file = self._folder / SNAPSHOTS.replace("*", str(course.blocks))
+        shelf, tallies = stage.shelf, stage.watch.tallies
+        with disk_errors(file), file.open("wb") as stream:
+            out = _Out(stream)
+            row = {
+                "file": file.name,
+                "blocks": course.blocks,
+                "of": len(stage.blocks),
+                "states": [out.put(shelf.get(slot)) for slot in course.states],
+                "outputs": [out.put(call.from_shelf(shelf).args[0]) for call in course.outputs],
+                "tallies": [(name, out.put(t.total), t.calls, t.shape) for name, t in tallies.items()],
+                "stacks": sorted(stage.watch.stacks),
+                "weights": stage.weights.digests,
+            }
+            stream.flush()
+            os.fsync(stream.fileno())
+            sync_folder(self._folder)
+        self._journal.put(KIND, "", row | {"digest": out.digest()})
+        remove_snapshots(self._folder, but=file.name)
+
+    def restore(self, stage: Stage, course: Course) -> None:
+        """Bring the course, and what the stage has seen, to where the last snapshot was made; if there is one."""
+        row = self._journal.get(KIND)
+        if row is None:
+            return
+        file = self._folder / row["file"]
+        if not file.is_file():
+            return
+        with disk_errors(file), file.open("rb") as stream:
+            if _digest(stream) != row["digest"]:
+                return  # damaged: as if there were none
+            stream.seek(0)
+            for slot, stored in zip(course.states, row["states"], strict=True):
+                stage.shelf.put(_taken(stream, stored), slot)
+            outputs = [_taken(stream, stored) for stored in row["outputs"]]
+            tallies = {
+                name: Tally(_taken(stream, stored), calls, tuple(shape))
+                for name, stored, calls, shape in row["tallies"]  # in the file's order
+            }
+        course.outputs[:] = [on_shelf(output, stage) for output in outputs]
+        stage.watch.tallies, stage.watch.stacks = tallies, set(row["stacks"])
+        stage.weights.digests.update(row["weights"])
+
+    def forget(self) -> None:
+        """There is nothing to go on with."""
+        self._journal.drop(KIND)
+        remove_snapshots(self._folder)
+
+
+def on_shelf(output: Any, stage: Stage) -> Call:
+    """A block's output for the course: its tensors on the shelf."""
+    return Call((output,), {}).mapped(lambda value: stage.shelf.put(value) if isinstance(value, Tensor) else value)
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+class _Out:
+    """Appends tensors to a file, and knows the digest of all of it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._state = stream, xxhash.xxh3_128()
+
+    def put(self, value: Any) -> Any:
+        """What `_taken` makes the same value of: a tensor's dtype and shape, a tuple's parts, anything else itself."""
+        if isinstance(value, tuple):
+            return [self.put(part) for part in value]
+        if not isinstance(value, Tensor):
+            return value
+        data = raw(value.cpu().contiguous())
+        self._stream.write(data)
+        self._state.update(data)
+        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+
+    def digest(self) -> str:
+        return str(self._state.hexdigest())
+
+
+def _taken(stream: IO[bytes], stored: Any) -> Any:
+    """The next value of the file; `stored` is what `put` said of it."""
+    if isinstance(stored, list):
+        return tuple(_taken(stream, part) for part in stored)
+    if not isinstance(stored, dict):
+        return stored
+    value = torch.empty(stored["shape"], dtype=getattr(torch, stored["dtype"]))
+    stream.readinto(raw(value))  # type: ignore[attr-defined]
+    return value
+
+
+def _digest(stream: IO[bytes]) -> str:
+    state = xxhash.xxh3_128()
+    while data := stream.read(8 << 20):
+        state.update(data)
+    return str(state.hexdigest())

@@ -1,0 +1,322 @@
+"""A calibration that was stopped goes on at its block, with the same numbers; what it goes on from is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import Run
+from safetensors.torch import load_file, save_file
+from test_calibration_budget import same
+from test_merge import digests, recipe
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+from lowmem_aim import journal, memory, output, rooms, snapshots
+from lowmem_aim.activations import Activations
+from lowmem_aim.calibrate import calibrate
+from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.errors import DiskError, ResumeError
+from lowmem_aim.events import Advanced, Event, Notice, PhaseStarted
+from lowmem_aim.journal import Journal
+from lowmem_aim.memory import Budget
+from lowmem_aim.rooms import Needs
+from lowmem_aim.run import Options, merge
+from lowmem_aim.skeleton import load_skeleton
+from lowmem_aim.snapshots import Snapshots
+from lowmem_aim.stage import Stage
+from lowmem_aim.status import status_of
+
+TEXTS = tiny.sequences((23, 9, 40))
+
+
+class Stopped(BaseException):
+    """As a signal would."""
+
+
+@pytest.fixture(autouse=True)
+def each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot after every block."""
+    monkeypatch.setattr(snapshots, "SECONDS", 0.0)
+
+
+def stopping_after(blocks: int, seen: list[Event] | None = None) -> Callable[[Event], None]:
+    """An Emit that stops calibration when block number `blocks` is finished and could have been kept."""
+
+    def emit(event: Event) -> None:
+        if seen is not None:
+            seen.append(event)
+        if isinstance(event, Advanced) and event.done > blocks:
+            raise Stopped
+
+    return emit
+
+
+def measured(folder: Path, work: Path | None = None, emit: Any = None, **options: Any) -> Activations:
+    with Checkpoint.open(folder) as base:
+        if work is None:
+            return calibrate(base, load_skeleton(base), TEXTS)
+        work.mkdir(exist_ok=True)
+        with Journal(work) as journal:
+            kept = Snapshots(work, journal)
+            return calibrate(
+                base,
+                load_skeleton(base),
+                TEXTS,
+                snapshots=kept,
+                spill=work,
+                emit=emit or (lambda event: None),
+                **options,
+            )
+
+
+@pytest.fixture
+def driven(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of every block that is loaded."""
+    blocks: list[int] = []
+    loaded = Stage.loaded
+
+    def noted(stage: Stage, index: int) -> Any:
+        blocks.append(index)
+        return loaded(stage, index)
+
+    monkeypatch.setattr(Stage, "loaded", noted)
+    return blocks
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_stopped_at_any_block_it_goes_on_there_with_the_same_numbers(
+    architecture: str, tmp_path: Path, driven: list[int]
+) -> None:
+    folder = tiny.build(architecture, tmp_path / "model")
+    expected = measured(folder)
+    for blocks in range(1, tiny.LAYERS):
+        work = tmp_path / f"work-{blocks}"
+        with pytest.raises(Stopped):
+            measured(folder, work, stopping_after(blocks))
+        driven.clear()
+        seen: list[Event] = []
+        found = measured(folder, work, stopping_after(tiny.LAYERS, seen))
+        assert driven == list(range(blocks, tiny.LAYERS))
+        assert Notice(f"resuming: {blocks}/{tiny.LAYERS} blocks are calibrated") in seen
+        assert same(found, expected)
+        assert found.base_digests == expected.base_digests
+        assert found.unreached_experts == expected.unreached_experts
+
+
+def test_it_goes_on_in_a_smaller_budget(tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states that lay in RAM are put into a file, and the other way round."""
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
+    folder = tiny.build("qwen2", tmp_path / "model")
+    expected = measured(folder)
+    with Checkpoint.open(folder) as base:
+        needs = Needs.of(load_skeleton(base), TEXTS)
+    tight = Budget(needs.work + needs.beside + rooms.SLACK_BYTES + needs.block)
+    for first, second in ((None, tight), (tight, None)):
+        work = tmp_path / f"work-{first is None}"
+        with pytest.raises(Stopped):
+            measured(folder, work, stopping_after(2), budget=first)
+        driven.clear()
+        assert same(measured(folder, work, budget=second), expected)
+        assert driven == [2]
+
+
+def test_a_gap_that_is_long_enough_lies_between_two_snapshots(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "SECONDS", 3600.0)
+    with pytest.raises(Stopped):
+        measured(llama / "base", tmp_path / "work", stopping_after(2))
+    assert not list((tmp_path / "work").glob(output.SNAPSHOTS))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "row"])
+def test_a_damaged_snapshot_counts_as_none(damage: str, llama: Path, tmp_path: Path, driven: list[int]) -> None:
+    expected = measured(llama / "base")
+    work = tmp_path / "work"
+    with pytest.raises(Stopped):
+        measured(llama / "base", work, stopping_after(2))
+    (file,) = work.glob(output.SNAPSHOTS)
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[:-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        with contextlib.closing(sqlite3.connect(work / journal.NAME)) as connection, connection:
+            connection.execute("UPDATE entries SET value = replace(value, 'float32', 'float64')")
+    driven.clear()
+    assert same(measured(llama / "base", work), expected)
+    assert driven == [0, 1, 2]
+
+
+def test_the_last_snapshot_stays_until_the_next_is_whole(
+    llama: Path, tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    work = tmp_path / "work"
+    with pytest.raises(Stopped):
+        measured(llama / "base", work, stopping_after(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DiskError, match="No space left"):
+            measured(llama / "base", work)
+    driven.clear()
+    assert same(measured(llama / "base", work), measured(llama / "base"))
+    assert driven[:2] == [1, 2]
+    assert [file.name for file in work.glob(output.SNAPSHOTS)] == ["calibration-3.bin"]
+
+
+def test_blocks_that_share_more_than_tensors_start_again_and_say_so(
+    llama: Path, tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaDecoderLayer.forward
+
+    def sharing(block: Any, hidden_states: Tensor, notes: Any = None, **kwargs: Any) -> Any:
+        return forward(block, hidden_states, **kwargs)
+
+    def calling(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return whole(model, *args, notes=[], **kwargs)
+
+    whole = LlamaModel.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", sharing)
+    monkeypatch.setattr(LlamaModel, "forward", calling)
+    seen: list[Event] = []
+    with pytest.raises(Stopped):
+        measured(llama / "base", tmp_path / "work", stopping_after(2, seen))
+    assert any(isinstance(event, Notice) and "share more than tensors" in event.text for event in seen)
+    driven.clear()
+    measured(llama / "base", tmp_path / "work")
+    assert driven == [0, 1, 2]
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_goes_on_in_the_midst_of_calibration(
+    llama: Path, texts: Path, tmp_path: Path, driven: list[int]
+) -> None:
+    job = recipe(llama, "linear", omega=0.3, calibration=str(texts))
+    options = Options(use_cache=False)
+    merge(job, tmp_path / "whole", options)
+    out = tmp_path / "out"
+    for blocks in (1, 2):
+        with pytest.raises(Stopped):
+            merge(job, out, options, stopping_after(blocks))
+        assert status_of(out).lines()[-1] == f"{blocks}/{tiny.LAYERS} blocks are calibrated"
+    driven.clear()
+    merge(job, out, options)
+    assert driven == [2]
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not list((out / output.PRIVATE).glob(output.SNAPSHOTS))
+
+
+def test_other_threads_are_refused_only_in_the_midst_of_calibration(
+    llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = recipe(llama, "linear", omega=0.3, calibration=str(texts))
+    options, out = Options(use_cache=False), tmp_path / "out"
+    with pytest.raises(Stopped):
+        merge(job, out, options, stopping_after(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        with pytest.raises(ResumeError, match=r"threads of calibration` was .* and is now `77`"):
+            merge(job, out, options)
+        with pytest.raises(Stopped):  # after calibration, in the midst of merging
+            merge(job, out, Options(use_cache=False, accept_environment=True), stopping_after_merged())
+    merge(job, out, options)
+    assert "threads of calibration 77" in (out / "README.md").read_text()
+
+
+def stopping_after_merged() -> Callable[[Event], None]:
+    def emit(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.phase == "finish":
+            raise Stopped
+
+    return emit
+
+
+def test_a_base_of_another_time_is_read_again(llama: Path, texts: Path, tmp_path: Path, driven: list[int]) -> None:
+    for name in ("base", "math", "code", "chat"):
+        shutil.copytree(llama / name, tmp_path / name)
+    job = recipe(tmp_path, "linear", omega=0.3, calibration=str(texts))
+    options, out = Options(use_cache=False), tmp_path / "out"
+    with pytest.raises(Stopped):
+        merge(job, out, options, stopping_after(2))
+    weights = tmp_path / "base" / "model.safetensors"
+    content = load_file(weights)
+    os.utime(weights)
+    driven.clear()
+    with pytest.raises(Stopped):
+        merge(job, out, options, stopping_after(2))
+    assert driven == [2]
+    changed = {name: value + (name == "model.layers.0.mlp.up_proj.weight") for name, value in content.items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match=r"has another `model\.layers\.0\.mlp\.up_proj\.weight` than before"):
+        merge(job, out, options)
+
+
+class TestCalibrateCommand:
+    def test_it_goes_on_and_leaves_one_file(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, driven: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("calibrate", llama / "base", "--calibration", texts, "--quiet", "-o")
+        assert run(*command, tmp_path / "whole.safetensors").code == 0
+        made = tmp_path / "made.safetensors"
+        self.stopped(command, made, run, monkeypatch)
+        partial = tmp_path / "made.safetensors.partial"
+        assert run("status", partial).out.splitlines()[-1] == f"2/{tiny.LAYERS} blocks are calibrated"
+        driven.clear()
+        assert run(*command, made).code == 0
+        assert driven == [2]
+        assert made.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+        assert not partial.exists()
+
+    def test_another_text_is_refused_and_fresh_starts_over(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, driven: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("calibrate", llama / "base", "--calibration", texts, "--quiet", "-o")
+        made = tmp_path / "made.safetensors"
+        self.stopped(command, made, run, monkeypatch)
+        found = run(*command, made, "--samples", "2")
+        assert found.code == 7
+        assert "`calibration` was" in found.err
+        driven.clear()
+        assert run(*command, made, "--samples", "2", "--fresh").code == 0
+        assert driven == [0, 1, 2]
+
+    def test_a_second_one_is_refused(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+        made = tmp_path / "made.safetensors"
+        with output.workspace(tmp_path / "made.safetensors.partial"):
+            found = run("calibrate", llama / "base", "--calibration", texts, "-o", made)
+        assert found.code == 6
+
+    def stopped(self, command: Any, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the command until two blocks are kept."""
+        offer = Snapshots.offer
+
+        def stopping(kept: Snapshots, stage: Stage, course: Any, emit: Any) -> None:
+            offer(kept, stage, course, emit)
+            if course.blocks == 2:
+                raise DiskError("pulled out")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Snapshots, "offer", stopping)
+            found = run(*command, made)
+        assert found.code == 4
+        assert "the same command goes on from there" in found.err
+        assert not made.exists()
