@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from lowmem_aim.errors import DiskError, LockedError, printable
 
 OWNER = "owner.json"
+# Whoever asks whether a lock is held, holds it for a moment.
+PATIENCE_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -108,10 +110,10 @@ def owner_of(lock: Path) -> Owner | None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold `file` as a lock; LockedError at once if another process does. A dead process holds nothing."""
+    """Hold `file` as a lock; LockedError if another process does. A dead process holds nothing."""
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=PATIENCE_SECONDS / 10)
     except Timeout:  # an OSError too
         raise locked_error(file, owner_of(file)) from None
     except OSError as error:

@@ -53,7 +53,7 @@ class Journal:
         self._file = folder / NAME
         self._lock = threading.Lock()
         if read_only:
-            self._connection = sqlite3.connect(_read_only(self._file), uri=True)
+            self._connection = sqlite3.connect(_only_read(self._file), uri=True)
             return
         with self._disk_errors():
             try:
@@ -136,8 +136,9 @@ class Journal:
         self.close()
 
 
-def _read_only(file: Path) -> str:
-    return f"{file.absolute().as_uri()}?mode=ro" if file.is_file() else "file::memory:"
+def _only_read(file: Path) -> str:
+    # "rw": where a run was killed within a commit, the first reader takes that half commit back.
+    return f"{file.absolute().as_uri()}?mode=rw" if file.is_file() else "file::memory:"
 
 
 def _connected(file: Path) -> sqlite3.Connection:

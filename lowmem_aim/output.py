@@ -145,6 +145,8 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
     try:
         with disk_errors(out):
             private.mkdir(parents=True, exist_ok=True)
+            for folder in (private, *made):
+                sync_folder(folder.parent)  # what becomes durable in a folder is worth as much as the folder
         with locked(private / "lock"):
             check_output(out, [])  # again: another run may have been here in the meantime
             finished = is_finished(out)
@@ -202,6 +204,8 @@ def _take_back(out: Path) -> None:
         staging.mkdir(exist_ok=True)
         for name in reversed(_left_over(out)):
             os.replace(out / name, staging / name)
+        for folder in (staging, staging.parent, out):
+            sync_folder(folder)  # a power loss must not keep the list's end and lose a renaming: whose were the files?
         (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
 
 
@@ -244,6 +248,7 @@ def _seal(out: Path, sums: dict[str, str]) -> None:
         own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256((private / JOURNAL).read_bytes()).hexdigest()}
         write_file(private / SUMS, sums_text(sums | own))
         (private / PUBLISHING).unlink(missing_ok=True)
+        sync_folder(private)  # finished, whatever happens after the run has said so
         shutil.rmtree(private / STAGING, ignore_errors=True)
         remove_snapshots(private)
         (private / ACTIVATIONS).unlink(missing_ok=True)

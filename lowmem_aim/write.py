@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lowmem_aim.durable import disk_errors
+from lowmem_aim.durable import disk_errors, sync_folder
 from lowmem_aim.journal import Group
 
 # Appended pieces that may wait to be written.
@@ -84,6 +84,8 @@ class ShardWriter:
             try:
                 os.lseek(self._descriptor, self._written, os.SEEK_SET)
                 _reserve(self._descriptor, size)
+                if not prefix:
+                    sync_folder(path.parent)  # else a power loss could keep the rows and lose the file
             except BaseException:
                 self._drop()
                 raise

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from conftest import Run
 from safetensors.torch import load_file, save_file
 from test_merge import FLAGS, digests, recipe
 
-from lowmem_aim import output, write
-from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError
+from lowmem_aim import durable, output, write
+from lowmem_aim.errors import DiskError, LockedError, ResumeError, UsageError, VerifyError
 from lowmem_aim.events import Advanced, Event, Notice
 from lowmem_aim.journal import Group, Journal
 from lowmem_aim.output import PRIVATE, SUMS, is_finished
@@ -424,6 +425,28 @@ def test_status_tells_interrupted_from_finished(llama: Path, tmp_path: Path, eac
     merge(recipe(llama, "linear"), out, SHARDS)
     assert json.loads(run("status", out, "--json").out)["state"] == "finished"
     assert run("verify", tmp_path / "nothing").code == 2
+
+
+def test_asking_whether_a_run_is_alive_does_not_stop_one_that_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = durable.FileLock(tmp_path / "lock")
+    asked.acquire()
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 60)
+    sleeps = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal sleeps
+        sleeps += 1
+        asked.release()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with durable.locked(tmp_path / "lock"):
+        assert sleeps == 1
+        monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0)
+        with pytest.raises(LockedError), durable.locked(tmp_path / "lock"):
+            pass
+    assert not durable.is_held(tmp_path / "lock")
 
 
 class TestTwoRuns:
