@@ -16,6 +16,10 @@ from lowmem_aim.errors import ModelError, printable
 
 # The safetensors library refuses headers above 100 MB; so do we, before reading them.
 MAX_HEADER_BYTES = 100_000_000
+# Brackets, braces and commas of a header: about eight a tensor. It bounds the time and memory that decoding takes: a
+# header of 100 MB could hold 30 million empty lists, in 2 GB. The largest models have 90,000 tensors in 160 files.
+MAX_MARKS = 500_000
+MAX_DIMENSIONS = 64
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -30,7 +34,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 # Known to safetensors, refused here: quantised weights cannot be merged as if they were numbers.
-QUANTISED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "U16", "U32", "U64", "C64"})
+QUANTISED_DTYPES = frozenset(
+    {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
+)
+OTHER_DTYPES = frozenset({"U16", "U32", "U64", "C64"})
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,30 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _natural(digits: str) -> int:
+    # 20 digits hold 2^64; what is longer would be slow to convert. `-0` is a number to Python, none to the library.
+    if digits.startswith("-") or len(digits) > 20:
+        raise _BadHeader(f"its header holds the number {digits[:24]}")
+    return int(digits)
+
+
+def _no_number(text: str) -> float:
+    raise _BadHeader(f"its header holds {text[:24]}, which is no whole number")
+
+
+def _decoded(text: bytes) -> Any:
+    """The JSON of a header: whole numbers only, no key twice. Raises _BadHeader and what `json` raises."""
+    if sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS:
+        raise _BadHeader(f"its header holds more than {MAX_MARKS} values")
+    return json.loads(
+        text.decode("utf-8"),
+        object_pairs_hook=_no_doubles,
+        parse_int=_natural,
+        parse_float=_no_number,
+        parse_constant=_no_number,
+    )
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, fully checked against its size.
 
@@ -92,7 +123,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 raise _BadHeader(f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
             if 8 + length > size:
                 raise _BadHeader(f"its header claims {length} bytes but the file has {size}: truncated?")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_doubles)
+            header = _decoded(stream.read(length))
         return _tensors_of(header, file, data_start=8 + length, file_size=size)
     except _BadHeader as reason:
         raise ModelError(f"`{printable(str(file))}` is not a valid safetensors file: {reason}") from None
@@ -111,6 +142,9 @@ def _tensors_of(header: Any, file: Path, data_start: int, file_size: int) -> dic
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _BadHeader("its __metadata__ is not a table of strings")
+    for text in (*header, *metadata, *metadata.values()):
+        if not _is_unicode(text):
+            raise _BadHeader(f"`{printable(text)}` in its header is not Unicode")
     tensors = [_tensor_of(name, entry, file, data_start) for name, entry in header.items()]
     end = data_start
     for info in sorted(tensors, key=lambda t: (t.begin, t.end)):
@@ -123,25 +157,37 @@ def _tensors_of(header: Any, file: Path, data_start: int, file_size: int) -> dic
     return {info.name: info for info in tensors}
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether `text` has no half of a surrogate pair, which JSON can escape and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _tensor_of(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo:
-    shown = printable(name)
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _BadHeader(f"the entry of tensor `{shown}` is malformed")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _BadHeader(f"the entry of tensor `{printable(name)}` is malformed")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 64:
-        raise _BadHeader(f"tensor `{shown}` has a malformed shape or offsets")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        raise _BadHeader(f"tensor `{printable(name)}` has a malformed shape or offsets")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise _unusable_dtype(shown, entry["dtype"])
+        raise _unusable_dtype(printable(name), entry["dtype"])
     dtype = DTYPES[entry["dtype"]]
-    info = TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
-    if info.nbytes != info.numel * dtype.itemsize or info.nbytes < 0:
-        raise _BadHeader(f"tensor `{shown}`: shape {list(shape)} of {entry['dtype']} is not {info.nbytes} bytes")
-    return info
+    begin, end = offsets
+    if math.prod(n or 1 for n in shape) >= 1 << 63:  # not even on the way to a 0: the library multiplies in 64 bits
+        raise _BadHeader(f"tensor `{printable(name)}` has a shape beyond 64 bits")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise _BadHeader(f"tensor `{printable(name)}`: shape {shape} of {entry['dtype']} is not {end - begin} bytes")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, data_start + end)
 
 
 def _unusable_dtype(shown: str, dtype: Any) -> _BadHeader:
     if isinstance(dtype, str) and dtype in QUANTISED_DTYPES:
-        return _BadHeader(f"tensor `{shown}` is {dtype}: merge the unquantised model instead")
+        return _BadHeader(f"tensor `{shown}` is quantised ({dtype}): merge the unquantised model instead")
+    if isinstance(dtype, str) and dtype in OTHER_DTYPES:
+        return _BadHeader(f"tensor `{shown}` is {dtype}, which cannot be merged")
     return _BadHeader(f"tensor `{shown}` has the unknown dtype {printable(repr(dtype), 40)}")
 
 

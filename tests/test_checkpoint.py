@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from raw import entry, write_raw
 from safetensors.torch import load_file, save_file
 
 from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.errors import ModelError
-from lowmem_aim.headers import read_header
 
 READS = ["mmap", "pread"]
-
-
-def write_raw(file: Path, header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return file
-
-
-def entry(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 @pytest.fixture
@@ -111,54 +99,6 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(folder: Pa
 def test_digest_is_of_the_bytes() -> None:
     ones = torch.ones(3, dtype=torch.bfloat16)
     assert digest(ones) == digest(ones.clone()) != digest(torch.ones(3, dtype=torch.float16))
-
-
-F4 = entry("F32", [1], 0, 4)
-BAD_HEADERS: dict[str, Callable[[Path], Path]] = {
-    "empty file": lambda f: (f.write_bytes(b"") and f) or f,
-    "seven bytes": lambda f: (f.write_bytes(b"1234567") and f) or f,
-    "length beyond the file": lambda f: write_raw(f, {"w": F4}, b"1234", length=1 << 20),
-    "length over the limit": lambda f: write_raw(f, {"w": F4}, b"1234", length=1 << 40),
-    "not UTF-8": lambda f: write_raw(f, b'{"\xff": 1}'),
-    "not JSON": lambda f: write_raw(f, b"{w: 1}"),
-    "a list": lambda f: write_raw(f, b"[]"),
-    "doubled key": lambda f: write_raw(f, b'{"w":%s,"w":%s}' % ((json.dumps(F4).encode(),) * 2), b"1234"),
-    "deep nesting": lambda f: write_raw(f, b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "huge number": lambda f: write_raw(
-        f, b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', b"1234"
-    ),
-    "truncated data": lambda f: write_raw(f, {"w": entry("F32", [2], 0, 8)}, b"1234"),
-    "data beyond": lambda f: write_raw(f, {"w": F4}, b"12345678"),
-    "gap": lambda f: write_raw(f, {"v": F4, "w": entry("F32", [1], 8, 12)}, b"1" * 12),
-    "overlap": lambda f: write_raw(f, {"v": entry("F32", [2], 0, 8), "w": entry("F32", [2], 4, 12)}, b"1" * 12),
-    "shape is not the bytes": lambda f: write_raw(f, {"w": entry("F32", [2], 0, 4)}, b"1234"),
-    "negative offset": lambda f: write_raw(f, {"w": entry("F32", [1], -4, 0)}, b""),
-    "negative shape": lambda f: write_raw(f, {"w": entry("F32", [-1], 0, 4)}, b"1234"),
-    "overflowing shape": lambda f: write_raw(f, {"w": entry("F32", [1 << 62, 1 << 62], 0, 4)}, b"1234"),
-    "true as a number": lambda f: write_raw(f, {"w": entry("F32", [True], 0, 4)}, b"1234"),
-    "fraction": lambda f: write_raw(f, {"w": entry("F32", [1.0], 0, 4)}, b"1234"),
-    "three offsets": lambda f: write_raw(f, {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}, b"1234"),
-    "missing dtype": lambda f: write_raw(f, {"w": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"),
-    "extra key": lambda f: write_raw(f, {"w": {**F4, "x": 1}}, b"1234"),
-    "entry is no table": lambda f: write_raw(f, {"w": 3}),
-    "unknown dtype": lambda f: write_raw(f, {"w": entry("F33", [1], 0, 4)}, b"1234"),
-    "dtype is a list": lambda f: write_raw(f, {"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
-    "metadata is a list": lambda f: write_raw(f, {"__metadata__": [], "w": F4}, b"1234"),
-    "metadata holds a number": lambda f: write_raw(f, {"__metadata__": {"a": 1}, "w": F4}, b"1234"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_HEADERS)
-def test_a_malformed_header_is_refused_with_the_files_name(kind: str, tmp_path: Path) -> None:
-    file = BAD_HEADERS[kind](tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"model\.safetensors` is not a valid safetensors file: .+"):
-        read_header(file)
-
-
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    file = write_raw(tmp_path / "model.safetensors", {"w": entry("F8_E4M3", [4], 0, 4)}, b"1234")
-    with pytest.raises(ModelError, match="unquantised"):
-        read_header(file)
 
 
 class TestFolders:
