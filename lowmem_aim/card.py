@@ -165,6 +165,10 @@ def provenance(
             "dropped": sorted(inputs.dropped),
         },
     }
+    if plan.nonfinite == "base":
+        facts["nonfinite"] = [
+            {"model": label, "tensor": tensor, "elements": count} for label, tensor, count in merged.replaced
+        ]
     if activations:
         facts["calibration"] = {
             "sequences": activations.sequences,
@@ -201,7 +205,22 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}\n"
         f"## Recipe\n\n{_fenced(_yaml(portable))}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"Versions: {used}.\n{_changes(facts)}"
+        f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
+    )
+
+
+def _replaced(facts: dict[str, Any]) -> str:
+    """Which elements the base's stand in for, where the run was to replace what is not finite (`--nonfinite base`)."""
+    if "nonfinite" not in facts:
+        return ""
+    if not facts["nonfinite"]:
+        return "\nNo element of a model was NaN or Inf (`--nonfinite base`).\n"
+    rows = [f"| {_inline(i['model'])} | {_inline(i['tensor'])} | {i['elements']} |" for i in facts["nonfinite"]]
+    return (
+        "\n## Elements that were not finite\n\nThese elements were NaN or Inf, and the base's value stands in for them "
+        "(`--nonfinite base`): the model has no say there.\n\n| model | tensor | elements |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
     )
 
 

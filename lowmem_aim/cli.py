@@ -152,6 +152,7 @@ def _job(flags: dict[str, Any]) -> Options:
 
     return Options(
         seed=flags.get("seed", 0),
+        nonfinite=flags.get("nonfinite", "stop"),
         shard_bytes=flags.get("shard_size", Options.shard_bytes),
         read=flags["read"],
         device=flags["device"],
@@ -200,6 +201,13 @@ def _run(work: Callable[[Any], Path], quiet: bool) -> None:
     "--parameter", "-p", multiple=True, metavar="NAME=VALUE", help="any other parameter, such as -p lambda=0.5"
 )
 @click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="of the random masks")
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["stop", "base"]),
+    default="stop",
+    show_default=True,
+    help="at NaN or Inf in an expert: stop, or take the base's value there",
+)
 @_AIM
 @_OUTPUT
 @_JOB

@@ -14,7 +14,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +40,7 @@ class Group:
     end: int
     sha256: str  # of the file's bytes up to `end`
     digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor of this group -> xxh3-128 of its bytes as read
+    replaced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # likewise -> elements that were not finite
 
 
 class Journal:

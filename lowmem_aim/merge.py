@@ -25,7 +25,7 @@ from lowmem_aim import kernels
 from lowmem_aim.activations import Activations
 from lowmem_aim.devices import Lanes
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.events import Emit, PhaseEnded, PhaseStarted
+from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Shares
@@ -35,7 +35,7 @@ from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.plan import Plan, Task
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
-from lowmem_aim.shards import ReadDigests, Shards
+from lowmem_aim.shards import Read, Shards
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 
 R = TypeVar("R")
@@ -47,6 +47,7 @@ class Merged:
 
     shards: dict[str, str] = field(default_factory=dict)  # file name -> sha256
     models: list[tuple[str, str]] = field(default_factory=list)  # label, xxh3-128 over its tensors as read, by name
+    replaced: list[tuple[str, str, int]] = field(default_factory=list)  # label, tensor, elements that were not finite
 
 
 def merge_tensors(
@@ -78,7 +79,11 @@ def merge_tensors(
         stream = stack.enter_context(Ahead(loop.read_all(output.left), shares.ahead))
         workers.run(loop.job(task, stream, output) for task in output.left)
     emit(PhaseEnded("merge"))
-    return Merged({shard.name: output.digests[shard.name] for shard in plan.shards}, loop.model_digests())
+    replaced = loop.replaced_elements()
+    for label in dict.fromkeys(label for label, _, _ in replaced):
+        count = sum(elements for other, _, elements in replaced if other == label)
+        emit(Notice(f"{count} element(s) of `{printable(label)}` are NaN or Inf and took the base's value", "warning"))
+    return Merged({shard.name: output.digests[shard.name] for shard in plan.shards}, loop.model_digests(), replaced)
 
 
 @contextlib.contextmanager
@@ -110,18 +115,23 @@ class _Loop:
     tensors: dict[str, TensorInputs] = field(default_factory=dict)  # those whose reading has begun
     # checkpoint folder -> tensor -> xxh3-128 of its rows as read
     digests: dict[Path, dict[str, str]] = field(default_factory=dict)
+    replaced: dict[Path, dict[str, int]] = field(default_factory=dict)  # likewise -> elements that were not finite
 
-    def know(self, read: Iterable[ReadDigests]) -> None:
-        """What an earlier run has read."""
-        for found in read:
-            for model, table in found.items():
-                self.digests.setdefault(self.inputs.folders[int(model)], {}).update(table)
+    def know(self, reads: Iterable[Read]) -> None:
+        """What an earlier run, or this one, has read."""
+        for read in reads:
+            for model, digests in read.digests.items():
+                self.digests.setdefault(self.inputs.folders[int(model)], {}).update(digests)
+            for model, replaced in read.replaced.items():
+                self.replaced.setdefault(self.inputs.folders[int(model)], {}).update(replaced)
 
     def read_all(self, tasks: Sequence[Task]) -> Iterator[Rows | _End]:
         """The first pass over every tensor, in the tasks' order."""
         for task in tasks:
             with_base = self.plan.recipe.method.base == "required" or self._statistic(task) is not None
-            tensor = self.tensors[task.name] = TensorInputs(task, self.inputs, with_base, self.stride)
+            tensor = self.tensors[task.name] = TensorInputs(
+                task, self.inputs, with_base, self.stride, self.plan.nonfinite
+            )
             yield from tensor.slices(first_pass=True)
             yield _End()
 
@@ -181,13 +191,18 @@ class _Loop:
         # Not by way of the device: it may not have the dtype.
         return rows.stored_experts[0]
 
-    def _read_whole(self, task: Task) -> ReadDigests:
-        """The digests of a tensor that has been read to its end, which are kept."""
-        read: dict[str, dict[str, str]] = {}
-        for source in self.tensors.pop(task.name).sources:
-            folder, digest = source.checkpoint.folder, source.digest()
-            self.digests.setdefault(folder, {})[source.name] = digest
-            read.setdefault(str(self.inputs.folders.index(folder)), {})[source.name] = digest
+    def _read_whole(self, task: Task) -> Read:
+        """What was seen of a tensor that has been read to its end, which is kept."""
+        digests: dict[str, dict[str, str]] = {}
+        replaced: dict[str, dict[str, int]] = {}
+        tensor = self.tensors.pop(task.name)
+        for source in tensor.sources:
+            model = str(self.inputs.folders.index(source.checkpoint.folder))
+            digests[model] = {task.name: source.digest()}
+            if count := tensor.replaced_of(source):
+                replaced[model] = {task.name: count}
+        read = Read(digests, replaced)
+        self.know([read])
         if self._statistic(task):
             self._check_base(task.name)
         return read
@@ -231,7 +246,7 @@ class _Loop:
                 hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
             )
 
-    # -- digests
+    # -- what was read
 
     def model_digests(self) -> list[tuple[str, str]]:
         """(label, one digest over all tensors of the model that were read, by name), for each model."""
@@ -241,6 +256,15 @@ class _Loop:
             text = "".join(f"{name}\0{value}\n" for name, value in table)
             found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
         return found
+
+    def replaced_elements(self) -> list[tuple[str, str, int]]:
+        """(label, tensor, elements) of every tensor that took some of the base's values, in the output's order."""
+        return [
+            (checkpoint.label, task.name, count)
+            for checkpoint in dict.fromkeys(self.inputs.checkpoints)
+            for task in self.plan.tasks
+            if (count := self.replaced.get(checkpoint.folder, {}).get(task.name))
+        ]
 
 
 def _add_all(fold: Fold, parts: list[Any]) -> None:

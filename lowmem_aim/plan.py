@@ -24,6 +24,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The order in which the safetensors library writes dtypes, the last first.
 _DTYPE_ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 SMALLEST_SHARD = 1_000
+# What becomes of an expert's NaN and Inf: they end the merge, or take the base's value, as if the expert had no say.
+NonFinite = Literal["stop", "base"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Plan:
     recipe: Recipe
     shards: tuple[Shard, ...]
     seed: int
+    nonfinite: NonFinite = "stop"
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -88,8 +91,16 @@ class Plan:
         return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int) -> Plan:
-    """Lay out the output. Raises RecipeError if a parameter has no value for some tensor, UsageError for bad sizes."""
+def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, nonfinite: NonFinite = "stop") -> Plan:
+    """Lay out the output.
+
+    Raises RecipeError if a parameter has no value for some tensor, UsageError for flags that do not fit the recipe.
+    """
+    if nonfinite == "base" and recipe.method.base != "required":
+        raise UsageError(
+            f"`--nonfinite base` needs a method that builds on a base, which `{recipe.method.name}` does not",
+            hint="mend or replace the model that holds NaN or Inf, or leave the flag out",
+        )
     if shard_bytes < SMALLEST_SHARD:
         raise UsageError(f"a shard size of {shard_bytes} bytes is too small", hint="the default is 5GB")
     layers = layer_count(inputs.reference.config)
@@ -99,7 +110,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int) ->
         if info.name not in inputs.dropped
     ]
     groups = _grouped(tasks, shard_bytes)
-    return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed)
+    return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed, nonfinite)
 
 
 def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, t: float) -> Task:

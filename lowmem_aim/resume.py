@@ -53,6 +53,7 @@ class Identity:
         job = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
         job |= {
             "seed": plan.seed,
+            "nonfinite": plan.nonfinite,
             "parameters": _digest(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
             "shards": _digest(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
             "tokenizer and other small files": {name: _digest(content) for name, content in sorted(copied.items())},

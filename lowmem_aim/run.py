@@ -36,7 +36,7 @@ from lowmem_aim.output import (
     publish,
     workspace,
 )
-from lowmem_aim.plan import Plan, make_plan
+from lowmem_aim.plan import NonFinite, Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
 
@@ -45,9 +45,10 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """How to do a job; none of it, but `seed` and `shard_bytes`, changes a byte of the merge."""
+    """How to do a job; none of it, but `seed`, `shard_bytes` and `nonfinite`, changes a byte of the merge."""
 
     seed: int = 0
+    nonfinite: NonFinite = "stop"  # what becomes of an expert's NaN and Inf
     shard_bytes: int = DEFAULT_SHARD_BYTES
     read: ReadMode = "mmap"
     device: str = "auto"
@@ -72,7 +73,9 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
     check_output(out, [])
     with open_inputs(recipe, options.read, emit, options.use_cache) as inputs:
         check_output(out, [checkpoint.folder for checkpoint in inputs.checkpoints])
-        plan = make_plan(recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes)
+        plan = make_plan(
+            recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite
+        )
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
         identity = Identity.of(plan, inputs, copied, calibration, device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -15,7 +17,16 @@ from lowmem_aim.journal import Group, Journal
 from lowmem_aim.plan import Plan, Shard, Task
 from lowmem_aim.write import Commit, Prefix, ShardWriter, finished_prefix
 
-ReadDigests = Mapping[str, Mapping[str, str]]  # number of the model's folder -> tensor -> xxh3-128 of its bytes as read
+V = TypeVar("V")
+ByModel = Mapping[str, Mapping[str, V]]  # number of the model's folder -> tensor -> a fact
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was seen of tensors that were read to their end."""
+
+    digests: ByModel[str]  # xxh3-128 of the bytes as read
+    replaced: ByModel[int]  # how many elements were not finite, and took the base's value
 
 
 class Shards:
@@ -31,7 +42,7 @@ class Shards:
         self._prefixes: dict[str, Prefix] = {}  # what was found of the shards, by file name
         self._done = 0  # bytes
         self.digests: dict[str, str] = {}  # file name -> sha256
-        self.read_before: list[ReadDigests] = []  # of the tensors that were found
+        self.read_before: list[Read] = []  # of the tensors that were found
         self.left = [task for shard in plan.shards for task in self._left_of(shard)]
         if self._done:
             found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
@@ -46,7 +57,7 @@ class Shards:
             file.unlink(missing_ok=True)
             return shard.tasks
         self._prefixes[shard.name] = prefix
-        self.read_before += [group.digests for group in groups]
+        self.read_before += [Read(group.digests, group.replaced) for group in groups]
         self._done += sum(task.nbytes for task in shard.tasks[: prefix.tensors])
         if prefix.tensors == len(shard.tasks):
             with ShardWriter(file, shard.nbytes, prefix=prefix) as writer:  # cuts off what may have come after the end
@@ -56,7 +67,7 @@ class Shards:
     def append(self, task: Task, rows: Tensor) -> None:
         self._writer(self._shards[task.name]).append(raw(rows))
 
-    def tensor_done(self, task: Task, read: ReadDigests) -> None:
+    def tensor_done(self, task: Task, read: Read) -> None:
         shard = self._shards[task.name]
         writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
         writer.tensor_done(read)
@@ -77,12 +88,10 @@ class Shards:
         return self._writers[shard.name]
 
     def _commit(self, shard: Shard, done: Commit) -> None:
-        digests: dict[str, dict[str, str]] = {}
-        for read in done.facts:
-            for model, table in read.items():
-                digests.setdefault(model, {}).update(table)
+        digests = _joined(read.digests for read in done.facts)
+        replaced = _joined(read.replaced for read in done.facts)
         start = done.tensors - len(done.facts)
-        self._journal.put_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests))
+        self._journal.put_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced))
 
     def __enter__(self) -> Shards:
         return self
@@ -92,3 +101,11 @@ class Shards:
     ) -> None:
         for writer in self._writers.values():
             writer.__exit__(kind, error, trace)
+
+
+def _joined(facts: Iterable[ByModel[V]]) -> dict[str, dict[str, V]]:
+    joined: dict[str, dict[str, V]] = {}
+    for by_model in facts:
+        for model, table in by_model.items():
+            joined.setdefault(model, {}).update(table)
+    return joined

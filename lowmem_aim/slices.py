@@ -1,6 +1,7 @@
 """The matching rows of one tensor in all models, slice by slice, as they are stored.
 
-The first pass over a tensor also checks every model's rows for NaN and Inf, and takes the digest of its bytes.
+The first pass over a tensor also checks every model's rows for NaN and Inf, and takes the digest of its bytes. An
+expert's NaN and Inf end the merge, or, if the user says so, take the base's value: there its delta is 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lowmem_aim.headers import matrix_shape
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.memory import is_allocation_failure, shown
 from lowmem_aim.methods import Rows
-from lowmem_aim.plan import Task
+from lowmem_aim.plan import NonFinite, Task
 
 R = TypeVar("R")
 
@@ -87,6 +88,23 @@ def finite(rows: Tensor) -> bool:
     return math.isfinite(float(rows.sum(dtype=torch.float32))) or bool(rows.to(torch.float32).isfinite().all())
 
 
+def _mended(rows: Rows) -> tuple[Rows, list[int]]:
+    """The rows with the base's value where an expert's is not finite, and how many those are of each expert."""
+    base, mended, counts = rows.stored_base, [], []
+    for expert in rows.stored_experts:
+        if finite(expert):
+            mended.append(expert)
+            counts.append(0)
+            continue
+        good = expert.to(torch.float32).isfinite()
+        if expert.dtype == base.dtype:
+            mended.append(torch.where(good, expert, base))
+        else:  # float32 is what the arithmetic sees of both: the delta is exactly 0
+            mended.append(torch.where(good, expert.to(torch.float32), base.to(torch.float32)))
+        counts.append(int(good.numel() - good.sum()))
+    return Rows(base, tuple(mended), rows.start), counts
+
+
 class Source:
     """One model's rows of one tensor, and the digest of those that were seen by `digest_of`."""
 
@@ -139,11 +157,18 @@ def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 class TensorInputs:
-    """One tensor of the plan in all models that its merge reads."""
+    """One tensor of the plan in all models that its merge reads.
 
-    def __init__(self, task: Task, inputs: Inputs, with_base: bool, stride: Stride) -> None:
+    `replaced`: for each expert, how many of its elements the first pass found not finite and gave the base's value.
+    """
+
+    def __init__(
+        self, task: Task, inputs: Inputs, with_base: bool, stride: Stride, nonfinite: NonFinite = "stop"
+    ) -> None:
         self.task = task
         self._stride = stride
+        self._mends = nonfinite == "base" and task.action == "merge"
+        self.replaced = [0] * (1 if task.action == "copy" else len(inputs.experts))
         if task.action == "copy":
             self._base, self._experts = None, [Source(inputs.reference, task.name)]
             return
@@ -156,6 +181,10 @@ class TensorInputs:
     @property
     def sources(self) -> list[Source]:
         return [*([self._base] if self._base else []), *self._experts]
+
+    def replaced_of(self, source: Source) -> int:
+        """How many elements of one of the `sources` took the base's value."""
+        return self.replaced[self._experts.index(source)] if source in self._experts else 0
 
     @property
     def nbytes(self) -> int:
@@ -172,6 +201,9 @@ class TensorInputs:
             try:
                 pieces = [source.pieces(start, stop) for source in self.sources]
                 read = self._assembled(pieces, start, stop - start, columns)
+                replaced = [0] * len(read.stored_experts)
+                if self._mends and (first_pass or any(self.replaced)):
+                    read, replaced = _mended(read)
             except Exception as error:
                 if not is_allocation_failure(error):
                     raise
@@ -181,6 +213,7 @@ class TensorInputs:
                 continue
             if first_pass:
                 self._look_at(pieces)
+                self.replaced = [before + now for before, now in zip(self.replaced, replaced, strict=True)]
             yield read
             del read, pieces  # before the next are read
             start = stop
@@ -194,17 +227,27 @@ class TensorInputs:
     def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
         for source, part in zip(self.sources, pieces, strict=True):
             source.enter_digest(part)
-            if self.task.action == "merge" and not all(finite(rows) for _, rows in part):
+            if source in self._strict and not all(finite(rows) for _, rows in part):
                 self._refuse()
 
+    @property
+    def _strict(self) -> list[Source]:
+        """Those whose NaN and Inf end the merge: the base's always do, there is nothing to put in their place."""
+        if self.task.action == "copy":
+            return []
+        return self.sources if not self._mends else [self._base] if self._base else []
+
     def _refuse(self) -> None:
-        problems = []
-        for source in self.sources:
-            count = self._bad_values(source)
-            if count:
-                where = f"`{printable(self.task.name)}` of `{printable(source.checkpoint.label)}`"
-                problems.append(f"{where} holds {count} value(s) that are NaN or Inf, or beyond float32")
-        raise ModelError(problems, hint="a broken download or a diverged fine-tune: get this model again")
+        counts = {source: count for source in self._strict if (count := self._bad_values(source))}
+        problems = [
+            f"`{printable(self.task.name)}` of `{printable(source.checkpoint.label)}` holds {count} value(s) that are "
+            "NaN or Inf, or beyond float32"
+            for source, count in counts.items()
+        ]
+        hint = "a broken download or a diverged fine-tune: get this model again"
+        if self._base not in counts:
+            hint += "; `--nonfinite base` takes the base's value there, if the method builds on one"
+        raise ModelError(problems, hint)
 
     def _bad_values(self, source: Source) -> int:
         info = source.checkpoint.tensors[source.name]
