@@ -41,7 +41,6 @@ gpu-check: install
 # Under ten minutes: merges are killed, cut off from power, lied to; every output must be the uninterrupted one's.
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
-	$(BIN)/python tests/crash/kills.py --kills 20
 
 format: install
 	$(BIN)/ruff check --fix .

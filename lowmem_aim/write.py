@@ -26,8 +26,9 @@ from lowmem_aim.journal import Group
 WAITING = 4
 # The disk is told to write so much at a time while the shard still grows; else all of it would wait for the fsync.
 SYNC_BYTES = 64 << 20
-# Tensors are committed together up to so many bytes: a commit costs some 16 ms, on many disks more.
-GROUP_BYTES = 64_000_000
+# Tensors are committed together up to so many bytes: a commit costs some 16 ms, on many disks more. While one group is
+# made durable the next is filled; a kill costs both.
+GROUP_BYTES = 32_000_000
 CHUNK = 8 << 20
 
 Data = bytes | memoryview
@@ -90,7 +91,7 @@ class ShardWriter:
                 self._drop()
                 raise
         self._waiting: queue.Queue[Data | _Done | None] = queue.Queue(WAITING)
-        self._to_sync: queue.SimpleQueue[Commit | bool] = queue.SimpleQueue()  # True: only sync; False: the end
+        self._to_sync: queue.Queue[Commit | bool] = queue.Queue()  # True: only sync; False: the end
         self._threads = [
             threading.Thread(target=body, daemon=True, name=name)
             for body, name in ((self._write_all, "write"), (self._sync_all, "sync"))
@@ -155,22 +156,27 @@ class ShardWriter:
         self._tensors += 1
         self._facts.append(done.facts)
         if self._written - self._committed >= GROUP_BYTES or self._written == self._size:
+            self._to_sync.join()  # no more than one group is ever on its way
             self._to_sync.put(Commit(self._tensors, self._written, self._hash.hexdigest(), tuple(self._facts)))
             self._committed = self._synced = self._written
             self._facts.clear()
 
     def _sync_all(self) -> None:
         while (item := self._to_sync.get()) is not False:
-            if self._error:
-                continue
-            assert self._descriptor is not None
             try:
-                with disk_errors(self._path):
-                    getattr(os, "fdatasync", os.fsync)(self._descriptor)
-                if isinstance(item, Commit):
-                    self._commit(item)
+                if not self._error:
+                    self._make_durable(item)
             except BaseException as error:
                 self._error = self._error or error
+            finally:
+                self._to_sync.task_done()
+
+    def _make_durable(self, item: Commit | bool) -> None:
+        assert self._descriptor is not None
+        with disk_errors(self._path):
+            getattr(os, "fdatasync", os.fsync)(self._descriptor)
+        if isinstance(item, Commit):
+            self._commit(item)
 
     def _stop(self) -> None:
         threads, self._threads = self._threads, []

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from crash.workshop import Job, make_job
 
-SUITES = ("kills_at_calls", "power_loss")
+SUITES = ("kills", "kills_at_calls", "power_loss")
 
 
 def main() -> int:

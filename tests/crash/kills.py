@@ -1,102 +1,154 @@
-"""SIGKILL at random times, until the merge is done; again and again. Every output must be the uninterrupted one's.
+"""SIGKILL at random times until the merge is done, again and again: the same bytes, and little is done twice.
 
-    python tests/crash/kills.py [--kills 60] [--method ties] [--scale 160m] [--seed 0]
-
-Also counts what is done again: at most what was not committed, which is the tensors in work and 64 MB.
+The times are uniform over what a run takes (start, calibration, merge); one in ten falls into the finish. After each
+kill what had been done is compared with what the journal has of it. No more may be lost than one block of calibration
+(here each is kept), or the group that is being committed, the one that is being filled and the tensors in work.
 """
 
 from __future__ import annotations
 
-import argparse
+import collections
+import contextlib
+import functools
+import os
 import random
-import shutil
-import subprocess
-import sys
+import signal
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import tiny
+import torch
+from crash.workshop import GROUP_BYTES, Job, digests, emptied, ended, start
 
-from contenders import Setting, save_recipe
-from measure import digests
-from models import build, save_texts
-
+from lowmem_aim import dashboard, snapshots, write
+from lowmem_aim.events import Advanced, Emit, Event, PhaseStarted
 from lowmem_aim.output import PRIVATE
-from lowmem_aim.status import status_of
+from lowmem_aim.status import Status, status_of
 
+KILLS, FEW_KILLS = 60, 4
 ATTEMPTS = 400  # for one merge: none should need so many
+SHAPE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 4000}
+_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+SMALL_SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
 
 
-def main() -> int:
-    options = _options()
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = options.work.resolve()
-    setting = Setting(build(options.scale, work), work)
-    texts = work / "few.jsonl"
-    save_texts(texts, 4, 64, 500)
-    aim = ["--omega", "0.4", "--calibration", str(texts), "--no-cache", "--calibration-dtype", "float32"]
-    command = [sys.executable, "-m", "lowmem_aim", "merge", str(save_recipe(options.method, setting))]
-    whole = work / "whole"
-    shutil.rmtree(whole, ignore_errors=True)
-    started = time.monotonic()
-    subprocess.run([*command, str(whole), *aim, "--quiet"], check=True, stdout=subprocess.DEVNULL)
-    took = time.monotonic() - started
-    expected = digests(whole)
-    print(f"uninterrupted: {took:.1f} s, {len(expected)} files")
-    draw, kills, rounds, wrong = random.Random(options.seed), 0, 0, 0
-    while kills < options.kills:
-        out = work / f"out-{rounds}"
-        shutil.rmtree(out, ignore_errors=True)
-        found, log = _until_done([*command, str(out), *aim, "--quiet"], out, draw, took)
-        kills, rounds = kills + found, rounds + 1
-        same = digests(out) == expected
-        wrong += not same
-        print(
-            f"merge {rounds}: {found} kills, {'the same bytes' if same else 'OTHER BYTES'}; finished at: {log}",
-            flush=True,
-        )
-        shutil.rmtree(out)
-    print(f"{kills} kills in {rounds} merges, {wrong} of them with other bytes")
-    return int(wrong > 0)
+@dataclass
+class Toll:
+    """What all kills have cost."""
+
+    kills: collections.Counter[str] = field(default_factory=collections.Counter)  # by the phase that they fell into
+    blocks: int = 0  # the most that one kill cost
+    bytes: int = 0
+
+    def add(self, log: Path, kept: Status | None) -> None:
+        """`log`: what the killed process had done; `kept`: what the journal has of it."""
+        lines = log.read_text().split("\n")[:-1] if log.is_file() else []
+        phase, done = lines[-1].split() if lines else ("start", "0")
+        self.kills[phase] += 1
+        if phase == "calibrate" and not (kept and kept.activations):
+            self.blocks = max(self.blocks, int(done) - (kept.blocks if kept else 0))
+        if phase == "merge":
+            self.bytes = max(self.bytes, int(done) - (kept.bytes if kept else 0))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} in {phase}" for phase, count in sorted(self.kills.items()))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--method", default="ties")
-    parser.add_argument("--scale", default="160m")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("crash-run"))
-    return parser.parse_args()
+def suite(job: Job, short: bool) -> str:
+    work = Work(job.work.parent / "kills", SMALL_SHAPE if short else SHAPE)
+    draw, toll, merges = random.Random(0), Toll(), 0
+    while toll.kills.total() < (FEW_KILLS if short else KILLS):
+        out = emptied(work.folder / "out")
+        work.until_done(out, draw, toll)
+        assert digests(out) == work.expected, f"other bytes in merge {merges}, after {toll}"
+        merges += 1
+    may_be_lost = 2 * GROUP_BYTES + work.in_work
+    assert toll.blocks <= 1, f"{toll.blocks} blocks were lost"
+    assert toll.bytes <= may_be_lost, f"{toll.bytes} bytes were lost, more than {may_be_lost}"
+    lost = f"{toll.blocks} block or {toll.bytes / 1e6:.0f} MB (allowed: 1, {may_be_lost / 1e6:.0f} MB)"
+    return f"{toll.kills.total()} kills ({toll}) in {merges} merges, the same bytes; one cost at most {lost}"
 
 
-def _until_done(command: list[str], out: Path, draw: random.Random, took: float) -> tuple[int, str]:
-    """(how often it was killed, tensors that were finished after each kill)."""
-    progress: list[int] = []
-    for kills in range(ATTEMPTS):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _, err = process.communicate(timeout=draw.uniform(0, took * 1.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            _check_unfinished(out)
-            now = status_of(out).tensors if (out / PRIVATE).is_dir() else 0
-            if progress and now < progress[-1]:
-                raise SystemExit(f"finished tensors were lost: {progress[-1]}, then {now}") from None
-            progress.append(now)
-            continue
-        if process.returncode:
-            raise SystemExit(f"after {kills} kills it ended with {process.returncode}:\n{err}")
-        return kills, " ".join(map(str, progress))
-    raise SystemExit(f"it was not done after {ATTEMPTS} attempts")
+class Work:
+    """A merge with AIM that takes some seconds, and what must come out."""
+
+    def __init__(self, folder: Path, shape: dict[str, int]) -> None:
+        self.folder = emptied(folder)
+        base = tiny.build("llama", folder / "base", dtype=torch.float32, **shape)
+        self.command = ["--base", str(base), "--method", "ties", "--density", "0.5", "--omega", "0.4", "--no-cache"]
+        for seed in (1, 2):
+            expert = tiny.perturbed(base, folder / f"expert-{seed}", scale=0.05, seed=seed)
+            self.command += ["--expert", str(expert)]
+        texts = folder / "texts.txt"
+        texts.write_text("\n\n".join(f"A text of some words, the {number}th of them. " * 5 for number in range(8)))
+        self.command += ["--calibration", str(texts), "--block-size", "100"]
+        self._log = folder / "log"
+        started = time.monotonic()
+        process, said = start(["merge", str(folder / "whole"), *self.command], self._follow)
+        done = ended(process, said)
+        assert done.code == 0, done
+        self._took = time.monotonic() - started
+        self.expected = digests(folder / "whole")
+        sizes = [shape["hidden_size"] * size * 4 for size in (shape["intermediate_size"], shape.get("vocab_size", 264))]
+        self.in_work = 2 * max(sizes)  # bytes: one tensor is computed while the one before it is written
+
+    def until_done(self, out: Path, draw: random.Random, toll: Toll) -> None:
+        """Run and kill, again and again."""
+        kept = None
+        for _ in range(ATTEMPTS):
+            self._log.unlink(missing_ok=True)
+            process, said = start(["merge", str(out), *self.command], self._follow)
+            if draw.random() < 0.1:  # the finish is short: by chance alone it would be hit once in a hundred times
+                self._wait(process, time.monotonic() + 10 * self._took, "finish")
+                self._wait(process, time.monotonic() + draw.uniform(0, 0.02))
+            else:
+                self._wait(process, time.monotonic() + draw.uniform(0, self._took * 0.8))
+            os.kill(process, signal.SIGKILL)  # of one that has ended it is nothing
+            done = ended(process, said)
+            if done.code == 0:
+                return
+            assert done.code == -signal.SIGKILL, done
+            kept = _looked_at(out, kept)
+            toll.add(self._log, kept)
+        raise AssertionError(f"it was not done after {ATTEMPTS} attempts")
+
+    def _wait(self, process: int, deadline: float, phase: str = "no such") -> None:
+        """Until then, or until a phase begins, or the process has ended."""
+        while time.monotonic() < deadline and not os.waitid(os.P_PID, process, _LOOK):
+            if self._log.is_file() and f"{phase} " in self._log.read_text():
+                return
+            time.sleep(0.002)
+
+    def _follow(self) -> None:
+        """In the fork: write down how far the run is, and keep every calibrated block."""
+        dashboard.shown = functools.partial(_written, self._log)
+        snapshots.SECONDS, write.GROUP_BYTES = 0.0, GROUP_BYTES
 
 
-def _check_unfinished(out: Path) -> None:
-    """config.json is there only if all the rest is."""
-    if (out / "config.json").exists() and not (out / "model.safetensors").exists():
-        raise SystemExit("a killed run left a config.json beside no weights")
+@contextlib.contextmanager
+def _written(file: Path, quiet: bool) -> Iterator[Emit]:
+    with file.open("w", buffering=1) as log:
+        phase = ""
+
+        def emit(event: Event) -> None:
+            nonlocal phase
+            if isinstance(event, PhaseStarted):
+                phase = event.phase
+            if isinstance(event, PhaseStarted | Advanced):
+                print(phase, event.done if isinstance(event, Advanced) else 0, file=log)
+
+        yield emit
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _looked_at(out: Path, before: Status | None) -> Status | None:
+    """What a kill has left: no model, and nothing less than before."""
+    assert not (out / "config.json").exists() or (out / "model.safetensors").exists(), "a config beside no weights"
+    if not (out / PRIVATE).is_dir():
+        return before
+    now = status_of(out)
+    if before and now.state != "finished":
+        assert now.tensors >= before.tensors, f"finished tensors were lost: {before}, then {now}"
+        assert now.activations or now.blocks >= before.blocks, f"calibrated blocks were lost: {before}, then {now}"
+    return now

@@ -36,6 +36,7 @@ from lowmem_aim.status import status_of
 from lowmem_aim.verify import verify
 from lowmem_aim.write import finished_prefix
 
+GROUP_BYTES = write.GROUP_BYTES  # as users have it
 EXPERTS = ("math", "code")
 SHARD_BYTES = 60_000  # three shards
 _SAID_BYTES = 1 << 20
