@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,21 @@ _TABLE = """
 CREATE TABLE IF NOT EXISTS entries
     (kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (kind, name))
 """
+_COLUMNS = "kind, name, value, digest"
+# What sqlite says when something is in its way now. All else that it says of a file means damage.
+_IN_ITS_WAY = {
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_MISUSE,
+}
 
 
 @dataclass(frozen=True)
@@ -55,13 +71,14 @@ class Journal:
         self._lock = threading.Lock()
         if read_only:
             self._connection = sqlite3.connect(_only_read(self._file), uri=True)
+            self._connection.text_factory = _text
             return
         with self._disk_errors():
             try:
                 self._connection = _connected(self._file)
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError:
+            except sqlite3.DatabaseError as error:
+                if not _means_damage(error, self._file):
+                    raise
                 self.remove(folder)
                 self._connection = _connected(self._file)
 
@@ -102,16 +119,14 @@ class Journal:
 
     def _rows(self, kind: str, first: str = "", last: str = "\U0010ffff") -> dict[str, Any]:
         """Those of a kind, from the name `first` to `last`. Raises DiskError where they cannot be read now."""
-        query = "SELECT * FROM entries WHERE kind = ? AND name >= ? AND name < ?"
+        query = f"SELECT {_COLUMNS} FROM entries WHERE kind = ? AND name >= ? AND name < ?"
         try:
             with self._lock:
                 rows = self._connection.execute(query, (kind, first, last)).fetchall()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                return {}
+        except sqlite3.DatabaseError as error:
+            if _means_damage(error, self._file):
+                return {}  # as if nothing had been done
             raise DiskError(f"the journal `{printable(str(self._file))}` cannot be read now: {error}") from error
-        except sqlite3.DatabaseError:
-            return {}  # damaged pages: as if nothing had been done
         return {row[1]: json.loads(row[2]) for row in rows if row[3] == _digest(*row[:3])}
 
     @contextlib.contextmanager
@@ -121,7 +136,7 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             raise DiskError(
                 f"the journal `{printable(str(self._file))}` cannot be written: {error}",
-                hint="what is finished stays: mend the disk, then run the same command again",
+                hint="mend the disk, then give the same command again",
             ) from error
 
     def close(self) -> None:
@@ -143,16 +158,37 @@ def _only_read(file: Path) -> str:
 
 
 def _connected(file: Path) -> sqlite3.Connection:
+    """Raises a sqlite3.DatabaseError of whatever would be in the way later."""
     connection = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+    connection.text_factory = _text
     try:
-        for statement in ("PRAGMA journal_mode=DELETE", "PRAGMA synchronous=EXTRA", _TABLE):
+        for statement in (
+            "PRAGMA journal_mode=DELETE",
+            "PRAGMA synchronous=EXTRA",
+            _TABLE,
+            f"SELECT {_COLUMNS} FROM entries LIMIT 1",
+            "DELETE FROM entries WHERE FALSE",  # a damaged header may say that nothing can be written
+        ):
             connection.execute(statement).fetchall()
-        if connection.execute("PRAGMA quick_check").fetchall() != [("ok",)]:
-            raise sqlite3.DatabaseError("damaged")
+        if connection.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
+            damaged = sqlite3.DatabaseError("damaged")
+            damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise damaged
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _means_damage(error: sqlite3.DatabaseError, file: Path) -> bool:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE)
+    if code == sqlite3.SQLITE_READONLY:  # the system's refusal, or what the file's own header says
+        return os.access(file, os.W_OK)
+    return code & 0xFF not in _IN_ITS_WAY
+
+
+def _text(stored: bytes) -> str:
+    return stored.decode("utf-8", "replace")  # a damaged row must come as far as its digest
 
 
 def _digest(kind: str, name: str, text: str) -> str:

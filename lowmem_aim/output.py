@@ -152,8 +152,9 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
             finished = is_finished(out)
             if fresh and not finished:
                 _take_back(out)
-                shutil.rmtree(private / STAGING)
-                Journal.remove(private)
+                with disk_errors(private):
+                    shutil.rmtree(private / STAGING)
+                    Journal.remove(private)
                 remove_snapshots(private)
             with Journal(private, read_only=finished) as journal:
                 space = Workspace(out, journal)

@@ -12,6 +12,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from lowmem_aim.checkpoint import raw
+from lowmem_aim.durable import disk_errors
 from lowmem_aim.events import Advanced, Emit, Notice
 from lowmem_aim.journal import Group, Journal
 from lowmem_aim.plan import Plan, Shard, Task
@@ -54,7 +55,8 @@ class Shards:
         file = self._staging / shard.name
         prefix, groups = finished_prefix(file, self._journal.groups(shard.name))
         if prefix is None:
-            file.unlink(missing_ok=True)
+            with disk_errors(file):
+                file.unlink(missing_ok=True)
             return shard.tasks
         self._prefixes[shard.name] = prefix
         self.read_before += [Read(group.digests, group.replaced) for group in groups]

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,16 @@ def traced(job: Job, out: Path, arguments: list[str], segment: str = "", flags: 
 
 
 def every_call(
-    job: Job, out: Path, kind: str, inject: str, prepare: Callable[[Path], object] = emptied
+    job: Job, out: Path, kind: str, inject: str, numbers: Iterable[int] = range(1, 1000)
 ) -> Iterator[tuple[str, Ended]]:
-    """Attempts with trouble at each call of a kind in turn: (where, how it ended).
+    """Attempts from scratch with trouble at each call of a kind in turn: (where, how it ended).
 
-    `prepare` makes what they begin with. `inject` as strace takes it, with `{}` for the number.
+    `inject` as strace takes it, with `{}` for the number.
     """
     log = out.with_name("strace.log")
     for segment in SEGMENTS:
-        for number in range(1, 1000):
-            prepare(out)
+        for number in numbers:
+            emptied(out)
             trouble = f"inject={kind}:{inject.format(number)}"
             result = traced(job, out, ["-o", str(log), "-e", f"trace={kind}", "-e", trouble], segment)
             if result.code >= 0 and "(INJECTED)" not in log.read_text():

@@ -7,7 +7,6 @@ command line. What the attempt says comes back through shared memory, so that fa
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import mmap
@@ -57,7 +56,7 @@ class Job:
 
     def command(self, out: Path) -> list[str]:
         experts = [word for name in EXPERTS for word in ("--expert", str(self.work / name))]
-        flags = ["--method", "ties", "--density", "0.5", "--shard-size", str(SHARD_BYTES), "--quiet"]
+        flags = ["--method", "ties", "--density", "0.5", "--shard-size", str(SHARD_BYTES), "--ram", "4GB", "--quiet"]
         return ["merge", str(out), "--base", str(self.work / "base"), *experts, *flags]
 
     def attempt(self, out: Path, before: Callable[[], object] = lambda: None, *flags: str) -> Ended:
@@ -95,7 +94,7 @@ class Job:
     def killed(self, out: Path, owner: Any, name: str, number: int) -> None:
         """Leave an interrupted run in `out`: killed when `owner.name` is called for the `number`th time."""
         emptied(out)
-        done = self.attempt(out, functools.partial(_kill_at, owner, name, number))
+        done = self.attempt(out, lambda: at_call(owner, name, number, kill))
         assert done.code == -9, done
 
 
@@ -115,6 +114,26 @@ def make_job(work: Path) -> Job:
 def digests(out: Path) -> dict[str, str]:
     files = [file for file in out.iterdir() if file.is_file()]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def at_call(owner: Any, name: str, number: int, trouble: Callable[[], object], *, after: bool = False) -> None:
+    """`trouble` comes when `owner.name` is called for the `number`th time: before its work, or after."""
+    work, count = getattr(owner, name), iter(range(1, 100_000))
+
+    def counted(*args: Any, **given: Any) -> Any:
+        now = next(count) == number
+        if now and not after:
+            trouble()
+        result = work(*args, **given)
+        if now and after:
+            trouble()
+        return result
+
+    setattr(owner, name, counted)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def finished_tensors(out: Path) -> int:
@@ -179,14 +198,3 @@ def _command_line(command: list[str]) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
-
-
-def _kill_at(owner: Any, name: str, number: int) -> None:
-    work, count = getattr(owner, name), iter(range(1, 1000))
-
-    def counted(*args: Any, **given: Any) -> Any:
-        if next(count) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return work(*args, **given)
-
-    setattr(owner, name, counted)

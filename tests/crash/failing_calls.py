@@ -1,0 +1,38 @@
+"""EIO once and ENOSPC from then on, at each system call that changes the output: exit code 4, then the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from crash.tracing import NAMES, SIZES, SYNCS, WRITES, every_call, usable
+from crash.workshop import Job, is_clean
+
+ONCE, LASTING = "EIO once", "ENOSPC from then on"
+TROUBLES = {ONCE: "error=EIO:when={}", LASTING: "error=ENOSPC:when={}+"}
+# Of these there are hundreds: they have one trouble each, by turns.
+NUMBERS = {
+    (kind, trouble): range(first, 1000, 2)
+    for kind in ("pwrite64", "fdatasync")
+    for first, trouble in enumerate(TROUBLES, start=1)
+}
+
+
+def suite(job: Job, short: bool) -> str:
+    if not usable():
+        return "skipped: strace is missing or may not trace"
+    kinds = ("fallocate", "rename") if short else (*WRITES, *SYNCS, *NAMES, *SIZES)
+    out, counts = job.work / "out", Counter[str]()
+    for kind in kinds:
+        for trouble, inject in TROUBLES.items():
+            for where, result in every_call(job, out, kind, inject, NUMBERS.get((kind, trouble), range(1, 1000))):
+                try:
+                    job.check_no_half_model(out)
+                    # 0: what failed was not needed, such as the note of who holds the lock
+                    assert result.code == 0 or is_clean(result, 4), result
+                    job.finish(out)
+                except AssertionError as error:
+                    raise AssertionError(f"{trouble}, {where}; first: {result}") from error
+                counts["exit code 4" if result.code else "not needed"] += 1
+    assert counts["exit code 4"] > counts["not needed"], counts
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return f"{sum(counts.values())} failures ({told}), every output the same bytes afterwards"
