@@ -18,7 +18,8 @@ import yaml
 
 import lowmem_aim
 from lowmem_aim.activations import Activations
-from lowmem_aim.checkpoint import CONFIG, INDEX, Checkpoint
+from lowmem_aim.checkpoint import INDEX, Checkpoint
+from lowmem_aim.config import CONFIG
 from lowmem_aim.errors import printable
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.merge import Merged

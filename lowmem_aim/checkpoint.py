@@ -11,9 +11,9 @@ that falls between the check and the use of a window. An in-place edit within th
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -26,17 +26,22 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.headers import TensorInfo, read_header
+from lowmem_aim.config import config_of, load_json
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
+from lowmem_aim.headers import MAX_HEADER_BYTES, TensorInfo, read_header
 
 ReadMode = Literal["mmap", "pread"]
 
 # What one mapping covers: large enough that its cost (a few microseconds) vanishes, small enough that the resident
 # size stays small however large the tensor is.
 WINDOW_BYTES = 32 << 20
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
+    r"|\.quant_state\.|_proj_(blocks|scales)$"
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,32 +55,12 @@ def raw(data: Tensor) -> memoryview:
     return data.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _load_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"`{printable(str(file))}` cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"`{printable(str(file))}` is not valid JSON: {printable(str(error))}") from error
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise ModelError(f"`{printable(str(folder))}` has no {CONFIG}: not a Hugging Face model folder")
-    config = _load_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise ModelError(f"`{printable(str(folder / CONFIG))}` is not a JSON object")
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"`{printable(str(folder))}` is quantised (`quantization_config` in its {CONFIG})",
-            hint="merge the unquantised models, then quantise the result",
-        )
-    return config
-
-
 def _inside(folder: Path, file: Path) -> bool:
     """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
-    target = file.resolve()
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
     if folder in target.parents:
         return True
     in_hub_cache = folder.parent.name == "snapshots"
@@ -94,9 +79,11 @@ def _check_links(folder: Path) -> None:
 def _shard(folder: Path, name: Any) -> Path:
     """The path of a shard that an index names, or a ModelError if the name could lead out of the folder."""
     shown = printable(repr(name))
-    plain = isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & {"/", "\\", "\0", ":"}
-    if not plain:
-        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: not a plain file name")
+    # The ending too: it is what `_check_links` goes by.
+    plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & {"/", "\\", "\0", ":"}
+    if not plain or len(name) > 255:
+        what = "not a plain file name that ends in .safetensors"
+        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: {what}")
     file = folder / str(name)
     if not file.is_file():
         raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}, which is missing")
@@ -107,7 +94,7 @@ def _weight_map(folder: Path) -> dict[str, Any] | None:
     """Tensor name -> shard name, from the index; None if the folder has a single file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return None
-    index = _load_json(folder / INDEX)
+    index = load_json(folder / INDEX, MAX_HEADER_BYTES)
     table = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(table, dict) or not table:
         raise ModelError(f"`{printable(str(folder / INDEX))}` has no `weight_map`")
@@ -118,21 +105,36 @@ def _tensors_in(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of the model in file order; every problem of every shard at once."""
     weight_map = _weight_map(folder)
     if weight_map is None:
-        return _in_file_order(read_header(_single_file(folder)))
+        return _usable(folder, read_header(_single_file(folder)))
     problems: list[str] = []
     tensors: dict[str, TensorInfo] = {}
-    for shard_name in dict.fromkeys(map(repr, weight_map.values())):
-        names = [name for name, shard in weight_map.items() if repr(shard) == shard_name]
+    shards: dict[str, list[str]] = {}  # its name as it stands there -> tensors
+    for name, shard_name in weight_map.items():
+        shards.setdefault(repr(shard_name), []).append(name)
+    for shard_name, names in shards.items():
         try:
             shard = read_header(_shard(folder, weight_map[names[0]]))
         except ModelError as error:
             problems += error.problems
             continue
         missing = [name for name in names if name not in shard]
-        problems += [f"shard {shard_name} of `{printable(str(folder))}` lacks `{printable(n)}`" for n in missing]
+        problems += [
+            f"shard {printable(shard_name)} of `{printable(str(folder))}` lacks `{printable(n)}`" for n in missing
+        ]
         tensors |= {name: shard[name] for name in names if name in shard}
     if problems:
         raise ModelError(problems, hint="download the model again, or repair its index")
+    return _usable(folder, tensors)
+
+
+def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """In file order. Raises ModelError for tensors of which no weight can be made without dequantising."""
+    quantised = [name for name in tensors if QUANTISED.search(name)]
+    if quantised:
+        raise ModelError(
+            f"`{printable(str(folder))}` is quantised (it holds `{printable(quantised[0])}`)",
+            hint="merge the unquantised models, then quantise the result",
+        )
     return _in_file_order(tensors)
 
 
@@ -189,7 +191,13 @@ class Checkpoint:
             raise ModelError(f"there is no model folder `{printable(str(folder))}`")
         resolved = folder.resolve()
         _check_links(resolved)
-        checkpoint = cls(resolved, label or resolved.name, _config_of(resolved), _tensors_in(resolved), read)
+        errors: list[LowmemAimError] = []
+        with noted(errors):
+            config = config_of(resolved)
+        with noted(errors):
+            tensors = _tensors_in(resolved)
+        raise_all(errors)
+        checkpoint = cls(resolved, label or resolved.name, config, tensors, read)
         checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}
         return checkpoint
 

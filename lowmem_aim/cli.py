@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowmem_aim.events import Event
     from lowmem_aim.run import Options
 
+MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
 BUG_HINT = "this is a bug: run again with `--debug` and report what it prints"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -31,7 +32,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def report(error: LowmemAimError) -> None:
     """The error on stderr, plain text: what happened, then what to do."""
     first, *others = error.problems or ("unknown",)
-    lines = [f"error: {first}", *(f"       {problem}" for problem in others)]
+    lines = [f"error: {first}", *(f"       {problem}" for problem in others[:MOST_PROBLEMS])]
+    if len(others) > MOST_PROBLEMS:
+        lines.append(f"       ... and {len(others) - MOST_PROBLEMS} more")
     print("\n".join(lines) + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
 
 

@@ -16,7 +16,8 @@ Problems of one kind are collected and raised together: `problems` holds one lin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class LowmemAimError(Exception):
@@ -64,6 +65,23 @@ class VerifyError(LowmemAimError):
 
 class NetworkError(LowmemAimError):
     exit_code = 9
+
+
+@contextlib.contextmanager
+def noted(errors: list[LowmemAimError]) -> Iterator[None]:
+    """Keep an error for `raise_all`, so that what comes next is checked as well."""
+    try:
+        yield
+    except LowmemAimError as error:
+        errors.append(error)
+
+
+def raise_all(errors: list[LowmemAimError]) -> None:
+    """One error with all problems and hints, of the first one's kind; none if there are none."""
+    if errors:
+        problems = [problem for error in errors for problem in error.problems]
+        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        raise type(errors[0])(dict.fromkeys(problems), hint="; ".join(hints))
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -76,6 +76,11 @@ class _BadHeader(Exception):
     """The reason, without the file's name."""
 
 
+def too_many_values(text: bytes) -> bool:
+    """Whether JSON would take long, and much memory, to decode."""
+    return sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS
+
+
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
@@ -96,7 +101,7 @@ def _no_number(text: str) -> float:
 
 def _decoded(text: bytes) -> Any:
     """The JSON of a header: whole numbers only, no key twice. Raises _BadHeader and what `json` raises."""
-    if sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS:
+    if too_many_values(text):
         raise _BadHeader(f"its header holds more than {MAX_MARKS} values")
     return json.loads(
         text.decode("utf-8"),

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from lowmem_aim.checkpoint import Checkpoint, ReadMode, raw
-from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError, printable
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.headers import TensorInfo
 from lowmem_aim.hub import locate, plain_name
@@ -37,6 +37,7 @@ MUST_AGREE = (
     "head_dim",
     "tie_word_embeddings",
 )
+MOST_PROBLEMS = 20  # of one model that are told: a model of another size has one for each tensor
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "hidden_act")
 
 
@@ -67,35 +68,49 @@ class Inputs:
 @contextlib.contextmanager
 def open_inputs(recipe: Recipe, read: ReadMode, emit: Emit, use_cache: bool = True) -> Iterator[Inputs]:
     """Locate, open and check all models. Raises ModelError or NetworkError with every problem at once."""
+    errors: list[LowmemAimError] = []
     with contextlib.ExitStack() as stack:
-        opened = _open_all(recipe, read, emit)
+        opened = _open_all(recipe, read, emit, errors)
         for checkpoint in opened.values():
             stack.enter_context(checkpoint)
-        base = opened[recipe.base] if recipe.base else None
-        experts = tuple(opened[model.reference] for model in recipe.models)
-        merges_base = recipe.method.base == "required" or base in experts or recipe.tokenizer_source is not None
-        reference = base if base is not None and merges_base else experts[0]
-        inputs = Inputs(base, experts, reference, outline_of(reference, use_cache))
-        _check_configs(inputs, emit)
-        inputs.row_maps = _row_maps(inputs, recipe, emit)
-        _check_tensors(inputs, emit)
+        inputs = None
+        with noted(errors):  # those that could be opened are compared all the same
+            inputs = _inputs_of(recipe, opened, use_cache)
+        if inputs is not None:
+            _check(inputs, recipe, emit, errors)
+        raise_all(errors)
+        assert inputs is not None
         inputs.dropped = _repeated_heads(inputs)
         yield inputs
 
 
-def _open_all(recipe: Recipe, read: ReadMode, emit: Emit) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe, read: ReadMode, emit: Emit, errors: list[LowmemAimError]) -> dict[str, Checkpoint]:
     """Reference -> checkpoint, the base first; a model that is named twice is opened once."""
     opened: dict[str, Checkpoint] = {}
-    errors: list[LowmemAimError] = []
     for reference in dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]):
-        try:
+        with noted(errors):
             located = locate(reference, emit)
             opened[reference] = Checkpoint.open(located.folder, located.label, read)
-        except (ModelError, NetworkError) as error:
-            errors.append(error)
-    _raise_all(errors)
     _tell_apart(list(opened.values()))
     return opened
+
+
+def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], use_cache: bool) -> Inputs | None:
+    """Of the models that are open; None if the one that the others are compared with is not."""
+    base = opened.get(recipe.base) if recipe.base else None
+    references = [model.reference for model in recipe.models]
+    experts = tuple(opened[reference] for reference in references if reference in opened)
+    merges_base = recipe.method.base == "required" or recipe.base in references or recipe.tokenizer_source is not None
+    reference = base if recipe.base and merges_base else opened.get(references[0])
+    return Inputs(base, experts, reference, outline_of(reference, use_cache)) if reference else None
+
+
+def _check(inputs: Inputs, recipe: Recipe, emit: Emit, errors: list[LowmemAimError]) -> None:
+    with noted(errors):
+        _check_configs(inputs, emit)
+    with noted(errors):
+        inputs.row_maps = _row_maps(inputs, recipe, emit)
+        _check_tensors(inputs, emit)
 
 
 def _tell_apart(checkpoints: list[Checkpoint]) -> None:
@@ -104,14 +119,6 @@ def _tell_apart(checkpoints: list[Checkpoint]) -> None:
     for checkpoint, label in zip(checkpoints, labels, strict=True):
         if labels.count(label) > 1:
             checkpoint.label = f"{plain_name(checkpoint.folder.parent)}/{label}"
-
-
-def _raise_all(errors: list[LowmemAimError]) -> None:
-    """One error with all problems and hints, of the first one's kind."""
-    if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        hints = dict.fromkeys(error.hint for error in errors if error.hint)
-        raise type(errors[0])(problems, hint="; ".join(hints))
 
 
 # --- do the models belong together? ---------------------------------------------------------------------------------
@@ -144,11 +151,11 @@ def _check_tensors(inputs: Inputs, emit: Emit) -> None:
     problems: list[str] = []
     vocabulary_differs = False
     for other in _others(inputs):
-        for info in inputs.reference:
-            problem = _tensor_problem(inputs, other, info)
-            if problem:
-                problems.append(problem)
-                vocabulary_differs |= info.name in inputs.outline.vocabulary and info.name in other.tensors
+        found = {info.name: text for info in inputs.reference if (text := _tensor_problem(inputs, other, info))}
+        vocabulary_differs |= any(name in inputs.outline.vocabulary and name in other.tensors for name in found)
+        problems += [*found.values()][:MOST_PROBLEMS]
+        if len(found) > MOST_PROBLEMS:
+            problems.append(f"`{printable(other.label)}`: {len(found) - MOST_PROBLEMS} more tensors do not fit")
         _tell_of_extra_tensors(inputs, other, emit)
     if problems:
         hint = "tokens differ: `tokenizer_source: base` in the recipe matches them by their text"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich import filesize
 
-from lowmem_aim.checkpoint import CONFIG
+from lowmem_aim.config import CONFIG
 from lowmem_aim.durable import OWNER, disk_errors, locked, sync_folder, write_file
 from lowmem_aim.errors import DiskError, LockedError, MemoryBudgetError, ModelError, UsageError, printable
 from lowmem_aim.journal import NAME as JOURNAL

@@ -20,6 +20,7 @@ STOREYS = [
         "interrupts",
         "yaml_tree",
         "headers",
+        "config",
         "memory",
         "loops",
         "kernels",

@@ -1,0 +1,100 @@
+"""JSON of a model folder, and its config.json: of sane size, depth and values, and not of a quantised model.
+
+Others build a model from the config, layer by layer: a number that no model has would take hours and all memory there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.headers import MAX_MARKS, too_many_values
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 10_000_000  # a quantised model's may list every module; others have 2 kB
+MAX_DEPTH = 50  # json, copy and repr give up, or end the process, at some hundreds; real ones have five
+MAX_LAYERS = 1_000  # the largest public models have 126
+MAX_SIZE = 1 << 24
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+# Lists are of one entry a layer.
+SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels")
+
+
+def load_json(file: Path, limit_bytes: int) -> Any:
+    """Raises ModelError for a file that is larger, cannot be read, or is no JSON of a sane depth."""
+    shown = printable(str(file))
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise ModelError(f"`{shown}` has more than {limit_bytes} bytes")
+        if too_many_values(content):
+            raise ModelError(f"`{shown}` holds more than {MAX_MARKS} values")
+        value = json.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise ModelError(f"`{shown}` cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"`{shown}` is not valid JSON: {printable(str(error))}") from error
+    if _deeper(value, MAX_DEPTH):
+        raise ModelError(f"`{shown}` is nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_deeper(item, depth - 1) for item in inner if isinstance(item, dict | list))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises ModelError with all that is wrong with it."""
+    file, shown = folder / CONFIG, printable(str(folder))
+    if not file.is_file():
+        raise ModelError(f"`{shown}` has no {CONFIG}: not a Hugging Face model folder")
+    config = load_json(file, MAX_CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise ModelError(f"`{printable(str(file))}` is not a JSON object")
+    tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
+    quantised = [text for table in tables if (text := _quantisation(table))]
+    if quantised:
+        raise ModelError(
+            f"`{shown}` is quantised ({quantised[0]} in its {CONFIG})",
+            hint="merge the unquantised models, then quantise the result",
+        )
+    problems = [f"`{shown}`: {problem} in its {CONFIG}" for table in tables for problem in _wrong_values(table)]
+    if problems:
+        raise ModelError(problems, hint="download the model's config.json again")
+    return config
+
+
+def _quantisation(table: Mapping[str, Any]) -> str:
+    """How the config says that the weights are quantised; empty if it does not."""
+    for key in ("quantization_config", "compression_config"):
+        found = table.get(key)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            return f"`{key}`" + (f": {printable(str(method), 40)}" if method else "")
+    return ""
+
+
+def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers that no model can have, and texts that are none."""
+    limits = {**dict.fromkeys(LAYERS, MAX_LAYERS), **dict.fromkeys(SIZES, MAX_SIZE), **dict.fromkeys(EXPERTS, 100_000)}
+    for key, limit in limits.items():
+        value = table.get(key)
+        numbers = value if isinstance(value, list) and key in SIZES else [value]
+        lowest = 1 if key not in EXPERTS else 0
+        for number in numbers:
+            if number is not None and not (type(number) is int and lowest <= number <= limit):
+                yield f"`{key}` is {_shown(number)}, no whole number from {lowest} to {limit},"
+                break
+    for key, kind, what in (("model_type", str, "no text"), ("tie_word_embeddings", bool, "neither true nor false")):
+        if not isinstance(table.get(key), kind | None):
+            yield f"`{key}` is {_shown(table[key])}, {what},"
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value) if isinstance(value, str) else json.dumps(value), 60)

@@ -1,0 +1,214 @@
+"""Hostile model folders: refused by name before work, or harmless; nothing outside them is opened, nothing runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_bad_input import Place, edit, place  # noqa: F401 (a fixture)
+
+from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.errors import ModelError
+
+
+class TestConfig:
+    @pytest.mark.parametrize("value", ["abc", -1, 0, 1e300, 10**30, 10**7, True, [3], {"a": 1}, 3.0])
+    @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+    def test_a_number_of_layers_that_no_model_has(self, place: Place, key: str, value: Any) -> None:  # noqa: F811
+        tiny.edit_config(place.folder / "base", **{key: value})
+        place.refused(place.merge(), 3, "base`: `" + key, "no whole number from 1 to 1000")
+
+    def test_every_wrong_value_of_every_model_is_listed(self, place: Place) -> None:  # noqa: F811
+        tiny.edit_config(place.folder / "base", hidden_size=10**15, model_type=["x"], head_dim=-3)
+        tiny.edit_config(place.folder / "math", num_attention_heads="4", tie_word_embeddings="yes")
+        tiny.edit_config(place.folder / "code", text_config={"num_hidden_layers": 10**30}, num_local_experts=10**9)
+        messages = (
+            *("base`: `hidden_size` is 1000000000000000, no whole", 'base`: `model_type` is ["x"], no text'),
+            *(
+                "base`: `head_dim` is -3,",
+                "math`: `num_attention_heads` is '4',",
+                "`tie_word_embeddings` is 'yes', nei",
+            ),
+            *("code`: `num_hidden_layers` is 1000", "code`: `num_local_experts` is 1000"),
+        )
+        place.refused(place.merge(), 3, *messages)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"{", "not valid JSON"),
+            (b"\xff\xfe{", "not valid JSON"),
+            (b'{"num_hidden_layers":' + b"9" * 5000 + b"}", "not valid JSON"),
+            (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON"),
+            (b'{"a":' + b"[" * 200 + b"]" * 200 + b"}", "nested more than 50 deep"),
+            (b'{"a":"' + b"x" * 11_000_000 + b'"}', "more than 10000000 bytes"),
+            (b'{"a":[' + b"[]," * 1_000_000 + b"1]}", "more than 500000 values"),
+        ],
+    )
+    def test_files_that_are_no_config(self, place: Place, content: bytes, message: str) -> None:  # noqa: F811
+        (place.folder / "math/config.json").write_bytes(content)
+        place.refused(place.merge(), 3, "math/config.json`", message)
+
+    def test_code_in_the_folder_never_runs_and_is_not_handed_on(self, place: Place, texts: Path) -> None:  # noqa: F811
+        for name in ("base", "math", "code"):
+            tiny.edit_config(place.folder / name, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+            tokenizer = json.loads((place.folder / name / "tokenizer_config.json").read_text())
+            tokenizer["auto_map"] = {"AutoTokenizer": ["evil.T", None]}
+            (place.folder / name / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+            (place.folder / name / "evil.py").write_text(f"open({str(place.folder / 'ran')!r}, 'w')")
+        assert place.merge("--omega", "0.4", "--calibration", texts, "--block-size", "16").code == 0
+        assert not (place.folder / "ran").exists()
+        assert "auto_map" not in (place.out / "config.json").read_text()
+        assert not (place.out / "evil.py").exists()
+
+    def test_a_model_that_needs_its_code_is_refused(self, place: Place, texts: Path) -> None:  # noqa: F811
+        for name in ("base", "math", "code"):
+            tiny.edit_config(place.folder / name, model_type="evil", auto_map={"AutoConfig": "evil.C"})
+            (place.folder / name / "evil.py").write_text(f"open({str(place.folder / 'ran')!r}, 'w')")
+        done = place.merge("--omega", "0.4", "--calibration", texts)
+        place.refused(done, 3, "only with Python code from its own folder (`auto_map`), which is never executed here")
+        assert not (place.folder / "ran").exists()
+
+
+class TestQuantised:
+    @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
+    def test_by_config(self, place: Place, method: str) -> None:  # noqa: F811
+        tiny.edit_config(place.folder / "math", quantization_config={"quant_method": method, "bits": 4})
+        message = f"math` is quantised (`quantization_config`: {method} in its config.json)"
+        place.refused(place.merge(), 3, message, "hint: merge the unquantised models")
+
+    @pytest.mark.parametrize(
+        "suffix",
+        ["qweight", "qzeros", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "SCB", "weight_scale_inv"],
+    )
+    def test_by_tensors(self, place: Place, suffix: str) -> None:  # noqa: F811
+        name = f"model.layers.0.mlp.up_proj.{suffix}"
+        edit(place.folder / "code", lambda tensors: tensors.update({name: torch.ones(2, dtype=torch.uint8)}))
+        place.refused(place.merge(), 3, f"code` is quantised (it holds `{name}`)")
+
+
+def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> None:  # noqa: F811
+    """One quantised, one broken, one of another size and shape: a single run tells all."""
+    for name in ("awq", "cut", "small"):
+        tiny.perturbed(place.folder / "base", place.folder / name, scale=0.0)
+    tiny.edit_config(place.folder / "awq", quantization_config={"quant_method": "awq"})
+    (place.folder / "cut/model.safetensors").write_bytes(b"\x80\x04" * 10)
+    tiny.edit_config(place.folder / "small", num_hidden_layers=2, num_key_value_heads=4, tie_word_embeddings=True)
+    edit(place.folder / "small", lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][1:]}))
+    edit(place.folder / "small", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].int()}))
+    edit(place.folder / "math", lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    experts = [f for name in ("awq", "cut", "small") for f in ("--expert", place.folder / name)]
+    place.refused(
+        place.merge(*experts),
+        3,
+        *("awq` is quantised", "cut/model.safetensors` is not a valid safetensors file"),
+        *("`small` has `num_hidden_layers` 2, but `base` has 3", "`small` has `num_key_value_heads` 4"),
+        *("`small` has `tie_word_embeddings` True", "`small`: `model.norm.weight` is int32, but float32 in `base`"),
+        "`small`: the vocabulary differs: `model.embed_tokens.weight` has the shape [263, 32]",
+        "`math` lacks the tensor `model.layers.0.mlp.up_proj.weight`",
+        *("hint: merge the unquantised models", "only models of one architecture", "`tokenizer_source: base`"),
+    )
+
+
+def test_a_model_of_another_size_does_not_hide_the_others(place: Place) -> None:  # noqa: F811
+    edit(place.folder / "math", lambda t: [t.update({n: torch.ones(3)}) for n in t])
+    edit(place.folder / "code", lambda t: t.pop("model.norm.weight"))
+    done = place.merge()
+    place.refused(done, 3, "`math`: ", "more tensors do not fit", "`code` lacks the tensor `model.norm.weight`")
+    assert done.err.count("\n") < 40
+
+
+class TestIndex:
+    @pytest.fixture
+    def folder(self, llama: Path, tmp_path: Path) -> Path:
+        """A model in one shard that its index names."""
+        made = tiny.perturbed(llama / "base", tmp_path / "model", scale=0.0)
+        (made / "model.safetensors").rename(made / "x-1.safetensors")
+        self.index(made, dict.fromkeys(load_file(made / "x-1.safetensors"), "x-1.safetensors"))
+        Checkpoint.open(made).close()
+        return made
+
+    def index(self, folder: Path, weight_map: Any) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def refused(self, folder: Path, match: str) -> None:
+        with pytest.raises(ModelError, match=match):
+            Checkpoint.open(folder)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("../base/model.safetensors", "/base/model.safetensors", "config.json", "pytorch_model.bin", "x-1"),
+            *("sub\\x.safetensors", "C:x.safetensors", "a\0.safetensors", "a" * 1_000_000 + ".safetensors"),
+        ],
+    )
+    def test_shards_that_are_no_plain_safetensors_name(self, folder: Path, name: str) -> None:
+        self.index(folder, {"w": name})
+        self.refused(folder, "not a plain file name that ends in .safetensors")
+
+    @pytest.mark.parametrize("weight_map", [[], "x", 3, None, {}])
+    def test_no_table(self, folder: Path, weight_map: Any) -> None:
+        self.index(folder, weight_map)
+        self.refused(folder, "has no `weight_map`")
+
+    @pytest.mark.parametrize("value", [1, None, True, ["x-1.safetensors"], {"a": "b"}])
+    def test_values_that_are_no_texts(self, folder: Path, value: Any) -> None:
+        self.index(folder, {"w": value})
+        self.refused(folder, "not a plain file name")
+
+    def test_links(self, folder: Path, tmp_path: Path) -> None:
+        outside = folder.parent / "outside.safetensors"
+        (folder / "x-1.safetensors").rename(outside)
+        for target in (outside, Path("../outside.safetensors"), Path("x-1.safetensors"), Path("/dev/zero"), Path("/")):
+            (folder / "x-1.safetensors").unlink(missing_ok=True)
+            (folder / "x-1.safetensors").symlink_to(target)
+            self.refused(folder, "is a link that leads out of its model folder")
+
+    def test_a_folder_named_snapshots_gives_no_way_out_but_to_its_blobs(self, folder: Path, tmp_path: Path) -> None:
+        snapshot = tmp_path / "snapshots" / "1"
+        snapshot.parent.mkdir()
+        folder.rename(snapshot)
+        (snapshot / "x-1.safetensors").rename(tmp_path / "x-1.safetensors")
+        (snapshot / "x-1.safetensors").symlink_to("../../x-1.safetensors")
+        self.refused(snapshot, "leads out of its model folder")
+
+    def test_many_shards_that_are_not_there(self, folder: Path) -> None:
+        self.index(folder, {f"w{i}": f"{i}.safetensors" for i in range(20_000)})
+        self.refused(folder, "which is missing")
+
+    def test_more_values_than_any_model_has(self, folder: Path) -> None:
+        self.index(folder, [[]] * 600_000)
+        self.refused(folder, "more than 500000 values")
+
+
+class TestPickle:
+    def test_whatever_it_is_called_it_is_never_loaded(self, place: Place) -> None:  # noqa: F811
+        bomb = pickle.dumps(_Bomb(str(place.folder / "ran")))
+        (place.folder / "math/model.safetensors").write_bytes(bomb)
+        place.refused(place.merge(), 3, "math/model.safetensors` is not a valid safetensors file")
+        (place.folder / "math/model.safetensors").unlink()
+        for name in ("pytorch_model.bin", "adapter_model.bin", "consolidated.00.pth", "model.ckpt"):
+            (place.folder / "math" / name).write_bytes(bomb)
+            place.refused(place.merge(), 3, f"only pickle (`{name}`)")
+            (place.folder / "math" / name).unlink()
+        assert not (place.folder / "ran").exists()
+
+    def test_beside_safetensors_it_is_left_alone(self, place: Place) -> None:  # noqa: F811
+        (place.folder / "base/pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(str(place.folder / "ran"))))
+        assert place.merge().code == 0
+        assert not (place.folder / "ran").exists()
+        assert not (place.out / "pytorch_model.bin").exists()
+
+
+class _Bomb:
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return open, (self.file, "w")
