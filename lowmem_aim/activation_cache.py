@@ -21,7 +21,7 @@ from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.durable import cache_folder
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
-from lowmem_aim.inputs import load_tokenizer
+from lowmem_aim.inputs import load_tokenizer, tokenizer_errors
 from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Budget
 from lowmem_aim.recipe import Aim
@@ -130,7 +130,9 @@ def prepare(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
     tokenizer = load_tokenizer(base)
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        what = f"the tokenizer of `{printable(base.label)}` fails at the calibration text"
+        with tokenizer_errors(what, "is it the model's own?"):
+            return list(tokenizer(text, verbose=False)["input_ids"])
 
     return Calibration(aim, base, skeleton, token_sequences(aim, encode, emit), None)
 

@@ -78,11 +78,20 @@ def output_files(
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not _is_plain(text):
+        text = json.dumps(value, indent=2)
+    return (text + "\n").encode()
 
 
 def _yaml(value: Any) -> str:
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
+    text = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
+    return text if _is_plain(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether all is as it looks: no direction marks, no halves of a surrogate pair."""
+    return all(line.isprintable() for line in text.split("\n"))
 
 
 def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:

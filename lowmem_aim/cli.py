@@ -18,20 +18,21 @@ import click
 
 import lowmem_aim
 from lowmem_aim import interrupts
-from lowmem_aim.errors import LowmemAimError, UsageError
+from lowmem_aim.errors import LowmemAimError, UsageError, printable
 
 if TYPE_CHECKING:
     from lowmem_aim.events import Event
     from lowmem_aim.run import Options
 
 MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
+LONGEST_PROBLEM = 2000  # characters
 BUG_HINT = "this is a bug: run again with `--debug` and report what it prints"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def report(error: LowmemAimError) -> None:
     """The error on stderr, plain text: what happened, then what to do."""
-    first, *others = error.problems or ("unknown",)
+    first, *others = [printable(problem, LONGEST_PROBLEM) for problem in error.problems] or ["unknown"]
     lines = [f"error: {first}", *(f"       {problem}" for problem in others[:MOST_PROBLEMS])]
     if len(others) > MOST_PROBLEMS:
         lines.append(f"       ... and {len(others) - MOST_PROBLEMS} more")

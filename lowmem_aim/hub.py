@@ -6,6 +6,7 @@ safetensors, json and tokenizer data only: no pickle, no code.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +37,18 @@ class Located:
 def locate(reference: str, emit: Emit) -> Located:
     """The folder of a model, downloaded first if it is on the Hub. Raises ModelError or NetworkError."""
     shown = printable(reference)
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    # os.path answers False where Path's own would raise: a name that no system takes, an unknown user.
+    folder = Path(os.path.expanduser(reference))
+    if os.path.isdir(folder):
         return Located(folder, plain_name(folder.resolve()))
-    if folder.exists():
+    if os.path.exists(folder):
         raise ModelError(f"`{shown}` is a file, not a model folder", hint="name the folder that holds config.json")
     if "+" in reference:
         raise ModelError(f"`{shown}`: LoRA adapters are not supported", hint="merge the adapter into its model first")
     # `experts/math` may be either; where there is a folder `experts`, it was meant to be in there.
-    looks_local = reference.startswith((".", "~")) or folder.parent.is_dir()
-    if looks_local or not _HUB_ID.fullmatch(reference):
+    looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
+    # `..` in a revision would lead out of the Hub library's cache.
+    if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
         raise ModelError(f"there is no model folder `{shown}`", hint="check the path (Hub ids look like `owner/name`)")
     return Located(_downloaded(reference, emit), reference)
 
@@ -59,6 +62,7 @@ def _downloaded(reference: str, emit: Emit) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -85,6 +89,10 @@ def _downloaded(reference: str, emit: Emit) -> Path:
         raise ModelError(
             f"there is no folder `{shown}` here and no such model on the Hub",
             hint="check the name; private ones need HF_TOKEN",
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(
+            f"`{shown}` is neither a folder here nor a Hub id: {printable(str(error))}", hint="check the name"
         ) from error
     except (OSError, RuntimeError) as error:  # every HTTP and connection error of the library
         raise NetworkError(f"`{shown}` could not be downloaded: {printable(str(error))}", hint) from error

@@ -240,13 +240,20 @@ def load_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # t
     """transformers' tokenizer of a model folder; never custom code. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    try:
+    what = f"`{printable(checkpoint.label)}` has no tokenizer that transformers can load"
+    with tokenizer_errors(what, "put its tokenizer files into the model's folder"):
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # it raises whatever its parsers do
-        raise ModelError(
-            f"`{printable(checkpoint.label)}` has no tokenizer that transformers can load: {printable(str(error))}",
-            hint="put its tokenizer files into the model's folder",
-        ) from error
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str, hint: str) -> Iterator[None]:
+    """Whatever a tokenizer raises as a ModelError: its parsers raise anything, its compiled parts a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{what}: {printable(str(error))}", hint) from error
 
 
 def _row_maps(inputs: Inputs, recipe: Recipe, emit: Emit) -> dict[Path, Tensor]:

@@ -27,6 +27,7 @@ UNSUPPORTED_KEYS = {
     "chat_template": "the base's chat template is copied as it is",
 }
 DTYPES = ("float32", "float16", "bfloat16")
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; what systems take
 DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
 
 
@@ -166,10 +167,13 @@ class _Reader:
         value = node.value
         if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
             value = value["path"].value
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-        self.problem(node, f"`{what}` must be a text")
-        return None
+        if not isinstance(value, str) or not value.strip():
+            self.problem(node, f"`{what}` must be a text")
+            return None
+        if wrong := _no_name(value.strip()):
+            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
+            return None
+        return value.strip()
 
     def _method(self) -> Method | None:
         node = self.root.get("merge_method")
@@ -334,7 +338,10 @@ class _Reader:
         whole = isinstance(value, int) and not isinstance(value, bool)
         correct = {
             "omega": (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1, "in [0, 1]"),
-            "calibration": (isinstance(value, str) and bool(value), "a file, `builtin`, or a Hub dataset id"),
+            "calibration": (
+                isinstance(value, str) and bool(value) and not _no_name(value),
+                "a file, `builtin`, or a Hub dataset id",
+            ),
             "samples": (whole and value > 0, "a whole number above 0"),
             "block_size": (whole and value >= 16, "a whole number, 16 or more"),
             "seed": (whole and 0 <= value < 1 << 32, "a whole number in [0, 2^32)"),
@@ -348,6 +355,21 @@ class _Reader:
             self.problem(node, f"`aim.{key}` must be {what}, not {shown}")
             return None
         return float(value) if key == "omega" else value
+
+
+def _no_name(text: str) -> str:
+    """Why a text can be no path and no Hub id; empty if it can."""
+    try:
+        parts = text.encode("utf-8").split(b"/")
+    except UnicodeEncodeError:
+        return "is not Unicode"
+    if "\0" in text:
+        return "holds a NUL character"
+    if len(text) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in parts):
+        return "is too long for a path"
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        return "is of a user who is not known here"
+    return ""
 
 
 def _line_of(problem: str) -> int:

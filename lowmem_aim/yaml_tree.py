@@ -1,6 +1,7 @@
 """YAML as a tree of `Node`s that know where they stand, read so that no input can run code or grow.
 
-Only plain scalars, lists and tables are built, aliases are expanded up to MAX_NODES, doubled keys are refused.
+Only plain scalars, lists and tables are built, as many and as deep as MAX_NODES and MAX_DEPTH say, aliases expanded;
+doubled keys are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lowmem_aim.errors import RecipeError, printable
 MAX_RECIPE_BYTES = 1_000_000
 MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billions
 MAX_DEPTH = 40
+MAX_NUMBER = 1000  # characters; `1:59:59:...` is a number to YAML, and takes a time that grows with its square
 STANDARD = "tag:yaml.org,2002:"
 PLAIN_TAGS = frozenset(["null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp", "value"])
 
@@ -40,7 +42,7 @@ def parse(text: str, source: str) -> Node:
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{source}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _Loader(text, source).get_single_node()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{source}:{line}: not valid YAML: {printable(error.problem or str(error))}") from error
@@ -53,6 +55,23 @@ def parse(text: str, source: str) -> Node:
     if converter.problems:
         raise RecipeError(converter.problems)
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at a file that is too large or too deep as it meets it: reading on would take minutes."""
+
+    def __init__(self, text: str, source: str) -> None:
+        super().__init__(text)
+        self._source, self._nodes, self._depth = source, 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MAX_NODES or self._depth > MAX_DEPTH:
+            raise RecipeError(f"{self._source}:{self.line + 1}: the recipe is too large or too deep")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Converter:
@@ -80,11 +99,12 @@ class _Converter:
 
     def _scalar(self, node: yaml.Node, where: str) -> Any:
         try:
+            if node.tag != STANDARD + "str" and len(node.value) > MAX_NUMBER:
+                raise ValueError("too long")
             value = self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            self.problems.append(
-                f"{where}: `{printable(str(node.value))}` is not a valid value: {printable(str(error))}"
-            )
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # of a tag that does not fit
+            shown = printable(str(node.value)) + "` is not a valid value"
+            self.problems.append(f"{where}: `{shown}: {printable(str(error))}")
             return None
         if value is not None and not isinstance(value, bool | int | float | str):
             return str(node.value)  # dates and the like: as they were written
@@ -117,10 +137,12 @@ def load_tree(path: Path) -> Node:
     """The tree of a recipe file. Raises RecipeError."""
     shown = printable(str(path))
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
-        return parse(path.read_text(encoding="utf-8"), shown)
+        with path.open("rb") as stream:
+            content = stream.read(MAX_RECIPE_BYTES + 1)  # /dev/zero has no end
+        return parse(content.decode("utf-8"), shown)
     except OSError as error:
         raise RecipeError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
+        if len(content) > MAX_RECIPE_BYTES:  # it may have been cut within a letter
+            raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe") from None
         raise RecipeError(f"{shown}: is not UTF-8 text") from error

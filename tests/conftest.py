@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -72,3 +73,34 @@ def texts(tmp_path: Path) -> Path:
     lines = ["The quick brown fox.", "jumps over", "a lazy dog that has been sleeping all day long in the sun"]
     file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return file
+
+
+class Place(NamedTuple):
+    """A folder that a test may spoil: `base` and the experts `math` and `code`, tiny Llamas, and the merge of them."""
+
+    folder: Path
+    run: Run
+
+    def merge(self, *more: object, method: str = "ties") -> Ran:
+        command = ("merge", self.out, "--method", method, "--base", self.folder / "base")
+        return self.run(*command, "--expert", self.folder / "math", "--expert", self.folder / "code", *more)
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def refused(self, done: Ran, code: int, *messages: str) -> None:
+        assert done.code == code, done.err
+        assert any(line.startswith("error: ") for line in done.err.splitlines()), done.err
+        assert "Traceback" not in done.err
+        for message in messages:
+            assert message in done.err
+        assert done.out == ""
+        assert not self.out.exists()
+
+
+@pytest.fixture
+def place(llama: Path, tmp_path: Path, run: Run) -> Place:
+    for name in ("base", "math", "code"):
+        tiny.perturbed(llama / name, tmp_path / name, scale=0.0)
+    return Place(tmp_path, run)

@@ -7,44 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from conftest import Ran, Run
+from conftest import Place
 from safetensors.torch import load_file, save_file
-
-
-class Place(NamedTuple):
-    """A folder that a test may spoil: `base` and the experts `math` and `code`, tiny Llamas, and the merge of them."""
-
-    folder: Path
-    run: Run
-
-    def merge(self, *more: object, method: str = "ties") -> Ran:
-        command = ("merge", self.out, "--method", method, "--base", self.folder / "base")
-        return self.run(*command, "--expert", self.folder / "math", "--expert", self.folder / "code", *more)
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    def refused(self, done: Ran, code: int, *messages: str) -> None:
-        assert done.code == code, done.err
-        assert any(line.startswith("error: ") for line in done.err.splitlines()), done.err
-        assert "Traceback" not in done.err
-        for message in messages:
-            assert message in done.err
-        assert done.out == ""
-        assert not self.out.exists()
-
-
-@pytest.fixture
-def place(llama: Path, tmp_path: Path, run: Run) -> Place:
-    for name in ("base", "math", "code"):
-        tiny.perturbed(llama / name, tmp_path / name, scale=0.0)
-    return Place(tmp_path, run)
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

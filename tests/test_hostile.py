@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
+from conftest import Place
 from safetensors.torch import load_file
-from test_bad_input import Place, edit, place  # noqa: F401 (a fixture)
+from test_bad_input import edit
 
 from lowmem_aim.checkpoint import Checkpoint
-from lowmem_aim.errors import ModelError
+from lowmem_aim.errors import ModelError, printable
 
 
 class TestConfig:
     @pytest.mark.parametrize("value", ["abc", -1, 0, 1e300, 10**30, 10**7, True, [3], {"a": 1}, 3.0])
     @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
-    def test_a_number_of_layers_that_no_model_has(self, place: Place, key: str, value: Any) -> None:  # noqa: F811
+    def test_a_number_of_layers_that_no_model_has(self, place: Place, key: str, value: Any) -> None:
         tiny.edit_config(place.folder / "base", **{key: value})
         place.refused(place.merge(), 3, "base`: `" + key, "no whole number from 1 to 1000")
 
-    def test_every_wrong_value_of_every_model_is_listed(self, place: Place) -> None:  # noqa: F811
+    def test_every_wrong_value_of_every_model_is_listed(self, place: Place) -> None:
         tiny.edit_config(place.folder / "base", hidden_size=10**15, model_type=["x"], head_dim=-3)
         tiny.edit_config(place.folder / "math", num_attention_heads="4", tie_word_embeddings="yes")
         tiny.edit_config(place.folder / "code", text_config={"num_hidden_layers": 10**30}, num_local_experts=10**9)
@@ -51,11 +54,11 @@ class TestConfig:
             (b'{"a":[' + b"[]," * 1_000_000 + b"1]}", "more than 500000 values"),
         ],
     )
-    def test_files_that_are_no_config(self, place: Place, content: bytes, message: str) -> None:  # noqa: F811
+    def test_files_that_are_no_config(self, place: Place, content: bytes, message: str) -> None:
         (place.folder / "math/config.json").write_bytes(content)
         place.refused(place.merge(), 3, "math/config.json`", message)
 
-    def test_code_in_the_folder_never_runs_and_is_not_handed_on(self, place: Place, texts: Path) -> None:  # noqa: F811
+    def test_code_in_the_folder_never_runs_and_is_not_handed_on(self, place: Place, texts: Path) -> None:
         for name in ("base", "math", "code"):
             tiny.edit_config(place.folder / name, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
             tokenizer = json.loads((place.folder / name / "tokenizer_config.json").read_text())
@@ -67,7 +70,7 @@ class TestConfig:
         assert "auto_map" not in (place.out / "config.json").read_text()
         assert not (place.out / "evil.py").exists()
 
-    def test_a_model_that_needs_its_code_is_refused(self, place: Place, texts: Path) -> None:  # noqa: F811
+    def test_a_model_that_needs_its_code_is_refused(self, place: Place, texts: Path) -> None:
         for name in ("base", "math", "code"):
             tiny.edit_config(place.folder / name, model_type="evil", auto_map={"AutoConfig": "evil.C"})
             (place.folder / name / "evil.py").write_text(f"open({str(place.folder / 'ran')!r}, 'w')")
@@ -78,7 +81,7 @@ class TestConfig:
 
 class TestQuantised:
     @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
-    def test_by_config(self, place: Place, method: str) -> None:  # noqa: F811
+    def test_by_config(self, place: Place, method: str) -> None:
         tiny.edit_config(place.folder / "math", quantization_config={"quant_method": method, "bits": 4})
         message = f"math` is quantised (`quantization_config`: {method} in its config.json)"
         place.refused(place.merge(), 3, message, "hint: merge the unquantised models")
@@ -87,13 +90,13 @@ class TestQuantised:
         "suffix",
         ["qweight", "qzeros", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "SCB", "weight_scale_inv"],
     )
-    def test_by_tensors(self, place: Place, suffix: str) -> None:  # noqa: F811
+    def test_by_tensors(self, place: Place, suffix: str) -> None:
         name = f"model.layers.0.mlp.up_proj.{suffix}"
         edit(place.folder / "code", lambda tensors: tensors.update({name: torch.ones(2, dtype=torch.uint8)}))
         place.refused(place.merge(), 3, f"code` is quantised (it holds `{name}`)")
 
 
-def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> None:  # noqa: F811
+def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> None:
     """One quantised, one broken, one of another size and shape: a single run tells all."""
     for name in ("awq", "cut", "small"):
         tiny.perturbed(place.folder / "base", place.folder / name, scale=0.0)
@@ -116,7 +119,7 @@ def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> No
     )
 
 
-def test_a_model_of_another_size_does_not_hide_the_others(place: Place) -> None:  # noqa: F811
+def test_a_model_of_another_size_does_not_hide_the_others(place: Place) -> None:
     edit(place.folder / "math", lambda t: [t.update({n: torch.ones(3)}) for n in t])
     edit(place.folder / "code", lambda t: t.pop("model.norm.weight"))
     done = place.merge()
@@ -188,7 +191,7 @@ class TestIndex:
 
 
 class TestPickle:
-    def test_whatever_it_is_called_it_is_never_loaded(self, place: Place) -> None:  # noqa: F811
+    def test_whatever_it_is_called_it_is_never_loaded(self, place: Place) -> None:
         bomb = pickle.dumps(_Bomb(str(place.folder / "ran")))
         (place.folder / "math/model.safetensors").write_bytes(bomb)
         place.refused(place.merge(), 3, "math/model.safetensors` is not a valid safetensors file")
@@ -199,7 +202,7 @@ class TestPickle:
             (place.folder / "math" / name).unlink()
         assert not (place.folder / "ran").exists()
 
-    def test_beside_safetensors_it_is_left_alone(self, place: Place) -> None:  # noqa: F811
+    def test_beside_safetensors_it_is_left_alone(self, place: Place) -> None:
         (place.folder / "base/pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(str(place.folder / "ran"))))
         assert place.merge().code == 0
         assert not (place.folder / "ran").exists()
@@ -212,3 +215,175 @@ class _Bomb:
 
     def __reduce__(self) -> Any:
         return open, (self.file, "w")
+
+
+class TestRecipe:
+    GOOD = "merge_method: ties\nbase_model: {0}/base\nmodels: [{{model: {0}/math}}]\nparameters: {{weight: 1.0}}\n"
+
+    def refused(self, place: Place, text: str, *messages: str) -> None:
+        (place.folder / "recipe.yml").write_text(text)
+        place.refused(place.run("merge", place.folder / "recipe.yml", place.out), 2, *messages)
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ("dtype: !!python/object/apply:os.system ['false']", "python/object/apply:os.system` is not allowed"),
+            ("dtype: !!python/name:os.system ''", "is not allowed"),
+            ("dtype: !mine x", "the YAML tag `!mine` is not allowed"),
+            ("? !!python/object:x.Y {}\n: 1", "a key must be a plain word"),
+            ("dtype: !!binary aGVsbG8=", "is not allowed"),
+            ("dtype: !!int ''", "is not a valid value"),
+            ("dtype: !!bool maybe", "`maybe` is not a valid value"),
+            ("dtype: !!float abc", "`abc` is not a valid value"),
+            ("'merge_method': linear", "the key `merge_method` stands twice"),
+            ("x: [" + "1," * 400_000 + "1]", "too large or too deep"),
+            ("x: {" + "".join(f"a{i}: 1," for i in range(80_000)) + "}", "too large or too deep"),
+            ("x: " + "[" * 400_000 + "]" * 400_000, "too large or too deep"),
+            ("x:\n" + "".join(f"{' ' * i}a:\n" for i in range(1, 900)), "too large or too deep"),
+            ("x: &a [*a]", "too large or too deep"),
+            ("aim: {omega: 1" + ":59" * 100_000 + "}", "is not a valid value: too long"),
+            ("aim: {omega: 0x" + "f" * 100_000 + "}", "is not a valid value: too long"),
+            ('"\\e[2J": 1', "unknown key `\\x1b[2J`"),
+            ("x: \0", "not valid YAML"),
+            ("---\nx: 1", "not valid YAML"),
+            ('aim: {omega: 0.4, calibration: "a\\0.txt"}', "`aim.calibration` must be a file"),
+            ("aim: {omega: 0.4, calibration: " + "a" * 9000 + ".safetensors}", "`aim.calibration` must be a file"),
+        ],
+    )
+    def test_yaml(self, place: Place, more: str, message: str) -> None:
+        self.refused(place, self.GOOD.format(place.folder) + more + "\n", "recipe.yml:", message)
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            ('"a\\0b"', "holds a NUL character"),
+            ('"\\ud800/x"', "is not Unicode"),
+            ("/" + "a" * 300, "is too long for a path"),
+            ("a/" * 5000, "is too long for a path"),
+            ("~no-such-user/x", "is of a user who is not known here"),
+        ],
+    )
+    def test_a_model_that_no_path_can_name(self, place: Place, model: str, message: str) -> None:
+        self.refused(place, self.GOOD.format(place.folder).replace(f"{place.folder}/math", model), message)
+
+    @pytest.mark.parametrize("model", ["../../etc", "a/b@../../x", "a/..@main", "/dev/zero", "a/b@x/../y"])
+    def test_a_reference_that_leads_elsewhere_is_no_hub_id(self, place: Place, model: str) -> None:
+        place.refused(place.merge("--expert", model), 3, f"`{model}`")
+
+    def test_a_recipe_without_end(self, place: Place) -> None:
+        if not Path("/dev/zero").exists():
+            pytest.skip("needs /dev/zero")
+        place.refused(place.run("merge", "/dev/zero", place.out), 2, "of more than 1000000 bytes is no recipe")
+
+
+class TestTokenizer:
+    def hostile(self, place: Place, file: str, content: bytes) -> None:
+        for name in ("base", "math", "code"):
+            (place.folder / name / file).write_bytes(content)
+
+    @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *(b"{", b"[]", b"\xff\xfe", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+            b'{"model":{"type":"BPE","merges":[],"vocab":{"a":1' + b"0" * 30 + b"}}" + b"}",
+        ],
+    )
+    def test_files_that_are_none(self, place: Place, texts: Path, file: str, content: bytes) -> None:
+        if file == "tokenizer_config.json" and content.startswith(b'{"model"'):
+            pytest.skip("a table that the library does not look at")
+        self.hostile(place, file, content)
+        message = "`base` has no tokenizer that transformers can load"
+        place.refused(place.merge("--tokenizer-source", "base"), 3, message)
+        place.refused(place.merge("--omega", "0.4", "--calibration", texts), 3, message)
+
+    def test_one_that_panics_at_the_text(self, place: Place, texts: Path) -> None:
+        tokenizer = json.loads((place.folder / "base/tokenizer.json").read_text())
+        pattern = {"Regex": "(a+)+$|(((((.*)*)*)*)*)*!"}
+        tokenizer["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        self.hostile(place, "tokenizer.json", json.dumps(tokenizer).encode())
+        texts.write_text(json.dumps({"text": "The quick brown fox jumps over the lazy dog, again and again."}))
+        done = place.merge("--omega", "0.4", "--calibration", texts)
+        place.refused(done, 3, "the tokenizer of `base` fails at the calibration text")
+
+    def test_a_chat_template_is_copied_and_never_rendered(self, place: Place, texts: Path) -> None:
+        bomb = b"{% for i in range(10**9) %}{% for j in range(10**9) %}{{ i }}{% endfor %}{% endfor %}{{"
+        self.hostile(place, "chat_template.jinja", bomb)
+        done = place.merge("--omega", "0.4", "--calibration", texts, "--tokenizer-source", "base")
+        assert done.code == 0, done.err
+        assert (place.out / "chat_template.jinja").read_bytes() == bomb
+
+
+NAMES = [
+    *("\x1b[2J\x1b]0;title\x07", "[bold red]x[/bold red]", "a\0b", "\u202eevil", "x\n---\nlicense: evil\n---\n"),
+    *("../../etc/x", "|<script>alert(1)</script>`", "", "n" * 1_000_000),
+]
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_of_tensors(self, place: Place, name: str) -> None:
+        """Merged and copied as any other; escaped in messages, on the card, and not taken for a path."""
+        for model in ("base", "math", "code"):
+            edit(place.folder / model, lambda t: t.update({name: torch.ones(2), name + "#": torch.ones(2).int()}))
+        edit(place.folder / "math", lambda t: t.update({name: torch.tensor([float("nan"), 1.0]), name + "!": t[name]}))
+        before = sorted(place.folder.rglob("*"))
+        done = place.merge("--nonfinite", "base")
+        assert done.code == 0, done.err
+        assert [file for file in sorted(place.folder.rglob("*")) if place.out not in (file, *file.parents)] == before
+        assert set(load_file(place.out / "model.safetensors")) >= {name, name + "#"}
+        facts = json.loads((place.out / "lowmem_aim.json").read_text())
+        assert name + "#" in facts["tensors"]["copied"]
+        assert [item["tensor"] for item in facts["nonfinite"]] == [name]
+        self.is_plain(done.err)
+        self.is_plain((place.out / "lowmem_aim.json").read_text())
+        self.is_card((place.out / "README.md").read_text())
+
+    @pytest.mark.parametrize(
+        "name", ["a\x1b[2J", "x`|<b>", "y\n---\nlicense: evil", "[red]r", "\u202ex", "- !!x &a *b"]
+    )
+    def test_of_folders(self, place: Place, name: str) -> None:
+        (place.folder / "math").rename(place.folder / name)
+        command = ("--method", "ties", "--base", place.folder / "base", "--expert", place.folder / name)
+        done = place.run("merge", place.out, *command)
+        assert done.code == 0, done.err
+        self.is_plain(done.err)
+        self.is_card((place.out / "README.md").read_text())
+        portable = yaml.safe_load((place.out / "mergekit_config.yml").read_text())
+        assert portable["models"][0]["model"] == printable(name).replace("`", "'")
+
+    def test_of_a_filter(self, place: Place) -> None:
+        """A recipe of another's: what it says stands on the card, and can neither close its block nor turn the line."""
+        pattern = "\u202e```\n---\nlicense: evil\n```\ud800"
+        weight = [{"filter": pattern, "value": 0.5}, {"value": 1.0}]
+        table = {"merge_method": "ties", "base_model": str(place.folder / "base"), "parameters": {"weight": weight}}
+        table["models"] = [{"model": str(place.folder / "math")}]
+        (place.folder / "recipe.yml").write_text(json.dumps(table))
+        assert place.run("merge", place.folder / "recipe.yml", place.out).code == 0
+        self.is_card((place.out / "README.md").read_text())
+        portable = yaml.safe_load((place.out / "mergekit_config.yml").read_text())
+        assert portable["parameters"]["weight"] == weight
+
+    def test_of_a_config(self, place: Place) -> None:
+        """What a config says of itself is no part of the card, and comes out as it went in."""
+        said = {"license": "mit\n---\n# owned", "x": "\u202e\ud800", "tags": ["<script>"]}
+        for model in ("base", "math", "code"):
+            tiny.edit_config(place.folder / model, **said)
+        assert place.merge().code == 0
+        card = (place.out / "README.md").read_text()
+        self.is_card(card)
+        assert "owned" not in card
+        assert said.items() <= json.loads((place.out / "config.json").read_text()).items()
+
+    def is_plain(self, text: str) -> None:
+        assert all(line.isprintable() for line in text.split("\n"))
+
+    def is_card(self, card: str) -> None:
+        """One front matter of our keys, our headings alone, and no markup of others outside code."""
+        self.is_plain(card)
+        _, front, body = card.split("---\n", 2)
+        assert list(yaml.safe_load(front)) == ["base_model", "library_name", "tags"]
+        prose = re.sub(r"(?ms)^(`{3,})yaml\n.*?^\1$|`[^`\n]*`", "", body)
+        assert not set("<>`[") & set(prose)
+        headings = re.findall(r"^#+ (\w+)", prose, re.MULTILINE)
+        assert headings in (["A", "Recipe", "Digests"], ["A", "Recipe", "Digests", "Elements"])
