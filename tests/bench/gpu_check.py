@@ -36,6 +36,7 @@ from lowmem_aim.cli import parse_size
 sys.path.insert(0, str(Path(__file__).parent))
 
 import contenders
+import measure
 from contenders import OMEGA, Setting, save_recipe
 from measure import Cost, cost_of, digests
 from models import SCALES, build, model_bytes, save_texts
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("gpu-check needs a CUDA device; there is none here", file=sys.stderr)
         return 1
+    if device.type == "cpu":
+        measure.PATIENCE_SECONDS = 0  # a rehearsal's times say nothing: it need not wait for a quiet machine
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
     layers = options.layers or _layers_for(work, options.scale)
