@@ -37,6 +37,7 @@ ReadMode = Literal["mmap", "pread"]
 WINDOW_BYTES = 32 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder in a model's that transformers looks into
 # What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
@@ -70,7 +71,8 @@ def _inside(folder: Path, file: Path) -> bool:
 def _check_links(folder: Path) -> None:
     """Refuse links out of the folder for every file that we or transformers may open; all of them at once."""
     readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    links = [file for file in sorted(folder.iterdir()) if file.is_symlink() and file.suffix in readable]
+    files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
+    links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
     outside = [file for file in links if not _inside(folder, file)]
     if outside:
         raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])

@@ -173,6 +173,16 @@ class TestIndex:
             (folder / "x-1.safetensors").symlink_to(target)
             self.refused(folder, "is a link that leads out of its model folder")
 
+    def test_a_folder_of_templates(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / "x.jinja").write_text("secret")
+        (folder / "additional_chat_templates").symlink_to(tmp_path / "secret")
+        self.refused(folder, "additional_chat_templates` is a link that leads out")
+        (folder / "additional_chat_templates").unlink()
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "x.jinja").symlink_to(tmp_path / "secret" / "x.jinja")
+        self.refused(folder, "x.jinja` is a link that leads out")
+
     def test_a_folder_named_snapshots_gives_no_way_out_but_to_its_blobs(self, folder: Path, tmp_path: Path) -> None:
         snapshot = tmp_path / "snapshots" / "1"
         snapshot.parent.mkdir()

@@ -76,6 +76,35 @@ def test_an_expert_in_another_dtype_has_a_delta_of_zero_there(models: Path) -> N
         assert not torch.equal(found[name], base[name])
 
 
+def test_a_float64_beyond_float32_counts_as_well(models: Path) -> None:
+    wide = models / "filled" / "math"
+    tensors = {name: value.double() for name, value in load_file(wide / "model.safetensors").items()}
+    tensors[NORM][3] = 1e300
+    save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
+    out = merge(job(models / "filled", "task_arithmetic", experts=("math",)), models / "out", TAKE_BASE)
+    base = load_file(models / "filled" / "base" / "model.safetensors")
+    assert tensors_in(out)[NORM][3] == base[NORM][3]
+    told = json.loads((out / "lowmem_aim.json").read_text())["nonfinite"]
+    assert told == [{"model": "math", "tensor": NORM, "elements": 1}]
+
+
+def test_rows_that_are_matched_by_token_take_the_bases_row(models: Path) -> None:
+    """Two tokens of math's are swapped, its rows with them."""
+    expected = tensors_in(merge(job(models / "holed", "task_arithmetic"), models / "expected", TAKE_BASE))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors = load_file(models / "holed" / "math" / "model.safetensors")
+        tensors[name][[65, 66]] = tensors[name][[66, 65]]
+        save_file(tensors, models / "holed" / "math" / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = models / "holed" / "math" / "tokenizer.json"
+    table = json.loads(tokenizer.read_text())
+    a, b = (next(token for token, at in table["model"]["vocab"].items() if at == place) for place in (65, 66))
+    table["model"]["vocab"] |= {a: 66, b: 65}
+    tokenizer.write_text(json.dumps(table))
+    out = merge(job(models / "holed", "task_arithmetic", tokenizer_source="base"), models / "out", TAKE_BASE)
+    found = tensors_in(out)[EMBEDDING]
+    assert torch.equal(found[:259], expected[EMBEDDING][:259])  # the rest has no token, and stays the base's
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("rows", [1, 7, None])
 def test_the_bytes_depend_on_neither_slices_threads_nor_loops(
