@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from test_merge import digests, recipe, tensors_in
 from test_resume import SHARDS, each_tensor, stop  # noqa: F401 (a fixture)
 
 from lowmem_aim import kernels
+from lowmem_aim import run as run_module
 from lowmem_aim.errors import ModelError, ResumeError, UsageError
 from lowmem_aim.events import Event, Notice
 from lowmem_aim.run import Options, merge
+from lowmem_aim.slices import TensorInputs
 
 UP, EMBEDDING, NORM = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"
 HOLES = {UP: (slice(3, 9), slice(2, 5)), EMBEDDING: (slice(0, 264), slice(7, 8)), NORM: (slice(30, 32),)}
@@ -115,6 +118,23 @@ def test_the_bytes_depend_on_neither_slices_threads_nor_loops(
         monkeypatch.setattr(kernels, "_loops", lambda: None)
     other = Options(nonfinite="base", shard_bytes=40_000, slice_rows=rows, threads=1, read="pread")
     assert digests(merge(job(models / "holed"), models / "out", other)) == expected
+
+
+def test_a_tensor_that_is_read_again_is_mended_again(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ties takes several passes; here nothing is kept between them."""
+    expected = digests(merge(job(models / "holed"), models / "expected", TAKE_BASE))
+    share_out = run_module.share_out
+    monkeypatch.setattr(run_module, "share_out", lambda *a, **k: replace(share_out(*a, **k), kept_bytes=0))
+    passes: list[bool] = []
+    slices = TensorInputs.slices
+
+    def noted(tensor: TensorInputs, first_pass: bool) -> Any:
+        passes.append(first_pass)
+        return slices(tensor, first_pass)
+
+    monkeypatch.setattr(TensorInputs, "slices", noted)
+    assert digests(merge(job(models / "holed"), models / "out", TAKE_BASE)) == expected
+    assert False in passes
 
 
 def test_the_card_and_a_warning_tell_what_was_replaced(models: Path) -> None:
