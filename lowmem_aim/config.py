@@ -19,7 +19,7 @@ MAX_DEPTH = 50  # json, copy and repr give up, or end the process, at some hundr
 MAX_LAYERS = 1_000  # the largest public models have 126
 MAX_SIZE = 1 << 24
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-# Lists are of one entry a layer.
+# 0 and null are what other architectures' keys have; lists are of one entry a layer.
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels")
 
@@ -85,8 +85,8 @@ def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:
     limits = {**dict.fromkeys(LAYERS, MAX_LAYERS), **dict.fromkeys(SIZES, MAX_SIZE), **dict.fromkeys(EXPERTS, 100_000)}
     for key, limit in limits.items():
         value = table.get(key)
-        numbers = value if isinstance(value, list) and key in SIZES else [value]
-        lowest = 1 if key not in EXPERTS else 0
+        lowest = 1 if key in LAYERS else 0
+        numbers = value if isinstance(value, list) and key not in LAYERS else [value]
         for number in numbers:
             if number is not None and not (type(number) is int and lowest <= number <= limit):
                 yield f"`{key}` is {_shown(number)}, no whole number from {lowest} to {limit},"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_bad_input import edit
 
 from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.config import config_of
 from lowmem_aim.errors import ModelError, printable
 
 
@@ -41,6 +42,12 @@ class TestConfig:
             *("code`: `num_hidden_layers` is 1000", "code`: `num_local_experts` is 1000"),
         )
         place.refused(place.merge(), 3, *messages)
+
+    def test_what_public_models_have_is_taken(self, tmp_path: Path) -> None:
+        config = {"num_key_value_heads": [2, 4], "num_experts": 0, "head_dim": None, "num_hidden_layers": 126}
+        config |= {"time_step_limit": [0.0, float("inf")], "text_config": {"vocab_size": 262_208}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert config_of(tmp_path) == config
 
     @pytest.mark.parametrize(
         ("content", "message"),
