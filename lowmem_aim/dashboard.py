@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from rich import filesize
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Advanced, Emit, Event, Notice, PhaseEnded, PhaseStarted, silent
@@ -50,7 +50,7 @@ class _Bars:
             TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[item]}"),
+            TextColumn("{task.fields[item]}", style="dim", markup=False),
             console=Console(stderr=True),
         )
         self._bar: TaskID | None = None
@@ -63,11 +63,12 @@ class _Bars:
             self._bar = self.progress.add_task(event.phase, total=event.total, amount=amount, item="")
         elif isinstance(event, Notice):
             colour = {"warning": "yellow", "info": "dim"}[event.level]
-            self.progress.console.print(f"[{colour}]{escape(printable(event.text, 500))}[/]")
+            # As a Text: in a str, names would be taken for markup and emoji.
+            self.progress.console.print(Text(printable(event.text, 500), style=colour))
         elif self._bar is not None and self._phase is not None:
             phase = self._phase
             done = event.done if isinstance(event, Advanced) else phase.total
-            item = escape(printable(event.item, 60)) if isinstance(event, Advanced) else ""
+            item = printable(event.item, 60) if isinstance(event, Advanced) else ""
             amount = _amount(done, phase.total, phase.unit)
             self.progress.update(self._bar, completed=done, amount=amount, item=item)
 

@@ -18,7 +18,9 @@ from test_bad_input import edit
 
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.config import config_of
+from lowmem_aim.dashboard import _Bars
 from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.events import Advanced, Notice, PhaseStarted
 
 
 class TestConfig:
@@ -391,6 +393,32 @@ class TestNames:
         self.is_card(card)
         assert "owned" not in card
         assert said.items() <= json.loads((place.out / "config.json").read_text()).items()
+
+    def test_on_a_terminal_they_stand_as_they_are(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        bars = _Bars()
+        names = [
+            "[/]",
+            "[bold red]x[/bold red]",
+            "a\\",
+            "\\[/",
+            ":smile:",
+            "{task}",
+            "[link=file:///x]y",
+            "\x1b[2J\u202e",
+        ]
+        with bars.progress:
+            bars(PhaseStarted("merge", 100, "bytes"))
+            for name in names:
+                bars(Notice(f"<{name}>", "warning"))
+                bars(Advanced(3, f"<{name}>"))
+                bars.progress.refresh()
+        shown = re.sub(r"\x1b\[(\?25[lh]|2K|[0-9;]*[mAG])|\r", "", capsys.readouterr().err)
+        for name in names:
+            assert shown.count(f"<{printable(name)}>") >= 2
+        self.is_plain(shown)
 
     def is_plain(self, text: str) -> None:
         assert all(line.isprintable() for line in text.split("\n"))
