@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lowmem_aim.run import Options
 
 MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
+LONGEST_NAME = 255  # bytes
 LONGEST_PROBLEM = 2000  # characters
 BUG_HINT = "this is a bug: run again with `--debug` and report what it prints"
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -86,7 +87,7 @@ def cli() -> None:
 
 # --- flags ----------------------------------------------------------------------------------------------------------
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -103,6 +104,18 @@ class _Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         return value if isinstance(value, int) else parse_size(str(value))
+
+
+class _Path(click.Path):
+    """A pathlib.Path; too long a name is an error here, and not wherever the path is first looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(value).parts):
+            self.fail(f"`{printable(str(value))}` is too long for a path", param, context)
+        return super().convert(value, param, context)
 
 
 def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -195,7 +208,7 @@ def _run(work: Callable[[Any], Path], quiet: bool) -> None:
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT", type=click.Path(path_type=Path), required=True)
+@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT", type=_Path(), required=True)
 @click.option("--method", help="merge_method")
 @click.option("--base", help="base_model: a folder or a Hub id")
 @click.option("--expert", multiple=True, help="a model to merge; repeat it for each")
@@ -239,7 +252,7 @@ def merge(paths: tuple[Path, ...], **flags: Any) -> None:
 
 @cli.command()
 @click.argument("merged")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Path())
 @click.option("--base", required=True, help="the model that MERGED's experts were tuned from")
 @_AIM
 @_OUTPUT
@@ -257,7 +270,7 @@ def relax(merged: str, out: Path, **flags: Any) -> None:
 
 @cli.command()
 @click.argument("base")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="activations.safetensors")
+@click.option("--output", "-o", type=_Path(), required=True, help="activations.safetensors")
 @_CALIBRATION
 @_JOB
 def calibrate(base: str, output: Path, **flags: Any) -> None:
@@ -276,7 +289,7 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Path())
 @click.option("--json", "as_json", is_flag=True, help="one line of JSON")
 def status(out: Path, as_json: bool) -> None:
     """Tell how far the run in OUT is, and whether it is alive, interrupted or finished."""
@@ -289,7 +302,7 @@ def status(out: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Path())
 @click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
 def verify(out: Path, quiet: bool) -> None:
     """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
@@ -304,7 +317,7 @@ def verify(out: Path, quiet: bool) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path), default="demo-run")
+@click.argument("folder", type=_Path(), default="demo-run")
 @click.option("--debug", is_flag=True, help="show a traceback after a bug")
 def demo(folder: Path, debug: bool) -> None:
     """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate."""

@@ -333,6 +333,17 @@ class TestTokenizer:
         assert (place.out / "chat_template.jinja").read_bytes() == bomb
 
 
+class TestFlags:
+    def test_sizes_and_paths_beyond_reason(self, place: Place) -> None:
+        for flag in ("--ram", "--vram", "--shard-size"):
+            place.refused(place.merge(flag, "9" * 400), 2, f"'{flag}'", "is no size")
+        long = place.folder / ("n" * 300)
+        for command in (("merge", long), ("merge", long, place.out), ("status", long), ("verify", long)):
+            place.refused(place.run(*command), 2, "is too long for a path")
+        done = place.run("calibrate", place.folder / "base", "-o", f"{long}.safetensors")
+        place.refused(done, 2, "is too long for a path")
+
+
 NAMES = [
     *("\x1b[2J\x1b]0;title\x07", "[bold red]x[/bold red]", "a\0b", "\u202eevil", "x\n---\nlicense: evil\n---\n"),
     *("../../etc/x", "|<script>alert(1)</script>`", "", "n" * 1_000_000),
