@@ -22,6 +22,7 @@ from lowmem_aim.headers import DTYPES, read_header
 
 F4 = entry("F32", [1], 0, 4)
 E4 = json.dumps(F4).encode()
+E0 = json.dumps(entry("F32", [0], 0, 0)).encode()
 E4_WITH = b'{"w":{"dtype":"F32","shape":[%s],"data_offsets":[0,%s]}}'
 BAD_HEADERS: dict[str, Callable[[Path], Path]] = {
     "empty file": lambda f: (f.write_bytes(b"") and f) or f,
@@ -87,8 +88,8 @@ BAD_HEADERS: dict[str, Callable[[Path], Path]] = {
     "complex numbers": lambda f: write_raw(f, {"w": entry("C64", [1], 0, 8)}, b"12345678"),
     "missing shape": lambda f: write_raw(f, {"w": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"),
     "missing offsets": lambda f: write_raw(f, {"w": {"dtype": "F32", "shape": [1]}}, b"1234"),
-    "300,000 empty tensors": lambda f: write_raw(f, {f"t{i}": entry("F32", [0], 0, 0) for i in range(300_000)}),
-    "10 million empty lists": lambda f: write_raw(f, b'{"w":[' + b"[]," * 10_000_000 + b"[]]}"),
+    "300,000 empty tensors": lambda f: write_raw(f, b"{%s}" % b",".join(b'"t%d":%s' % (i, E0) for i in range(300_000))),
+    "2 million empty lists": lambda f: write_raw(f, b'{"w":[' + b"[]," * 2_000_000 + b"[]]}"),
     "a pickle": lambda f: (f.write_bytes(pickle.dumps({"w": list(range(300))})) and f) or f,
     "a zip archive": lambda f: (f.write_bytes(b"PK\3\4" + b"\0" * 400) and f) or f,
 }
@@ -140,7 +141,7 @@ STRICTER = (
     "holds the number",
 )
 fuzzed = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 

@@ -108,8 +108,7 @@ def test_rows_that_are_matched_by_token_take_the_bases_row(models: Path) -> None
     assert torch.equal(found[:259], expected[EMBEDDING][:259])  # the rest has no token, and stays the base's
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("rows", [1, 7, None])
+@pytest.mark.parametrize(("rows", "compiled"), [(7, True), (None, False), (5, False)])
 def test_the_bytes_depend_on_neither_slices_threads_nor_loops(
     rows: int | None, compiled: bool, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
