@@ -18,7 +18,19 @@ def test_it_measures_and_draws(tmp_path: Path) -> None:
     results, page = tmp_path / "results" / "results.json", tmp_path / "page.md"
     page.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
     places = ["--work", str(tmp_path / "work"), "--output", str(results), "--page", str(page)]
-    what = ["--scale", "tiny", "--only", "ours", "disk", "--methods", "task_arithmetic", "--repeats", "1"]
+    what = [
+        "--scale",
+        "tiny",
+        "--only",
+        "ours",
+        "disk",
+        "--methods",
+        "task_arithmetic",
+        "--repeats",
+        "1",
+        "--patience",
+        "0",
+    ]
     subprocess.run([sys.executable, str(BENCH), *places, *what], check=True, capture_output=True, timeout=120)
     ways = json.loads(results.read_text())["scales"]["tiny"]["methods"]["task_arithmetic"]
     assert set(ways) == {"ours", "disk"}

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import contenders
+import measure
 import report
 from contenders import METHODS, ROOT, Setting
 from measure import Cost
@@ -37,6 +38,7 @@ BLOCK = 512
 def main() -> None:
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
+    measure.PATIENCE_SECONDS = options.patience
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
     results["machine"] = _machine()
     tool = contenders.install_mergekit(options.work.resolve()) if "mergekit" in options.only else None
@@ -58,6 +60,7 @@ def _options() -> argparse.Namespace:
     parts = ("ours", "aim", "mergekit", "disk", "calibration")
     parser.add_argument("--only", nargs="+", choices=parts, default=["ours", "aim", "mergekit", "disk"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait until nothing else runs")
     parser.add_argument("--slow-repeats", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=121, help="calibration: blocks of 512 tokens")
     parser.add_argument("--dtype", default="float32", help="calibration: of the forward passes")

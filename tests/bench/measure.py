@@ -15,7 +15,7 @@ import psutil
 
 SAMPLE_SECONDS = 0.02
 BUSY = 0.3  # of one core: another program is at work
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS: float = 60
 BUFFER = 8 << 20
 
 
