@@ -5,8 +5,8 @@
 use does not grow with the tensor. Inputs are opened for reading only.
 
 Guarantee: bytes come from the file that `open` saw. A file whose size or mtime changed since is an error
-(ModelError), checked before each read, which also keeps a truncation from killing the process by SIGBUS, but for one
-that falls between the check and the use of a window. An in-place edit within the mtime's granularity is not noticed.
+(ModelError), checked before each read, and by `check_unchanged` when what was read has been used. A truncation between
+a check and the use of a window is SIGBUS (see `interrupts`). An in-place edit within the mtime's granularity is not noticed.
 """
 
 from __future__ import annotations
@@ -296,6 +296,11 @@ class Checkpoint:
     def _check_unchanged(self, path: Path, file: _File) -> None:
         if _identity(os.fstat(file.descriptor)) != file.identity:
             self._changed(path)
+
+    def check_unchanged(self) -> None:
+        """Raises ModelError if a file changed since `open`: what was read of it last may be of before, after or both."""
+        for path, file in list(self._files.items()):
+            self._check_unchanged(path, file)
 
     def _changed(self, path: Path) -> NoReturn:
         raise ModelError(

@@ -5,17 +5,29 @@ dressed up by it: the process just ends. During `work`, the first signal raises 
 tensors in work and leaves what is finished; a second one ends the process at once, which is as good as a kill: the same
 command goes on from there too. Library code that swallows the exception only delays it: `check`, called at every event
 of the run, raises it again.
+
+SIGBUS is no request but the system's word that pages of a mapped file are gone: an input was cut off under the run, or
+its disk failed. No Python code can go on from there; during `work` it at least says so, with the exit code of a bad
+input. What is finished stays, as after a kill.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
+
+from lowmem_aim.errors import ModelError
 
 MESSAGE = b"interrupted: run the same command again to go on\n"
+PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it was being read
+
+hint: mend it, and give the same command again; what is finished stays
+"""
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -42,10 +54,18 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _State.received:
         _State.received = number
         raise Interrupted
+    _end(MESSAGE, 128 + _State.received)
+
+
+def _end(message: bytes, code: int) -> NoReturn:
     if os.isatty(2):
         os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
-    os.write(2, MESSAGE)
-    os._exit(128 + _State.received)
+    os.write(2, message)
+    os._exit(code)
+
+
+# Called in the thread that touched the page, which a handler of Python's never is.
+_pages_gone = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _end(PAGES_GONE, ModelError.exit_code))
 
 
 def received() -> int:
@@ -62,6 +82,8 @@ def check() -> None:
 @contextlib.contextmanager
 def work() -> Iterator[None]:
     """The span in which a signal raises Interrupted."""
+    if hasattr(signal, "SIGBUS"):
+        ctypes.CDLL(None).signal(int(signal.SIGBUS), _pages_gone)
     _State.working, _State.received = True, 0
     try:
         yield

@@ -197,6 +197,7 @@ class _Loop:
         replaced: dict[str, dict[str, int]] = {}
         tensor = self.tensors.pop(task.name)
         for source in tensor.sources:
+            source.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
             model = str(self.inputs.folders.index(source.checkpoint.folder))
             digests[model] = {task.name: source.digest()}
             if count := tensor.replaced_of(source):

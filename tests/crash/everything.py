@@ -16,7 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from crash.workshop import Job, make_job
 
-SUITES = ("kills", "kills_at_calls", "power_loss", "failing_calls", "full_disk", "flipped_bits", "damaged_journal")
+SUITES = (
+    "kills",
+    "kills_at_calls",
+    "power_loss",
+    "failing_calls",
+    "full_disk",
+    "flipped_bits",
+    "damaged_journal",
+    "changed_inputs",
+)
 
 
 def main() -> int:

@@ -155,12 +155,17 @@ def emptied(folder: Path) -> Path:
 def start(command: list[str], before: Callable[[], object]) -> tuple[int, mmap.mmap]:
     """Fork, and run the program's command line there; the process and what it will have said."""
     assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
-    said = mmap.mmap(-1, _SAID_BYTES)
+    descriptor = os.memfd_create("said")
+    os.truncate(descriptor, 2 * _SAID_BYTES)
+    said = mmap.mmap(descriptor, 2 * _SAID_BYTES)
     process = os.fork()
     if process:
+        os.close(descriptor)
         return process, said
     code = 70  # of a failure here, before or after the program
     try:
+        os.lseek(descriptor, _SAID_BYTES, os.SEEK_SET)
+        os.dup2(descriptor, 2)  # last words, by a plain write
         sys.stdout = sys.stderr = io.StringIO()
         before()
         code = _command_line(command)
@@ -174,7 +179,7 @@ def start(command: list[str], before: Callable[[], object]) -> tuple[int, mmap.m
 def ended(process: int, said: mmap.mmap) -> Ended:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     with said:
-        return Ended(code, said.read().rstrip(b"\0").decode())
+        return Ended(code, said.read().replace(b"\0", b"").decode())
 
 
 def is_clean(error: Ended, code: int) -> bool:
