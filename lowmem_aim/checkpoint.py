@@ -6,7 +6,8 @@ use does not grow with the tensor. Inputs are opened for reading only.
 
 Guarantee: bytes come from the file that `open` saw. A file whose size or mtime changed since is an error
 (ModelError), checked before each read, and by `check_unchanged` when what was read has been used. A truncation between
-a check and the use of a window is SIGBUS (see `interrupts`). An in-place edit within the mtime's granularity is not noticed.
+a check and the use of a window is SIGBUS (see `interrupts`). An in-place edit within the mtime's granularity is not
+noticed.
 """
 
 from __future__ import annotations
@@ -298,7 +299,7 @@ class Checkpoint:
             self._changed(path)
 
     def check_unchanged(self) -> None:
-        """Raises ModelError if a file changed since `open`: what was read of it last may be of before, after or both."""
+        """Raises ModelError if a file changed since `open`: what was read of it may be of before and after."""
         for path, file in list(self._files.items()):
             self._check_unchanged(path, file)
 

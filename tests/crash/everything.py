@@ -25,6 +25,9 @@ SUITES = (
     "flipped_bits",
     "damaged_journal",
     "changed_inputs",
+    "memory_cap",
+    "many_merges",
+    "clock_jumps",
 )
 
 
