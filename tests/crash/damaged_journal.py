@@ -17,7 +17,7 @@ from lowmem_aim.journal import NAME, Journal
 from lowmem_aim.output import PRIVATE
 
 TIMES = 240
-SHORT_TIMES = 36
+SHORT_TIMES = 21
 HEADER_BYTES = 100  # sqlite's own
 
 

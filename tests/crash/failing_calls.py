@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from crash.tracing import NAMES, SIZES, SYNCS, WRITES, every_call, usable
+from crash.tracing import EVERY, NAMES, SIZES, SYNCS, WRITES, every_call, usable
 from crash.workshop import Job, is_clean
 
 ONCE, LASTING = "EIO once", "ENOSPC from then on"
 TROUBLES = {ONCE: "error=EIO:when={}", LASTING: "error=ENOSPC:when={}+"}
 # Of these there are hundreds: they have one trouble each, by turns.
 NUMBERS = {
-    (kind, trouble): range(first, 1000, 2)
-    for kind in ("pwrite64", "fdatasync")
-    for first, trouble in enumerate(TROUBLES, start=1)
+    (kind, trouble): EVERY[first::2] for kind in ("pwrite64", "fdatasync") for first, trouble in enumerate(TROUBLES)
 }
 
 
@@ -24,7 +22,8 @@ def suite(job: Job, short: bool) -> str:
     out, counts = job.work / "out", Counter[str]()
     for kind in kinds:
         for trouble, inject in TROUBLES.items():
-            for where, result in every_call(job, out, kind, inject, NUMBERS.get((kind, trouble), range(1, 1000))):
+            numbers = EVERY[::5] if short else NUMBERS.get((kind, trouble), EVERY)
+            for where, result in every_call(job, out, kind, inject, numbers):
                 try:
                     job.check_no_half_model(out)
                     # 0: what failed was not needed, such as the note of who holds the lock

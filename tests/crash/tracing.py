@@ -24,6 +24,7 @@ WRITES = ("write", "pwrite64")
 SYNCS = ("fsync", "fdatasync")
 NAMES = ("rename", "unlink", "unlinkat", "rmdir", "mkdir")
 SIZES = ("ftruncate", "fallocate")
+EVERY = range(1, 1000)
 
 
 def usable() -> bool:
@@ -53,7 +54,7 @@ def traced(job: Job, out: Path, arguments: list[str], segment: str = "", flags: 
 
 
 def every_call(
-    job: Job, out: Path, kind: str, inject: str, numbers: Iterable[int] = range(1, 1000)
+    job: Job, out: Path, kind: str, inject: str, numbers: Iterable[int] = EVERY
 ) -> Iterator[tuple[str, Ended]]:
     """Attempts from scratch with trouble at each call of a kind in turn: (where, how it ended).
 
