@@ -527,6 +527,35 @@ def test_a_damaged_row_is_no_row(tmp_path: Path) -> None:
         assert journal.get("plan") is None
 
 
+@pytest.mark.parametrize(("place", "value"), [(0, 0), (18, 5), (19, 9), (20, 3), (4096 + 3, 0xFF)])
+def test_a_damaged_journal_is_an_empty_one_that_can_be_written(place: int, value: int, tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.put("plan", "", 1)
+    file = tmp_path / "journal.sqlite"
+    data = bytearray(file.read_bytes())
+    data[place] = value  # of the header: magic, who may write or read, a page's rest; of a page: how many cells
+    file.write_bytes(data)
+    with Journal(tmp_path) as journal:
+        assert journal.get("plan") is None
+        journal.put("plan", "", 2)
+        assert journal.get("plan") == 2
+
+
+def test_text_that_is_none_and_columns_of_other_names_are_damage(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.put("plan", "", 1)
+        journal.put("identity", "", 1)
+        journal._connection.execute("UPDATE entries SET value = CAST(x'80ff' AS TEXT) WHERE kind = 'plan'")
+        assert journal.get("plan") is None
+        assert journal.get("identity") == 1
+        journal._connection.execute("ALTER TABLE entries RENAME COLUMN digest TO other")
+    with Journal(tmp_path, read_only=True) as journal:
+        assert journal.get("identity") is None
+    with Journal(tmp_path) as journal:
+        journal.put("plan", "", 2)
+        assert journal.get("plan") == 2
+
+
 def test_a_journal_that_cannot_be_written_is_exit_4(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         journal._connection.execute("PRAGMA query_only = 1")

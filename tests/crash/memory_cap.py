@@ -9,9 +9,8 @@ import functools
 import resource
 from pathlib import Path
 
-import tiny
 import torch
-from crash.workshop import Job, digests, emptied
+from crash.workshop import Job, build_models, digests, emptied
 
 from lowmem_aim.memory import anonymous_bytes
 
@@ -24,7 +23,8 @@ HOPELESS_BYTES = 16 << 20
 def suite(job: Job, short: bool) -> str:
     if short:
         return "skipped: not in the short form"
-    large = _large(job)
+    large = Job(emptied(job.work / "large"), {})
+    build_models(large.work, dtype=torch.bfloat16, **SIZES)
     out = large.work / "out"
     done = large.attempt(out)
     assert done.code == 0, done
@@ -39,14 +39,6 @@ def suite(job: Job, short: bool) -> str:
     assert digests(out) == expected, "other bytes"
     emptied(out)
     return f"--ram {ram >> 20} MB, a limit of {limit >> 20} MB reserved: the same bytes"
-
-
-def _large(job: Job) -> Job:
-    work = emptied(job.work / "large")
-    base = tiny.build("llama", work / "base", dtype=torch.bfloat16, **SIZES)
-    for seed, name in enumerate(("math", "code"), start=1):
-        tiny.perturbed(base, work / name, scale=0.05, seed=seed)
-    return Job(work, {})
 
 
 def _cap(limit: int) -> None:

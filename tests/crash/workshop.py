@@ -100,15 +100,20 @@ class Job:
 
 def make_job(work: Path) -> Job:
     """Build the models in `work` and merge once, in this process, so that forks begin warm."""
-    shutil.rmtree(work, ignore_errors=True)
-    tqdm.monitor_interval = 0  # its thread would be missing in the forks
-    base = tiny.build("llama", work / "base", num_hidden_layers=1)
-    for seed, name in enumerate(EXPERTS, start=1):
-        tiny.perturbed(base, work / name, scale=0.05, seed=seed)
+    build_models(emptied(work), num_hidden_layers=1)
     write.GROUP_BYTES = 1  # every tensor is a commit of its own
     done = Job(work, {}).here(work / "whole")
     assert done.code == 0, done
     return Job(work, digests(work / "whole"))
+
+
+def build_models(work: Path, **changes: Any) -> None:
+    """A base and its experts; `changes` as `tiny.build` takes them."""
+    tqdm.monitor_interval = 0  # its thread would be missing in the forks
+    with contextlib.redirect_stderr(io.StringIO()):
+        base = tiny.build("llama", work / "base", **changes)
+    for seed, name in enumerate(EXPERTS, start=1):
+        tiny.perturbed(base, work / name, scale=0.05, seed=seed)
 
 
 def digests(out: Path) -> dict[str, str]:
