@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tiny
-import torch
-from crash.workshop import GROUP_BYTES, Job, digests, emptied, ended, start
+from crash.workshop import EXPERTS, GROUP_BYTES, Job, build_models, digests, emptied, ended, start
 
 from lowmem_aim import dashboard, snapshots, write
 from lowmem_aim.events import Advanced, Emit, Event, PhaseStarted
@@ -76,14 +74,12 @@ class Work:
 
     def __init__(self, folder: Path, shape: dict[str, int]) -> None:
         self.folder = emptied(folder)
-        base = tiny.build("llama", folder / "base", dtype=torch.float32, **shape)
-        self.command = ["--base", str(base), "--method", "ties", "--density", "0.5", "--omega", "0.4", "--no-cache"]
-        for seed in (1, 2):
-            expert = tiny.perturbed(base, folder / f"expert-{seed}", scale=0.05, seed=seed)
-            self.command += ["--expert", str(expert)]
+        build_models(folder, **shape)
+        self.command = ["--base", str(folder / "base"), *("--method", "ties", "--density", "0.5", "--omega", "0.4")]
+        self.command += [word for name in EXPERTS for word in ("--expert", str(folder / name))]
         texts = folder / "texts.txt"
         texts.write_text("\n\n".join(f"A text of some words, the {number}th of them. " * 5 for number in range(8)))
-        self.command += ["--calibration", str(texts), "--block-size", "100"]
+        self.command += ["--calibration", str(texts), "--block-size", "100", "--no-cache"]
         self._log = folder / "log"
         started = time.monotonic()
         process, said = start(["merge", str(folder / "whole"), *self.command], self._follow)
