@@ -1,4 +1,7 @@
-"""What a run has come to, told from its journal and lock: alive, interrupted or finished. Nothing is changed."""
+"""What a run has come to, told from its journal and lock: alive, interrupted or finished.
+
+Nothing is changed, but that a commit which a kill has cut short is taken back, as the next run would.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from crash.workshop import Job, emptied
 from lowmem_aim.journal import NAME, Journal
 from lowmem_aim.output import PRIVATE
 
-TIMES = 240
+TIMES = 140
 SHORT_TIMES = 21
 HEADER_BYTES = 100  # sqlite's own
 
