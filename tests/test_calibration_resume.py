@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,21 +226,21 @@ def test_a_merge_goes_on_in_the_midst_of_calibration(
     assert not list((out / output.PRIVATE).glob(output.SNAPSHOTS))
 
 
-def test_other_threads_are_refused_only_in_the_midst_of_calibration(
-    llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = recipe(llama, "linear", omega=0.3, calibration=str(texts))
-    options, out = Options(use_cache=False), tmp_path / "out"
-    with pytest.raises(Stopped):
-        merge(job, out, options, stopping_after(2))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 77)
-        with pytest.raises(ResumeError, match=r"threads of calibration` was .* and is now `77`"):
-            merge(job, out, options)
-        with pytest.raises(Stopped):  # after calibration, in the midst of merging
-            merge(job, out, Options(use_cache=False, accept_environment=True), stopping_after_merged())
-    merge(job, out, options)
-    assert "threads of calibration 77" in (out / "README.md").read_text()
+def test_other_threads_are_refused_only_in_the_midst_of_calibration(llama: Path, texts: Path, tmp_path: Path) -> None:
+    job, out = recipe(llama, "linear", omega=0.3, calibration=str(texts)), tmp_path / "out"
+    one, two = (Options(use_cache=False, threads=threads) for threads in (1, 2))
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(Stopped):
+            merge(job, out, one, stopping_after(2))
+        with pytest.raises(ResumeError, match="`threads of calibration` was `1` and is now `2`"):
+            merge(job, out, two)
+        with pytest.raises(Stopped):  # after calibration
+            merge(job, out, replace(two, accept_environment=True), stopping_after_merged())
+        merge(job, out, one)
+    finally:
+        torch.set_num_threads(before)
+    assert "threads of calibration 2" in (out / "README.md").read_text()
 
 
 def stopping_after_merged() -> Callable[[Event], None]:
