@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each proof says of itself."""
-    command = [sys.executable, str(SUITES), "--short", "--work", str(tmp_path_factory.mktemp("crash"))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": command[-1]})
+    command = [sys.executable, str(SUITES), "--short", "--work", str(tmp_path_factory.mktemp("crash")), *NAMES]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": command[4]})
     found = re.split(r"^(?=(?:ok|FAILED) \w+: )", done.stdout, flags=re.M)
     return {part.split(":")[0].split()[-1]: part for part in found if part}
 

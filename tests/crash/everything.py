@@ -1,15 +1,19 @@
-"""Every proof in turn: one line each, with its figures; ends with 1 if one fails.
+"""Every proof: one line each, with its figures; ends with 1 if one fails.
 
-python tests/crash/everything.py [--short] [--work crash-run] [name ...]
+    python tests/crash/everything.py [--short] [--work crash-run] [name ...]
+
+Those that are named run in turn in this process; else all of them, each in a process of its own, two at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from crash.workshop import Job, make_job
 
 SUITES = (
-    "many_merges",  # first: others leave memory that could hide a growth
     "kills",
     "kills_at_calls",
+    "many_merges",
     "power_loss",
     "failing_calls",
     "full_disk",
@@ -40,9 +44,18 @@ def main() -> int:
     if not sys.platform.startswith("linux"):
         print("skipped: forks, strace and /proc are Linux's")
         return 0
-    job = make_job(options.work.resolve() / "tiny")
-    passed = [_passes(name, job, options.short) for name in options.names or SUITES]
+    if options.names:
+        job = make_job(options.work.resolve() / "tiny")
+        passed = [_passes(name, job, options.short) for name in options.names]
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            passed = list(pool.map(lambda name: _passes_apart(name, options), SUITES))
     return int(not all(passed))
+
+
+def _passes_apart(name: str, options: argparse.Namespace) -> bool:
+    command = [sys.executable, __file__, name, "--work", str(options.work / name), *["--short"] * options.short]
+    return subprocess.run(command).returncode == 0
 
 
 def _passes(name: str, job: Job, short: bool) -> bool:
