@@ -23,6 +23,7 @@ from crash.workshop import Job, make_job
 SUITES = (
     "kills",
     "kills_at_calls",
+    "calibration_calls",
     "many_merges",
     "power_loss",
     "failing_calls",

@@ -54,14 +54,14 @@ def traced(job: Job, out: Path, arguments: list[str], segment: str = "", flags: 
 
 
 def every_call(
-    job: Job, out: Path, kind: str, inject: str, numbers: Iterable[int] = EVERY
+    job: Job, out: Path, kind: str, inject: str, numbers: Iterable[int] = EVERY, segments: Iterable[str] = SEGMENTS
 ) -> Iterator[tuple[str, Ended]]:
     """Attempts from scratch with trouble at each call of a kind in turn: (where, how it ended).
 
     `inject` as strace takes it, with `{}` for the number.
     """
     log = out.with_name("strace.log")
-    for segment in SEGMENTS:
+    for segment in segments:
         for number in numbers:
             emptied(out)
             trouble = f"inject={kind}:{inject.format(number)}"

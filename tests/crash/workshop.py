@@ -53,11 +53,12 @@ class Ended:
 class Job:
     work: Path
     expected: dict[str, str]  # file name -> sha256, of an uninterrupted run
+    flags: tuple[str, ...] = ()  # beside the usual ones
 
     def command(self, out: Path) -> list[str]:
         experts = [word for name in EXPERTS for word in ("--expert", str(self.work / name))]
         flags = ["--method", "ties", "--density", "0.5", "--shard-size", str(SHARD_BYTES), "--ram", "4GB", "--quiet"]
-        return ["merge", str(out), "--base", str(self.work / "base"), *experts, *flags]
+        return ["merge", str(out), "--base", str(self.work / "base"), *experts, *flags, *self.flags]
 
     def attempt(self, out: Path, before: Callable[[], object] = lambda: None, *flags: str) -> Ended:
         """Run the command in a fork; `before` prepares that process for its trouble."""
