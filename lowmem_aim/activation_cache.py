@@ -46,7 +46,8 @@ class Calibration:
         if self.given:
             facts: Any = [(name, digest(value)) for name, value in sorted(self.given.means.items())]
         else:
-            facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences])
+            config = sorted(self.base.config.items())
+            facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences], config)
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def activations(
