@@ -100,13 +100,19 @@ class Calibration:
             emit=emit,
         )
 
+    def weights(self, measured: Activations) -> dict[str, str]:
+        """Tensor name -> xxh3-128 of its bytes, of all that the measuring depends on in the base's files."""
+        assert self.skeleton is not None
+        rows = {name: self.base.digest(name) for name in self.skeleton.embeddings if name in self.base.tensors}
+        return {**measured.base_digests, **rows}
+
     @staticmethod
     def _is_slow_here(dtype: torch.dtype) -> bool:
         return dtype in (torch.bfloat16, torch.float16) and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
     def _key(self, device: str) -> str:
         versions = (torch.__version__, metadata.version("transformers"), FORMAT)
-        threads = torch.get_num_threads() if device == "cpu" else 0
+        threads = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()) if device == "cpu" else 0
         tokens = [sequence.tolist() for sequence in self.sequences]
         what = (self.base.fingerprint(), tokens, self.aim.dtype, device, threads, versions)
         return xxhash.xxh3_128_hexdigest(repr(what).encode())

@@ -40,7 +40,7 @@ from lowmem_aim.drivers import Broken, Pager, Suspended, Tail, Tape
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.memory import Budget, is_allocation_failure
-from lowmem_aim.output import check_disk
+from lowmem_aim.output import check_disk, snapshot_bytes
 from lowmem_aim.rooms import BOUNDLESS, Needs, Rooms, divide
 from lowmem_aim.shelf import Slot
 from lowmem_aim.skeleton import Skeleton
@@ -78,6 +78,7 @@ def calibrate(
     emit(PhaseStarted("calibrate", len(skeleton.blocks), "blocks"))
     with torch.no_grad(), _as_budget_errors():
         stage = _run(lambda: Stage(base, skeleton, place, rooms, budget, spill, emit), sequences, progress, snapshots)
+    base.check_unchanged()  # a change between reading and computing would count
     result = _gather(stage, sequences, emit)
     emit(PhaseEnded("calibrate"))
     return result
@@ -96,7 +97,8 @@ def rooms_for(
     needs = Needs.of(skeleton, sequences)
     rooms = divide(budget, device, needs)
     if spill is not None:
-        check_disk(spill, rooms.spilled(needs.states) + 2 * needs.states, "calibration, for hidden states,")
+        needed = rooms.spilled(needs.states) + 2 * needs.states - snapshot_bytes(spill)
+        check_disk(spill, needed, "calibration, for hidden states,")
     return rooms
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lowmem_aim.errors import DiskError, LockedError, printable
+from lowmem_aim.errors import DiskError, LockedError, UsageError, printable
 
 OWNER = "owner.json"
+LONGEST_NAME = 200  # bytes, of 255: names for what is not whole yet are longer
 # Whoever asks whether a lock is held, holds it for a moment.
 PATIENCE_SECONDS = 0.2
 
@@ -68,8 +69,10 @@ def cache_folder() -> Path:
 
 
 def partial_folder(output: Path) -> Path:
-    """The folder that work on one file lies in until it is whole."""
-    return output.with_name(f"{output.name}.partial")
+    """The folder that work on one file lies in until it is whole. Raises UsageError for a name that is too long."""
+    if len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise UsageError(f"the output's name has more than {LONGEST_NAME} bytes", hint="name it shorter")
+    return output.parent / f"{output.name}.partial"
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _end(message: bytes, code: int) -> NoReturn:
-    if os.isatty(2):
-        os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
-    os.write(2, message)
-    os._exit(code)
+    try:
+        if os.isatty(2):
+            os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
+        os.write(2, message)
+    finally:  # also where nobody listens any more
+        os._exit(code)
 
 
 # Called in the thread that touched the page, which a handler of Python's never is.

@@ -70,7 +70,8 @@ class Journal:
         self._file = folder / NAME
         self._lock = threading.Lock()
         if read_only:
-            self._connection = sqlite3.connect(_only_read(self._file), uri=True)
+            with self._disk_errors():
+                self._connection = sqlite3.connect(_only_read(self._file), uri=True)
             self._connection.text_factory = _text
             return
         with self._disk_errors():

@@ -183,7 +183,7 @@ def discard(out: Path) -> None:
 def _clear(private: Path) -> None:
     """Remove what runs put there, and nothing else."""
     shutil.rmtree(private / STAGING, ignore_errors=True)
-    remove_snapshots(private)
+    _remove_half_written(private)
     with contextlib.suppress(OSError):
         Journal.remove(private)
         for name in (ACTIVATIONS, PUBLISHING, OWNER, "lock"):
@@ -196,6 +196,19 @@ def remove_snapshots(private: Path, but: str = "") -> None:
         if file.name != but:
             with contextlib.suppress(OSError):
                 file.unlink()
+
+
+def _remove_half_written(private: Path) -> None:
+    """What a kill may have left of small files and snapshots."""
+    remove_snapshots(private)
+    for file in private.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def snapshot_bytes(private: Path) -> int:
+    """What those of calibration take of the disk."""
+    return sum(file.stat().st_size for file in private.glob(SNAPSHOTS))
 
 
 def _take_back(out: Path) -> None:
@@ -251,5 +264,5 @@ def _seal(out: Path, sums: dict[str, str]) -> None:
         (private / PUBLISHING).unlink(missing_ok=True)
         sync_folder(private)  # finished, whatever happens after the run has said so
         shutil.rmtree(private / STAGING, ignore_errors=True)
-        remove_snapshots(private)
+        _remove_half_written(private)
         (private / ACTIVATIONS).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import xxhash
 
 from lowmem_aim.activation_cache import Calibration
 from lowmem_aim.card import portable_recipe, versions
-from lowmem_aim.checkpoint import Checkpoint, digest
+from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import Inputs
@@ -29,7 +29,8 @@ from lowmem_aim.plan import Plan
 from lowmem_aim.slices import Stride, TensorInputs
 
 REREAD_ELEMENTS = 1 << 20
-_THREADS = "threads of calibration"  # they show in the low bits of its matrix products
+# What shows in the low bits of matrix products on a CPU.
+_THREADS, _INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 _SHOWN = 200  # characters of a value in a message
 
 
@@ -85,8 +86,10 @@ def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _environment(device: torch.device, measures: bool) -> dict[str, str]:
-    threads = {_THREADS: str(torch.get_num_threads())} if measures and device.type == "cpu" else {}
-    return {**versions(), "device": _name(device), **threads}
+    found = {**versions(), "device": _name(device)}
+    if measures and device.type == "cpu":
+        found |= {_THREADS: str(torch.get_num_threads()), _INSTRUCTIONS: torch.backends.cpu.get_cpu_capability()}
+    return found
 
 
 def _name(device: torch.device) -> str:
@@ -156,8 +159,10 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
 
 def _compared(identity: Identity, journal: Journal) -> dict[str, str]:
     """Of the environment, what still makes a difference."""
-    midst = journal.holds("calibration") and not journal.holds("activations")
-    return {key: value for key, value in identity.environment.items() if midst or key != _THREADS}
+    measured = journal.holds("activations")
+    begun = journal.holds("calibration") or journal.holds("group")
+    dropped = () if begun and not measured else (_THREADS, _INSTRUCTIONS)
+    return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -205,7 +210,7 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
 
 def differing_weights(base: Checkpoint, journal: Journal, number: int = 0) -> Iterator[str]:
     """Tensors of the base that do not give what they gave to an interrupted calibration."""
-    row = journal.get("calibration") or {"weights": {}}
+    row = journal.get("activations") or journal.get("calibration") or {"weights": {}}
     for name, known in row["weights"].items():
-        if digest(base.tensor(name)) != known:
+        if base.digest(name) != known:
             yield name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
 from lowmem_aim.devices import usable_device
-from lowmem_aim.durable import is_held, partial_folder
+from lowmem_aim.durable import disk_errors, partial_folder, sync_folder
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.headers import matrix_shape
@@ -26,7 +27,6 @@ from lowmem_aim.memory import Budget, Shares, make_budget, share_out
 from lowmem_aim.merge import check_activations, merge_tensors
 from lowmem_aim.output import (
     ACTIVATIONS,
-    PRIVATE,
     Workspace,
     check_disk,
     check_output,
@@ -85,12 +85,15 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 check_same(space.journal, identity, out)
                 emit(Notice(f"`{printable(str(out))}` is finished already"))
                 return out
+            _forget_lost(space)
             reread = partial(differing_tensors, plan, inputs, space.journal)
             agree(space.journal, identity, reread, accept_environment=options.accept_environment, emit=emit)
             space.journal.put("plan", "", plan.size())  # for `status`
             space.take_back()
             check_disk(out, plan.output_bytes - space.staged_bytes())
-            activations = _activations(calibration, inputs, device, budget, space, options.use_cache, emit)
+            # What was measured in two environments is nobody else's.
+            use_cache = options.use_cache and not space.journal.get("accepted")
+            activations = _activations(calibration, inputs, device, budget, space, use_cache, emit)
             merged = merge_tensors(
                 plan,
                 inputs,
@@ -124,16 +127,14 @@ def calibrate_base(
     unfinished = partial_folder(output)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
-    if output.exists():
-        if unfinished.is_dir() and not is_held(unfinished / PRIVATE / "lock"):
-            discard(unfinished)  # killed in its very last step
-        raise UsageError(f"`{output}` exists already", hint="name a new file, or remove that one")
+    _check_new(output, unfinished)
     if not output.absolute().parent.is_dir():
         raise UsageError(f"there is no folder `{output.absolute().parent}`")
     located = locate(base, emit)
     if located.folder.resolve() in output.resolve().parents:
         raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
     check_writable(output.absolute().parent)
+    check_output(unfinished, [])
     with Checkpoint.open(located.folder, located.label, options.read) as checkpoint:
         calibration = prepare(aim, checkpoint, emit)
         if calibration.given:
@@ -145,9 +146,22 @@ def calibrate_base(
             measured = calibration.measure(
                 device=device, budget=budget, folder=space.private, journal=space.journal, emit=emit
             )
-            measured.save(output)
+            made = space.private / ACTIVATIONS
+            measured.save(made)
+            _check_new(output, unfinished)  # another run may have been quicker
+            with disk_errors(output):
+                os.replace(made, output)
+                sync_folder(output.absolute().parent)
     discard(unfinished)
     return output
+
+
+def _check_new(output: Path, unfinished: Path) -> None:
+    if output.exists():
+        left = f"; `{printable(str(unfinished))}` is what an interrupted run has left" if unfinished.exists() else ""
+        raise UsageError(
+            f"`{printable(str(output))}` exists already", hint=f"name a new file, or remove that one{left}"
+        )
 
 
 def _set_up(options: Options) -> tuple[torch.device, Budget]:
@@ -207,7 +221,7 @@ def _activations(
             emit=emit,
         )
         activations.save(kept)
-        space.journal.put("activations", "", _digest_of(kept))
+        space.journal.put("activations", "", {"file": _digest_of(kept), "weights": calibration.weights(activations)})
     space.forget_calibration()
     check_activations(activations, inputs, calibration.aim)
     return activations
@@ -215,9 +229,18 @@ def _activations(
 
 def _kept(file: Path, journal: Journal) -> Activations | None:
     """What the interrupted run had measured."""
-    if not file.is_file() or journal.get("activations") != _digest_of(file):
-        return None
-    return Activations.load(file)
+    return Activations.load(file) if _is_kept(file, journal) else None
+
+
+def _is_kept(file: Path, journal: Journal) -> bool:
+    row = journal.get("activations")
+    return row is not None and file.is_file() and row["file"] == _digest_of(file)
+
+
+def _forget_lost(space: Workspace) -> None:
+    """Activations that are no longer there are measured again, which must then be in the same environment."""
+    if space.journal.holds("activations") and not _is_kept(space.private / ACTIVATIONS, space.journal):
+        space.journal.drop("activations")
 
 
 def _digest_of(file: Path) -> str:

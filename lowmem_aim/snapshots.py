@@ -8,9 +8,10 @@ recording again costs next to nothing. A snapshot is made after a block, at most
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -56,7 +57,7 @@ class Course:
 def _is_plain(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (Slot, bool, int, float, str, torch.dtype))
+    return value is None or isinstance(value, (Slot, bool, int, float, str))
 
 
 class Snapshots:
@@ -64,27 +65,34 @@ class Snapshots:
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self._folder, self._journal = folder, journal
-        self._last = time.monotonic()
+        self._last = self._block = time.monotonic()  # when the last snapshot was made, and the last block finished
         self._possible = True
+        self._recorded = ""  # digest of what the recorder found
 
     def offer(self, stage: Stage, course: Course, emit: Emit) -> None:
-        """A block is finished: make a snapshot if the last is old enough."""
-        if not self._possible or time.monotonic() - self._last < SECONDS:
+        """A block is finished: make a snapshot, if the last would be too old after another block as long as this."""
+        now = time.monotonic()
+        took, self._block = now - self._block, now
+        if not self._possible or now - self._last + took < SECONDS:
             return
         self._possible = course.is_whole()
         if self._possible:
             self._keep(stage, course)
-            self._last = time.monotonic()
+            self._last = self._block = time.monotonic()
         else:
-            what = "the blocks of this model share more than tensors: if calibration is interrupted, it starts again"
+            what = (
+                "the blocks of this model share more than plain tensors: if calibration is interrupted, it starts again"
+            )
             emit(Notice(what, "warning"))
 
     def _keep(self, stage: Stage, course: Course) -> None:
+        stage.weights.base.check_unchanged()  # else a change between reading and computing would be kept
         file = self._folder / SNAPSHOTS.replace("*", str(course.blocks))
         shelf, tallies = stage.shelf, stage.watch.tallies
-        with disk_errors(file), file.open("wb") as stream:
+        with disk_errors(file), _whole_or_absent(file) as stream:
             out = _Out(stream)
             row = {
+                "recorded": self._recorded,
                 "file": file.name,
                 "blocks": course.blocks,
                 "of": len(stage.blocks),
@@ -101,17 +109,17 @@ class Snapshots:
         remove_snapshots(self._folder, but=file.name)
 
     def restore(self, stage: Stage, course: Course) -> None:
-        """Bring the course, and what the stage has seen, to where the last snapshot was made; if there is one."""
-        row = self._journal.get(KIND)
-        if row is None:
-            return
+        """Bring the course, and what the stage has seen, to where the last snapshot was made; if there is one.
+
+        One that is damaged counts as none, and so does one of other embeddings or masks, which the course begins with.
+        """
+        self._recorded = _digest_of(course, stage)
+        row = self._journal.get(KIND) or {"file": "", "recorded": ""}
+        remove_snapshots(self._folder, but=row["file"])
         file = self._folder / row["file"]
-        if not file.is_file():
+        if row["recorded"] != self._recorded or _digest_of_file(file) != row["digest"]:
             return
         with disk_errors(file), file.open("rb") as stream:
-            if _digest(stream) != row["digest"]:
-                return  # damaged: as if there were none
-            stream.seek(0)
             for slot, stored in zip(course.states, row["states"], strict=True):
                 stage.shelf.put(_taken(stream, stored), slot)
             outputs = [_taken(stream, stored) for stored in row["outputs"]]
@@ -169,8 +177,36 @@ def _taken(stream: IO[bytes], stored: Any) -> Any:
     return value
 
 
-def _digest(stream: IO[bytes]) -> str:
+def _digest_of_file(file: Path) -> str:
+    """Empty if it cannot be read."""
     state = xxhash.xxh3_128()
-    while data := stream.read(8 << 20):
-        state.update(data)
+    try:
+        with file.open("rb") as stream:
+            while data := stream.read(8 << 20):
+                state.update(data)
+    except OSError:
+        return ""
+    return str(state.hexdigest())
+
+
+@contextlib.contextmanager
+def _whole_or_absent(file: Path) -> Iterator[IO[bytes]]:
+    """A new file that does not stay if writing it fails."""
+    try:
+        with file.open("wb") as stream:
+            yield stream
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _digest_of(course: Course, stage: Stage) -> str:
+    """Of what the recorder found: the hidden states before the first block, the tensors that blocks are called with."""
+    state, seen = xxhash.xxh3_128(), set[int]()
+    calls = (call for tape in course.tapes for call in tape)
+    for slot in (*course.states, *(slot for call in calls for slot in call.slots())):
+        if id(slot) not in seen:
+            seen.add(id(slot))
+            state.update(raw(stage.shelf.get(slot).cpu().contiguous()))
     return str(state.hexdigest())

@@ -73,6 +73,12 @@ class Call:
 
         return Call(tuple(map(changed, self.args)), {key: changed(value) for key, value in self.kwargs.items()})
 
+    def slots(self) -> list[Slot]:
+        """The places of its tensors, if it is on the shelf."""
+        found: list[Slot] = []
+        self.mapped(lambda value: found.append(value) if isinstance(value, Slot) else None)
+        return found
+
     def from_shelf(self, shelf: Shelf) -> Call:
         """With the tensors themselves instead of their places."""
         return self.mapped(lambda value: shelf.get(value) if isinstance(value, Slot) else value)

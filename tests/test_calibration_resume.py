@@ -26,7 +26,7 @@ from lowmem_aim import journal, memory, output, rooms, snapshots
 from lowmem_aim.activations import Activations
 from lowmem_aim.calibrate import calibrate
 from lowmem_aim.checkpoint import Checkpoint
-from lowmem_aim.errors import DiskError, ResumeError
+from lowmem_aim.errors import DiskError, ModelError, ResumeError
 from lowmem_aim.events import Advanced, Event, Notice, PhaseStarted
 from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Budget
@@ -182,7 +182,7 @@ def test_the_last_snapshot_stays_until_the_next_is_whole(
     assert [file.name for file in work.glob(output.SNAPSHOTS)] == ["calibration-3.bin"]
 
 
-def test_blocks_that_share_more_than_tensors_start_again_and_say_so(
+def test_blocks_that_share_more_than_plain_tensors_start_again_and_say_so(
     llama: Path, tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = LlamaDecoderLayer.forward
@@ -199,7 +199,7 @@ def test_blocks_that_share_more_than_tensors_start_again_and_say_so(
     seen: list[Event] = []
     with pytest.raises(Stopped):
         measured(llama / "base", tmp_path / "work", stopping_after(2, seen))
-    assert any(isinstance(event, Notice) and "share more than tensors" in event.text for event in seen)
+    assert any(isinstance(event, Notice) and "share more than plain tensors" in event.text for event in seen)
     driven.clear()
     measured(llama / "base", tmp_path / "work")
     assert driven == [0, 1, 2]
@@ -306,6 +306,23 @@ class TestCalibrateCommand:
             found = run("calibrate", llama / "base", "--calibration", texts, "-o", made)
         assert found.code == 6
 
+    def test_a_file_that_is_there_costs_nothing_that_was_kept(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("calibrate", llama / "base", "--calibration", texts, "--quiet", "-o")
+        made = tmp_path / "made.safetensors"
+        self.stopped(command, made, run, monkeypatch)
+        made.write_text("mine")
+        found = run(*command, made)
+        assert found.code == 2
+        assert "made.safetensors.partial` is what an interrupted run has left" in found.err
+        made.unlink()
+        assert "2/3 blocks" in run("status", tmp_path / "made.safetensors.partial").out
+
+    @pytest.mark.parametrize("name", [".", "/", "a" * 240 + ".safetensors"])
+    def test_names_that_cannot_be(self, llama: Path, texts: Path, run: Run, name: str) -> None:
+        assert run("calibrate", llama / "base", "--calibration", texts, "-o", name).code == 2
+
     def stopped(self, command: Any, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         """Run the command until two blocks are kept."""
         offer = Snapshots.offer
@@ -321,3 +338,57 @@ class TestCalibrateCommand:
         assert found.code == 4
         assert "the same command goes on from there" in found.err
         assert not made.exists()
+
+
+@pytest.mark.parametrize("when", ["in calibration", "after it"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.bias"])
+def test_a_base_of_other_embeddings_or_biases_is_never_mixed_with_what_was_measured(
+    name: str, when: str, texts: Path, tmp_path: Path
+) -> None:
+    tiny.build("qwen2", tmp_path / "base", tie_word_embeddings=False)
+    tiny.perturbed(tmp_path / "base", tmp_path / "math")
+    weights = tmp_path / "base" / "model.safetensors"
+    options, out = Options(use_cache=False), tmp_path / "out"
+    job = recipe(tmp_path, "task_arithmetic", experts=("math",), omega=0.3, calibration=str(texts))
+    with pytest.raises(Stopped):
+        merge(job, out, options, stopping_after(2) if when == "in calibration" else stopping_after_merged())
+    changed = {key: value + 0.5 * (key == name) for key, value in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    if when == "in calibration" and "embed" in name:  # nothing else is finished: it starts again
+        merge(job, out, options)
+        assert digests(out) == digests(merge(job, tmp_path / "whole", options))
+    else:
+        with pytest.raises(ResumeError, match="has another"):
+            merge(job, out, options)
+
+
+def test_what_was_measured_in_two_environments_is_not_cached(
+    llama: Path, texts: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    job, out = recipe(llama, "linear", omega=0.3, calibration=str(texts)), tmp_path / "out"
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(Stopped):
+            merge(job, out, Options(threads=1), stopping_after(2))
+        merge(job, out, Options(threads=2, accept_environment=True))
+    finally:
+        torch.set_num_threads(before)
+    assert not list((own_cache / "lowmem_aim").glob("*.safetensors"))
+
+
+def test_a_base_that_changes_between_reading_and_computing_is_not_kept(
+    llama: Path, tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama / "base", tmp_path / "base")
+    run_block = Stage.run_block
+
+    def touching(stage: Stage, index: int, call: Any) -> Any:
+        os.utime(tmp_path / "base" / "model.safetensors", (1, 1))
+        return run_block(stage, index, call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "run_block", touching)
+        with pytest.raises(ModelError, match="changed while it was being read"):
+            measured(tmp_path / "base", tmp_path / "work")
+    assert driven == [0]
+    assert not list((tmp_path / "work").glob(output.SNAPSHOTS))
