@@ -30,6 +30,7 @@ from torch import Tensor
 from lowmem_aim.config import config_of, load_json
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.headers import MAX_HEADER_BYTES, TensorInfo, read_header
+from lowmem_aim.memory import is_allocation_failure
 
 ReadMode = Literal["mmap", "pread"]
 
@@ -245,12 +246,19 @@ class Checkpoint:
         return data.view(info.dtype).reshape(stop - start, columns)
 
     def digest(self, name: str) -> str:
-        """As `digest`, of a whole tensor's bytes, some of its rows at a time."""
+        """As `digest`, of a whole tensor's bytes, some of its rows at a time; fewer where memory runs short."""
         rows, columns = self.tensors[name].matrix
-        step = max(1, WINDOW_BYTES // 8 // max(columns, 1))
-        state = xxhash.xxh3_128()
-        for start in range(0, rows, step):
-            state.update(raw(self.rows(name, start, min(start + step, rows)).contiguous()))
+        step, start, state = max(1, WINDOW_BYTES // 8 // max(columns, 1)), 0, xxhash.xxh3_128()
+        while start < rows:
+            try:
+                part = self.rows(name, start, min(start + step, rows))
+            except Exception as error:
+                if step == 1 or not is_allocation_failure(error):
+                    raise
+                step //= 2
+            else:
+                state.update(raw(part.contiguous()))
+                start += step
         return str(state.hexdigest())
 
     def expect(self, names: Iterable[str]) -> None:
