@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-crash bench gpu-check format clean
+.PHONY: install demo lint type test test-crash test-mergekit bench gpu-check format clean
 
 install: $(STAMP)
 
@@ -42,9 +42,13 @@ gpu-check: install
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
 
+# Some six minutes, with mergekit from the package index in an environment of its own: each method against it.
+test-mergekit: install
+	$(BIN)/python tests/mergekit/differential.py
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-run bench-run gpu-check-run crash-run build dist *.egg-info
+	rm -rf $(VENV) demo-run bench-run gpu-check-run crash-run mergekit-run build dist *.egg-info
