@@ -184,7 +184,7 @@ def _shares(plan: Plan, inputs: Inputs, budget: Budget, device: torch.device) ->
         stored_bytes=models * stored + widest,
         row=max((matrix_shape(task.shape)[1] for task in tasks), default=1),
         threads=torch.get_num_threads(),
-        compiled=device.type == "cpu" and kernels.available(),
+        compiled=plan.recipe.method.compiled and device.type == "cpu" and kernels.available(),
     )
 
 

@@ -21,6 +21,26 @@ def slerp(base: Tensor, expert: Tensor, t: float) -> Tensor:
     return torch.sin((1 - t) * angle) / torch.sin(angle) * a + torch.sin(t * angle) / torch.sin(angle) * b
 
 
+def nearswap(base: Tensor, expert: Tensor, t: float) -> Tensor:
+    a, b = base.double(), expert.double()
+    share = (t / (a - b).abs().clamp(min=1e-6)).clamp(0, 1)
+    return share * b + (1 - share) * a
+
+
+def ram(base: Tensor, diffs: list[Tensor], epsilon: float, plus: tuple[float, float] | None = None) -> Tensor:
+    """`plus` are r and alpha of ramplus_tl."""
+    changed = [diff.abs() > float(torch.tensor(epsilon)) for diff in diffs]
+    count = sum(mask.double() for mask in changed)
+    total = torch.zeros_like(diffs[0])
+    for diff, mask in zip(diffs, changed, strict=True):
+        lone = mask & (count == 1)
+        factor = 1.0
+        if plus and lone.any():
+            factor += plus[0] * min(float((mask & ~lone).sum() / lone.sum()), plus[1])
+        total += torch.where(lone, diff * factor, torch.where(mask, diff / count.clamp(min=1), 0.0))
+    return base.double() + total
+
+
 def deltas(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
     # Float32 first, as in the checkpoint's arithmetic: a threshold must see the same magnitudes.
     return [(expert - base).double() for expert in experts]

@@ -116,6 +116,21 @@ class TestAgainstFloat64:
         elect = method == "dare_ties"
         assert_close(ours, ref.task_arithmetic_tail(base, sparse, weight, elect=elect, normalize=False, scale=1.0))
 
+    @pytest.mark.parametrize("t", [0.0, 0.01, 5.0])
+    def test_nearswap(self, shape: tuple[int, ...], t: float) -> None:
+        base, expert = tensors(shape, 1)
+        ours = merge("nearswap", base, [expert], {"t": t})
+        assert_close(ours, ref.nearswap(base, expert, t))
+        assert t < 5.0 or torch.equal(ours, expert)
+
+    @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.1])
+    def test_ram(self, shape: tuple[int, ...], epsilon: float) -> None:
+        base, *experts = tensors(shape, 3)
+        diffs = ref.deltas(base, experts)
+        assert_close(merge("ram", base, experts, {"epsilon": epsilon}), ref.ram(base, diffs, epsilon))
+        given = {"epsilon": epsilon, "r": 0.3, "alpha": 0.6}
+        assert_close(merge("ramplus_tl", base, experts, given), ref.ram(base, diffs, epsilon, (0.3, 0.6)))
+
     def test_passthrough(self, shape: tuple[int, ...]) -> None:
         base, expert = tensors(shape, 1)
         assert torch.equal(merge("passthrough", base, [expert], {}), expert)
@@ -151,6 +166,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "dare_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "dare_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "slerp": {"t": 0.4},
+    "nearswap": {"t": 0.05},
+    "ram": {"epsilon": 0.05},
+    "ramplus_tl": {"epsilon": 0.05, "alpha": 0.6},
     "passthrough": {"scale": (1.5,)},
 }
 

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"weight": ("0.3",), "density": ("0.4",), "parameter": ("rescale=true",)},
     "dare_ties": {"weight": ("0.3",), "density": ("0.4",)},
     "slerp": {"experts": ("math",), "parameter": ("t=0.4",)},
+    "ramplus_tl": {},
 }
 
 

@@ -21,6 +21,7 @@ PIECE_BITS = 30
 # 2^22 pieces below 2^30 units stay below 2^52 units, with one bit to spare for pieces rounded up.
 CHUNK = 1 << 22
 _UNIT = 1074  # units of 2^-1074
+UNITS = 1 << _UNIT  # in 1, for counts among the sums
 
 
 def exact_sum(terms: Tensor) -> int:

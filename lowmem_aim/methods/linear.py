@@ -22,7 +22,7 @@ def weighted_sum(stored: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tens
     return total
 
 
-@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482")
+@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482", compiled=True)
 def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Script:
     """sum wi Wi, divided by sum wi."""
     if normalize and abs(sum(weight)) < ZERO_WEIGHT:
@@ -36,7 +36,7 @@ def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Scrip
     yield  # no rounds
 
 
-@merge_method("passthrough", base="listed", most=1, source="mergekit")
+@merge_method("passthrough", base="listed", most=1, source="mergekit", compiled=True)
 def passthrough(tensor: Subject, *, scale: Scales = (1.0,)) -> Script:
     """W * scale."""
 

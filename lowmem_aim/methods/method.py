@@ -195,6 +195,7 @@ class Method:
     most: int | None
     source: str
     parameters: Mapping[str, Parameter]
+    compiled: bool  # all of it has compiled loops, which need less memory at a time
 
     def start(self, tensor: Subject, parameters: Mapping[str, Any]) -> Script:
         """The script for one tensor; `parameters` by recipe name, one tuple entry per expert where that applies."""
@@ -212,6 +213,7 @@ def merge_method(
     fewest: int = 1,
     most: int | None = None,
     source: str,
+    compiled: bool = False,
 ) -> Callable[[Callable[..., Script]], Callable[..., Script]]:
     """Register a script under its recipe name. `fewest` and `most` count the experts."""
 
@@ -219,7 +221,8 @@ def merge_method(
         hints = get_type_hints(script, include_extras=True)
         declared = [p for p in inspect.signature(script).parameters.values() if p.kind is p.KEYWORD_ONLY]
         parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
-        METHODS[name] = Method(name, script, base, fewest, most, source, {p.name: p for p in parameters})
+        table = {p.name: p for p in parameters}
+        METHODS[name] = Method(name, script, base, fewest, most, source, table, compiled)
         return script
 
     return register

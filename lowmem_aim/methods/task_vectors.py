@@ -19,7 +19,7 @@ from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subj
 from lowmem_aim.methods.selection import Everything, Selection
 
 
-@merge_method("task_arithmetic", source="arXiv 2212.04089")
+@merge_method("task_arithmetic", source="arXiv 2212.04089", compiled=True)
 def task_arithmetic(tensor: Subject, *, weight: Weights, normalize: bool = False, lambda_: float = 1.0) -> Script:
     """W0 + lambda sum wi Di."""
     everything, unscaled = (Everything(),) * tensor.experts, (1.0,) * tensor.experts

@@ -25,7 +25,7 @@ LOW_BITS = 31 - kernels.UPPER_BITS
 COLLECTED = 1 << 20  # so many magnitudes of a bin, 12 MB, are collected at most
 
 
-@merge_method("ties", source="arXiv 2306.01708")
+@merge_method("ties", source="arXiv 2306.01708", compiled=True)
 def ties(
     tensor: Subject,
     *,

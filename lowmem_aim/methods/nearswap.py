@@ -1,0 +1,25 @@
+"""nearswap: the expert where it is near the base, less of it the further off it is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
+
+SMALLEST_DISTANCE = 1e-6  # below it the expert counts as this near
+
+
+@merge_method("nearswap", most=1, source="mergekit")
+def nearswap(tensor: Subject, *, t: Annotated[float, Within(0.0)]) -> Script:
+    """w W1 + (1-w) W0, w = t / max(|W0 - W1|, 1e-6) up to 1."""
+
+    def combine(rows: Rows) -> Tensor:
+        base, expert = rows.base, rows.experts[0]
+        share = (t / (base - expert).abs().clamp_(min=SMALLEST_DISTANCE)).clamp_(max=1.0)
+        return torch.where(share == 1.0, expert, share * expert + (1.0 - share) * base)
+
+    return combine
+    yield  # no rounds
