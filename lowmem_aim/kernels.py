@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # What a selection keeps of a delta, and the numbers that say it: see `methods.selection`.
-Kept = tuple[Literal["all", "random", "largest"], tuple[int, int, int, int]]
+Kept = tuple[Literal["all", "random", "largest", "between"], tuple[int, int, int, int]]
 
 UPPER_BITS = 16  # of the 31 bits of a float32 magnitude, counted by `count_upper`
 _BINS_OF_UPPER = 1 << UPPER_BITS
@@ -94,7 +94,7 @@ def consensus(
 def _codes(kept: Sequence[Kept]) -> tuple[Any, Any]:
     """(K,) kinds and (K, 4) numbers, int64."""
     loops = _loops()
-    kinds = {"all": loops.ALL, "random": loops.RANDOM, "largest": loops.LARGEST}
+    kinds = {"all": loops.ALL, "random": loops.RANDOM, "largest": loops.LARGEST, "between": loops.BETWEEN}
     return np.array([kinds[kind] for kind, _ in kept], np.int64), np.array([n for _, n in kept], np.int64)
 
 

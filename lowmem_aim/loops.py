@@ -21,8 +21,8 @@ BLOCK = 1024  # elements; three experts' parts, signs and sums of a block take s
 # A bin of an exact sum counts units of 2^(index - BIN_ZERO): products of two float32 reach from 2^-298 to 2^256.
 BINS = 720
 BIN_ZERO = 440
-# What stays of a delta: everything, a random share, or the largest magnitudes. See `kernels.Kept`.
-ALL, RANDOM, LARGEST = 0, 1, 2
+# What stays of a delta: everything, a random share, the largest magnitudes, or between two such. See `kernels.Kept`.
+ALL, RANDOM, LARGEST, BETWEEN = 0, 1, 2, 3
 
 U32, I32, I64, F32, F64 = np.uint32, np.int32, np.int64, np.float32, np.float64
 _MAGNITUDE = U32(0x7FFFFFFF)
@@ -103,6 +103,8 @@ def _part(base, expert, scale, kind, keep, offset, out):
         for j in range(out.size):
             part = (_wide(expert[j]) - _wide(base[j])) * scale
             out[j] = part if _draw(U32(U32(j) + low), key0, key1) < limit else F32(0)
+    elif kind == BETWEEN:
+        _part_between(base, expert, scale, keep, offset, out)
     else:
         # Equal magnitudes stay as far as keep[1] elements into the slice.
         equals = min(max(keep[1] - offset, 0), out.size)
@@ -115,6 +117,17 @@ def _part_above(base, expert, scale, threshold, out):
     for j in range(out.size):
         delta = _wide(expert[j]) - _wide(base[j])
         out[j] = delta * scale if I32(_magnitude(delta)) > threshold else F32(0)
+
+
+@inner
+def _part_between(base, expert, scale, keep, offset, out):
+    """keep[0] and keep[1] as for the largest; keep[2] and keep[3] likewise of those too large to stay."""
+    for j in range(out.size):
+        delta = _wide(expert[j]) - _wide(base[j])
+        magnitude, place = I64(_magnitude(delta)), I64(j) + offset
+        reaches = magnitude > keep[0] - I64(place < keep[1])
+        exceeds = magnitude > keep[2] - I64(place < keep[3])
+        out[j] = delta * scale if reaches and not exceeds else F32(0)
 
 
 @inner

@@ -41,6 +41,24 @@ def ram(base: Tensor, diffs: list[Tensor], epsilon: float, plus: tuple[float, fl
     return base.double() + total
 
 
+def model_stock(base: Tensor, experts: list[Tensor], filter_wise: bool) -> Tensor:
+    diffs = torch.stack([diff.flatten() for diff in deltas(base, experts)])
+    rows = base.shape[-1] if filter_wise and base.ndim > 1 else max(base.numel(), 1)
+    diffs = diffs.reshape(len(experts), -1, rows)
+    norms = diffs.norm(dim=-1)
+    cosines = [
+        torch.where(
+            norms[i] * norms[j] > 0, (diffs[i] * diffs[j]).sum(-1) / (norms[i] * norms[j]).clamp(min=1e-300), 0.0
+        )
+        for i in range(len(experts))
+        for j in range(i)
+    ]
+    c = sum(cosines) / len(cosines)
+    below = 1 + (len(experts) - 1) * c
+    t = torch.where(below > 1e-6, len(experts) * c / below, 0.0)
+    return base.double() + (t[:, None] * diffs.mean(0)).reshape(base.shape)
+
+
 def deltas(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
     # Float32 first, as in the checkpoint's arithmetic: a threshold must see the same magnitudes.
     return [(expert - base).double() for expert in experts]
@@ -52,6 +70,16 @@ def largest_mask(delta: Tensor, density: float) -> Tensor:
     order = sorted(range(delta.numel()), key=lambda i: (-abs(float(delta.flatten()[i])), i))
     mask = torch.zeros(delta.numel(), dtype=torch.bool)
     mask[order[:k]] = True
+    return mask.reshape(delta.shape)
+
+
+def middle_mask(delta: Tensor, density: float, gamma: float) -> Tensor:
+    """Of the magnitudes the int(density n) largest after the int(gamma n) largest, or as few of those as fit."""
+    k = int(density * delta.numel())
+    dropped = min(int(gamma * delta.numel()), delta.numel() - k)
+    order = sorted(range(delta.numel()), key=lambda i: (-abs(float(delta.flatten()[i])), i))
+    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    mask[order[dropped : dropped + k]] = True
     return mask.reshape(delta.shape)
 
 

@@ -100,6 +100,26 @@ class TestAgainstFloat64:
         sparse = [d * m * ref.rescale_factor(d, m, rescale, k) for d, m, k in zip(diffs, masks, densities, strict=True)]
         assert_close(ours, ref.task_arithmetic_tail(base, sparse, weight, elect=True, normalize=normalize, scale=0.8))
 
+    @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+    @pytest.mark.parametrize("rescale", [False, True])
+    def test_breadcrumbs(self, shape: tuple[int, ...], method: str, rescale: bool) -> None:
+        base, *experts = tensors(shape, 4)
+        weight, densities, gammas = [0.5, 1.0, 0.7, 0.2], [0.0, 0.5, 0.9, 1.0], [0.5, 0.1, 0.3, 0.2]
+        given = {"weight": tuple(weight), "density": tuple(densities), "gamma": tuple(gammas), "rescale": rescale}
+        ours = merge(method, base, experts, given)
+        diffs = ref.deltas(base, experts)
+        masks = [ref.middle_mask(d, k, g) for d, k, g in zip(diffs, densities, gammas, strict=True)]
+        sparse = [d * m * ref.rescale_factor(d, m, rescale, k) for d, m, k in zip(diffs, masks, densities, strict=True)]
+        elect = method == "breadcrumbs_ties"
+        assert_close(ours, ref.task_arithmetic_tail(base, sparse, weight, elect=elect, normalize=False, scale=1.0))
+
+    def test_breadcrumbs_that_drop_nothing_keep_as_ties_do(self, shape: tuple[int, ...]) -> None:
+        base, expert = tensors(shape, 1)
+        for gamma in (0.0, 0.5 / base.numel()):
+            given = {"weight": (1.0,), "density": (0.5,), "gamma": (gamma,)}
+            ours = merge("breadcrumbs", base, [expert], given)
+            assert torch.equal(ours, merge("ties", base, [expert], {"weight": (1.0,), "density": (0.5,)}))
+
     @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
     @pytest.mark.parametrize("rescale", [True, False, "density"])
     def test_dare(self, shape: tuple[int, ...], method: str, rescale: bool | str) -> None:
@@ -115,6 +135,14 @@ class TestAgainstFloat64:
         sparse = [d * m * ref.rescale_factor(d, m, rescale, k) for d, m, k in zip(diffs, masks, densities, strict=True)]
         elect = method == "dare_ties"
         assert_close(ours, ref.task_arithmetic_tail(base, sparse, weight, elect=elect, normalize=False, scale=1.0))
+
+    @pytest.mark.parametrize("filter_wise", [False, True])
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_model_stock(self, shape: tuple[int, ...], filter_wise: bool, count: int) -> None:
+        base, *experts = tensors(shape, count)
+        experts = [e + 0.1 * (1 + i) * experts[0] for i, e in enumerate(experts)]  # deltas with something in common
+        truth = ref.model_stock(base, experts, filter_wise)
+        assert_close(merge("model_stock", base, experts, {"filter_wise": filter_wise}), truth)
 
     @pytest.mark.parametrize("t", [0.0, 0.01, 5.0])
     def test_nearswap(self, shape: tuple[int, ...], t: float) -> None:
@@ -163,9 +191,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "linear": {"weight": (0.3, 0.4, 0.5)},
     "task_arithmetic": {"weight": (0.3, 0.4, 0.5), "lambda": 0.9},
     "ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9), "rescale": True},
+    "breadcrumbs": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9), "gamma": (0.1, 0.1, 0.3), "rescale": True},
+    "breadcrumbs_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9), "gamma": (0.1, 0.1, 0.0)},
     "dare_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "dare_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "slerp": {"t": 0.4},
+    "model_stock": {"filter_wise": True},
     "nearswap": {"t": 0.05},
     "ram": {"epsilon": 0.05},
     "ramplus_tl": {"epsilon": 0.05, "alpha": 0.6},
@@ -233,6 +264,17 @@ class TestTraps:
     def test_slerp_of_a_zero_tensor_is_linear(self) -> None:
         zero, expert = torch.zeros(3, 4), tensors((3, 4), 1)[1]
         assert torch.equal(merge("slerp", zero, [expert], {"t": 0.25}), expert * 0.25)
+
+    @pytest.mark.parametrize("filter_wise", [False, True])
+    def test_model_stock_of_opposite_deltas_is_the_base(self, filter_wise: bool) -> None:
+        base, expert = tensors((5, 7), 1, torch.bfloat16)
+        delta = expert - base
+        assert torch.equal(merge("model_stock", base, [base + delta, base - delta], {"filter_wise": filter_wise}), base)
+
+    @pytest.mark.parametrize("filter_wise", [False, True])
+    def test_model_stock_without_a_delta_is_the_base(self, filter_wise: bool) -> None:
+        base, _ = tensors((5, 7), 1)
+        assert torch.equal(merge("model_stock", base, [base, base], {"filter_wise": filter_wise}), base)
 
     def test_slerp_of_opposite_tensors_is_linear(self) -> None:
         base, _ = tensors((3, 4), 1)

@@ -95,6 +95,25 @@ ALL = Largest(0, EVERYWHERE)
 NONE = Largest((1 << 31) - 1, -1)
 
 
+@dataclass(frozen=True)
+class Between:
+    """What `outer` keeps but for what `inner` keeps: the magnitudes of the middle."""
+
+    outer: Largest
+    inner: Largest
+
+    def mask(self, delta: Tensor, start: int) -> Tensor | None:
+        outer, inner = self.outer.mask(delta, start), self.inner.mask(delta, start)
+        if inner is None:
+            return torch.zeros_like(delta, dtype=torch.bool)
+        return ~inner if outer is None else outer & ~inner
+
+    def kept(self, start: int, count: int) -> Kept:
+        _, (outer, outer_equals, _, _) = self.outer.kept(start, count)
+        _, (inner, inner_equals, _, _) = self.inner.kept(start, count)
+        return "between", (outer, outer_equals, inner, inner_equals)
+
+
 def magnitude_bits(delta: Tensor) -> Tensor:
     """|delta| as int32 that order as the magnitudes do."""
     return delta.abs().view(torch.int32)

@@ -9,7 +9,7 @@ A bin too full to be collected is counted by the lower 15 bits instead, and a th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +44,26 @@ def ties(
 
 def largest(tensor: Subject, density: Sequence[float]) -> Generator[Fold, Any, list[Largest]]:
     """The selections that keep exactly int(density_i n) elements of each delta. Up to four rounds, mostly two."""
-    counts = [int(d * tensor.numel) for d in density]
-    known = {i: ALL if k else NONE for i, k in enumerate(counts) if k == 0 or k >= tensor.numel}
-    asked = {i: k for i, k in enumerate(counts) if i not in known}  # expert -> how many of its elements stay
-    if asked:
-        coarse = yield _UpperCounts(list(asked))
-        bins = {i: _bin_of(coarse[i], k) for i, k in asked.items()}
+    return (yield from first_by_size(tensor, [(i, int(d * tensor.numel)) for i, d in enumerate(density)]))
+
+
+def first_by_size(
+    tensor: Subject,
+    asked: Sequence[tuple[int, int]],  # (expert, k), an expert perhaps several times
+) -> Generator[Fold, Any, list[Largest]]:
+    """For each, the selection of the expert's k largest elements, equal ones from the lowest flat index on."""
+    known = {i: ALL if k else NONE for i, (_, k) in enumerate(asked) if k == 0 or k >= tensor.numel}
+    left = {i: ask for i, ask in enumerate(asked) if i not in known}
+    if left:
+        coarse = yield _UpperCounts(sorted({expert for expert, _ in left.values()}))
+        bins = {i: _bin_of(coarse[expert], k, expert) for i, (expert, k) in left.items()}
         few = {i: b for i, b in bins.items() if b.size <= COLLECTED}
         many = {i: b for i, b in bins.items() if b.size > COLLECTED}
         if few:
             known |= yield _Collected(few)
         if many:
             known |= yield from _counted(many)
-    return [known[i] for i in range(len(density))]
+    return [known[i] for i in range(len(asked))]
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,26 @@ class _Bin:
     number: int
     wanted: int  # how many of it stay: its largest
     size: int
+    expert: int
 
 
-def _bin_of(counts: Tensor, k: int) -> _Bin:
+def _bin_of(counts: Tensor, k: int, expert: int) -> _Bin:
     at_least = counts.flip(0).cumsum(0)  # how many lie in the top 1, 2, ... bins
     place = int(torch.searchsorted(at_least, k))
     above = int(at_least[place - 1]) if place else 0
     number = counts.numel() - 1 - place
-    return _Bin(number, k - above, int(counts[number]))
+    return _Bin(number, k - above, int(counts[number]), expert)
 
 
-def _deltas(rows: Rows, experts: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """(expert, its delta's magnitudes as flat int32 bits)."""
+def _deltas(rows: Rows, experts: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """For each key -> expert: (the key, the delta's magnitudes as flat int32 bits), one after the other."""
     base = rows.base
-    return [(i, magnitude_bits(rows.stored_experts[i].to(torch.float32) - base).view(-1)) for i in experts]
+    for key, expert in experts.items():
+        yield key, magnitude_bits(rows.stored_experts[expert].to(torch.float32) - base).view(-1)
+
+
+def _experts(bins: Mapping[int, _Bin]) -> dict[int, int]:
+    return {key: b.expert for key, b in bins.items()}
 
 
 class _UpperCounts:
@@ -93,7 +106,7 @@ class _UpperCounts:
         if kernels.usable(rows.stored_experts):
             return {i: kernels.count_upper(rows.stored_base, rows.stored_experts[i]) for i in self._experts}
         length = 1 << kernels.UPPER_BITS
-        deltas = _deltas(rows, self._experts)
+        deltas = _deltas(rows, {i: i for i in self._experts})
         return {i: torch.bincount(bits >> LOW_BITS, minlength=length).cpu() for i, bits in deltas}
 
     def add(self, part: dict[int, Tensor]) -> None:
@@ -109,7 +122,7 @@ def _add_counts(totals: dict[int, Tensor], part: dict[int, Tensor]) -> None:
 
 
 class _Collected:
-    """A fold: the selections, from all magnitudes of one bin per expert, with their places."""
+    """A fold: the selections, each from all magnitudes of one bin of an expert, with their places."""
 
     def __init__(self, bins: dict[int, _Bin]) -> None:
         self._bins = bins
@@ -119,12 +132,12 @@ class _Collected:
     def part(self, rows: Rows) -> dict[int, tuple[Tensor, Tensor]]:
         if kernels.usable(rows.stored_experts):
             found = {
-                i: kernels.collect(rows.stored_base, rows.stored_experts[i], b.number, b.size)
+                i: kernels.collect(rows.stored_base, rows.stored_experts[b.expert], b.number, b.size)
                 for i, b in self._bins.items()
             }
         else:
             found = {}
-            for i, bits in _deltas(rows, list(self._bins)):
+            for i, bits in _deltas(rows, _experts(self._bins)):
                 places = (bits >> LOW_BITS == self._bins[i].number).nonzero().flatten()
                 found[i] = places.cpu(), bits[places].cpu()
         return {i: (places + rows.start, bits) for i, (places, bits) in found.items()}
@@ -137,11 +150,11 @@ class _Collected:
     def finish(self) -> dict[int, Largest]:
         return {i: self._selection(i, b.wanted) for i, b in self._bins.items()}
 
-    def _selection(self, expert: int, wanted: int) -> Largest:
-        bits = torch.cat(self._bits[expert])
+    def _selection(self, key: int, wanted: int) -> Largest:
+        bits = torch.cat(self._bits[key])
         threshold = int(bits.kthvalue(len(bits) - wanted + 1).values)
         still = wanted - int((bits > threshold).sum())
-        equal = torch.cat(self._places[expert])[bits == threshold]
+        equal = torch.cat(self._places[key])[bits == threshold]
         return Largest(threshold, int(equal[still - 1]) if still < len(equal) else EVERYWHERE)
 
 
@@ -149,28 +162,28 @@ class _Collected:
 
 
 def _counted(upper: dict[int, _Bin]) -> Generator[Fold, Any, dict[int, Largest]]:
-    fine = yield _LowerCounts({i: b.number for i, b in upper.items()})
-    lower = {i: _bin_of(fine[i], b.wanted) for i, b in upper.items()}
+    fine = yield _LowerCounts(upper)
+    lower = {i: _bin_of(fine[i], b.wanted, b.expert) for i, b in upper.items()}
     bits = {i: (upper[i].number << LOW_BITS) + b.number for i, b in lower.items()}
     # A threshold of zero needs no search: whether a zero stays changes nothing.
     split = [i for i, b in lower.items() if b.wanted < b.size and bits[i] > 0]
     ends = dict.fromkeys(bits, EVERYWHERE)
     if split:
-        ends |= yield _NthEqual({i: (bits[i], lower[i].wanted) for i in split})
+        ends |= yield _NthEqual({i: lower[i] for i in split}, bits)
     return {i: Largest(bits[i], ends[i]) for i in bits}
 
 
 class _LowerCounts:
-    """A fold: histograms of the lower bits of those magnitudes whose upper bits are given, by expert."""
+    """A fold: histograms of the lower bits of those magnitudes that lie in the given bins."""
 
-    def __init__(self, upper: dict[int, int]) -> None:
+    def __init__(self, upper: dict[int, _Bin]) -> None:
         self._upper = upper
         self._counts: dict[int, Tensor] = {}
 
     def part(self, rows: Rows) -> dict[int, Tensor]:
         counts = {}
-        for i, bits in _deltas(rows, list(self._upper)):
-            inside = bits[bits >> LOW_BITS == self._upper[i]] & ((1 << LOW_BITS) - 1)
+        for i, bits in _deltas(rows, _experts(self._upper)):
+            inside = bits[bits >> LOW_BITS == self._upper[i].number] & ((1 << LOW_BITS) - 1)
             counts[i] = torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
         return counts
 
@@ -182,15 +195,16 @@ class _LowerCounts:
 
 
 class _NthEqual:
-    """A fold: for each expert the flat index of the n-th element whose magnitude has the given bits."""
+    """A fold: the flat index of the last element that a bin of equal magnitudes, of these bits, is asked for."""
 
-    def __init__(self, sought: dict[int, tuple[int, int]]) -> None:
-        self._bits = {i: bits for i, (bits, _) in sought.items()}
-        self._left = {i: n for i, (_, n) in sought.items()}
+    def __init__(self, sought: dict[int, _Bin], bits: Mapping[int, int]) -> None:
+        self._experts = _experts(sought)
+        self._bits = bits
+        self._left = {i: b.wanted for i, b in sought.items()}
         self._places: dict[int, int] = {}
 
     def part(self, rows: Rows) -> dict[int, Tensor]:
-        deltas = _deltas(rows, list(self._bits))
+        deltas = _deltas(rows, self._experts)
         return {i: (bits == self._bits[i]).nonzero().flatten().cpu() + rows.start for i, bits in deltas}
 
     def add(self, part: dict[int, Tensor]) -> None:

@@ -1,0 +1,62 @@
+"""Model Stock: the more the experts' deltas differ in direction, the nearer to the base their mean is drawn."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods.exact import ExactSums
+from lowmem_aim.methods.gram import cosine, gram_sums, row_dots, square
+from lowmem_aim.methods.linear import weighted_sum
+from lowmem_aim.methods.method import Combine, Rows, Script, Subject, merge_method
+
+OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and the base it is
+
+
+@merge_method("model_stock", fewest=2, source="arXiv 2403.19522")
+def model_stock(tensor: Subject, *, filter_wise: bool = False) -> Script:
+    """t mean(Wi) + (1-t) W0, t = K c / (1 + (K-1) c), c the mean cosine between two deltas; or t for each row."""
+    if filter_wise and len(tensor.shape) > 1:
+        return _by_row
+    count = tensor.experts
+    gram = square((yield ExactSums(lambda rows: gram_sums(_deltas(rows)))), count)
+    pairs = [cosine(gram, i, j) for i, j in combinations(range(count), 2)]
+    c = sum(pairs) / len(pairs)
+    below = 1.0 + (count - 1) * c
+    return _towards_the_mean(count * c / below if below > OPPOSED else 0.0, count)
+
+
+def _deltas(rows: Rows) -> list[Tensor]:
+    base = rows.base
+    return [expert - base for expert in rows.experts]
+
+
+def _towards_the_mean(t: float, count: int) -> Combine:
+    shares = (1.0 - t, *(t / count,) * count)
+
+    def combine(rows: Rows) -> Tensor:
+        return weighted_sum((rows.stored_base, *rows.stored_experts), shares)
+
+    return combine
+
+
+def _by_row(rows: Rows) -> Tensor:
+    deltas = _deltas(rows)
+    count = len(deltas)
+    norms = [row_dots(delta, delta).sqrt() for delta in deltas]
+    total = torch.zeros_like(norms[0])
+    for i, j in combinations(range(count), 2):
+        product = norms[i] * norms[j]
+        nothing = product == 0.0
+        cosines = row_dots(deltas[i], deltas[j]) / torch.where(nothing, 1.0, product)
+        total += torch.where(nothing, 0.0, cosines.clamp(-1.0, 1.0))
+    c = total / (count * (count - 1) // 2)
+    below = c * (count - 1) + 1.0
+    t = torch.where(below > OPPOSED, c * count / torch.where(below > OPPOSED, below, 1.0), 0.0)
+    t = t.to(device=deltas[0].device, dtype=torch.float32)[:, None]
+    mean = deltas[0]
+    for delta in deltas[1:]:
+        mean += delta
+    return (mean / count).mul_(t).add_(rows.base)
