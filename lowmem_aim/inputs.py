@@ -100,7 +100,7 @@ def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], use_cache: bool) -
     base = opened.get(recipe.base) if recipe.base else None
     references = [model.reference for model in recipe.models]
     experts = tuple(opened[reference] for reference in references if reference in opened)
-    merges_base = recipe.method.base == "required" or recipe.base in references or recipe.tokenizer_source is not None
+    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
     reference = base if recipe.base and merges_base else opened.get(references[0])
     return Inputs(base, experts, reference, outline_of(reference, use_cache)) if reference else None
 

@@ -144,12 +144,47 @@ def absolute_sums(base: Tensor, expert: Tensor, kept: Kept) -> tuple[int, int]:
     return _units(bins[0]), _units(bins[1])
 
 
-def dot_sums(a: Tensor, b: Tensor) -> tuple[int, int, int]:
-    """Exact sums of a a, b b and a b, in the units of `methods.exact`."""
+def gram_sums(models: Sequence[Tensor], origin: Tensor | None) -> list[int]:
+    """Exact dot products of each pair of the models, or of their deltas against `origin`, i <= j, by rows."""
     loops = _loops()
-    bins = np.zeros((3, loops.BINS), np.int64)
-    loops.dot_sums(*_arrays([a, b]), *bins)
-    return _units(bins[0]), _units(bins[1]), _units(bins[2])
+    first, *arrays = _arrays([models[0] if origin is None else origin, *models])
+    bins = np.zeros((len(arrays) * (len(arrays) + 1) // 2, loops.BINS), np.int64)
+    loops.gram_sums(tuple(arrays), first[:0] if origin is None else first, bins)
+    return [_units(row) for row in bins]
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:  # (rows,) float64
+    """The dot product of each row of two (rows, columns) float32 tensors, as `methods.gram.row_dots`."""
+    out = torch.empty(left.shape[0], dtype=torch.float64)
+    _loops().row_dots(left.reshape(-1).numpy(), right.reshape(-1).numpy(), out.numpy())
+    return out
+
+
+def column_tops(origin: Tensor, others: Sequence[Tensor], deltas: bool) -> Tensor:  # (1 + K, columns) float32
+    """The largest magnitude in each column of the origin and of the others, or of their deltas against it."""
+    tops = torch.zeros(1 + len(others), origin.shape[1])
+    first, *arrays = _arrays([origin, *others])
+    _loops().column_tops(first, tuple(arrays), deltas, tops.view(torch.int32).numpy().view(np.uint32))
+    return tops
+
+
+def column_dots(origin: Tensor, others: Sequence[Tensor], deltas: bool, cutters: Tensor) -> Tensor:  # int64
+    """`methods.columns` has what this is: terms as multiples of the cutters' last bits, added up, (1 + 2K, columns)."""
+    totals = np.zeros(tuple(cutters.shape), np.int64)
+    first, *arrays = _arrays([origin, *others])
+    _loops().column_dots(first, tuple(arrays), deltas, cutters.numpy(), totals)
+    totals -= origin.shape[0] * cutters.numpy().view(np.int64)  # modulo 2^64, as the sums before
+    return torch.from_numpy(totals)
+
+
+def scaled_deltas(base: Tensor, experts: Sequence[Tensor], scales: Tensor, by_row: bool) -> Tensor:
+    """W0 + sum si Di, added in model order; float32. `scales` (K, rows) if `by_row`, else (K, columns)."""
+    out = torch.empty(base.shape)
+    first, *arrays = _arrays([base, *experts])
+    _loops().scaled_deltas(
+        first, tuple(arrays), scales.contiguous().numpy(), by_row, base.shape[1], out.view(-1).numpy()
+    )
+    return out
 
 
 def _units(bins: Any) -> int:

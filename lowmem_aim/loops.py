@@ -28,6 +28,8 @@ U32, I32, I64, F32, F64 = np.uint32, np.int32, np.int64, np.float32, np.float64
 _MAGNITUDE = U32(0x7FFFFFFF)
 _TERM_BITS = 50  # of a term's leading bits that one round of `_add_exactly` takes: 2^50 * BLOCK fits 63 bits
 _HALF = 31  # bits of the lower half of a block's sum
+_LOWEST = _TERM_BITS - BIN_ZERO  # below this exponent there is no bin
+COLUMNS = 1024  # at a time, so that their sums stay in the processor's cache
 
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 inner: Any = njit(nogil=True, error_model="numpy")
@@ -287,7 +289,7 @@ def _add_exactly(terms, exponent, bins):
     count them as an integer. Almost always one round takes all there is.
     """
     left = I64(1)
-    while left != 0:
+    while left != 0 and exponent >= _LOWEST:  # what is not finite would be left over for ever
         unit = exponent - _TERM_BITS
         cutter = np.ldexp(F64(1.5), 52 + unit)
         zero = F64(cutter).view(np.int64)
@@ -324,7 +326,7 @@ def _add_both_exactly(deltas, stay, whole, kept):
         largest = max(largest, _magnitude(deltas[j]))
     exponent = _exponent(largest)
     left = I64(1)
-    while left != 0:
+    while left != 0 and exponent >= _LOWEST:
         unit = exponent - _TERM_BITS
         cutter = np.ldexp(F64(1.5), 52 + unit)
         zero = F64(cutter).view(np.int64)
@@ -344,23 +346,149 @@ def _add_both_exactly(deltas, stay, whole, kept):
 
 
 @compiled
-def dot_sums(a, b, aa, bb, ab):
-    """bins aa += sum a a, bb += sum b b, ab += sum a b; float64 holds each product exactly."""
-    terms = np.empty(BLOCK, F64)
-    for first in range(0, a.size, BLOCK):
-        stop = min(first + BLOCK, a.size)
-        left, right, products = a[first:stop], b[first:stop], terms[: stop - first]
-        top_left, top_right = U32(0), U32(0)
-        for j in range(products.size):
-            top_left = max(top_left, _magnitude(_wide(left[j])))
-            top_right = max(top_right, _magnitude(_wide(right[j])))
-        high_left, high_right = _exponent(top_left), _exponent(top_right)
-        for j in range(products.size):
-            products[j] = F64(_wide(left[j])) * F64(_wide(left[j]))
-        _add_exactly(products, 2 * high_left, aa)
-        for j in range(products.size):
-            products[j] = F64(_wide(right[j])) * F64(_wide(right[j]))
-        _add_exactly(products, 2 * high_right, bb)
-        for j in range(products.size):
-            products[j] = F64(_wide(left[j])) * F64(_wide(right[j]))
-        _add_exactly(products, high_left + high_right, ab)
+def gram_sums(models, origin, bins):
+    """bins[p] += the dot product of the p-th pair of `models`, i <= j by rows; float64 holds each product exactly.
+
+    Of the models, or, unless `origin` is empty, of what they differ from it by.
+    """
+    count = len(models)
+    all_vectors, all_products = np.empty((count, BLOCK), F32), np.empty(BLOCK, F64)
+    high = np.empty(count, I64)
+    for first in range(0, models[0].size, BLOCK):
+        stop = min(first + BLOCK, models[0].size)
+        products = all_products[: stop - first]
+        for i in range(count):
+            vector = all_vectors[i][: stop - first]
+            if origin.size:
+                _delta(origin[first:stop], models[i][first:stop], vector)
+            else:
+                _widen(models[i][first:stop], vector)
+            largest = U32(0)
+            for j in range(vector.size):
+                largest = max(largest, _magnitude(vector[j]))
+            high[i] = _exponent(largest)
+        pair = 0
+        for i in range(count):
+            for k in range(i, count):
+                _products(all_vectors[i][: stop - first], all_vectors[k][: stop - first], products)
+                _add_exactly(products, high[i] + high[k], bins[pair])
+                pair += 1
+
+
+@inner
+def _widen(stored, out):
+    for j in range(out.size):
+        out[j] = _wide(stored[j])
+
+
+@inner
+def _products(left, right, out):
+    for j in range(out.size):
+        out[j] = F64(left[j]) * F64(right[j])
+
+
+# --- dot products of rows and of columns ------------------------------------------------------------------------------
+
+
+@compiled
+def row_dots(left, right, out):
+    """out[r] = the dot product of the r-th rows of two float32 arrays: halves are added to halves, as `gram.row_sums`
+    does."""
+    columns = left.size // out.size
+    terms = np.empty(columns, F64)
+    for row in range(out.size):
+        first = row * columns
+        _products(left[first : first + columns], right[first : first + columns], terms)
+        size = columns
+        while size > 1:
+            half = (size + 1) // 2
+            lower, upper = terms[: size - half], terms[half:size]
+            for j in range(lower.size):
+                lower[j] += upper[j]
+            size = half
+        out[row] = terms[0]
+
+
+@inner
+def _other(origin, model, deltas, out):
+    """The model, or what it differs from `origin` by."""
+    if deltas:
+        _delta(origin, model, out)
+    else:
+        _widen(model, out)
+
+
+@compiled
+def column_tops(origin, models, deltas, tops):
+    """tops (1 + K, columns) = the largest magnitude's bits in each column of `origin` and of the models or deltas."""
+    columns = tops.shape[1]
+    vector = np.empty(columns, F32)
+    for first in range(0, origin.size, columns):
+        stop = first + columns
+        _widen(origin[first:stop], vector)
+        _raise(tops[0], vector)
+        for i in range(len(models)):
+            _other(origin[first:stop], models[i][first:stop], deltas, vector)
+            _raise(tops[1 + i], vector)
+
+
+@inner
+def _raise(tops, vector):
+    for j in range(tops.size):
+        tops[j] = max(tops[j], _magnitude(vector[j]))
+
+
+@compiled
+def column_dots(origin, models, deltas, cutters, totals):
+    """totals (1 + 2K, columns) += the bits of term + cutter, of a a, and of d d and a d for each model d; a the origin.
+
+    See `methods.columns`.
+    """
+    columns = totals.shape[1]
+    all_origin, all_other = np.empty(COLUMNS, F32), np.empty(COLUMNS, F32)
+    for left in range(0, columns, COLUMNS):
+        width = min(COLUMNS, columns - left)
+        first_row, other = all_origin[:width], all_other[:width]
+        for first in range(left, origin.size, columns):
+            stop = first + width
+            _widen(origin[first:stop], first_row)
+            _add_terms(first_row, first_row, cutters[0][left : left + width], totals[0][left : left + width])
+            for i in range(len(models)):
+                _other(origin[first:stop], models[i][first:stop], deltas, other)
+                for k, vector in ((1 + 2 * i, other), (2 + 2 * i, first_row)):
+                    _add_terms(other, vector, cutters[k][left : left + width], totals[k][left : left + width])
+
+
+@inner
+def _add_terms(left, right, cutters, totals):
+    for j in range(totals.size):
+        totals[j] += F64(F64(left[j]) * F64(right[j]) + cutters[j]).view(np.int64)
+
+
+@compiled
+def scaled_deltas(base, experts, scales, by_row, columns, out):
+    """out = W0 + s1 D1 + s2 D2 + ...; `scales` (K, rows) if `by_row`, else (K, columns), float32."""
+    for first in range(0, out.size, columns):
+        stop = first + columns
+        origin, total = base[first:stop], out[first:stop]
+        row = first // columns
+        for i in range(len(experts)):
+            expert = experts[i][first:stop]
+            if by_row:
+                scale = scales[i][row]
+                if i == 0:
+                    for j in range(columns):
+                        total[j] = (_wide(expert[j]) - _wide(origin[j])) * scale
+                else:
+                    for j in range(columns):
+                        total[j] += (_wide(expert[j]) - _wide(origin[j])) * scale
+            else:
+                own = scales[i]
+                if i == 0:
+                    for j in range(columns):
+                        total[j] = (_wide(expert[j]) - _wide(origin[j])) * own[j]
+                else:
+                    for j in range(columns):
+                        total[j] += (_wide(expert[j]) - _wide(origin[j])) * own[j]
+        for j in range(columns):
+            total[j] += _wide(origin[j])

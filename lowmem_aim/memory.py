@@ -115,15 +115,25 @@ class Shares:
 
 
 def share_out(
-    budget: Budget, device: torch.device, *, models: int, stored_bytes: int, row: int, threads: int, compiled: bool
+    budget: Budget,
+    device: torch.device,
+    *,
+    models: int,
+    stored_bytes: int,
+    row: int,
+    threads: int,
+    compiled: bool,
+    scratch: int = 0,
 ) -> Shares:
     """Divide what is left of the budget.
 
     `stored_bytes`: of one element in all models and in the output; `row`: elements of the longest row; `compiled`:
-    numba's loops run, which need no float32 copies. Raises MemoryBudgetError if not even single rows fit.
+    numba's loops run, which need no float32 copies; `scratch`: bytes an element that the method needs besides. Raises
+    MemoryBudgetError if not even single rows fit.
     """
     on_host = budget.vram is None
     work = 12 if on_host and compiled else 4 * (2 * models + 6)  # bytes an element that computing takes
+    work += scratch
     left = budget.ram_left()
     ram = left - min(models * STATS_BYTES, left // 4)
     for workers, ahead in ((threads if on_host else LANES, AHEAD), (1, 1)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +28,10 @@ from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Shares
-from lowmem_aim.methods import Rows, Subject, rounds
+from lowmem_aim.methods import Rows, rounds
 from lowmem_aim.methods.method import Combine, Fold
 from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
-from lowmem_aim.plan import Plan, Task
+from lowmem_aim.plan import Plan, Task, subject_of
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
 from lowmem_aim.shards import Read, Shards
@@ -128,7 +127,7 @@ class _Loop:
     def read_all(self, tasks: Sequence[Task]) -> Iterator[Rows | _End]:
         """The first pass over every tensor, in the tasks' order."""
         for task in tasks:
-            with_base = self.plan.recipe.method.base == "required" or self._statistic(task) is not None
+            with_base = self.plan.recipe.builds_on_base or self._statistic(task) is not None
             tensor = self.tensors[task.name] = TensorInputs(
                 task, self.inputs, with_base, self.stride, self.plan.nonfinite
             )
@@ -152,7 +151,7 @@ class _Loop:
     def _measured(self, task: Task, passes: _Passes) -> Generator[Pass, None, Callable[[Rows], Tensor]]:
         """The measure rounds; returns what makes finished rows: combine, relax, round."""
         method = self.plan.recipe.method
-        subject = Subject(task.name, task.shape, math.prod(task.shape), len(self.inputs.experts), self.plan.seed)
+        subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
         combine = yield from self._rounds(rounds(method.start(subject, task.parameters)), passes)
         shrink = self._shrinkage(task)
 
@@ -298,7 +297,7 @@ class _Passes:
 
         def failed(rows: Rows) -> None:
             lanes.release()
-            stride.too_large(rows.count, rows.stored_experts[0].shape[1], self._task.name)
+            stride.too_large(rows.count, rows.stored_experts[0].shape[1], self._task.name, whole=self._task.whole)
 
         return Pass(self._slices(last), lambda rows: in_halves(work, rows, failed), take, last, done)
 

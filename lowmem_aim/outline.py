@@ -1,6 +1,6 @@
 """Who is who among a checkpoint's tensors, as far as merging must know it: what transformers' model says of its names.
 
-Building that model takes seconds, most of them imports; what is needed of it is three short lists. They are kept in
+Building that model takes seconds, most of them imports; what is needed of it is four short lists. They are kept in
 the cache, one small file for each config, set of tensor names and version.
 """
 
@@ -18,7 +18,7 @@ from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.durable import cache_folder, write_file
 from lowmem_aim.errors import DiskError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Outline:
     tied: dict[str, str]  # output head's weight -> embedding's weight that it shares, if the config ties them
     vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
     buffers: frozenset[str]  # state that is no parameter, and leftovers of it that today's model no longer reads
+    inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
 
 
 def outline_of(checkpoint: Checkpoint, use_cache: bool) -> Outline:
@@ -38,7 +39,7 @@ def outline_of(checkpoint: Checkpoint, use_cache: bool) -> Outline:
     from lowmem_aim.skeleton import load_skeleton  # transformers: only where it is needed
 
     skeleton = load_skeleton(checkpoint)
-    outline = Outline(skeleton.tied, skeleton.vocabulary, skeleton.buffers)
+    outline = Outline(skeleton.tied, skeleton.vocabulary, skeleton.buffers, skeleton.inputs_first)
     if use_cache:
         _keep(outline, cached)
     return outline
@@ -56,7 +57,8 @@ def _load(file: Path) -> Outline | None:
     """None if there is no such file, or not one that `_keep` wrote."""
     try:
         table: Any = json.loads(file.read_text(encoding="utf-8"))
-        return Outline(dict(table["tied"]), frozenset(table["vocabulary"]), frozenset(table["buffers"]))
+        lists = (frozenset(table[name]) for name in ("vocabulary", "buffers", "inputs_first"))
+        return Outline(dict(table["tied"]), *lists)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -67,6 +69,7 @@ def _keep(outline: Outline, file: Path) -> None:
         "tied": outline.tied,
         "vocabulary": sorted(outline.vocabulary),
         "buffers": sorted(outline.buffers),
+        "inputs_first": sorted(outline.inputs_first),
     }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

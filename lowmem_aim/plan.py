@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from lowmem_aim.errors import UsageError
+from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.headers import DTYPES, TensorInfo
 from lowmem_aim.inputs import Inputs
+from lowmem_aim.methods import Subject
 from lowmem_aim.recipe import Recipe
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -37,6 +38,7 @@ class Task:
     dtype: torch.dtype  # of the output
     action: Literal["merge", "copy"]  # copy: the reference's bytes as they are
     parameters: Mapping[str, Any]  # of the method, by recipe name
+    whole: bool = False  # its rows may not come in several slices
     begin: int = 0  # byte offset of the data in its shard's file
 
     @property
@@ -96,7 +98,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
 
     Raises RecipeError if a parameter has no value for some tensor, UsageError for flags that do not fit the recipe.
     """
-    if nonfinite == "base" and recipe.method.base != "required":
+    if nonfinite == "base" and not recipe.builds_on_base:
         raise UsageError(
             f"`--nonfinite base` needs a method that builds on a base, which `{recipe.method.name}` does not",
             hint="mend or replace the model that holds NaN or Inf, or leave the flag out",
@@ -109,6 +111,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
         for info in inputs.reference
         if info.name not in inputs.dropped
     ]
+    _check(tasks, recipe, inputs, seed)
     groups = _grouped(tasks, shard_bytes)
     return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed, nonfinite)
 
@@ -117,7 +120,32 @@ def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, t: float) -> Task:
     if not info.dtype.is_floating_point or info.name in inputs.outline.buffers or info.numel == 0:
         return Task(info.name, info.shape, info.dtype, "copy", {})
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else info.dtype
-    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t))
+    whole = recipe.method.whole_rows and len(info.shape) < 2
+    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole)
+
+
+def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:
+    """The tensor as the method sees it."""
+    return Subject(
+        name,
+        shape,
+        math.prod(shape),
+        len(inputs.experts),
+        seed,
+        based=recipe.builds_on_base,
+        input_dim=-2 if name in inputs.outline.inputs_first else -1,
+    )
+
+
+def _check(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs, seed: int) -> None:
+    """Raises RecipeError with what the method refuses, each once: most parameters are the same for all tensors."""
+    problems = [
+        recipe.method.check(subject_of(task.name, task.shape, recipe, inputs, seed), task.parameters)
+        for task in tasks
+        if task.action == "merge"
+    ]
+    if found := [problem for problem in dict.fromkeys(problems) if problem]:
+        raise RecipeError([f"{recipe.where}: {problem}" for problem in found])
 
 
 # --- depth: where on a gradient a tensor lies -------------------------------------------------------------------------

@@ -96,6 +96,10 @@ class Recipe:
     where: str
     notices: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def builds_on_base(self) -> bool:
+        return self.method.builds_on(self.base)
+
     def resolve(self, tensor: str, t: float) -> dict[str, Any]:
         """The method's parameters for one tensor at depth t: model > top level > default, by recipe name."""
         resolved: dict[str, Any] = {}
@@ -145,7 +149,7 @@ class _Reader:
         dtype = self._dtype()
         tokenizer_source = self._tokenizer_source(base)
         if method:
-            self._check_counts(method, models)
+            self._check_counts(method, base, models)
             self._check_required(method, models, parameters)
         if self.problems or not method:
             raise RecipeError(sorted(self.problems, key=_line_of))
@@ -197,8 +201,13 @@ class _Reader:
             self.problem(node or self.root, "`models` must be a list with at least one model")
             return []
         entries = [entry for item in node.value if (entry := self._model(item, method))]
-        if method and method.base == "required":  # the base is added by itself; listed or not, it is no expert
-            entries = [entry for entry in entries if not base or not same_reference(entry.reference, base)]
+        if not method or base is None:
+            return entries
+        others = [entry for entry in entries if not same_reference(entry.reference, base)]
+        if method.builds_on(base):  # it is added by itself; listed or not, it is no expert
+            return others
+        if method.base == "averaged" and len(others) == len(entries):
+            return [ModelEntry(base, {}, self.root.where), *entries]
         return entries
 
     def _model(self, item: Node, method: Method | None) -> ModelEntry | None:
@@ -274,12 +283,12 @@ class _Reader:
             return None
         return value
 
-    def _check_counts(self, method: Method, models: Sequence[ModelEntry]) -> None:
+    def _check_counts(self, method: Method, base: str | None, models: Sequence[ModelEntry]) -> None:
         if not models and self.root.get("models") is not None and not self.problems:
             self.problem(self.root, "there is no expert: only the base is listed")
         elif len(models) < method.fewest or (method.most is not None and len(models) > method.most):
             wanted = f"exactly {method.most}" if method.fewest == method.most else f"at least {method.fewest}"
-            besides = " besides the base" if method.base == "required" else ""
+            besides = " besides the base" if method.builds_on(base) else ""
             self.problem(self.root, f"`{method.name}` takes {wanted} model(s){besides}, not {len(models)}")
 
     def _check_required(self, method: Method, models: Sequence[ModelEntry], top: Mapping[str, Setting]) -> None:

@@ -182,7 +182,10 @@ def _shares(plan: Plan, inputs: Inputs, budget: Budget, device: torch.device) ->
         device,
         models=models,
         stored_bytes=models * stored + widest,
-        row=max((matrix_shape(task.shape)[1] for task in tasks), default=1),
+        row=max(
+            (max(matrix_shape(task.shape)) if task.whole else matrix_shape(task.shape)[1] for task in tasks), default=1
+        ),
+        scratch=plan.recipe.method.scratch,
         threads=torch.get_num_threads(),
         compiled=plan.recipe.method.compiled and device.type == "cpu" and kernels.available(),
     )

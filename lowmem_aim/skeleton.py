@@ -17,6 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import ModelError, printable
@@ -42,6 +43,7 @@ class Skeleton:
     vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
     embeddings: frozenset[str]  # weights of token, position and other embeddings
     buffers: frozenset[str]  # state that is no parameter, and leftovers of it that today's model no longer reads
+    inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
 
 
 def load_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Skeleton:
@@ -65,6 +67,7 @@ def load_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> S
         vocabulary=frozenset(_vocabulary(model, weights, head)),
         embeddings=frozenset(weights.name(f"{path}.weight") for path, _ in embeddings_of(model)),
         buffers=frozenset(_buffers(model, weights)),
+        inputs_first=frozenset(_inputs_first(model, weights)),
     )
 
 
@@ -192,6 +195,14 @@ def _vocabulary(model: Any, weights: WeightMap, head: str) -> Iterator[str]:
         for name in ("weight", "bias"):
             if getattr(model.get_submodule(head), name, None) is not None:
                 yield weights.name(f"{head}.{name}")
+
+
+def _inputs_first(model: Any, weights: WeightMap) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | Conv1D):
+            yield weights.name(f"{path}.weight")
+        elif getattr(module, "is_transposed", False):  # how transformers says it of fused experts
+            yield from (weights.name(f"{path}.{name}") for name, p in module._parameters.items() if p is not None)
 
 
 def _buffers(model: Any, weights: WeightMap) -> Iterator[str]:

@@ -44,9 +44,11 @@ class Stride:
     def rows(self, columns: int) -> int:
         return self._rows or max(1, self.elements // max(columns, 1))
 
-    def too_large(self, count: int, columns: int, name: str) -> None:
-        """`count` rows of `name` were too many. Raises MemoryBudgetError if it was one; else halves the stride."""
-        if count <= 1:
+    def too_large(self, count: int, columns: int, name: str, *, whole: bool = False) -> None:
+        """`count` rows of `name` were too many. Raises MemoryBudgetError if they cannot be fewer; else halves the
+        stride."""
+        if count <= 1 or whole:
+            columns = max(columns, count) if whole else columns
             raise MemoryBudgetError(
                 f"one row of `{printable(name)}` ({columns} columns) does not fit the memory that is left",
                 hint="close other programs, give a larger `--ram` or `--vram`, or use `--device cpu`",
@@ -197,7 +199,7 @@ class TensorInputs:
         rows, columns = matrix_shape(self.task.shape)
         start = 0
         while start < rows:
-            stop = min(start + self._stride.rows(columns), rows)
+            stop = rows if self.task.whole else min(start + self._stride.rows(columns), rows)
             try:
                 pieces = [source.pieces(start, stop) for source in self.sources]
                 read = self._assembled(pieces, start, stop - start, columns)
@@ -209,7 +211,7 @@ class TensorInputs:
                     raise
                 read = None
             if read is None:
-                self._stride.too_large(stop - start, columns, self.task.name)
+                self._stride.too_large(stop - start, columns, self.task.name, whole=self.task.whole)
                 continue
             if first_pass:
                 self._look_at(pieces)

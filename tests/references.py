@@ -59,6 +59,85 @@ def model_stock(base: Tensor, experts: list[Tensor], filter_wise: bool) -> Tenso
     return base.double() + (t[:, None] * diffs.mean(0)).reshape(base.shape)
 
 
+def on_the_circle(a: Tensor, b: Tensor, t: float, dims: tuple[int, ...]) -> Tensor:
+    """nuslerp of float64 vectors that lie along `dims`."""
+    norms = (a.square().sum(dims, keepdim=True) * b.square().sum(dims, keepdim=True)).sqrt()
+    cosine = ((a * b).sum(dims, keepdim=True) / norms.clamp(min=1e-300)).clamp(-1, 1)
+    angle = torch.acos(torch.where(norms > 0, cosine, 0.0))
+    sine = angle.sin()
+    flat = sine < 1e-8
+    sine = torch.where(flat, 1.0, sine)
+    first = torch.where(flat, torch.full_like(sine, 1 - t), ((1 - t) * angle).sin() / sine)
+    second = torch.where(flat, torch.full_like(sine, t), (t * angle).sin() / sine)
+    return first * a + second * b
+
+
+def nuslerp(base: Tensor | None, experts: list[Tensor], weight: list[float], flatten: bool, row_wise: bool) -> Tensor:
+    a, b = vectors(base, experts)
+    total = weight[0] + weight[1]
+    t = weight[1] / total if abs(total) > 1e-8 else 0.5
+    dims = tuple(range(a.ndim)) if flatten or a.ndim < 2 else (0,) if row_wise else (a.ndim - 1,)
+    merged = on_the_circle(a, b, t, dims)
+    return merged if base is None else base.double() + merged
+
+
+def vectors(base: Tensor | None, experts: list[Tensor]) -> list[Tensor]:
+    return [e.double() for e in experts] if base is None else deltas(base, experts)
+
+
+def multislerp(base: Tensor | None, experts: list[Tensor], weight: list[float], normalize: bool = True) -> Tensor:
+    """As published, with its step in the tangent space."""
+    x = vectors(base, experts)
+    w = [value / sum(weight) if normalize else value for value in weight]
+    units = [v / v.norm() for v in x]
+    mean = sum(a * u for a, u in zip(w, units, strict=True))
+    mean = mean / mean.norm()
+    tau = sum(a * (u - (u * mean).sum() * mean) for a, u in zip(w, units, strict=True))
+    size = float(tau.norm())
+    moved = mean * torch.tensor(size).cos() + (tau * (torch.tensor(size).sin() / size) if size > 1e-8 else 0.0)
+    merged = moved * sum(a * float(v.norm()) for a, v in zip(w, x, strict=True))
+    return merged if base is None else base.double() + merged
+
+
+def karcher(models: list[Tensor], iterations: int) -> Tensor:
+    x = [m.double().flatten() for m in models]
+    units = [v / v.norm() for v in x]
+    mean = sum(units)
+    mean = mean / mean.norm()
+    for _ in range(iterations):
+        step = torch.zeros_like(mean)
+        for u in units:
+            across = (u * mean).sum().clamp(-1, 1)
+            angle = across.acos()
+            step += torch.where(angle > 1e-7, angle / angle.sin().clamp(min=1e-300), 0.0) * (u - across * mean)
+        step /= len(units)
+        size = step.norm()
+        if size > 1e-12:
+            mean = size.cos() * mean + size.sin() / size * step
+            mean = mean / mean.norm()
+    return (mean * (sum(v.norm() for v in x) / len(x))).reshape(models[0].shape)
+
+
+def widen(base: Tensor, experts: list[Tensor], ratio: float, calibrated: float, inputs_first: bool = False) -> Tensor:
+    diffs = deltas(base, experts)
+    if base.ndim < 2:
+        changes = [torch.stack([d.abs().flatten() for d in diffs])]
+    else:
+        height = -1 if inputs_first else -2  # the dimension that a column runs along
+        a, b = base.double(), [base.double() + d for d in diffs]
+        norm, norms = a.norm(dim=height), [m.norm(dim=height) for m in b]
+        cosines = [(m * a).sum(height) / (norm * n).clamp(min=1e-300) for m, n in zip(b, norms, strict=True)]
+        turned = [torch.where(norm * n > 0, 1 - c, 0.0) for c, n in zip(cosines, norms, strict=True)]
+        changes = [torch.stack([(n - norm).abs() for n in norms]), torch.stack(turned)]
+        changes = [c.argsort(dim=-1, stable=True).argsort(dim=-1).double() / c.shape[-1] for c in changes]
+    # The ranks' mean is known; summed up, it would decide by its rounding about the column in the middle.
+    mean = [(c.shape[-1] - 1) / 2 / c.shape[-1] if base.ndim > 1 else c.mean(dim=-1, keepdim=True) for c in changes]
+    scores = [torch.where(c > ratio * m, calibrated, c.softmax(dim=0)) for c, m in zip(changes, mean, strict=True)]
+    share = sum(scores) / len(scores)
+    share = share.reshape(-1, *base.shape) if base.ndim < 2 else share.unsqueeze(-1 if inputs_first else -2)
+    return base.double() + sum(s * d for s, d in zip(share, diffs, strict=True))
+
+
 def deltas(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
     # Float32 first, as in the checkpoint's arithmetic: a threshold must see the same magnitudes.
     return [(expert - base).double() for expert in experts]

@@ -19,6 +19,7 @@ from lowmem_aim.methods.ties import largest
 
 SHAPES = [(), (1,), (2,), (97,), (1, 13), (13, 1), (31, 37), (3, 5, 7), (2, 3, 1)]
 CPU = torch.device("cpu")
+WHOLE = 0  # a step
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -32,6 +33,7 @@ def tensors(shape: tuple[int, ...], experts: int, dtype: torch.dtype = torch.flo
 
 def slices(base: Tensor, experts: list[Tensor], step: int) -> Iterator[Rows]:
     rows, columns = matrix_shape(tuple(base.shape))
+    step = rows or 1 if step == WHOLE else step
     flat = [t.reshape(rows, columns) for t in (base, *experts)]
     for start in range(0, rows, step):
         part = [t[start : start + step] for t in flat]
@@ -51,9 +53,17 @@ def measured(script: Any, base: Tensor, experts: list[Tensor], step: int) -> Any
 
 
 def merge(
-    method: str, base: Tensor, experts: list[Tensor], parameters: dict[str, Any], step: int = 1 << 30, seed: int = 0
+    method: str,
+    base: Tensor,
+    experts: list[Tensor],
+    parameters: dict[str, Any],
+    step: int = 1 << 30,
+    seed: int = 0,
+    **facts: Any,
 ) -> Tensor:
-    subject = Subject(NAME, tuple(base.shape), base.numel(), len(experts), seed)
+    """`facts`: of the Subject."""
+    subject = Subject(NAME, tuple(base.shape), base.numel(), len(experts), seed, **facts)
+    step = WHOLE if METHODS[method].whole_rows and base.ndim < 2 else step
     combine = measured(METHODS[method].start(subject, parameters), base, experts, step)
     return torch.cat([combine(rows) for rows in slices(base, experts, step)]).reshape(base.shape)
 
@@ -197,6 +207,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "dare_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
     "slerp": {"t": 0.4},
     "model_stock": {"filter_wise": True},
+    "karcher": {"max_iter": 20, "tol": 1e-9},
+    "multislerp": {"weight": (0.3, 0.4, 0.5)},
+    "nuslerp": {"weight": (0.3, 0.4), "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "widen": {"above_average_value_ratio": 1.1, "score_calibration_value": 0.9},
     "nearswap": {"t": 0.05},
     "ram": {"epsilon": 0.05},
     "ramplus_tl": {"epsilon": 0.05, "alpha": 0.6},

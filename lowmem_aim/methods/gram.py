@@ -5,17 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lowmem_aim.methods.exact import dot, exact_sum, wide
+from lowmem_aim import kernels
+from lowmem_aim.methods.exact import ExactSums, dot, exact_sum
+from lowmem_aim.methods.method import Rows
 
 Gram = tuple[tuple[float, ...], ...]  # K x K dot products
 
 
-def gram_sums(vectors: Sequence[Tensor]) -> list[int]:
-    """Exact sums, as `exact.ExactSums` takes them: the dot product of each pair of float32 slices, i <= j, by rows."""
-    return [exact_sum(dot(a, b)) for i, a in enumerate(vectors) for b in vectors[i:]]
+def vectors(rows: Rows, deltas: bool) -> list[Tensor]:
+    """The experts, or their deltas, float32."""
+    if not deltas:
+        return list(rows.experts)
+    base = rows.base
+    return [expert - base for expert in rows.experts]
+
+
+def gram_sums(rows: Rows, deltas: bool) -> list[int]:
+    """Exact sums, as `exact.ExactSums` takes them: the dot products of the experts or deltas, i <= j, by rows."""
+    if kernels.usable(rows.stored_experts):
+        return kernels.gram_sums(rows.stored_experts, rows.stored_base if deltas else None)
+    found = vectors(rows, deltas)
+    return [exact_sum(dot(a, b)) for i, a in enumerate(found) for b in found[i:]]
+
+
+def gram_round(deltas: bool) -> ExactSums:
+    """The measure round whose answer `square` takes."""
+    return ExactSums(lambda rows: gram_sums(rows, deltas))
 
 
 def square(sums: Sequence[float], count: int) -> Gram:
@@ -31,15 +48,33 @@ def cosine(gram: Gram, i: int, j: int) -> float:
     return max(-1.0, min(1.0, gram[i][j] / norms)) if norms else 0.0
 
 
+def unit_gram(gram: Gram) -> Gram:
+    """The cosines of those vectors that have a length."""
+    long = [i for i in range(len(gram)) if gram[i][i] > 0.0]
+    return tuple(tuple(1.0 if i == j else cosine(gram, i, j) for j in long) for i in long)
+
+
+def length(gram: Gram, c: Sequence[float]) -> float:
+    """Of sum ci ui, ui the vectors of the table."""
+    products = (a * b * gram[i][j] for i, a in enumerate(c) for j, b in enumerate(c))
+    return math.sqrt(max(math.fsum(products), 0.0))
+
+
 def row_dots(a: Tensor, b: Tensor) -> Tensor:  # (rows,) float64
-    """The dot product of each row of two (rows, columns) float32 tensors.
+    """The dot product of each row of two (rows, columns) float32 tensors."""
+    if kernels.usable([a]) and a.numel():
+        return kernels.row_dots(a, b)
+    return row_sums(dot(a, b))
+
+
+def row_sums(terms: Tensor) -> Tensor:  # (rows,)
+    """The sum of each row of (rows, columns) terms, which are overwritten.
 
     Halves are added to halves, elementwise: the order of the additions follows from the number of columns alone, which
     torch's own sums do not promise.
     """
-    terms = dot(a, b) if a is not b else wide(a).square_()
     while (columns := terms.shape[1]) > 1:
         half = (columns + 1) // 2
         terms[:, : columns - half] += terms[:, half:]
         terms = terms[:, :half]
-    return terms[:, 0] if terms.shape[1] else terms.new_zeros(len(terms), dtype=torch.float64)
+    return terms[:, 0] if terms.shape[1] else terms.new_zeros(len(terms))

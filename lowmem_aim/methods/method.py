@@ -42,6 +42,8 @@ class Subject:
     numel: int
     experts: int  # K, the number of models in `Rows.experts`
     seed: int = 0  # of the random masks
+    based: bool = True  # whether the result builds on the base: else `Rows` holds none, or one for AIM alone
+    input_dim: int = -1  # which dimension runs over the module's input channels; -2: an embedding's tokens, GPT-2's
 
 
 @dataclass(frozen=True)
@@ -179,23 +181,35 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
 
 # --- the registry -------------------------------------------------------------------------------------------------
 
+# What a recipe's `base_model` is to a method:
+# required: the result builds on it; it is no expert.
+# optional: the same where there is one; without, the method takes the models' whole weights.
+# listed: it is merged only where it is listed among the models; elsewhere it is the reference that AIM needs.
+# averaged: it is one more of the models.
+BaseUse = Literal["required", "optional", "listed", "averaged"]
+# What is wrong with a tensor or its parameters, or an empty text; asked before any work.
+Check = Callable[[Subject, Mapping[str, Any]], str]
+
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method and what recipes need to know of it.
-
-    base="required": the result builds on the base, which is no expert. base="listed": the base is merged only where
-    it is listed among the models; elsewhere it is no more than the reference that AIM needs.
-    """
+    """A merge method and what recipes need to know of it."""
 
     name: str
     script: Callable[..., Script]
-    base: Literal["required", "listed"]
+    base: BaseUse
     fewest: int
     most: int | None
     source: str
     parameters: Mapping[str, Parameter]
     compiled: bool  # all of it has compiled loops, which need less memory at a time
+    scratch: int  # bytes an element that it needs beyond float32 copies of the models
+    whole_rows: bool  # 1-D tensors are one row to it, and come whole
+    check: Check
+
+    def builds_on(self, base: str | None) -> bool:
+        """Whether the result is the recipe's base and something added to it."""
+        return self.base == "required" or (self.base == "optional" and base is not None)
 
     def start(self, tensor: Subject, parameters: Mapping[str, Any]) -> Script:
         """The script for one tensor; `parameters` by recipe name, one tuple entry per expert where that applies."""
@@ -209,11 +223,14 @@ METHODS: dict[str, Method] = {}
 def merge_method(
     name: str,
     *,
-    base: Literal["required", "listed"] = "required",
+    base: BaseUse = "required",
     fewest: int = 1,
     most: int | None = None,
     source: str,
     compiled: bool = False,
+    scratch: int = 0,
+    whole_rows: bool = False,
+    check: Check = lambda tensor, parameters: "",
 ) -> Callable[[Callable[..., Script]], Callable[..., Script]]:
     """Register a script under its recipe name. `fewest` and `most` count the experts."""
 
@@ -222,7 +239,7 @@ def merge_method(
         declared = [p for p in inspect.signature(script).parameters.values() if p.kind is p.KEYWORD_ONLY]
         parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
         table = {p.name: p for p in parameters}
-        METHODS[name] = Method(name, script, base, fewest, most, source, table, compiled)
+        METHODS[name] = Method(name, script, base, fewest, most, source, table, compiled, scratch, whole_rows, check)
         return script
 
     return register

@@ -7,10 +7,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lowmem_aim.methods.exact import ExactSums
-from lowmem_aim.methods.gram import cosine, gram_sums, row_dots, square
-from lowmem_aim.methods.linear import weighted_sum
-from lowmem_aim.methods.method import Combine, Rows, Script, Subject, merge_method
+from lowmem_aim.methods.gram import cosine, gram_round, row_dots, square, vectors
+from lowmem_aim.methods.method import Rows, Script, Subject, merge_method
+from lowmem_aim.methods.task_vectors import span
 
 OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and the base it is
 
@@ -21,29 +20,16 @@ def model_stock(tensor: Subject, *, filter_wise: bool = False) -> Script:
     if filter_wise and len(tensor.shape) > 1:
         return _by_row
     count = tensor.experts
-    gram = square((yield ExactSums(lambda rows: gram_sums(_deltas(rows)))), count)
+    gram = square((yield gram_round(deltas=True)), count)
     pairs = [cosine(gram, i, j) for i, j in combinations(range(count), 2)]
     c = sum(pairs) / len(pairs)
     below = 1.0 + (count - 1) * c
-    return _towards_the_mean(count * c / below if below > OPPOSED else 0.0, count)
-
-
-def _deltas(rows: Rows) -> list[Tensor]:
-    base = rows.base
-    return [expert - base for expert in rows.experts]
-
-
-def _towards_the_mean(t: float, count: int) -> Combine:
-    shares = (1.0 - t, *(t / count,) * count)
-
-    def combine(rows: Rows) -> Tensor:
-        return weighted_sum((rows.stored_base, *rows.stored_experts), shares)
-
-    return combine
+    t = count * c / below if below > OPPOSED else 0.0
+    return span((t / count,) * count, based=True)
 
 
 def _by_row(rows: Rows) -> Tensor:
-    deltas = _deltas(rows)
+    deltas = vectors(rows, deltas=True)
     count = len(deltas)
     norms = [row_dots(delta, delta).sqrt() for delta in deltas]
     total = torch.zeros_like(norms[0])

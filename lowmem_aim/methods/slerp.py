@@ -7,8 +7,8 @@ from typing import Annotated
 
 from torch import Tensor
 
-from lowmem_aim import kernels
-from lowmem_aim.methods.exact import ExactSums, dot, exact_sum
+from lowmem_aim.methods.exact import ExactSums
+from lowmem_aim.methods.gram import gram_sums
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
 
@@ -18,8 +18,8 @@ PARALLEL = 0.9995  # |cos| above this: the angle is too small to divide by its s
 @merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985", compiled=True)
 def slerp(tensor: Subject, *, t: Annotated[float, Within()]) -> Script:
     """sin((1-t)a)/sin a W0 + sin(t a)/sin a W1, a the angle between the tensors; linear where they are parallel."""
-    squares = yield ExactSums(_gram)
-    shares = _shares(t, *squares)
+    aa, ab, bb = yield ExactSums(_gram)
+    shares = great_circle(t, aa, bb, ab)
 
     def combine(rows: Rows) -> Tensor:
         return weighted_sum((rows.stored_base, rows.stored_experts[0]), shares)
@@ -27,16 +27,12 @@ def slerp(tensor: Subject, *, t: Annotated[float, Within()]) -> Script:
     return combine
 
 
-def _gram(rows: Rows) -> tuple[int, ...]:
-    """Exact sums of a a, b b and a b, a the base and b the expert."""
-    if kernels.usable(rows.stored_experts):
-        return kernels.dot_sums(rows.stored_base, rows.stored_experts[0])
-    a, b = rows.base, rows.experts[0]
-    return exact_sum(dot(a, a)), exact_sum(dot(b, b)), exact_sum(dot(a, b))
+def _gram(rows: Rows) -> list[int]:
+    return gram_sums(Rows(rows.stored_base[:0], (rows.stored_base, *rows.stored_experts), rows.start), deltas=False)
 
 
-def _shares(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
-    """The factors of W0 and W1, from their squared norms and dot product. A zero norm gives cosine 0, then lerp."""
+def great_circle(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
+    """The factors of a and b, from their squared norms and dot product. A zero norm gives cosine 0, then lerp."""
     norms = math.sqrt(aa) * math.sqrt(bb)
     if norms == 0.0:
         return 1.0 - t, t

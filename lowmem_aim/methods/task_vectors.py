@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem_aim import kernels
 from lowmem_aim.methods.exact import ExactSums, exact_sum, wide
-from lowmem_aim.methods.linear import ZERO_WEIGHT
+from lowmem_aim.methods.linear import ZERO_WEIGHT, weighted_sum
 from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Everything, Selection
 
@@ -101,6 +101,14 @@ def consensus(
         return merged.mul_(share).mul_(lambda_).add_(base)
 
     return combine
+
+
+def span(shares: Sequence[float], based: bool) -> Combine:
+    """The combine of the geometric methods: W0 + sum si Di, or without a base sum si Wi."""
+    if based:
+        everything, ones = (Everything(),) * len(shares), (1.0,) * len(shares)
+        return consensus(everything, shares, ones, normalize=False, lambda_=1.0, elect=False)
+    return lambda rows: weighted_sum(rows.stored_experts, tuple(shares))
 
 
 def _part(delta: Tensor, selection: Selection, scale: float, rows: Rows) -> Tensor:
