@@ -138,6 +138,41 @@ def widen(base: Tensor, experts: list[Tensor], ratio: float, calibrated: float, 
     return base.double() + sum(s * d for s, d in zip(share, diffs, strict=True))
 
 
+def della_chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """Of each element to stay."""
+    rows = delta.abs().reshape(-1, delta.shape[-1] if delta.ndim else 1)
+    ranks = rows.argsort(dim=-1, stable=True).argsort(dim=-1).double()
+    if density >= 1 or rows.shape[-1] == 1:
+        return torch.full(delta.shape, min(density, 1.0), dtype=torch.float64)
+    return (density - epsilon + 2 * epsilon * ranks / (rows.shape[-1] - 1)).reshape(delta.shape)
+
+
+def sce(base: Tensor, experts: list[Tensor], topk: float) -> Tensor:
+    diffs = torch.stack(deltas(base, experts))
+    if topk < 1:
+        variance = diffs.var(dim=0, unbiased=False)
+        k = int(topk * int((variance > 0).sum()))
+        if k == 0:
+            return base.double()
+        diffs = diffs * largest_mask(variance, k / variance.numel() + 1e-9)
+    w = diffs.square().reshape(len(experts), -1).mean(dim=1)
+    w = w / w.sum() if w.sum() >= 1e-6 else torch.full_like(w, 1 / len(w))
+    w = w.reshape(-1, *(1,) * base.ndim)
+    sign = torch.where(diffs.sum(dim=0) >= 0, 1.0, -1.0)
+    mask = diffs.sign() == sign
+    return base.double() + (w * diffs * mask).sum(dim=0) / (w * mask).sum(dim=0).clamp(min=1e-6)
+
+
+def arcee_fusion(base: Tensor, expert: Tensor) -> Tensor:
+    delta = (expert - base).double()
+    p, q = (t.double().reshape(-1, t.shape[-1] if t.ndim else 1).softmax(dim=-1) + 1e-8 for t in (expert, base))
+    divergence = (p * (p / q).log()).sum(dim=-1, keepdim=True)
+    importance = (delta.abs().reshape(p.shape) * divergence).reshape(delta.shape)
+    ordered = importance.flatten().sort().values
+    lower, median, upper = (float(ordered[int(q * (len(ordered) - 1))]) for q in (0.25, 0.5, 0.75))
+    return torch.where(importance >= median + 1.5 * (upper - lower), expert.double(), base.double())
+
+
 def deltas(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
     # Float32 first, as in the checkpoint's arithmetic: a threshold must see the same magnitudes.
     return [(expert - base).double() for expert in experts]

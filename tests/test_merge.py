@@ -53,6 +53,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "dare_ties": {"weight": ("0.3",), "density": ("0.4",)},
     "slerp": {"experts": ("math",), "parameter": ("t=0.4",)},
     "passthrough": {"experts": ("math",)},
+    "breadcrumbs_ties": {"weight": ("0.3",), "density": ("0.4",)},
+    "della": {"weight": ("0.3",), "density": ("0.4",)},
+    "arcee_fusion": {"experts": ("math",)},
+    "multislerp": {"weight": ("0.3",)},
+    "widen": {},
 }
 
 

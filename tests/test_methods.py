@@ -215,6 +215,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ram": {"epsilon": 0.05},
     "ramplus_tl": {"epsilon": 0.05, "alpha": 0.6},
     "passthrough": {"scale": (1.5,)},
+    "della": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 1.0), "epsilon": (0.1, 0.4, 0.1)},
+    "della_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.3, 0.5, 0.7), "epsilon": (0.1, 0.4, 0.0)},
+    "sce": {"select_topk": 0.3},
+    "arcee_fusion": {},
 }
 
 

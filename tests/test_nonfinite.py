@@ -32,6 +32,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"weight": ("0.3",), "density": ("0.4",)},
     "slerp": {"experts": ("math",), "parameter": ("t=0.4",)},
     "ramplus_tl": {},
+    "della": {"weight": ("0.3",), "density": ("0.4",)},
+    "sce": {"parameter": ("select_topk=0.4",)},
+    "model_stock": {},
+    "multislerp": {"weight": ("0.3",)},
+    "widen": {},
+    "arcee_fusion": {"experts": ("math",)},
 }
 
 

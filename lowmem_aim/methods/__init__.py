@@ -1,8 +1,10 @@
 """Weight-space merge methods: pure functions of row slices, one file a family. Importing this registers them all."""
 
 from lowmem_aim.methods import (
+    arcee_fusion,
     breadcrumbs,
     dare,
+    della,
     karcher,
     linear,
     model_stock,
@@ -10,6 +12,7 @@ from lowmem_aim.methods import (
     nearswap,
     nuslerp,
     ram,
+    sce,
     slerp,
     task_vectors,
     ties,
@@ -24,8 +27,10 @@ __all__ = [
     "PerExpert",
     "Rows",
     "Subject",
+    "arcee_fusion",
     "breadcrumbs",
     "dare",
+    "della",
     "karcher",
     "linear",
     "model_stock",
@@ -34,6 +39,7 @@ __all__ = [
     "nuslerp",
     "ram",
     "rounds",
+    "sce",
     "slerp",
     "task_vectors",
     "ties",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
+from lowmem_aim.methods.counting import first_by_size
 from lowmem_aim.methods.method import (
     Densities,
     Fold,
@@ -17,7 +18,6 @@ from lowmem_aim.methods.method import (
 )
 from lowmem_aim.methods.selection import Between
 from lowmem_aim.methods.task_vectors import consensus, rescale_factors
-from lowmem_aim.methods.ties import first_by_size
 
 Gammas = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 
@@ -65,5 +65,5 @@ def _middle(tensor: Subject, density: Sequence[float], gamma: Sequence[float]) -
     # Fewer are taken for outliers where the density leaves no room for so many.
     dropped = [min(int(g * n), n - k) for g, k in zip(gamma, stay, strict=True)]
     outer = [(i, top + k) for i, (top, k) in enumerate(zip(dropped, stay, strict=True))]
-    found = yield from first_by_size(tensor, [*outer, *enumerate(dropped)])
+    found = yield from first_by_size(n, [*outer, *enumerate(dropped)])
     return [Between(*pair) for pair in zip(found[: len(outer)], found[len(outer) :], strict=True)]

@@ -27,12 +27,16 @@ def keep_mask(
     limit = mask_limit(density)
     if limit >= SIGNED_TOP:
         return torch.ones(count, dtype=torch.bool, device=device)
+    return draws_of(seed=seed, name=name, position=position, start=start, count=count, device=device) < limit
+
+
+def draws_of(*, seed: int, name: str, position: int, start: int, count: int, device: torch.device) -> Tensor:
+    """(count,) int32 uniform draws for the elements start ... start + count - 1; see `keep_mask`."""
     parts = []
     while count > 0:  # a piece ends where the counter's low word wraps
         low = start % SPAN
         length = min(count, SPAN - low)
-        keys = mask_keys(seed, name, position, start // SPAN)
-        parts.append(_draws(low, length, keys, device) < limit)
+        parts.append(_draws(low, length, mask_keys(seed, name, position, start // SPAN), device))
         start, count = start + length, count - length
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -40,6 +44,11 @@ def keep_mask(
 def mask_limit(density: float) -> int:
     """An element stays if its draw lies below this."""
     return round(density * SPAN) - SIGNED_TOP
+
+
+def mask_limits(chances: Tensor) -> Tensor:  # int64
+    """`mask_limit` of each of the float64 probabilities, which are overwritten."""
+    return chances.mul_(float(SPAN)).round_().to(torch.int64).sub_(SIGNED_TOP)
 
 
 def mask_keys(seed: int, name: str, position: int, high: int) -> tuple[int, int]:

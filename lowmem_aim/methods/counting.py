@@ -1,0 +1,213 @@
+"""The k largest magnitudes of a tensor, exactly k, without sorting and without the tensor in memory.
+
+The bits of a non-negative float32 order as its values do, so one round counts the magnitudes by their upper 16 bits. A
+second collects the few that lie in the same bin as the k-th, which give the threshold, and where those equal to it end
+that still count: equal magnitudes (frequent in bfloat16 models) are kept from the lowest flat index on until there are
+k. A bin too full to be collected is counted by the lower 15 bits instead, and a third round looks for that end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_aim import kernels
+from lowmem_aim.methods.method import Fold, Rows
+from lowmem_aim.methods.selection import ALL, EVERYWHERE, NONE, Largest, magnitude_bits
+
+LOW_BITS = 31 - kernels.UPPER_BITS
+COLLECTED = 1 << 20  # so many magnitudes of a bin, 12 MB, are collected at most
+
+
+class Magnitudes:
+    """What is counted: non-negative float32 numbers, several of each element perhaps, told apart by `which`."""
+
+    def bits(self, rows: Rows, which: int) -> Tensor:  # (n,) int32, which order as the numbers do
+        raise NotImplementedError
+
+    def count_upper(self, rows: Rows, which: int) -> Tensor:  # (2^UPPER_BITS,) int64
+        """How many have each value in their upper bits."""
+        return torch.bincount(self.bits(rows, which) >> LOW_BITS, minlength=1 << kernels.UPPER_BITS).cpu()
+
+    def collect(self, rows: Rows, which: int, number: int, most: int) -> tuple[Tensor, Tensor]:
+        """Indices in the slice, int64, and bits of those whose upper bits are `number`, `most` at most."""
+        bits = self.bits(rows, which)
+        places = (bits >> LOW_BITS == number).nonzero().flatten()
+        return places.cpu(), bits[places].cpu()
+
+
+class Deltas(Magnitudes):
+    """|Di|, `which` being the expert."""
+
+    def bits(self, rows: Rows, which: int) -> Tensor:
+        return magnitude_bits(rows.stored_experts[which].to(torch.float32) - rows.base).view(-1)
+
+    def count_upper(self, rows: Rows, which: int) -> Tensor:
+        if kernels.usable(rows.stored_experts):
+            return kernels.count_upper(rows.stored_base, rows.stored_experts[which])
+        return super().count_upper(rows, which)
+
+    def collect(self, rows: Rows, which: int, number: int, most: int) -> tuple[Tensor, Tensor]:
+        if kernels.usable(rows.stored_experts):
+            return kernels.collect(rows.stored_base, rows.stored_experts[which], number, most)
+        return super().collect(rows, which, number, most)
+
+
+DELTAS = Deltas()
+
+
+def first_by_size(
+    numel: int,
+    asked: Sequence[tuple[int, int]],  # (which, k), the same magnitudes perhaps several times
+    magnitudes: Magnitudes = DELTAS,
+) -> Generator[Fold, Any, list[Largest]]:
+    """For each, the selection of the k largest, equal ones from the lowest flat index on."""
+    known = {i: ALL if k else NONE for i, (_, k) in enumerate(asked) if k == 0 or k >= numel}
+    left = {i: ask for i, ask in enumerate(asked) if i not in known}
+    if left:
+        coarse = yield _UpperCounts(sorted({which for which, _ in left.values()}), magnitudes)
+        bins = {i: _bin_of(coarse[which], k, which) for i, (which, k) in left.items()}
+        few = {i: b for i, b in bins.items() if b.size <= COLLECTED}
+        many = {i: b for i, b in bins.items() if b.size > COLLECTED}
+        if few:
+            known |= yield _Collected(few, magnitudes)
+        if many:
+            known |= yield from _counted(many, magnitudes)
+    return [known[i] for i in range(len(asked))]
+
+
+@dataclass(frozen=True)
+class _Bin:
+    """A bin of a histogram of magnitudes, in which the k-th largest lies."""
+
+    number: int
+    wanted: int  # how many of it stay: its largest
+    size: int
+    which: int  # of the magnitudes
+
+
+def _bin_of(counts: Tensor, k: int, which: int) -> _Bin:
+    at_least = counts.flip(0).cumsum(0)  # how many lie in the top 1, 2, ... bins
+    place = int(torch.searchsorted(at_least, k))
+    above = int(at_least[place - 1]) if place else 0
+    number = counts.numel() - 1 - place
+    return _Bin(number, k - above, int(counts[number]), which)
+
+
+class _UpperCounts:
+    """A fold: histograms of the upper bits, by `which`."""
+
+    def __init__(self, wanted: Sequence[int], magnitudes: Magnitudes) -> None:
+        self._wanted = wanted
+        self._magnitudes = magnitudes
+        self._counts: dict[int, Tensor] = {}
+
+    def part(self, rows: Rows) -> dict[int, Tensor]:
+        return {which: self._magnitudes.count_upper(rows, which) for which in self._wanted}
+
+    def add(self, part: dict[int, Tensor]) -> None:
+        _add_counts(self._counts, part)
+
+    def finish(self) -> dict[int, Tensor]:
+        return self._counts
+
+
+def _add_counts(totals: dict[int, Tensor], part: dict[int, Tensor]) -> None:
+    for i, counts in part.items():
+        totals[i] = totals[i] + counts if i in totals else counts
+
+
+class _Collected:
+    """A fold: the selections, each from all that lies in one bin, with its places."""
+
+    def __init__(self, bins: dict[int, _Bin], magnitudes: Magnitudes) -> None:
+        self._bins = bins
+        self._magnitudes = magnitudes
+        self._places: dict[int, list[Tensor]] = {i: [] for i in bins}
+        self._bits: dict[int, list[Tensor]] = {i: [] for i in bins}
+
+    def part(self, rows: Rows) -> dict[int, tuple[Tensor, Tensor]]:
+        collect = self._magnitudes.collect
+        found = {i: collect(rows, b.which, b.number, b.size) for i, b in self._bins.items()}
+        return {i: (places + rows.start, bits) for i, (places, bits) in found.items()}
+
+    def add(self, part: dict[int, tuple[Tensor, Tensor]]) -> None:
+        for i, (places, bits) in part.items():
+            self._places[i].append(places)
+            self._bits[i].append(bits)
+
+    def finish(self) -> dict[int, Largest]:
+        return {i: self._selection(i, b.wanted) for i, b in self._bins.items()}
+
+    def _selection(self, key: int, wanted: int) -> Largest:
+        bits = torch.cat(self._bits[key])
+        threshold = int(bits.kthvalue(len(bits) - wanted + 1).values)
+        still = wanted - int((bits > threshold).sum())
+        equal = torch.cat(self._places[key])[bits == threshold]
+        return Largest(threshold, int(equal[still - 1]) if still < len(equal) else EVERYWHERE)
+
+
+# --- the way of a full bin --------------------------------------------------------------------------------------------
+
+
+def _counted(upper: dict[int, _Bin], magnitudes: Magnitudes) -> Generator[Fold, Any, dict[int, Largest]]:
+    fine = yield _LowerCounts(upper, magnitudes)
+    lower = {i: _bin_of(fine[i], b.wanted, b.which) for i, b in upper.items()}
+    bits = {i: (upper[i].number << LOW_BITS) + b.number for i, b in lower.items()}
+    # A threshold of zero needs no search: whether a zero stays changes nothing.
+    split = [i for i, b in lower.items() if b.wanted < b.size and bits[i] > 0]
+    ends = dict.fromkeys(bits, EVERYWHERE)
+    if split:
+        ends |= yield _NthEqual({i: lower[i] for i in split}, bits, magnitudes)
+    return {i: Largest(bits[i], ends[i]) for i in bits}
+
+
+class _LowerCounts:
+    """A fold: histograms of the lower bits of those magnitudes that lie in the given bins."""
+
+    def __init__(self, upper: dict[int, _Bin], magnitudes: Magnitudes) -> None:
+        self._upper = upper
+        self._magnitudes = magnitudes
+        self._counts: dict[int, Tensor] = {}
+
+    def part(self, rows: Rows) -> dict[int, Tensor]:
+        counts = {}
+        for i, b in self._upper.items():
+            bits = self._magnitudes.bits(rows, b.which)
+            inside = bits[bits >> LOW_BITS == b.number] & ((1 << LOW_BITS) - 1)
+            counts[i] = torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
+        return counts
+
+    def add(self, part: dict[int, Tensor]) -> None:
+        _add_counts(self._counts, part)
+
+    def finish(self) -> dict[int, Tensor]:
+        return self._counts
+
+
+class _NthEqual:
+    """A fold: the flat index of the last element that a bin of equal magnitudes, of these bits, is asked for."""
+
+    def __init__(self, sought: dict[int, _Bin], bits: Mapping[int, int], magnitudes: Magnitudes) -> None:
+        self._sought = sought
+        self._bits = bits
+        self._magnitudes = magnitudes
+        self._left = {i: b.wanted for i, b in sought.items()}
+        self._places: dict[int, int] = {}
+
+    def part(self, rows: Rows) -> dict[int, Tensor]:
+        found = {i: self._magnitudes.bits(rows, b.which) == self._bits[i] for i, b in self._sought.items()}
+        return {i: equal.nonzero().flatten().cpu() + rows.start for i, equal in found.items()}
+
+    def add(self, part: dict[int, Tensor]) -> None:
+        for i, places in part.items():
+            if 0 < self._left[i] <= len(places):
+                self._places[i] = int(places[self._left[i] - 1])
+            self._left[i] -= len(places)
+
+    def finish(self) -> dict[int, int]:
+        return self._places

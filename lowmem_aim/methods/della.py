@@ -1,0 +1,116 @@
+"""DELLA: drop elements of each delta at random, the larger ones of a row less often, and rescale what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods.masks import draws_of, mask_limits
+from lowmem_aim.methods.method import Densities, PerExpert, Rescale, Script, Subject, Weights, merge_method
+from lowmem_aim.methods.selection import Everything, Selection, magnitude_bits
+from lowmem_aim.methods.task_vectors import consensus, rescale_factors
+
+Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
+SCRATCH = 40  # bytes an element: ranks, probabilities and draws of one expert
+
+
+def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
+    for density, epsilon in zip(parameters["density"], parameters["epsilon"], strict=True):
+        if density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
+            return (
+                f"`density` {density:g} with `epsilon` {epsilon:g}: density - epsilon and density + epsilon must lie "
+                "between 0 and 1, or the density be 1"
+            )
+    return ""
+
+
+@merge_method("della", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check)
+def della(
+    tensor: Subject,
+    *,
+    weight: Weights,
+    density: Densities = (1.0,),
+    epsilon: Epsilons = (0.15,),
+    normalize: bool = True,
+    rescale: Rescale = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
+) -> Script:
+    """As della_linear, with the elements summed over the experts that agree with the elected sign."""
+    selections = _by_rank(tensor, density, epsilon)
+    factor = yield from rescale_factors(selections, density, rescale)
+    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
+
+
+@merge_method("della_linear", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check)
+def della_linear(
+    tensor: Subject,
+    *,
+    weight: Weights,
+    density: Densities = (1.0,),
+    epsilon: Epsilons = (0.15,),
+    normalize: bool = False,
+    rescale: Rescale = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
+) -> Script:
+    """W0 + lambda sum wi Di, each element of Di kept with probability density - epsilon + 2 epsilon r/(n-1), r its rank
+    by magnitude among the n of its row, from 0."""
+    selections = _by_rank(tensor, density, epsilon)
+    factor = yield from rescale_factors(selections, density, rescale)
+    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
+
+
+def _by_rank(tensor: Subject, density: Sequence[float], epsilon: Sequence[float]) -> list[Selection]:
+    row = tensor.shape[-1] if tensor.shape else 1
+    return [
+        Everything() if d >= 1.0 else ByRank(d, e, row, tensor.seed, tensor.name, position)
+        for position, (d, e) in enumerate(zip(density, epsilon, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class ByRank:
+    """Each element with a probability that rises from density - epsilon to density + epsilon with its rank in its row.
+
+    Slices must hold whole rows.
+    """
+
+    density: float
+    epsilon: float
+    row: int  # elements of one
+    seed: int
+    name: str  # of the tensor
+    position: int  # of the expert
+
+    def mask(self, delta: Tensor, start: int) -> Tensor:
+        ranks = _ranks(magnitude_bits(delta).view(-1, self.row))
+        if self.row > 1:
+            chances = (
+                ranks.to(torch.float64).mul_(2.0 * self.epsilon / (self.row - 1)).add_(self.density - self.epsilon)
+            )
+        else:
+            chances = torch.full(ranks.shape, self.density, dtype=torch.float64, device=delta.device)
+        draws = draws_of(
+            seed=self.seed,
+            name=self.name,
+            position=self.position,
+            start=start,
+            count=delta.numel(),
+            device=delta.device,
+        )
+        return (draws < mask_limits(chances.view(-1))).view(delta.shape)
+
+    def kept(self, start: int, count: int) -> None:
+        return None
+
+
+def _ranks(bits: Tensor) -> Tensor:  # (rows, row) int64
+    """Each element's place in its row by magnitude, from 0; equal ones in the order in which they stand."""
+    order = bits.argsort(dim=-1, stable=True)
+    places = torch.arange(bits.shape[-1], device=bits.device).expand(bits.shape)
+    return torch.empty_like(order).scatter_(-1, order, places)

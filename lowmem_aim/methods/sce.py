@@ -1,0 +1,97 @@
+"""SCE (Select, Calculate, Erase): the experts' weights follow from how much of the selected change is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods.counting import Magnitudes, first_by_size
+from lowmem_aim.methods.exact import UNITS, ExactSums, exact_sum, wide
+from lowmem_aim.methods.gram import vectors
+from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Within, merge_method
+from lowmem_aim.methods.selection import ALL, NONE, Largest
+
+LEAST = 1e-6  # smaller sums of weights are none
+
+
+@merge_method("sce", source="arXiv 2408.07990", scratch=24)
+def sce(
+    tensor: Subject,
+    *,
+    select_topk: Annotated[float, Within(0.0, 1.0)] = 1.0,
+    int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
+) -> Script:
+    """W0 + sum wi Di / sum wi over the experts that have the elected sign, wi the mean of Di^2 as a share of all.
+
+    Of each Di only the positions count where the experts differ most: the int(select_topk times the number of positions
+    at which they differ at all) largest variances over the experts. None is the base.
+    """
+    selection = ALL
+    if select_topk < 1.0:
+        (differing,) = yield ExactSums(lambda rows: [int((_variance(rows) > 0.0).sum()) * UNITS])
+        k = int(select_topk * int(differing))
+        # Those of variance 0 are the smallest, so that k of the differing are the k largest of all.
+        (selection,) = yield from first_by_size(tensor.numel, [(0, k)], _Variance())
+    if selection == NONE:
+        return lambda rows: rows.base.clone()
+    squares = yield ExactSums(lambda rows: _squares(rows, selection))
+    return _merged(_shares(squares, tensor.numel), selection)
+
+
+def _variance(rows: Rows) -> Tensor:  # float32
+    """Biased, over the experts, of each element. In float64 equal deltas have one of exactly 0."""
+    deltas = [wide(delta) for delta in vectors(rows, deltas=True)]
+    mean = deltas[0].clone()
+    for delta in deltas[1:]:
+        mean += delta
+    mean /= len(deltas)
+    total = torch.zeros_like(mean)
+    for delta in deltas:
+        total += delta.sub_(mean).square_()
+    return (total / len(deltas)).to(torch.float32)
+
+
+class _Variance(Magnitudes):
+    def bits(self, rows: Rows, which: int) -> Tensor:
+        return _variance(rows).view(torch.int32).view(-1)
+
+
+def _selected(rows: Rows, selection: Largest) -> list[Tensor]:
+    """The deltas where they count, 0 elsewhere."""
+    deltas = vectors(rows, deltas=True)
+    if selection == ALL:
+        return deltas
+    mask = selection.mask(_variance(rows), rows.start)
+    assert mask is not None
+    mask = mask.to(deltas[0].device)
+    return [torch.where(mask, delta, 0.0) for delta in deltas]
+
+
+def _squares(rows: Rows, selection: Largest) -> list[int]:
+    return [exact_sum(wide(delta).square_()) for delta in _selected(rows, selection)]
+
+
+def _shares(squares: Sequence[float], numel: int) -> list[float]:
+    means = [total / numel for total in squares]
+    total = sum(means)
+    return [mean / total if total >= LEAST else 1.0 / len(means) for mean in means]
+
+
+def _merged(shares: Sequence[float], selection: Largest) -> Combine:
+    def combine(rows: Rows) -> Tensor:
+        deltas = _selected(rows, selection)
+        sign = deltas[0].clone()
+        for delta in deltas[1:]:
+            sign += delta
+        positive = sign >= 0.0
+        total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+        for delta, share in zip(deltas, shares, strict=True):
+            agrees = torch.where(positive, delta > 0.0, delta < 0.0)  # a zero agrees with neither
+            total += torch.where(agrees, delta * share, 0.0)
+            divisor += agrees * share
+        return (total / divisor.clamp_(min=LEAST)).add_(rows.base)
+
+    return combine
