@@ -24,7 +24,7 @@ from lowmem_aim.errors import printable
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.merge import Merged
 from lowmem_aim.plan import Plan
-from lowmem_aim.recipe import ModelEntry, Recipe, Setting
+from lowmem_aim.recipe import Aim, ModelEntry, Recipe, Setting
 from lowmem_aim.texts import BUILTIN, PILE, is_activations_file
 
 # Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
@@ -125,8 +125,10 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     if recipe.tokenizer_source:
         portable["tokenizer_source"] = recipe.tokenizer_source
     if recipe.aim:
-        aim = {key: value for key, value in vars(recipe.aim).items() if value != ""}
-        portable["aim"] = aim | {"calibration": _calibration_label(recipe.aim.calibration)}
+        aim = {key: _plain(value) for key, value in vars(recipe.aim).items() if value not in ("", ())}
+        assert isinstance(recipe.aim.omega, Setting)
+        omega, calibration = _setting(recipe.aim.omega), _calibration_label(recipe.aim.calibration)
+        portable["aim"] = aim | {"omega": omega, "calibration": calibration}
     return portable
 
 
@@ -202,8 +204,8 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
     relaxed = ""
     if recipe.aim:
         relaxed = (
-            f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with omega "
-            f"{recipe.aim.omega:g}: the more active an input channel of the base, the less of the delta it takes. "
+            f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
+            f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it takes. "
             f"Calibration: {_inline(_calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
         )
     rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in facts["inputs"]]
@@ -217,6 +219,12 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
     )
+
+
+def _omega(aim: Aim) -> str:
+    assert isinstance(aim.omega, Setting)
+    omega = "the recipe's omegas" if aim.omega.filtered else f"omega {aim.omega.value:g}"
+    return omega if aim.scaling == "identity" else f"{omega} and the scaling {aim.scaling}"
 
 
 def _replaced(facts: dict[str, Any]) -> str:

@@ -141,7 +141,14 @@ _CALIBRATION = _options(
     click.option("--calibration-dtype", help="of the forward passes [default: the base's]"),
 )
 _AIM = _options(
-    click.option("--omega", type=float, help="AIM: 1 changes nothing, 0 freezes the most active channels"),
+    click.option(
+        "--omega",
+        multiple=True,
+        metavar="NUMBER",
+        help="AIM: 1 changes nothing, 0 freezes the most active channels; several (0.2,0.4) give an output each",
+    ),
+    click.option("--scaling", help="of AIM's activations: identity, sqrt, square or rank [default: identity]"),
+    click.option("--exclude", multiple=True, help="part of the names of weights that AIM leaves alone; repeat it"),
     click.option("--tied", type=click.Choice(["relax", "keep"]), help="AIM on a tied embedding [default: relax]"),
     _CALIBRATION,
 )

@@ -15,6 +15,8 @@ from lowmem_aim.yaml_tree import Node, parse
 COMMAND_LINE = "command line"
 AIM_FLAGS = {
     "omega": "omega",
+    "scaling": "scaling",
+    "exclude": "exclude",
     "calibration": "calibration",
     "samples": "samples",
     "block_size": "block_size",
@@ -135,9 +137,17 @@ def _scalar(text: str) -> Any:
     return text if isinstance(value, list | dict) else value
 
 
+def _omegas(given: Any) -> Any:
+    """`--omega 0.4`, or several: repeated, or with commas between them."""
+    texts = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    values = [_scalar(part.strip()) for text in texts for part in str(text).split(",")]
+    return (values if len(values) > 1 else values[0]) if values else None
+
+
 def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
     """Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`."""
     aim = tree.get("aim")
+    flags = flags | {"omega": _omegas(flags.get("omega", ())), "exclude": list(flags.get("exclude", ())) or None}
     given = {key: flag for flag, key in AIM_FLAGS.items() if flags.get(flag) is not None}
     if aim is None and "omega" not in given:
         if given:
@@ -146,5 +156,7 @@ def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
         return tree
     table = aim if aim is not None and isinstance(aim.value, dict) else empty_recipe()
     for key, flag in given.items():
-        table = table.with_item(key, _node(flags[flag], flag))
+        value = flags[flag]
+        items = [_node(item, flag) for item in value] if isinstance(value, list) else value
+        table = table.with_item(key, _node(items, flag))
     return tree.with_item("aim", table)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from lowmem_aim import kernels
 from lowmem_aim.activations import Activations
 from lowmem_aim.devices import Lanes
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted
+from lowmem_aim.events import Advanced, Emit, Event, Notice, PhaseEnded, PhaseStarted
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Shares
@@ -32,8 +32,7 @@ from lowmem_aim.methods import Rows, rounds
 from lowmem_aim.methods.method import Combine, Fold
 from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.plan import Plan, Task, subject_of
-from lowmem_aim.recipe import Aim
-from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
+from lowmem_aim.relaxation import Relaxation
 from lowmem_aim.shards import Read, Shards
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 
@@ -49,40 +48,94 @@ class Merged:
     replaced: list[tuple[str, str, int]] = field(default_factory=list)  # label, tensor, elements that were not finite
 
 
+@dataclass(frozen=True)
+class Target:
+    """One output: its plan, where its shards are made, and what is known of them."""
+
+    plan: Plan
+    staging: Path
+    journal: Journal
+
+
 def merge_tensors(
-    plan: Plan,
+    targets: Sequence[Target],
     inputs: Inputs,
     activations: Activations | None,
-    staging: Path,
-    journal: Journal,
     *,
     device: torch.device,
     shares: Shares,
     slice_rows: int | None = None,
     emit: Emit,
-) -> Merged:
-    """Write all shards of the plan into `staging`, durably; what the journal knows to be there is checked and kept.
+) -> list[Merged]:
+    """Write all shards of each target into its `staging`, durably; what its journal knows to be there is checked and
+    kept. Targets differ in how the merged rows are relaxed, in nothing else: inputs are read once for all of them.
 
     `slice_rows` overrides how many rows are in work at a time; the bytes do not depend on it. Raises ModelError (NaN,
     changed inputs), DiskError, and MemoryBudgetError where not even a row fits.
     """
-    emit(PhaseStarted("merge", plan.tensor_bytes, "bytes"))
+    emit(PhaseStarted("merge", sum(target.plan.tensor_bytes for target in targets), "bytes"))
     stride = Stride(shares.slice_elements, slice_rows, emit)
-    output = Shards(plan, staging, journal, emit)
-    loop = _Loop(plan, inputs, activations, Lanes(device), stride, shares)
-    loop.know(output.read_before)
+    progress = _Progress(emit)
+    outputs = [
+        Output(
+            target.plan,
+            Shards(target.plan, target.staging, target.journal, progress.of(number)),
+            Relaxation(target.plan.recipe.aim, activations, inputs),
+        )
+        for number, target in enumerate(targets)
+    ]
+    loop = _Loop(targets[0].plan, outputs, inputs, Lanes(device), stride, shares)
+    for output in outputs:
+        loop.know(output.shards.read_before)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_thread_an_operation())
-        stack.enter_context(output)
+        for output in outputs:
+            stack.enter_context(output.shards)
         workers = stack.enter_context(Workers(shares.workers))
-        stream = stack.enter_context(Ahead(loop.read_all(output.left), shares.ahead))
-        workers.run(loop.job(task, stream, output) for task in output.left)
+        stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
+        workers.run(loop.job(task, stream) for task in loop.left())
     emit(PhaseEnded("merge"))
     replaced = loop.replaced_elements()
     for label in dict.fromkeys(label for label, _, _ in replaced):
         count = sum(elements for other, _, elements in replaced if other == label)
         emit(Notice(f"{count} element(s) of `{printable(label)}` are NaN or Inf and took the base's value", "warning"))
-    return Merged({shard.name: output.digests[shard.name] for shard in plan.shards}, loop.model_digests(), replaced)
+    models = loop.model_digests()
+    return [
+        Merged({shard.name: output.shards.digests[shard.name] for shard in output.plan.shards}, models, replaced)
+        for output in outputs
+    ]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A target at work."""
+
+    plan: Plan
+    shards: Shards
+    relaxation: Relaxation
+
+    @functools.cached_property
+    def left(self) -> dict[str, Task]:
+        return {task.name: task for task in self.shards.left}
+
+
+class _Progress:
+    """Several outputs' progress as one."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._done: dict[int, int] = {}
+
+    def of(self, number: int) -> Emit:
+        """What one of them emits to."""
+
+        def summed(event: Event) -> None:
+            if isinstance(event, Advanced):
+                self._done[number] = event.done
+                event = replace(event, done=sum(self._done.values()))
+            self._emit(event)
+
+        return summed
 
 
 @contextlib.contextmanager
@@ -105,9 +158,9 @@ Stream = Iterator[Rows | _End]
 
 @dataclass
 class _Loop:
-    plan: Plan
+    plan: Plan  # of the first output: the others' tasks are the same but for their relaxation
+    outputs: Sequence[Output]
     inputs: Inputs
-    activations: Activations | None
     lanes: Lanes
     stride: Stride
     shares: Shares
@@ -124,45 +177,58 @@ class _Loop:
             for model, replaced in read.replaced.items():
                 self.replaced.setdefault(self.inputs.folders[int(model)], {}).update(replaced)
 
-    def read_all(self, tasks: Sequence[Task]) -> Iterator[Rows | _End]:
-        """The first pass over every tensor, in the tasks' order."""
-        for task in tasks:
-            with_base = self.plan.recipe.builds_on_base or self._statistic(task) is not None
+    def left(self) -> Iterator[Task]:
+        """What any of the outputs lacks, in order."""
+        return (task for task in self.plan.tasks if any(task.name in output.left for output in self.outputs))
+
+    def read_all(self) -> Iterator[Rows | _End]:
+        """The first pass over every tensor that is left, in order."""
+        for task in self.left():
+            relaxed = any(output.relaxation.statistic(task) is not None for output in self.outputs)
+            with_base = self.plan.recipe.builds_on_base or relaxed
             tensor = self.tensors[task.name] = TensorInputs(
                 task, self.inputs, with_base, self.stride, self.plan.nonfinite
             )
             yield from tensor.slices(first_pass=True)
             yield _End()
 
-    def job(self, task: Task, stream: Stream, output: Shards) -> Job:
-        """The passes over one tensor; the last gives its finished rows to the output."""
+    def job(self, task: Task, stream: Stream) -> Job:
+        """The passes over one tensor; the last gives its finished rows to the outputs that lack it."""
         passes = _Passes(self, task, stream)
+        lacking = [(output, output.left[task.name]) for output in self.outputs if task.name in output.left]
 
-        def append(parts: list[Tensor]) -> None:
-            for rows in parts:
-                output.append(task, rows)
+        def append(parts: list[list[Tensor]]) -> None:
+            for part in parts:
+                for (output, own), rows in zip(lacking, part, strict=True):
+                    output.shards.append(own, rows)
 
         def done() -> None:
-            output.tensor_done(task, self._read_whole(task))
+            read = self._read_whole(task)
+            for output, own in lacking:
+                output.shards.tensor_done(own, read)
 
-        finished = self._copied if task.action == "copy" else (yield from self._measured(task, passes))
+        if task.action == "copy":
+            # Not by way of the device: it may not have the dtype.
+            yield passes.make(lambda rows: [rows.stored_experts[0]] * len(lacking), append, last=True, done=done)
+            return
+        finished = yield from self._measured(task, passes, lacking)
         yield passes.make(finished, append, last=True, done=done)
 
-    def _measured(self, task: Task, passes: _Passes) -> Generator[Pass, None, Callable[[Rows], Tensor]]:
-        """The measure rounds; returns what makes finished rows: combine, relax, round."""
+    def _measured(
+        self, task: Task, passes: _Passes, lacking: Sequence[tuple[Output, Task]]
+    ) -> Generator[Pass, None, Callable[[Rows], list[Tensor]]]:
+        """The measure rounds; returns what makes finished rows for each output: combine, relax, round."""
         method = self.plan.recipe.method
         subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
         combine = yield from self._rounds(rounds(method.start(subject, task.parameters)), passes)
-        shrink = self._shrinkage(task)
+        relaxations = [output.relaxation.of(own) for output, own in lacking]
 
-        def finished(rows: Rows) -> Tensor:
+        def finished(rows: Rows) -> list[Tensor]:
             merged = combine(rows)
-            if shrink is not None:
-                first = rows.start // merged.shape[1]
-                part = shrinkage_rows(shrink, task.shape, first, first + rows.count)
-                part = self._known(task, part, first, rows.count)
-                merged = relax(merged, rows.stored_base, part.to(merged.device))
-            return self.lanes.down(_rounded(merged, task))
+            # Relaxing overwrites: all but the last get a copy.
+            own = [merged.clone() if relaxed else merged for relaxed in relaxations[:-1]] + [merged]
+            results = [relaxed(part, rows) if relaxed else part for relaxed, part in zip(relaxations, own, strict=True)]
+            return [self.lanes.down(_rounded(result, task)) for result in results]
 
         return self._on_device(finished)
 
@@ -185,11 +251,6 @@ class _Loop:
 
         return computed
 
-    @staticmethod
-    def _copied(rows: Rows) -> Tensor:
-        # Not by way of the device: it may not have the dtype.
-        return rows.stored_experts[0]
-
     def _read_whole(self, task: Task) -> Read:
         """What was seen of a tensor that has been read to its end, which is kept."""
         digests: dict[str, dict[str, str]] = {}
@@ -203,48 +264,10 @@ class _Loop:
                 replaced[model] = {task.name: count}
         read = Read(digests, replaced)
         self.know([read])
-        if self._statistic(task):
-            self._check_base(task.name)
+        base = self.inputs.base
+        for output in self.outputs:
+            output.relaxation.check_base(task, self.digests.get(base.folder, {}).get(task.name) if base else None)
         return read
-
-    # -- relaxation
-
-    def _statistic(self, task: Task) -> str | None:
-        """Whose statistic relaxes this weight; None where it is not relaxed."""
-        aim = self.plan.recipe.aim
-        if aim is None or self.activations is None or task.action == "copy":
-            return None
-        return statistic_of(task.name, self.activations, aim)
-
-    def _shrinkage(self, task: Task) -> Tensor | None:
-        """AIM's shrinkage of this weight; None where it is not relaxed."""
-        name = self._statistic(task)
-        if name is None:
-            return None
-        assert self.activations is not None
-        assert self.plan.recipe.aim is not None
-        return shrinkage(self.activations.means[name], self.plan.recipe.aim.omega)
-
-    def _known(self, task: Task, part: Tensor, first: int, count: int) -> Tensor:
-        """`part` of a shrinkage without the rows that the base does not have: new vocabulary is not relaxed."""
-        assert self.inputs.base is not None
-        row_map = self.inputs.row_map(self.inputs.base, task.name)
-        if row_map is None:
-            return part
-        known = row_map[first : first + count] >= 0
-        return torch.where(known[:, None], part, 0.0)
-
-    def _check_base(self, name: str) -> None:
-        """The activations must have been taken on these very weights."""
-        assert self.inputs.base is not None
-        assert self.activations is not None
-        expected = self.activations.base_digests.get(name)
-        if expected is not None and expected != self.digests[self.inputs.base.folder][name]:
-            raise ModelError(
-                f"the activations were measured on another base: `{printable(name)}` differs in "
-                f"`{printable(self.inputs.base.label)}`",
-                hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
-            )
 
     # -- what was read
 
@@ -328,35 +351,6 @@ class _Passes:
     def _let_go(self) -> Iterator[Rows]:
         while self._kept:
             yield self._kept.popleft()
-
-
-def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:
-    """Whose statistic relaxes the weight `name`: its own; its head's, for a tied embedding; or none."""
-    if name in activations.tied and aim.tied == "keep":
-        return None  # the head itself is what the file holds of the pair
-    if name in activations.means:
-        return name
-    heads = [head for head, embedding in activations.tied.items() if embedding == name and head in activations.means]
-    return heads[0] if heads and aim.tied == "relax" else None
-
-
-def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> None:
-    """Raises ModelError unless the statistics fit the weights they are for; all problems at once."""
-    assert inputs.base is not None
-    problems = []
-    fitting = 0
-    for info in inputs.base:
-        name = statistic_of(info.name, activations, aim)
-        if name is None:
-            continue
-        means = activations.means[name]
-        if means.ndim != len(info.shape) or any(m not in (1, s) for m, s in zip(means.shape, info.shape, strict=True)):
-            problems.append(f"the activations of `{printable(name)}` {list(means.shape)} do not fit {list(info.shape)}")
-        fitting += 1
-    if not fitting:
-        problems.append(f"the activations name no weight of `{printable(inputs.base.label)}`")
-    if problems:
-        raise ModelError(problems, hint="they were measured on another model; make them with `lowmem-aim calibrate`")
 
 
 def _rounded(merged: Tensor, task: Task) -> Tensor:

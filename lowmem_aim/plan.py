@@ -39,6 +39,7 @@ class Task:
     action: Literal["merge", "copy"]  # copy: the reference's bytes as they are
     parameters: Mapping[str, Any]  # of the method, by recipe name
     whole: bool = False  # its rows may not come in several slices
+    omega: float = 1.0  # of AIM, if it relaxes this tensor
     begin: int = 0  # byte offset of the data in its shard's file
 
     @property
@@ -121,7 +122,8 @@ def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, t: float) -> Task:
         return Task(info.name, info.shape, info.dtype, "copy", {})
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else info.dtype
     whole = recipe.method.whole_rows and len(info.shape) < 2
-    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole)
+    omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
+    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega)
 
 
 def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:

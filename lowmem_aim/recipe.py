@@ -9,16 +9,28 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, printable
 from lowmem_aim.methods import METHODS, Method, Parameter
+from lowmem_aim.relax.aim import SCALINGS
 from lowmem_aim.yaml_tree import Node
 
 TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "aim")
-AIM_KEYS = ("omega", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
+AIM_KEYS = (
+    "omega",
+    "scaling",
+    "exclude",
+    "calibration",
+    "samples",
+    "block_size",
+    "seed",
+    "pack",
+    "tied",
+    "dtype",
+)
 # mergekit's, and why they are refused rather than ignored.
 UNSUPPORTED_KEYS = {
     "slices": "only `models` is supported",
@@ -29,6 +41,7 @@ UNSUPPORTED_KEYS = {
 DTYPES = ("float32", "float16", "bfloat16")
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; what systems take
 DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
+_OMEGA = Parameter("aim.omega", per_expert=False, kind="number", default=DEFAULT_OMEGA, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,9 @@ class ModelEntry:
 class Aim:
     """The `aim:` key. `calibration` "" is the authors' Pile set."""
 
-    omega: float = DEFAULT_OMEGA
+    omega: Setting | tuple[float, ...] = Setting(DEFAULT_OMEGA)  # several: an output for each
+    scaling: str = "identity"
+    exclude: tuple[str, ...] = ()  # parts of the names of weights that are not relaxed
     calibration: str = ""
     samples: int = 256
     block_size: int = 512
@@ -80,6 +95,12 @@ class Aim:
     pack: bool = True
     tied: str = "relax"
     dtype: str = ""  # of the calibration's forward; "" is the checkpoint's
+
+    def omega_at(self, tensor: str, t: float) -> float:
+        """For a tensor at depth t in [0, 1]; the default where no filter matches."""
+        assert isinstance(self.omega, Setting)
+        value = self.omega.at(tensor, t)
+        return DEFAULT_OMEGA if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,16 @@ class Recipe:
                 hint="end its list of filters with a plain `- value: ...`",
             )
         return parameter.default
+
+
+def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
+    """Folder within the output -> the recipe of what goes there. "" is the output itself, if there is one omega."""
+    if recipe.aim is None or isinstance(recipe.aim.omega, Setting):
+        return {"": recipe}
+    return {
+        f"omega-{omega!r}".removesuffix(".0"): replace(recipe, aim=replace(recipe.aim, omega=Setting(omega)))
+        for omega in recipe.aim.omega
+    }
 
 
 class _Reader:
@@ -338,15 +369,41 @@ class _Reader:
         """The values of an `aim` table; problems are collected, and their keys left at the defaults."""
         self._check_keys(node, AIM_KEYS, {})
         keys = {key: item for key, item in node.value.items() if key in AIM_KEYS}
-        checked = {key: self._aim_value(key, item) for key, item in keys.items()}
+        readers: dict[str, Callable[[Node], Any]] = {"omega": self._omega, "exclude": self._exclude}
+        checked: dict[str, Any] = {
+            key: readers[key](item) if key in readers else self._aim_value(key, item) for key, item in keys.items()
+        }
         return Aim(**{key: value for key, value in checked.items() if value is not None})
+
+    def _omega(self, node: Node) -> Setting | tuple[float, ...] | None:
+        """A number, filters, or several numbers: an output for each; None after a problem."""
+        if not isinstance(node.value, list) or any(isinstance(item.value, dict) for item in node.value):
+            return self._setting(node, _OMEGA)
+        values = [self._value(item, _OMEGA) for item in node.value]
+        if not values:
+            self.problem(node, "`aim.omega` is an empty list")
+        for value, item in zip(values, node.value, strict=True):
+            if value is not None and not isinstance(value, int | float):
+                self.problem(
+                    item, "`aim.omega`: a gradient is `- value: [...]`, as in a filter; a list is several merges"
+                )
+            elif values.count(value) > 1:
+                self.problem(item, f"`aim.omega` has {value:g} twice")
+        return tuple(map(float, values)) if all(isinstance(value, int | float) for value in values) else None
+
+    def _exclude(self, node: Node) -> tuple[str, ...] | None:
+        items = node.value if isinstance(node.value, list) else [node]
+        wrong = [item for item in items if not isinstance(item.value, str) or not item.value]
+        for item in wrong:
+            self.problem(item, "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`")
+        return None if wrong else tuple(item.value for item in items)
 
     def _aim_value(self, key: str, node: Node) -> Any:
         """One value of the `aim` table, checked; None after a problem."""
-        value = _number(node.value) if key == "omega" else node.value
+        value = node.value
         whole = isinstance(value, int) and not isinstance(value, bool)
         correct = {
-            "omega": (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1, "in [0, 1]"),
+            "scaling": (value in SCALINGS, f"one of {', '.join(SCALINGS)}"),
             "calibration": (
                 isinstance(value, str) and bool(value) and not _no_name(value),
                 "a file, `builtin`, or a Hub dataset id",
@@ -363,7 +420,7 @@ class _Reader:
             shown = "a list" if isinstance(value, list) else f"`{printable(str(value))}`"
             self.problem(node, f"`aim.{key}` must be {what}, not {shown}")
             return None
-        return float(value) if key == "omega" else value
+        return value
 
 
 def _no_name(text: str) -> str:

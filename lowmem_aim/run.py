@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
+from lowmem_aim.config import CONFIG
 from lowmem_aim.devices import usable_device
 from lowmem_aim.durable import disk_errors, partial_folder, sync_folder
 from lowmem_aim.errors import UsageError, printable
@@ -22,11 +25,11 @@ from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
-from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Budget, Shares, make_budget, share_out
-from lowmem_aim.merge import check_activations, merge_tensors
+from lowmem_aim.merge import Merged, Target, merge_tensors
 from lowmem_aim.output import (
     ACTIVATIONS,
+    PRIVATE,
     Workspace,
     check_disk,
     check_output,
@@ -37,7 +40,8 @@ from lowmem_aim.output import (
     workspace,
 )
 from lowmem_aim.plan import NonFinite, Plan, make_plan
-from lowmem_aim.recipe import Aim, Recipe
+from lowmem_aim.recipe import Aim, Recipe, one_by_one
+from lowmem_aim.relaxation import check_activations, idle_exclusions
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -70,46 +74,85 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
     device, budget = _set_up(options)
     for notice in recipe.notices:
         emit(Notice(notice, "warning"))
-    check_output(out, [])
-    with open_inputs(recipe, options.read, emit, options.use_cache) as inputs:
-        check_output(out, [checkpoint.folder for checkpoint in inputs.checkpoints])
-        plan = make_plan(
-            recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite
-        )
+    folders = {out / name: one for name, one in one_by_one(recipe).items()}
+    _check_outputs(out, folders, [])
+    with open_inputs(recipe, options.read, emit, options.use_cache) as inputs, contextlib.ExitStack() as stack:
+        _check_outputs(out, folders, [checkpoint.folder for checkpoint in inputs.checkpoints])
+        plans = {
+            folder: make_plan(
+                one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite
+            )
+            for folder, one in folders.items()
+        }
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
-        identity = Identity.of(plan, inputs, copied, calibration, device)
-        _shares(plan, inputs, budget, device)  # a row that does not fit must show before hours of calibration
-        with workspace(out, fresh=options.fresh) as space:
-            if is_finished(out):
-                check_same(space.journal, identity, out)
-                emit(Notice(f"`{printable(str(out))}` is finished already"))
-                return out
-            _forget_lost(space)
-            reread = partial(differing_tensors, plan, inputs, space.journal)
-            agree(space.journal, identity, reread, accept_environment=options.accept_environment, emit=emit)
-            space.journal.put("plan", "", plan.size())  # for `status`
-            space.take_back()
-            check_disk(out, plan.output_bytes - space.staged_bytes())
-            # What was measured in two environments is nobody else's.
-            use_cache = options.use_cache and not space.journal.get("accepted")
-            activations = _activations(calibration, inputs, device, budget, space, use_cache, emit)
-            merged = merge_tensors(
-                plan,
-                inputs,
-                activations,
-                space.staging,
-                space.journal,
-                device=device,
-                shares=_shares(plan, inputs, budget, device),
-                slice_rows=options.slice_rows,
-                emit=emit,
-            )
-            files = output_files(plan, inputs, activations, merged, copied, space.journal.get("accepted"))
-            emit(PhaseStarted("finish", len(plan.shards) + len(files), "files"))
-            publish(space, merged.shards, files)
-            emit(PhaseEnded("finish"))
+        shares = partial(_shares, [*plans.values()], inputs, budget, device)
+        shares()  # a row that does not fit must show before hours of calibration
+        unfinished: list[tuple[Workspace, Plan]] = []
+        for folder, plan in plans.items():
+            space = stack.enter_context(workspace(folder, fresh=options.fresh))
+            if _agreed(space, plan, Identity.of(plan, inputs, copied, calibration, device), inputs, options, emit):
+                unfinished.append((space, plan))
+        if not unfinished:
+            return out
+        check_disk(out, sum(plan.output_bytes - space.staged_bytes() for space, plan in unfinished))
+        activations = _activations(
+            calibration, inputs, device, budget, [space for space, _ in unfinished], options.use_cache, emit
+        )
+        merged = merge_tensors(
+            [Target(plan, space.staging, space.journal) for space, plan in unfinished],
+            inputs,
+            activations,
+            device=device,
+            shares=shares(),
+            slice_rows=options.slice_rows,
+            emit=emit,
+        )
+        _finish(unfinished, merged, inputs, activations, copied, emit)
     return out
+
+
+def _check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
+    """Raises UsageError for what is in the way of the output, or of the outputs in it."""
+    for folder in folders:
+        check_output(folder, inputs)
+    if out not in folders and ((out / CONFIG).exists() or (out / PRIVATE).exists()):
+        raise UsageError(
+            f"the output folder `{printable(str(out))}` holds a merge: each of several omegas needs a folder in it",
+            hint="name a new folder",
+        )
+
+
+def _agreed(space: Workspace, plan: Plan, identity: Identity, inputs: Inputs, options: Options, emit: Emit) -> bool:
+    """Whether there is work to do in an output folder: made sure to be this job's. Raises ResumeError, UsageError."""
+    if is_finished(space.out):
+        check_same(space.journal, identity, space.out)
+        emit(Notice(f"`{printable(str(space.out))}` is finished already"))
+        return False
+    _forget_lost(space)
+    reread = partial(differing_tensors, plan, inputs, space.journal)
+    agree(space.journal, identity, reread, accept_environment=options.accept_environment, emit=emit)
+    space.journal.put("plan", "", plan.size())  # for `status`
+    space.take_back()
+    return True
+
+
+def _finish(
+    outputs: Sequence[tuple[Workspace, Plan]],
+    merged: Sequence[Merged],
+    inputs: Inputs,
+    activations: Activations | None,
+    copied: dict[str, bytes],
+    emit: Emit,
+) -> None:
+    files = [
+        output_files(plan, inputs, activations, found, copied, space.journal.get("accepted"))
+        for (space, plan), found in zip(outputs, merged, strict=True)
+    ]
+    emit(PhaseStarted("finish", sum(len(f) + len(m.shards) for f, m in zip(files, merged, strict=True)), "files"))
+    for (space, _), found, own in zip(outputs, merged, files, strict=True):
+        publish(space, found.shards, own)
+    emit(PhaseEnded("finish"))
 
 
 def calibrate_base(
@@ -172,7 +215,8 @@ def _set_up(options: Options) -> tuple[torch.device, Budget]:
     return device, make_budget(device, options.ram, options.vram)
 
 
-def _shares(plan: Plan, inputs: Inputs, budget: Budget, device: torch.device) -> Shares:
+def _shares(plans: Sequence[Plan], inputs: Inputs, budget: Budget, device: torch.device) -> Shares:
+    plan = plans[0]
     tasks = [task for task in plan.tasks if task.action == "merge"]
     models = len(inputs.experts) + 1
     widest = max((task.dtype.itemsize for task in tasks), default=4)
@@ -181,7 +225,7 @@ def _shares(plan: Plan, inputs: Inputs, budget: Budget, device: torch.device) ->
         budget,
         device,
         models=models,
-        stored_bytes=models * stored + widest,
+        stored_bytes=models * stored + widest * len(plans),
         row=max(
             (max(matrix_shape(task.shape)) if task.whole else matrix_shape(task.shape)[1] for task in tasks), default=1
         ),
@@ -205,44 +249,51 @@ def _activations(
     inputs: Inputs,
     device: torch.device,
     budget: Budget,
-    space: Workspace,
+    spaces: Sequence[Workspace],
     use_cache: bool,
     emit: Emit,
 ) -> Activations | None:
-    """Measured ones are kept beside the output until it is finished, whatever becomes of the cache."""
+    """Measured ones are kept beside each output until it is finished, whatever becomes of the cache."""
     if calibration is None:
         return None
-    kept = space.private / ACTIVATIONS
-    activations = calibration.given or _kept(kept, space.journal)
+    activations = calibration.given
+    lacking = [space for space in spaces if not _is_kept(space)]
+    if activations is None and len(lacking) < len(spaces):
+        activations = Activations.load(next(space for space in spaces if space not in lacking).private / ACTIVATIONS)
     if activations is None:
+        first = spaces[0]
         activations = calibration.activations(
             device=device,
             budget=budget,
-            folder=space.private,
-            journal=space.journal,
-            use_cache=use_cache,
+            folder=first.private,
+            journal=first.journal,
+            # What was measured in two environments is nobody else's.
+            use_cache=use_cache and not any(space.journal.get("accepted") for space in spaces),
             emit=emit,
         )
-        activations.save(kept)
-        space.journal.put("activations", "", {"file": _digest_of(kept), "weights": calibration.weights(activations)})
-    space.forget_calibration()
+    if calibration.given is None and lacking:
+        weights = calibration.weights(activations)
+        for space in lacking:
+            kept = space.private / ACTIVATIONS
+            activations.save(kept)
+            space.journal.put("activations", "", {"file": _digest_of(kept), "weights": weights})
+    for space in spaces:
+        space.forget_calibration()
     check_activations(activations, inputs, calibration.aim)
+    for part in idle_exclusions(activations, inputs, calibration.aim):
+        emit(Notice(f"`aim.exclude`: `{printable(part)}` is part of no weight that AIM relaxes", "warning"))
     return activations
 
 
-def _kept(file: Path, journal: Journal) -> Activations | None:
-    """What the interrupted run had measured."""
-    return Activations.load(file) if _is_kept(file, journal) else None
-
-
-def _is_kept(file: Path, journal: Journal) -> bool:
-    row = journal.get("activations")
+def _is_kept(space: Workspace) -> bool:
+    """Whether an output has what an interrupted run had measured."""
+    file, row = space.private / ACTIVATIONS, space.journal.get("activations")
     return row is not None and file.is_file() and row["file"] == _digest_of(file)
 
 
 def _forget_lost(space: Workspace) -> None:
     """Activations that are no longer there are measured again, which must then be in the same environment."""
-    if space.journal.holds("activations") and not _is_kept(space.private / ACTIVATIONS, space.journal):
+    if space.journal.holds("activations") and not _is_kept(space):
         space.journal.drop("activations")
 
 

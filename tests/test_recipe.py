@@ -8,7 +8,7 @@ import pytest
 
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.flags import applied, empty_recipe
-from lowmem_aim.recipe import Recipe, read_recipe
+from lowmem_aim.recipe import Recipe, Setting, read_recipe
 from lowmem_aim.yaml_tree import load_tree, parse
 
 GOOD = """\
@@ -52,7 +52,7 @@ def test_a_whole_recipe() -> None:
     assert [model.reference for model in recipe.models] == ["math", "code"]  # the base is no expert
     assert recipe.dtype == "bfloat16"
     assert recipe.aim is not None
-    assert (recipe.aim.omega, recipe.aim.samples, recipe.aim.block_size) == (0.2, 8, 512)
+    assert (recipe.aim.omega, recipe.aim.samples, recipe.aim.block_size) == (Setting(0.2), 8, 512)
     resolved = recipe.resolve("model.layers.1.mlp.up_proj.weight", 0.5)
     assert resolved == {
         "weight": (0.5, 0.1),
@@ -143,7 +143,7 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
         "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
         "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
-        "recipe.yml:11: `aim.omega` must be in [0, 1], not `1.2`",
+        "recipe.yml:11: `aim.omega` must lie in [0, 1], not 1.2",
         "recipe.yml:11: `aim.samples` must be a whole number above 0, not `0`",
     ]
     assert sorted(found) == sorted(expected)
@@ -245,11 +245,11 @@ class TestFlags:
         )
         recipe = read_recipe(tree)
         assert recipe.aim is not None
-        assert (recipe.aim.omega, recipe.aim.calibration) == (0.9, "texts.jsonl")
+        assert (recipe.aim.omega, recipe.aim.calibration) == (Setting(0.9), "texts.jsonl")
         assert (recipe.method.name, recipe.dtype, recipe.base) == ("dare_ties", "float16", "./base")
 
     def test_a_wrong_flag_is_named(self) -> None:
-        with pytest.raises(RecipeError, match=r"--omega: `aim.omega` must be in \[0, 1\]"):
+        with pytest.raises(RecipeError, match=r"--omega: `aim.omega` must lie in \[0, 1\]"):
             read_recipe(applied(parse(GOOD, "recipe.yml"), {"omega": 1.5}))
         with pytest.raises(RecipeError, match=r"--density: `density` must lie in \[0, 1\]"):
             read_recipe(applied(parse(GOOD, "recipe.yml"), {"density": ("-1",)}))

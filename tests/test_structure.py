@@ -38,7 +38,7 @@ STOREYS = [
     {"inputs"},
     {"plan", "drivers", "snapshots"},
     {"calibrate"},
-    {"activation_cache", "shards", "slices"},
+    {"activation_cache", "shards", "slices", "relaxation"},
     {"merge"},
     {"card", "dashboard"},
     {"resume", "status"},

@@ -1,10 +1,12 @@
 """AIM, Activation-Informed Merging (arXiv 2502.02421, NeurIPS 2025): the more active an input channel of the base
 model is, the less of the merged delta it takes:
 
-    W = W0 + (Wm - W0) * (1 - s_j),    s_j = a_j / max_k a_k * (1 - omega)
+    W = W0 + (Wm - W0) * (1 - s_j),    s_j = f(a_j / max_k a_k) * (1 - omega)
 
-a_j is the mean |x_j| over the calibration tokens, the maximum is over the module's channels. omega = 1 changes nothing,
-omega = 0 freezes the most active channel at the base; both hold to the bit.
+a_j is the mean |x_j| over the calibration tokens, the maximum is over the module's channels. f is the identity, unless
+another scaling is asked for (the paper leaves room for one that is not linear): the square root relaxes all but the
+least active channels, the square few, and `rank` spreads them evenly, whatever their activations' distribution.
+omega = 1 changes nothing, omega = 0 freezes the most active channel at the base; both hold to the bit.
 """
 
 from __future__ import annotations
@@ -20,13 +22,27 @@ FEW_COLUMNS = 256  # a compiled loop over fewer has nothing to be fast with
 def shrinkage(
     means: Tensor,  # (1, in), (in, 1), (n,), (experts, 1, in) or (experts, in, 1) float32, see `activations`
     omega: float,
+    scaling: str = "identity",  # one of SCALINGS
 ) -> Tensor:  # the same shape, float32 in [0, 1 - omega]
     """s of the formula. A module whose statistics are all zero is not shrunk; fused experts are modules each."""
     means = means.to(torch.float64)
     inner = tuple(range(1, means.ndim)) if means.ndim == 3 else tuple(range(means.ndim))
     top = means.amax(dim=inner, keepdim=True)
-    shares = means / top.masked_fill(top == 0.0, 1.0)
+    shares = torch.where(top == 0.0, 0.0, _SCALINGS[scaling](means / top.masked_fill(top == 0.0, 1.0)))
     return (shares * (1.0 - omega)).to(torch.float32)
+
+
+def _rank(shares: Tensor) -> Tensor:
+    """The place of each channel of its module, from 0 to 1; equal ones in the order in which they stand."""
+    modules = shares.reshape(shares.shape[0] if shares.ndim == 3 else 1, -1)
+    order = modules.argsort(dim=-1, stable=True)
+    last = modules.shape[-1] - 1
+    places = torch.linspace(0, last, last + 1, dtype=torch.float64) / last if last else torch.ones(1)
+    return torch.empty_like(modules).scatter_(-1, order, places.to(modules).expand(modules.shape)).reshape(shares.shape)
+
+
+_SCALINGS = {"identity": lambda x: x, "sqrt": torch.sqrt, "square": torch.square, "rank": _rank}
+SCALINGS = tuple(_SCALINGS)
 
 
 def shrinkage_rows(

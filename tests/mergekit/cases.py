@@ -12,8 +12,8 @@ import yaml
 WEIGHTS = (0.7, 0.5, 0.3, 0.4)
 DENSITIES = (0.4, 0.6, 0.8, 0.5)
 TOLERANCE = 1e-6  # of a tensor's largest magnitude
-# Elements whose threshold mergekit rounds to float32, so that those beside it fall the other way.
-ARCEE_ELEMENTS = 30
+# The share of elements beside a threshold that mergekit has from float32 divergences and rounded quantiles.
+ARCEE_SHARE = 5e-4
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
     base: bool = True
     listed: bool = False  # the base is one of the models
     random: bool = False  # the tools draw other masks: only what is expected of them is the same
-    may_differ: int = 0  # elements, over all tensors
+    may_differ: float = 0.0  # share of all elements
     tolerance: float = TOLERANCE
 
     @property
@@ -91,7 +91,7 @@ def _between_two() -> Iterator[Case]:
         yield Case("slerp", 1, {"t": t}, listed=True)
     for t in (0.001, 0.01, 0.3):
         yield Case("nearswap", 1, {"t": t}, listed=True)
-    yield Case("arcee_fusion", 1, listed=True, may_differ=ARCEE_ELEMENTS)
+    yield Case("arcee_fusion", 1, listed=True, may_differ=ARCEE_SHARE)
     for base in (True, False):
         yield Case("nuslerp", 2, own=_weighted(), base=base)
         yield Case("nuslerp", 2, {"nuslerp_flatten": False}, _weighted(), base=base)

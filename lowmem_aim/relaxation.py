@@ -1,0 +1,111 @@
+"""What becomes of merged rows after the method: AIM's relaxation of each weight, by the base's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.activations import Activations
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.inputs import Inputs
+from lowmem_aim.methods import Rows
+from lowmem_aim.plan import Task
+from lowmem_aim.recipe import Aim
+from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
+
+Relax = Callable[[Tensor, Rows], Tensor]  # merged rows (overwritten) and their inputs -> relaxed rows
+
+
+class Relaxation:
+    """AIM as one recipe asks for it; nothing, where it does not."""
+
+    def __init__(self, aim: Aim | None, activations: Activations | None, inputs: Inputs) -> None:
+        self._aim, self._activations, self._inputs = aim, activations, inputs
+
+    def statistic(self, task: Task) -> str | None:
+        """Whose statistic relaxes this weight; None where it is not relaxed."""
+        if self._aim is None or self._activations is None or task.action == "copy":
+            return None
+        return statistic_of(task.name, self._activations, self._aim)
+
+    def of(self, task: Task) -> Relax | None:
+        """The relaxation of one weight; None where it has none."""
+        name = self.statistic(task)
+        if name is None:
+            return None
+        assert self._activations is not None
+        assert self._aim is not None
+        shrink = shrinkage(self._activations.means[name], task.omega, self._aim.scaling)
+
+        def relaxed(merged: Tensor, rows: Rows) -> Tensor:
+            first = rows.start // merged.shape[1]
+            part = shrinkage_rows(shrink, task.shape, first, first + rows.count)
+            part = self._known(task, part, first, rows.count)
+            return relax(merged, rows.stored_base, part.to(merged.device))
+
+        return relaxed
+
+    def _known(self, task: Task, part: Tensor, first: int, count: int) -> Tensor:
+        """`part` of a shrinkage without the rows that the base does not have: new vocabulary is not relaxed."""
+        assert self._inputs.base is not None
+        row_map = self._inputs.row_map(self._inputs.base, task.name)
+        if row_map is None:
+            return part
+        known = row_map[first : first + count] >= 0
+        return torch.where(known[:, None], part, 0.0)
+
+    def check_base(self, task: Task, digest: str | None) -> None:
+        """The activations must have been taken on these very weights. Raises ModelError."""
+        if self.statistic(task) is None:
+            return
+        assert self._inputs.base is not None
+        assert self._activations is not None
+        expected = self._activations.base_digests.get(task.name)
+        if expected is not None and expected != digest:
+            raise ModelError(
+                f"the activations were measured on another base: `{printable(task.name)}` differs in "
+                f"`{printable(self._inputs.base.label)}`",
+                hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
+            )
+
+
+def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:
+    """Whose statistic relaxes the weight `name`: its own; its head's, for a tied embedding; or none."""
+    return None if any(part in name for part in aim.exclude) else _fitting(name, activations, aim)
+
+
+def _fitting(name: str, activations: Activations, aim: Aim) -> str | None:
+    if name in activations.tied and aim.tied == "keep":
+        return None  # the head itself is what the file holds of the pair
+    if name in activations.means:
+        return name
+    heads = [head for head, embedding in activations.tied.items() if embedding == name and head in activations.means]
+    return heads[0] if heads and aim.tied == "relax" else None
+
+
+def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> None:
+    """Raises ModelError unless the statistics fit the weights they are for; all problems at once."""
+    assert inputs.base is not None
+    problems = []
+    fitting = 0
+    for info in inputs.base:
+        name = _fitting(info.name, activations, aim)
+        if name is None:
+            continue
+        means = activations.means[name]
+        if means.ndim != len(info.shape) or any(m not in (1, s) for m, s in zip(means.shape, info.shape, strict=True)):
+            problems.append(f"the activations of `{printable(name)}` {list(means.shape)} do not fit {list(info.shape)}")
+        fitting += 1
+    if not fitting:
+        problems.append(f"the activations name no weight of `{printable(inputs.base.label)}`")
+    if problems:
+        raise ModelError(problems, hint="they were measured on another model; make them with `lowmem-aim calibrate`")
+
+
+def idle_exclusions(activations: Activations, inputs: Inputs, aim: Aim) -> Iterator[str]:
+    """Those of `aim.exclude` that are part of no weight that would be relaxed."""
+    assert inputs.base is not None
+    relaxed = [info.name for info in inputs.base if _fitting(info.name, activations, aim) is not None]
+    return (part for part in aim.exclude if not any(part in name for name in relaxed))
