@@ -23,6 +23,7 @@ from lowmem_aim.config import CONFIG
 from lowmem_aim.errors import printable
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.merge import Merged
+from lowmem_aim.methods import Method
 from lowmem_aim.plan import Plan
 from lowmem_aim.recipe import Aim, ModelEntry, Recipe, Setting
 from lowmem_aim.texts import BUILTIN, PILE, is_activations_file
@@ -166,7 +167,7 @@ def provenance(
     """lowmem_aim.json: what was merged, how, with what, and the digests of what was read and written."""
     facts: dict[str, Any] = {
         "format": "lowmem-aim provenance 1",
-        "versions": versions(),
+        "versions": versions(plan.recipe.method),
         "recipe": recipe,
         "seed": plan.seed,
         "inputs": [{"model": label, "xxh3_128": value} for label, value in dict.fromkeys(merged.models)],
@@ -191,9 +192,12 @@ def provenance(
     return facts
 
 
-def versions() -> dict[str, str]:
-    """Of what is installed; asked without importing it, which takes seconds."""
+def versions(method: Method | None = None) -> dict[str, str]:
+    """Of what is installed, and of the package that brings the method; asked without importing it, which is slow."""
     others = {name: metadata.version(name) for name in ("transformers", "safetensors")}
+    if method is not None and method.package:
+        package, _, version = method.package.rpartition(" ")
+        others[package] = version
     return {"lowmem-aim": lowmem_aim.__version__, "torch": str(torch.__version__), **others}
 
 

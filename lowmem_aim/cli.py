@@ -324,6 +324,25 @@ def verify(out: Path, quiet: bool) -> None:
 
 
 @cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
+def methods(name: str | None, as_json: bool) -> None:
+    """List the merge methods, or tell all about the one called NAME."""
+    import json
+
+    from lowmem_aim import catalogue
+
+    found, problems = ([catalogue.method_of(name)], []) if name else catalogue.all_methods()
+    for problem in problems:
+        click.echo(f"warning: {problem}", err=True)
+    if as_json:
+        known = [catalogue.facts(method) for method in found]
+        click.echo(json.dumps(known[0] if name else known, indent=2))
+    else:
+        click.echo("\n".join(catalogue.description(found[0]) if name else catalogue.summary(found)))
+
+
+@cli.command()
 @click.argument("folder", type=_Path(), default="demo-run")
 @click.option("--debug", is_flag=True, help="show a traceback after a bug")
 def demo(folder: Path, debug: bool) -> None:

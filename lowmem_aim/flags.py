@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from lowmem_aim.errors import RecipeError, printable
-from lowmem_aim.methods import METHODS
+from lowmem_aim.errors import RecipeError, UsageError, printable
+from lowmem_aim.methods import Method, find_method
 from lowmem_aim.recipe import Aim, read_aim, same_reference
 from lowmem_aim.yaml_tree import Node, parse
 
@@ -75,8 +75,17 @@ def _with_models(tree: Node, flags: dict[str, Any]) -> Node:
 
 
 def _takes_weight(tree: Node) -> bool:
-    method = tree.get("merge_method")
-    return method is not None and method.value in METHODS and "weight" in METHODS[method.value].parameters
+    method = _method(tree)
+    return method is not None and "weight" in method.parameters
+
+
+def _method(tree: Node) -> Method | None:
+    """None for one that the recipe's reader will name as unknown."""
+    node = tree.get("merge_method")
+    try:
+        return find_method(node.value) if node is not None and isinstance(node.value, str) else None
+    except UsageError:
+        return None
 
 
 def _top_level(tree: Node, name: str) -> bool:
@@ -90,8 +99,8 @@ def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
     if not values or models is None or not isinstance(models.value, list):
         return tree
     base = tree.get("base_model")
-    method = tree.get("merge_method")
-    counts_base = method is not None and method.value in METHODS and METHODS[method.value].base == "listed"
+    method = _method(tree)
+    counts_base = method is not None and method.base == "listed"
     is_expert = [counts_base or not _is_base(model, base) for model in models.value]
     if len(values) not in (1, sum(is_expert)):
         raise RecipeError(

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowmem_aim.errors import RecipeError, printable
-from lowmem_aim.methods import METHODS, Method, Parameter
+from lowmem_aim.errors import RecipeError, UsageError, printable
+from lowmem_aim.methods import METHODS, Method, Parameter, find_method
+from lowmem_aim.methods.extensions import names
 from lowmem_aim.relax.aim import SCALINGS
 from lowmem_aim.yaml_tree import Node
 
@@ -216,9 +217,14 @@ class _Reader:
             self.problem(self.root, "`merge_method` is missing")
             return None
         name = self._text(node, "merge_method") or ""
-        if name not in METHODS:
-            self.problem(node, f"unknown merge_method `{printable(name)}`{did_you_mean(name, METHODS)}")
-        return METHODS.get(name)
+        try:
+            method = find_method(name)
+        except UsageError as error:
+            self.problem(node, str(error))
+            return None
+        if method is None:
+            self.problem(node, f"unknown merge_method `{printable(name)}`{did_you_mean(name, names())}")
+        return method
 
     def _base(self, method: Method | None) -> str | None:
         base = self._text(self.root.get("base_model"), "base_model")

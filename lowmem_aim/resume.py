@@ -25,6 +25,7 @@ from lowmem_aim.errors import ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.journal import Journal
+from lowmem_aim.methods import Method
 from lowmem_aim.plan import Plan
 from lowmem_aim.slices import Stride, TensorInputs
 
@@ -64,7 +65,11 @@ class Identity:
             job["calibration"] = calibration.digest()
         checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
         measures = calibration is not None and calibration.given is None
-        return cls(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], _environment(device, measures))
+        return cls(
+            job,
+            [_of_input(checkpoints[folder]) for folder in inputs.folders],
+            _environment(device, measures, plan.recipe.method),
+        )
 
     @classmethod
     def of_calibration(cls, calibration: Calibration, device: torch.device) -> Identity:
@@ -85,8 +90,8 @@ def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"label": checkpoint.label, "tensors": _digest(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 
-def _environment(device: torch.device, measures: bool) -> dict[str, str]:
-    found = {**versions(), "device": _name(device)}
+def _environment(device: torch.device, measures: bool, method: Method | None = None) -> dict[str, str]:
+    found = {**versions(method), "device": _name(device)}
     if measures and device.type == "cpu":
         found |= {_THREADS: str(torch.get_num_threads()), _INSTRUCTIONS: torch.backends.cpu.get_cpu_capability()}
     return found

@@ -31,6 +31,7 @@ STOREYS = [
     },
     {"checkpoint", "activations", "hub", "methods", "relax"},
     {"recipe", "weightmap", "write", "output"},
+    {"catalogue"},
     {"skeleton", "texts", "observe", "shelf"},
     {"rooms"},
     {"offload", "outline"},

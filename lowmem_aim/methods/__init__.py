@@ -18,6 +18,7 @@ from lowmem_aim.methods import (
     ties,
     widen,
 )
+from lowmem_aim.methods.extensions import find_method
 from lowmem_aim.methods.method import METHODS, Method, Parameter, PerExpert, Rows, Subject, rounds
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "breadcrumbs",
     "dare",
     "della",
+    "find_method",
     "karcher",
     "linear",
     "model_stock",

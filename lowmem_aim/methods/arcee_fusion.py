@@ -18,7 +18,7 @@ DIGIT = 16  # bits of a float64 that one round counts
 DIGITS = 64 // DIGIT
 
 
-@merge_method("arcee_fusion", most=1, source="mergekit", scratch=64, whole_rows=True)
+@merge_method("arcee_fusion", most=1, source="mergekit", scratch=64, whole_rows=True, rounds=(5, 5))
 def arcee_fusion(tensor: Subject) -> Script:
     """W1 where its importance is at least median + 1.5 (upper - lower quartile), else W0.
 

@@ -22,7 +22,7 @@ from lowmem_aim.methods.task_vectors import consensus, rescale_factors
 Gammas = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 
 
-@merge_method("breadcrumbs", source="arXiv 2312.06795", compiled=True)
+@merge_method("breadcrumbs", source="arXiv 2312.06795", compiled=True, rounds=(0, 5))
 def breadcrumbs(
     tensor: Subject,
     *,
@@ -40,7 +40,12 @@ def breadcrumbs(
     return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
 
 
-@merge_method("breadcrumbs_ties", source="arXiv 2312.06795 with the sign election of arXiv 2306.01708", compiled=True)
+@merge_method(
+    "breadcrumbs_ties",
+    source="arXiv 2312.06795 with the sign election of arXiv 2306.01708",
+    compiled=True,
+    rounds=(0, 5),
+)
 def breadcrumbs_ties(
     tensor: Subject,
     *,

@@ -9,7 +9,7 @@ from lowmem_aim.methods.selection import Selection, Share
 from lowmem_aim.methods.task_vectors import consensus, rescale_factors
 
 
-@merge_method("dare_linear", source="arXiv 2311.03099", compiled=True)
+@merge_method("dare_linear", source="arXiv 2311.03099", compiled=True, rounds=(0, 1))
 def dare_linear(
     tensor: Subject,
     *,
@@ -26,7 +26,9 @@ def dare_linear(
     return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
 
 
-@merge_method("dare_ties", source="arXiv 2311.03099 with the sign election of arXiv 2306.01708", compiled=True)
+@merge_method(
+    "dare_ties", source="arXiv 2311.03099 with the sign election of arXiv 2306.01708", compiled=True, rounds=(0, 1)
+)
 def dare_ties(
     tensor: Subject,
     *,

@@ -28,7 +28,7 @@ def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     return ""
 
 
-@merge_method("della", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check)
+@merge_method("della", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check, rounds=(0, 1))
 def della(
     tensor: Subject,
     *,
@@ -46,7 +46,7 @@ def della(
     return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
-@merge_method("della_linear", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check)
+@merge_method("della_linear", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check, rounds=(0, 1))
 def della_linear(
     tensor: Subject,
     *,

@@ -11,7 +11,9 @@ from lowmem_aim.methods.method import Script, Subject, Within, merge_method
 from lowmem_aim.methods.task_vectors import span
 
 
-@merge_method("karcher", base="averaged", source="Karcher, Comm. Pure Appl. Math. 30, 1977", compiled=True)
+@merge_method(
+    "karcher", base="averaged", source="Karcher, Comm. Pure Appl. Math. 30, 1977", compiled=True, rounds=(1, 1)
+)
 def karcher(
     tensor: Subject,
     *,

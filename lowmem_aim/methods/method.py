@@ -4,7 +4,7 @@ A method is a generator function. It yields *folds* (measure rounds), each of wh
 once, in order, and is answered with the fold's result; it returns *combine*, which turns one slice of the inputs into
 the same slice of the result:
 
-    @merge_method("ties", ...)
+    @merge_method("ties", ..., rounds=(0, 5))
     def ties(tensor: Subject, *, weight: Weights, density: Densities = (1.0,), ...) -> Script:
         cuts = yield from keep_largest(tensor, density)      # two or three folds
         def combine(rows: Rows) -> Tensor: ...
@@ -205,7 +205,9 @@ class Method:
     compiled: bool  # all of it has compiled loops, which need less memory at a time
     scratch: int  # bytes an element that it needs beyond float32 copies of the models
     whole_rows: bool  # 1-D tensors are one row to it, and come whole
+    rounds: tuple[int, int]  # how many folds it yields, at least and at most, by its parameters and the tensor
     check: Check
+    package: str = ""  # which other than this brings it, with its version
 
     def builds_on(self, base: str | None) -> bool:
         """Whether the result is the recipe's base and something added to it."""
@@ -230,16 +232,22 @@ def merge_method(
     compiled: bool = False,
     scratch: int = 0,
     whole_rows: bool = False,
+    rounds: tuple[int, int] = (0, 0),
     check: Check = lambda tensor, parameters: "",
 ) -> Callable[[Callable[..., Script]], Callable[..., Script]]:
-    """Register a script under its recipe name. `fewest` and `most` count the experts."""
+    """Register a script under its recipe name. `fewest` and `most` count the experts. Its docstring begins with the
+    formula. ValueError where another script has the name."""
 
     def register(script: Callable[..., Script]) -> Callable[..., Script]:
+        if name in METHODS:
+            raise ValueError(f"there is a merge method `{name}` already, of {METHODS[name].script.__module__}")
         hints = get_type_hints(script, include_extras=True)
         declared = [p for p in inspect.signature(script).parameters.values() if p.kind is p.KEYWORD_ONLY]
         parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
         table = {p.name: p for p in parameters}
-        METHODS[name] = Method(name, script, base, fewest, most, source, table, compiled, scratch, whole_rows, check)
+        METHODS[name] = Method(
+            name, script, base, fewest, most, source, table, compiled, scratch, whole_rows, rounds, check
+        )
         return script
 
     return register

@@ -14,7 +14,7 @@ from lowmem_aim.methods.task_vectors import span
 OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and the base it is
 
 
-@merge_method("model_stock", fewest=2, source="arXiv 2403.19522")
+@merge_method("model_stock", fewest=2, source="arXiv 2403.19522", rounds=(0, 1))
 def model_stock(tensor: Subject, *, filter_wise: bool = False) -> Script:
     """t mean(Wi) + (1-t) W0, t = K c / (1 + (K-1) c), c the mean cosine between two deltas; or t for each row."""
     if filter_wise and len(tensor.shape) > 1:

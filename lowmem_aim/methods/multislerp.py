@@ -12,7 +12,7 @@ from lowmem_aim.methods.method import Script, Subject, Weights, Within, merge_me
 from lowmem_aim.methods.task_vectors import span
 
 
-@merge_method("multislerp", base="optional", source="mergekit", compiled=True)
+@merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1))
 def multislerp(
     tensor: Subject,
     *,

@@ -28,7 +28,7 @@ def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     )
 
 
-@merge_method("nuslerp", base="optional", fewest=2, most=2, source="mergekit", check=_check)
+@merge_method("nuslerp", base="optional", fewest=2, most=2, source="mergekit", check=_check, rounds=(0, 2))
 def nuslerp(
     tensor: Subject, *, weight: Weights, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Script:

@@ -24,7 +24,7 @@ def ram(tensor: Subject, *, epsilon: Epsilon = 1e-5) -> Script:
     yield  # no rounds
 
 
-@merge_method("ramplus_tl", source="Reinforced Agent Merging, 2026")
+@merge_method("ramplus_tl", source="Reinforced Agent Merging, 2026", rounds=(1, 1))
 def ramplus_tl(
     tensor: Subject,
     *,

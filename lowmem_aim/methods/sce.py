@@ -17,7 +17,7 @@ from lowmem_aim.methods.selection import ALL, NONE, Largest
 LEAST = 1e-6  # smaller sums of weights are none
 
 
-@merge_method("sce", source="arXiv 2408.07990", scratch=24)
+@merge_method("sce", source="arXiv 2408.07990", scratch=24, rounds=(1, 6))
 def sce(
     tensor: Subject,
     *,

@@ -15,7 +15,7 @@ from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_metho
 PARALLEL = 0.9995  # |cos| above this: the angle is too small to divide by its sine
 
 
-@merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985", compiled=True)
+@merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985", compiled=True, rounds=(1, 1))
 def slerp(tensor: Subject, *, t: Annotated[float, Within()]) -> Script:
     """sin((1-t)a)/sin a W0 + sin(t a)/sin a W1, a the angle between the tensors; linear where they are parallel."""
     aa, ab, bb = yield ExactSums(_gram)

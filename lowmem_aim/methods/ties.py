@@ -11,7 +11,7 @@ from lowmem_aim.methods.selection import Largest
 from lowmem_aim.methods.task_vectors import consensus, rescale_factors
 
 
-@merge_method("ties", source="arXiv 2306.01708", compiled=True)
+@merge_method("ties", source="arXiv 2306.01708", compiled=True, rounds=(0, 5))
 def ties(
     tensor: Subject,
     *,

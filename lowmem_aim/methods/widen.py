@@ -16,7 +16,7 @@ from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, merge_method
 
 
-@merge_method("widen", source="arXiv 2408.03092", compiled=True)
+@merge_method("widen", source="arXiv 2408.03092", compiled=True, rounds=(1, 2))
 def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_calibration_value: float = 1.0) -> Script:
     """W0 + sum si,j Di,j over the columns j, one for each input channel: si,j is the mean of two scores, of the change
     of the column's norm and of its direction. A score is the softmax over the experts of the change's rank among the

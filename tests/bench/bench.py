@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import contenders
 import measure
 import report
-from contenders import METHODS, ROOT, Setting
+from contenders import FURTHER, METHODS, ROOT, Setting
 from measure import Cost
 from models import SCALES, build, model_bytes, save_texts
 
@@ -56,7 +56,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", nargs="+", choices=SCALES, default=["1b"])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *FURTHER], default=list(METHODS))
     parts = ("ours", "aim", "mergekit", "disk", "calibration")
     parser.add_argument("--only", nargs="+", choices=parts, default=["ours", "aim", "mergekit", "disk"])
     parser.add_argument("--repeats", type=int, default=3)
@@ -71,15 +71,16 @@ def _options() -> argparse.Namespace:
 
 
 def _merges(method: str, setting: Setting, tool: Path | None, options: argparse.Namespace) -> dict[str, Any]:
-    experts = setting.experts[:1] if method == "slerp" else setting.experts
-    models = experts if method == "linear" else [setting.base, *experts]
+    experts = contenders.experts_of(method, setting)
+    based = contenders.KNOWN[method].base in ("required", "optional")
+    models = [setting.base, *experts] if based else experts
     size = model_bytes(setting.base)
     ways: dict[str, Callable[[], Cost]] = {}
     if "ours" in options.only:
         ways["ours"] = lambda: contenders.ours(method, setting)
-    if "mergekit" in options.only and tool is not None:
+    if "mergekit" in options.only and tool is not None and method != "widen":  # which it lacks
         ways["mergekit"] = lambda: contenders.mergekit(method, setting, tool)
-    if "aim" in options.only and method != "linear":
+    if "aim" in options.only and based:
         activations = _activations(setting)
         ways["aim"] = lambda: contenders.ours(method, setting, activations)
     if "disk" in options.only:

@@ -12,12 +12,17 @@ import yaml
 from measure import Cost, cost_of
 from models import EXPERTS
 
+from lowmem_aim.methods import METHODS as KNOWN
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RAM = "1GB"
 WEIGHTS = (1.0, 0.5, 0.3)
 METHODS = ("linear", "task_arithmetic", "slerp", "dare_linear", "dare_ties", "ties")
-SPARSE = ("dare_linear", "dare_ties", "ties")
+FURTHER = tuple(name for name in KNOWN if name not in (*METHODS, "passthrough"))
+# Two kinds of methods that mergekit wants the base among the models of.
+BASE_LISTED = ("slerp", "nearswap", "arcee_fusion")
+TOP = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.001}, "sce": {"select_topk": 0.5}, "breadcrumbs_ties": {"gamma": 0.05}}
 OMEGA = "0.4"
 
 
@@ -35,18 +40,25 @@ class Setting:
         return self.models / "base"
 
 
+def experts_of(method: str, setting: Setting) -> list[Path]:
+    """As many as the method takes, three at most."""
+    return setting.experts[: KNOWN[method].most]
+
+
 def save_recipe(method: str, setting: Setting) -> Path:
     """mergekit's YAML, which both read."""
-    experts = setting.experts[:1] if method == "slerp" else setting.experts
-    models: list[dict[str, Any]] = []
-    for expert, weight in zip(experts, WEIGHTS, strict=False):
-        parameters = {"weight": weight} | ({"density": 0.5} if method in SPARSE else {})
-        models.append({"model": str(expert)} | ({"parameters": parameters} if method != "slerp" else {}))
+    known = KNOWN[method].parameters
+    models = []
+    for expert, weight in zip(experts_of(method, setting), WEIGHTS, strict=False):
+        values = {"weight": weight, "density": 0.5}
+        parameters = {name: value for name, value in values.items() if name in known}
+        models.append({"model": str(expert)} | ({"parameters": parameters} if parameters else {}))
     recipe: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
-    if method == "slerp":
+    if method in BASE_LISTED:
         recipe["models"] = [{"model": str(setting.base)}, *models]
-        recipe["parameters"] = {"t": 0.4}
-    if method != "linear":
+    if method in TOP:
+        recipe["parameters"] = TOP[method]
+    if KNOWN[method].base in ("required", "optional"):
         recipe["base_model"] = str(setting.base)
     file = setting.scratch / f"{method}.yml"
     file.write_text(yaml.safe_dump(recipe))

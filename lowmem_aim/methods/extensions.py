@@ -1,0 +1,53 @@
+"""Merge methods that other packages bring, by the entry points of the group `lowmem_aim.methods`.
+
+A package is imported only when its method is asked for, or all are listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import EntryPoint, entry_points
+
+from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.methods.method import METHODS, Method
+
+GROUP = "lowmem_aim.methods"
+
+
+def find_method(name: str) -> Method | None:
+    """The method of that name, this package's own or another's. Raises UsageError where another fails to bring it."""
+    if name not in METHODS and (offers := list(entry_points(group=GROUP, name=name))):
+        _load(name, offers)
+    return METHODS.get(name)
+
+
+def names() -> list[str]:
+    """Of all methods; nothing is imported for it."""
+    return sorted({*METHODS, *(point.name for point in entry_points(group=GROUP))})
+
+
+def _load(name: str, offers: list[EntryPoint]) -> None:
+    packages = sorted({_package(point) for point in offers})
+    shown = " and ".join(f"`{printable(package)}`" for package in packages)
+    if len(packages) > 1:
+        raise UsageError(
+            f"the merge method `{printable(name)}` comes from {shown}", hint="uninstall all but one of them"
+        )
+    try:
+        offers[0].load()
+    except Exception as error:  # whatever a foreign module raises
+        raise UsageError(
+            f"the merge method `{printable(name)}` of {shown} cannot be loaded: {printable(str(error))}",
+            hint="mend or uninstall that package",
+        ) from error
+    if name not in METHODS:
+        raise UsageError(
+            f"{shown} offers the merge method `{printable(name)}`, but its module `{printable(offers[0].value)}` "
+            "registers none of that name",
+            hint="the entry point's name and that of `@merge_method` must be the same",
+        )
+    METHODS[name] = dataclasses.replace(METHODS[name], package=packages[0])
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.module
