@@ -135,6 +135,13 @@ def collect(base: Tensor, expert: Tensor, upper: int, most: int) -> tuple[Tensor
     return torch.from_numpy(places[:found].astype(np.int64)), torch.from_numpy(bits[:found].copy())
 
 
+def row_ranks(magnitudes: Tensor) -> Tensor:  # (rows, columns) int32
+    """The place of each of the (rows, columns) int32, none negative, in its row, from 0; equal ones in their order."""
+    ranks = torch.empty_like(magnitudes)
+    _loops().row_ranks(magnitudes.view(-1).numpy(), magnitudes.shape[1], ranks.view(-1).numpy())
+    return ranks
+
+
 def absolute_sums(base: Tensor, expert: Tensor, kept: Kept) -> tuple[int, int]:
     """Exact sums of |expert - base|, of all and of what is kept, in the units of `methods.exact`."""
     loops = _loops()

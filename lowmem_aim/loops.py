@@ -29,6 +29,8 @@ _MAGNITUDE = U32(0x7FFFFFFF)
 _TERM_BITS = 50  # of a term's leading bits that one round of `_add_exactly` takes: 2^50 * BLOCK fits 63 bits
 _HALF = 31  # bits of the lower half of a block's sum
 _LOWEST = _TERM_BITS - BIN_ZERO  # below this exponent there is no bin
+_DIGIT_BITS = 11  # three digits hold the 31 bits of a magnitude
+_DIGITS = 1 << _DIGIT_BITS
 COLUMNS = 1024  # at a time, so that their sums stay in the processor's cache
 
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
@@ -263,6 +265,38 @@ def collect(base, expert, low_bits, upper, places, bits):
                     bits[found] = magnitude
                     found += 1
     return found
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def row_ranks(magnitudes, columns, ranks):
+    """ranks = each element's place in its row, sorted, from 0; equal ones in their order. The lowest digits first."""
+    keys, moved_keys = np.empty(columns, I32), np.empty(columns, I32)
+    order, moved_order = np.empty(columns, I32), np.empty(columns, I32)
+    starts = np.empty(_DIGITS, I32)
+    for first in range(0, magnitudes.size, columns):
+        for j in range(columns):
+            keys[j] = magnitudes[first + j]
+            order[j] = j
+        for shift in (0, _DIGIT_BITS, 2 * _DIGIT_BITS):
+            starts[:] = 0
+            for j in range(columns):
+                starts[(keys[j] >> shift) & (_DIGITS - 1)] += 1
+            below = I32(0)
+            for digit in range(_DIGITS):
+                below, starts[digit] = below + starts[digit], below
+            for j in range(columns):
+                digit = (keys[j] >> shift) & (_DIGITS - 1)
+                place = starts[digit]
+                starts[digit] = place + 1
+                moved_keys[place] = keys[j]
+                moved_order[place] = order[j]
+            keys, moved_keys = moved_keys, keys
+            order, moved_order = moved_order, order
+        for j in range(columns):
+            ranks[first + order[j]] = j
 
 
 # --- exact sums -------------------------------------------------------------------------------------------------------

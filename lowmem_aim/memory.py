@@ -94,6 +94,8 @@ def shown(count: int) -> str:
 
 # A slice of three experts and a base then has 2 MB of bfloat16: it stays in a processor's cache from read to write.
 CPU_SLICE_ELEMENTS = 1 << 20
+# Without compiled loops each operation makes a tensor of its own, of which these stay in the cache.
+TORCH_SLICE_ELEMENTS = 1 << 17
 # Large enough that starting a kernel costs nothing against running it.
 GPU_SLICE_ELEMENTS = 1 << 22
 # What a method may hold between its rounds, an expert: histograms, collected magnitudes.
@@ -143,7 +145,8 @@ def share_out(
         if not on_host:
             room = min(room, budget.vram_left(device) * 9 // 10 // ((stored_bytes + work) * workers))
         if room >= row:
-            largest = CPU_SLICE_ELEMENTS if device.type == "cpu" else GPU_SLICE_ELEMENTS
+            on_cpu = CPU_SLICE_ELEMENTS if compiled else TORCH_SLICE_ELEMENTS
+            largest = on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS
             return Shares(max(row, min(room, largest)), workers, ahead, kept_bytes=ram // 6)  # two tensors at a time
     where, there = ("RAM", left) if on_host else ("RAM or VRAM", min(left, budget.vram_left(device)))
     raise MemoryBudgetError(

@@ -79,6 +79,17 @@ def test_relaxation_gives_the_same_bytes(dtype: torch.dtype, shape: tuple[int, i
         assert torch.equal(bits(relax(merged.clone(), base, shrink)), bits(in_torch(relax, merged, base, shrink)))
 
 
+@pytest.mark.parametrize("columns", [1, 7, 128, 3000])
+def test_ranks_are_those_of_a_stable_sort(columns: int) -> None:
+    values = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).abs()
+    values[1] = values[1].round()
+    values[2, ::2] = 0.0
+    values[3] *= 1e-42
+    magnitudes = values.view(torch.int32)
+    expected = magnitudes.argsort(dim=-1, stable=True).argsort(dim=-1)
+    assert torch.equal(kernels.row_ranks(magnitudes).long(), expected)
+
+
 def test_rounding_to_bfloat16_is_torchs_and_sees_what_is_not_finite() -> None:
     patterns = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=torch.Generator().manual_seed(0))
     values = patterns.to(torch.int32).view(torch.float32)

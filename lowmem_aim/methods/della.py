@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from lowmem_aim import kernels
 from lowmem_aim.methods.masks import draws_of, mask_limits
 from lowmem_aim.methods.method import Densities, PerExpert, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Everything, Selection, magnitude_bits
 from lowmem_aim.methods.task_vectors import consensus, rescale_factors
 
 Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
+SHORT = 128  # elements; torch sorts such rows as fast
 SCRATCH = 40  # bytes an element: ranks, probabilities and draws of one expert
 
 
@@ -109,8 +111,10 @@ class ByRank:
         return None
 
 
-def _ranks(bits: Tensor) -> Tensor:  # (rows, row) int64
+def _ranks(bits: Tensor) -> Tensor:  # (rows, row) integers
     """Each element's place in its row by magnitude, from 0; equal ones in the order in which they stand."""
+    if kernels.usable([bits]) and bits.shape[1] >= SHORT:
+        return kernels.row_ranks(bits)
     order = bits.argsort(dim=-1, stable=True)
     places = torch.arange(bits.shape[-1], device=bits.device).expand(bits.shape)
     return torch.empty_like(order).scatter_(-1, order, places)
