@@ -188,7 +188,7 @@ def _recorded(
     with Suspended(stage, texts[watched]) as canary:
         _stepped_again(canary, course, stage, progress)
         for index, (path, _) in list(enumerate(stage.blocks))[course.blocks :]:
-            _same(canary.call.hidden if canary.index == index else None, stage.shelf.get(states[watched]), path)
+            must_be_same(canary.call.hidden if canary.index == index else None, stage.shelf.get(states[watched]), path)
             output = _driven(stage, index, course.tapes, states, canary.call)
             course.outputs.append(on_shelf(output, stage))
             canary.step(output)
@@ -198,7 +198,7 @@ def _recorded(
         for number in range(len(texts)):
             tail = stage.with_less(partial(_finished, stage, texts[number], states[number], number < watched))
             stage.watch.commit()
-        _same(canary.head_input, tail.head_input, "the output head")
+        must_be_same(canary.head_input, tail.head_input, "the output head")
 
 
 def _stepped_again(canary: Suspended, course: Course, stage: Stage, progress: _Progress) -> None:
@@ -241,16 +241,17 @@ def _record(stage: Stage, texts: Sequence[Tensor]) -> tuple[list[list[Call]], li
     shared: dict[tuple[Any, ...], Slot] = {}
     tapes, states = [], []
     for number, tokens in enumerate(texts):
-        calls, state = stage.with_less(partial(_recorded_calls, stage, tokens, shared, number < len(texts) - 1))
+        calls, state = stage.with_less(partial(recorded_calls, stage, tokens, shared, number < len(texts) - 1))
         stage.watch.commit()
         states.append(state)
         tapes.append(calls)
     return tapes, states
 
 
-def _recorded_calls(
+def recorded_calls(
     stage: Stage, tokens: Tensor, shared: dict[tuple[Any, ...], Slot], counted: bool
 ) -> tuple[list[Call], Slot]:
+    """What each block is called with in one text's forward, and its first hidden state. Raises Broken."""
     tape = Tape(stage, shared, [])
     stage.watch.active = counted
     try:
@@ -264,7 +265,8 @@ def _recorded_calls(
     return tape.calls, stage.shelf.put(tape.state)
 
 
-def _same(true: Tensor | None, recorded: Tensor | None, place: str) -> None:
+def must_be_same(true: Tensor | None, recorded: Tensor | None, place: str) -> None:
+    """Raises Broken where the canary's hidden state is not the recorded way's."""
     if true is None and recorded is None:
         return
     if true is None or recorded is None or (true.dtype, true.shape) != (recorded.dtype, recorded.shape):
@@ -291,7 +293,7 @@ def _lock_step(stage: Stage, sequences: Sequence[Tensor], progress: _Progress) -
     pager = Pager(stage)
     stage.watch.active = False
     stage.forward(canary.tokens, pager)  # the canary by itself: nothing that other sequences leave behind
-    _same(pager.head_input, canary.head_input, "the output head")
+    must_be_same(pager.head_input, canary.head_input, "the output head")
 
 
 def _stepped(stage: Stage, index: int, left: deque[Suspended]) -> None:

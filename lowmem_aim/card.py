@@ -7,6 +7,7 @@ their folder's name or Hub id, never by a local path.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -25,7 +26,8 @@ from lowmem_aim.inputs import Inputs
 from lowmem_aim.merge import Merged
 from lowmem_aim.methods import Method
 from lowmem_aim.plan import Plan
-from lowmem_aim.recipe import Aim, ModelEntry, Recipe, Setting
+from lowmem_aim.recipe import Acm, Aim, ModelEntry, Recipe, Setting
+from lowmem_aim.relaxation import Consensus
 from lowmem_aim.texts import BUILTIN, PILE, is_activations_file
 
 # Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
@@ -59,6 +61,7 @@ def output_files(
     merged: Merged,
     copied: dict[str, bytes],
     environments: list[dict[str, str]] | None = None,
+    consensus: Consensus | None = None,
 ) -> dict[str, bytes]:
     """Every small file of the output by name, config.json last. `copied` is from `copied_files`.
 
@@ -69,6 +72,11 @@ def output_files(
         files[INDEX] = plan.index()
     recipe = portable_recipe(plan.recipe, inputs)
     facts = provenance(plan, inputs, activations, merged, recipe)
+    if consensus:
+        facts["acm"] = {
+            group: {"mutual_information": math.fsum(m) / len(m), "kept": 1.0 - consensus.freezing[group]}
+            for group, m in consensus.information.items()
+        }
     if environments:
         facts["environments"] = environments
     files["mergekit_config.yml"] = _yaml(recipe).encode()
@@ -130,6 +138,9 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         assert isinstance(recipe.aim.omega, Setting)
         omega, calibration = _setting(recipe.aim.omega), _calibration_label(recipe.aim.calibration)
         portable["aim"] = aim | {"omega": omega, "calibration": calibration}
+    if recipe.acm:
+        acm = vars(recipe.acm)
+        portable["acm"] = acm | {"calibration": _calibration_label(recipe.acm.calibration)}
     return portable
 
 
@@ -203,7 +214,9 @@ def versions(method: Method | None = None) -> dict[str, str]:
 
 def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> str:
     models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
-    tags = ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else [])
+    tags = (
+        ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
+    )
     front = {"base_model": [m.partition("@")[0] for m in models], "library_name": "transformers", "tags": tags}
     relaxed = ""
     if recipe.aim:
@@ -212,16 +225,37 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
             f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it takes. "
             f"Calibration: {_inline(_calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
         )
+    if recipe.acm:
+        relaxed += _consensus(facts, recipe.acm)
     rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in facts["inputs"]]
     rows += [f"| {_inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
     used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{' with AIM' if recipe.aim else ''}\n\n"
+        f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}\n"
         f"## Recipe\n\n{_fenced(_yaml(portable))}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
+    )
+
+
+def _with(recipe: Recipe) -> str:
+    names = [name for name, table in (("AIM", recipe.aim), ("ACM", recipe.acm)) if table]
+    return f" with {' and '.join(names)}" if names else ""
+
+
+def _consensus(facts: dict[str, Any], acm: Acm) -> str:
+    """What ACM did, layer by layer."""
+    rows = [
+        f"| {group} | {found['mutual_information']:.4f} | {found['kept']:.4f} |"
+        for group, found in facts.get("acm", {}).items()
+    ]
+    return (
+        f"\nThen each layer's delta was scaled by Activation-Guided Consensus Merging (ACM, arXiv 2505.14009), theta "
+        f"{acm.theta:g}, normalised over {acm.normalise}, by the mutual information between the base's and the "
+        f"merged model's outputs for {acm.samples} texts at most of {_inline(_calibration_label(acm.calibration))}.\n\n"
+        "| layer | mutual information, nats | share of the delta kept |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 

@@ -261,11 +261,21 @@ def merge(paths: tuple[Path, ...], **flags: Any) -> None:
 @click.argument("merged")
 @click.argument("out", type=_Path())
 @click.option("--base", required=True, help="the model that MERGED's experts were tuned from")
+@click.option(
+    "--with",
+    "relaxations",
+    type=click.Choice(["aim", "acm", "both"]),
+    default="aim",
+    show_default=True,
+    help="AIM by input channel, ACM by layer, or ACM after AIM",
+)
+@click.option("--theta", type=float, help="of ACM [default: 0.7]")
+@click.option("--normalise", help="ACM's mutual information by its `samples` or over the `layers` [default: samples]")
 @_AIM
 @_OUTPUT
 @_JOB
 def relax(merged: str, out: Path, **flags: Any) -> None:
-    """Apply AIM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
+    """Apply AIM or ACM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
     _refuse_if_running(out)
     from lowmem_aim import flags as overrides
     from lowmem_aim.recipe import read_recipe

@@ -11,7 +11,7 @@ from typing import Literal
 class PhaseStarted:
     """A phase begins; `total` is its amount of work in `unit`s."""
 
-    phase: Literal["download", "calibrate", "merge", "finish", "verify"]
+    phase: Literal["download", "calibrate", "compare", "merge", "finish", "verify"]
     total: int
     unit: Literal["blocks", "bytes", "files"]
 
@@ -26,7 +26,7 @@ class Advanced:
 
 @dataclass(frozen=True)
 class PhaseEnded:
-    phase: Literal["download", "calibrate", "merge", "finish", "verify"]
+    phase: Literal["download", "calibrate", "compare", "merge", "finish", "verify"]
 
 
 @dataclass(frozen=True)

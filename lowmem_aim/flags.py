@@ -27,6 +27,10 @@ AIM_FLAGS = {
 }
 
 
+ACM_FLAGS = ("theta", "normalise", "calibration", "samples")
+RELAXATIONS = {"aim": ("aim",), "acm": ("acm",), "both": ("aim", "acm")}
+
+
 def empty_recipe() -> Node:
     return Node({}, COMMAND_LINE)
 
@@ -45,10 +49,31 @@ def applied(tree: Node, flags: dict[str, Any]) -> Node:
 
 
 def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
-    """AIM on a finished model: one expert passed through, relaxed against the base. omega defaults to the authors'."""
+    """AIM, ACM or both on a finished model: one expert passed through, relaxed against the base; the authors' defaults.
+
+    Raises RecipeError.
+    """
+    ways = RELAXATIONS[flags.get("relaxations") or "aim"]
     models = Node([Node({"model": Node(merged, COMMAND_LINE)}, COMMAND_LINE)], COMMAND_LINE)
     tree = empty_recipe().with_item("merge_method", Node("passthrough", COMMAND_LINE)).with_item("models", models)
-    return applied(tree.with_item("aim", empty_recipe()), flags)
+    for way in ways:
+        tree = tree.with_item(way, empty_recipe())
+    tree = _with_acm(tree, flags)
+    if "aim" not in ways:  # texts are ACM's alone then
+        flags = flags | {"calibration": None, "samples": None}
+    return applied(tree, flags)
+
+
+def _with_acm(tree: Node, flags: dict[str, Any]) -> Node:
+    given = [flag for flag in ACM_FLAGS if flags.get(flag) is not None]
+    table = tree.get("acm")
+    if table is None:
+        if own := [flag for flag in given if flag in ("theta", "normalise")]:
+            raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
+        return tree
+    for flag in given:
+        table = table.with_item(flag, _node(flags[flag], flag))
+    return tree.with_item("acm", table)
 
 
 def calibration_settings(flags: dict[str, Any]) -> Aim:

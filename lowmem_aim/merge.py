@@ -32,7 +32,7 @@ from lowmem_aim.methods import Rows, rounds
 from lowmem_aim.methods.method import Combine, Fold
 from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.plan import Plan, Task, subject_of
-from lowmem_aim.relaxation import Relaxation
+from lowmem_aim.relaxation import Consensus, Relaxation
 from lowmem_aim.shards import Read, Shards
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 
@@ -55,6 +55,7 @@ class Target:
     plan: Plan
     staging: Path
     journal: Journal
+    consensus: Consensus | None = None
 
 
 def merge_tensors(
@@ -80,7 +81,7 @@ def merge_tensors(
         Output(
             target.plan,
             Shards(target.plan, target.staging, target.journal, progress.of(number)),
-            Relaxation(target.plan.recipe.aim, activations, inputs),
+            Relaxation(target.plan.recipe.aim, activations, inputs, target.consensus),
         )
         for number, target in enumerate(targets)
     ]
@@ -184,7 +185,7 @@ class _Loop:
     def read_all(self) -> Iterator[Rows | _End]:
         """The first pass over every tensor that is left, in order."""
         for task in self.left():
-            relaxed = any(output.relaxation.statistic(task) is not None for output in self.outputs)
+            relaxed = any(output.relaxation.touches(task) for output in self.outputs)
             with_base = self.plan.recipe.builds_on_base or relaxed
             tensor = self.tensors[task.name] = TensorInputs(
                 task, self.inputs, with_base, self.stride, self.plan.nonfinite
@@ -228,7 +229,7 @@ class _Loop:
             # Relaxing overwrites: all but the last get a copy.
             own = [merged.clone() if relaxed else merged for relaxed in relaxations[:-1]] + [merged]
             results = [relaxed(part, rows) if relaxed else part for relaxed, part in zip(relaxations, own, strict=True)]
-            return [self.lanes.down(_rounded(result, task)) for result in results]
+            return [self.lanes.down(rounded(result, task)) for result in results]
 
         return self._on_device(finished)
 
@@ -353,7 +354,7 @@ class _Passes:
             yield self._kept.popleft()
 
 
-def _rounded(merged: Tensor, task: Task) -> Tensor:
+def rounded(merged: Tensor, task: Task) -> Tensor:
     """The one rounding, to the output's dtype. A finite result that the dtype cannot hold is an error."""
     if task.dtype == torch.bfloat16 and kernels.usable([merged]):
         rounded, good = kernels.to_bfloat16(merged)

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
 
-from lowmem_aim.checkpoint import Checkpoint, digest
+from lowmem_aim.checkpoint import digest
 from lowmem_aim.skeleton import Skeleton
+
+
+class Source(Protocol):
+    """Where a model's weights come from: a checkpoint, or what is merged on the way."""
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+    def expect(self, names: Iterable[str]) -> None: ...
+
+    def check_unchanged(self) -> None: ...
 
 
 class Weights(Mapping[str, Tensor]):
     """Parameter name -> value, read from the checkpoint when asked for: accelerate's `weights_map`."""
 
-    def __init__(self, base: Checkpoint, skeleton: Skeleton, device: torch.device) -> None:
+    def __init__(self, base: Source, skeleton: Skeleton, device: torch.device) -> None:
         self.base, self.map, self._device = base, skeleton.weights, device
         self.names = [name for name, _ in skeleton.model.named_parameters()]
         self.digests: dict[str, str] = {}

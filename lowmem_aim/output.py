@@ -162,7 +162,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                     yield space
                 finally:
                     keep = True
-                    keep = finished or any(map(journal.holds, ("group", "activations", "calibration")))
+                    keep = finished or any(map(journal.holds, ("group", "activations", "calibration", "acm")))
             if space.sums:
                 _seal(out, space.sums)
     except BaseException as error:

@@ -162,11 +162,16 @@ def layer_count(config: Mapping[str, Any]) -> int:
     return 0
 
 
+def layer_of(tensor: str, layers: int) -> int | None:
+    """Its index from the tensor's name; None for tensors outside the layers."""
+    match = re.search(r"(?:^|\.)(\d+)\.", tensor)
+    return int(match[1]) if match and int(match[1]) < layers else None
+
+
 def depth(tensor: str, layers: int) -> float:
     """layer index / (layers - 1); 0 for tensors outside the layers."""
-    match = re.search(r"(?:^|\.)(\d+)\.", tensor)
-    index = int(match[1]) if match else 0
-    return index / (layers - 1) if layers > 1 and index < layers else 0.0
+    index = layer_of(tensor, layers) or 0
+    return index / (layers - 1) if layers > 1 else 0.0
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------

@@ -16,10 +16,22 @@ from typing import Any
 from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.methods import METHODS, Method, Parameter, find_method
 from lowmem_aim.methods.extensions import names
+from lowmem_aim.relax.acm import NORMALISATIONS, Normalise
 from lowmem_aim.relax.aim import SCALINGS
 from lowmem_aim.yaml_tree import Node
 
-TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "aim")
+TOP_KEYS = (
+    "merge_method",
+    "base_model",
+    "models",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "aim",
+    "acm",
+)
+ACM_KEYS = ("theta", "normalise", "calibration", "samples")
 AIM_KEYS = (
     "omega",
     "scaling",
@@ -42,6 +54,7 @@ UNSUPPORTED_KEYS = {
 DTYPES = ("float32", "float16", "bfloat16")
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; what systems take
 DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
+_THETA = Parameter("acm.theta", per_expert=False, kind="number", default=0.7, low=0.0, high=100.0)
 _OMEGA = Parameter("aim.omega", per_expert=False, kind="number", default=DEFAULT_OMEGA, low=0.0, high=1.0)
 
 
@@ -105,6 +118,16 @@ class Aim:
 
 
 @dataclass(frozen=True)
+class Acm:
+    """The `acm:` key. `calibration` "" is that of `aim`, or else the authors' Pile set."""
+
+    theta: float = 0.7  # the authors' for most sizes; 1.2 for 14B
+    normalise: Normalise = "samples"
+    calibration: str = ""
+    samples: int = 100
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to merge. `models` are the experts, and the base only where the method merges it as one of them."""
 
@@ -115,6 +138,7 @@ class Recipe:
     dtype: str | None
     tokenizer_source: str | None
     aim: Aim | None
+    acm: Acm | None
     where: str
     notices: tuple[str, ...] = field(default=(), compare=False)
 
@@ -178,6 +202,7 @@ class _Reader:
         models = self._models(method, base)
         parameters = self._parameters(self.root, method)
         aim = self._aim(base)
+        acm = self._acm(base, aim)
         dtype = self._dtype()
         tokenizer_source = self._tokenizer_source(base)
         if method:
@@ -186,7 +211,7 @@ class _Reader:
         if self.problems or not method:
             raise RecipeError(sorted(self.problems, key=_line_of))
         where, notices = self.root.where, tuple(dict.fromkeys(self.notices))
-        return Recipe(method, base, tuple(models), parameters, dtype, tokenizer_source, aim, where, notices)
+        return Recipe(method, base, tuple(models), parameters, dtype, tokenizer_source, aim, acm, where, notices)
 
     # -- keys
 
@@ -404,8 +429,35 @@ class _Reader:
             self.problem(item, "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`")
         return None if wrong else tuple(item.value for item in items)
 
-    def _aim_value(self, key: str, node: Node) -> Any:
-        """One value of the `aim` table, checked; None after a problem."""
+    def _acm(self, base: str | None, aim: Aim | None) -> Acm | None:
+        node = self.root.get("acm")
+        if node is None:
+            return None
+        if not isinstance(node.value, dict):
+            self.problem(node, "`acm` must be a table, such as `acm: {theta: 0.7}`")
+            return None
+        if base is None:
+            self.problem(node, "`acm` needs a `base_model`: its outputs are what the merge is compared with")
+        self._check_keys(node, ACM_KEYS, {})
+        checked = {key: self._acm_value(key, item) for key, item in node.value.items() if key in ACM_KEYS}
+        acm = Acm(**{key: value for key, value in checked.items() if value is not None})
+        if not acm.calibration and aim is not None and not aim.calibration.endswith(".safetensors"):
+            return replace(acm, calibration=aim.calibration)
+        return acm
+
+    def _acm_value(self, key: str, node: Node) -> Any:
+        """One value of the `acm` table, checked; None after a problem."""
+        if key == "theta":
+            return self._value(node, _THETA)
+        if key == "normalise":
+            if node.value in NORMALISATIONS:
+                return node.value
+            self.problem(node, f"`acm.normalise` must be one of {', '.join(NORMALISATIONS)}")
+            return None
+        return self._aim_value(key, node, "acm")
+
+    def _aim_value(self, key: str, node: Node, table: str = "aim") -> Any:
+        """One value of the `aim` table, or one that `acm` has too, checked; None after a problem."""
         value = node.value
         whole = isinstance(value, int) and not isinstance(value, bool)
         correct = {
@@ -424,7 +476,7 @@ class _Reader:
         right, what = correct[key]
         if not right:
             shown = "a list" if isinstance(value, list) else f"`{printable(str(value))}`"
-            self.problem(node, f"`aim.{key}` must be {what}, not {shown}")
+            self.problem(node, f"`{table}.{key}` must be {what}, not {shown}")
             return None
         return value
 

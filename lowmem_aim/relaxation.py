@@ -1,8 +1,9 @@
-"""What becomes of merged rows after the method: AIM's relaxation of each weight, by the base's activations."""
+"""What becomes of merged rows after the method: AIM's relaxation of each weight, then ACM's of its layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,18 +12,35 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.methods import Rows
-from lowmem_aim.plan import Task
+from lowmem_aim.plan import Task, layer_count, layer_of
 from lowmem_aim.recipe import Aim
 from lowmem_aim.relax.aim import relax, shrinkage, shrinkage_rows
 
 Relax = Callable[[Tensor, Rows], Tensor]  # merged rows (overwritten) and their inputs -> relaxed rows
 
 
-class Relaxation:
-    """AIM as one recipe asks for it; nothing, where it does not."""
+@dataclass(frozen=True)
+class Consensus:
+    """What ACM has found for one merged model, by group: "0", "1", ... the layers, and those of `relax.acm`."""
 
-    def __init__(self, aim: Aim | None, activations: Activations | None, inputs: Inputs) -> None:
-        self._aim, self._activations, self._inputs = aim, activations, inputs
+    information: Mapping[str, Sequence[float]]  # nats between base and merged model, for each text
+    freezing: Mapping[str, float]  # the share of the delta that is not taken
+    named: Mapping[str, str]  # tensor -> group, of those outside the layers
+
+    def of(self, tensor: str, layers: int) -> float:
+        """The share of a tensor's delta that is not taken."""
+        layer = layer_of(tensor, layers)
+        return self.freezing.get(self.named.get(tensor, "") if layer is None else str(layer), 0.0)
+
+
+class Relaxation:
+    """AIM and ACM as one recipe asks for them; nothing, where it does not."""
+
+    def __init__(
+        self, aim: Aim | None, activations: Activations | None, inputs: Inputs, consensus: Consensus | None = None
+    ) -> None:
+        self._aim, self._activations, self._inputs, self._consensus = aim, activations, inputs, consensus
+        self._layers = layer_count(inputs.reference.config)
 
     def statistic(self, task: Task) -> str | None:
         """Whose statistic relaxes this weight; None where it is not relaxed."""
@@ -30,8 +48,35 @@ class Relaxation:
             return None
         return statistic_of(task.name, self._activations, self._aim)
 
+    def touches(self, task: Task) -> bool:
+        return self.statistic(task) is not None or self._frozen(task) > 0.0
+
+    def _frozen(self, task: Task) -> float:
+        """How much of the delta ACM takes back."""
+        if self._consensus is None or task.action == "copy":
+            return 0.0
+        return self._consensus.of(task.name, self._layers)
+
     def of(self, task: Task) -> Relax | None:
         """The relaxation of one weight; None where it has none."""
+        by_channel, by_layer = self._by_channel(task), self._by_layer(task)
+        if by_channel is None or by_layer is None:
+            return by_channel or by_layer
+        return lambda merged, rows: by_layer(by_channel(merged, rows), rows)
+
+    def _by_layer(self, task: Task) -> Relax | None:
+        frozen = self._frozen(task)
+        if not frozen:
+            return None
+
+        def relaxed(merged: Tensor, rows: Rows) -> Tensor:
+            first = rows.start // merged.shape[1]
+            shrink = torch.full((1, merged.shape[1]), frozen)
+            return relax(merged, rows.stored_base, self._known(task, shrink, first, rows.count).to(merged.device))
+
+        return relaxed
+
+    def _by_channel(self, task: Task) -> Relax | None:
         name = self.statistic(task)
         if name is None:
             return None

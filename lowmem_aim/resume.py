@@ -51,7 +51,9 @@ class Identity:
         copied: Mapping[str, bytes],
         calibration: Calibration | None,
         device: torch.device,
+        compared: str = "",
     ) -> Identity:
+        """`compared`: the digest of what ACM compares."""
         job = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
         job |= {
             "seed": plan.seed,
@@ -63,8 +65,10 @@ class Identity:
         }
         if calibration is not None:
             job["calibration"] = calibration.digest()
+        if compared:
+            job["texts of ACM"] = compared
         checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-        measures = calibration is not None and calibration.given is None
+        measures = bool(compared) or (calibration is not None and calibration.given is None)
         return cls(
             job,
             [_of_input(checkpoints[folder]) for folder in inputs.folders],
@@ -115,7 +119,7 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
     """
     before = journal.get("identity")
     if before is None:  # new; or what it was of is lost, and with it what the rest is worth
-        for kind in ("group", "accepted", "activations", "calibration"):
+        for kind in ("group", "accepted", "activations", "calibration", "acm"):
             journal.drop(kind)
         journal.put("identity", "", now.as_json())
         return

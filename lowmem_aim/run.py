@@ -17,6 +17,7 @@ from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
+from lowmem_aim.comparison import Comparison
 from lowmem_aim.config import CONFIG
 from lowmem_aim.devices import usable_device
 from lowmem_aim.durable import disk_errors, partial_folder, sync_folder
@@ -41,7 +42,7 @@ from lowmem_aim.output import (
 )
 from lowmem_aim.plan import NonFinite, Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe, one_by_one
-from lowmem_aim.relaxation import check_activations, idle_exclusions
+from lowmem_aim.relaxation import Consensus, Relaxation, check_activations, idle_exclusions
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -86,12 +87,15 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         }
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
+        comparison = Comparison.prepare(recipe, inputs, emit)
         shares = partial(_shares, [*plans.values()], inputs, budget, device)
         shares()  # a row that does not fit must show before hours of calibration
         unfinished: list[tuple[Workspace, Plan]] = []
         for folder, plan in plans.items():
             space = stack.enter_context(workspace(folder, fresh=options.fresh))
-            if _agreed(space, plan, Identity.of(plan, inputs, copied, calibration, device), inputs, options, emit):
+            compared = comparison.digest() if comparison else ""
+            identity = Identity.of(plan, inputs, copied, calibration, device, compared)
+            if _agreed(space, plan, identity, inputs, options, emit):
                 unfinished.append((space, plan))
         if not unfinished:
             return out
@@ -99,8 +103,27 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         activations = _activations(
             calibration, inputs, device, budget, [space for space, _ in unfinished], options.use_cache, emit
         )
+        targets = [
+            Target(
+                plan,
+                space.staging,
+                space.journal,
+                comparison.consensus(
+                    plan,
+                    inputs,
+                    Relaxation(plan.recipe.aim, activations, inputs),
+                    device=device,
+                    budget=budget,
+                    space=space,
+                    emit=emit,
+                )
+                if comparison
+                else None,
+            )
+            for space, plan in unfinished
+        ]
         merged = merge_tensors(
-            [Target(plan, space.staging, space.journal) for space, plan in unfinished],
+            targets,
             inputs,
             activations,
             device=device,
@@ -108,7 +131,8 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
             slice_rows=options.slice_rows,
             emit=emit,
         )
-        _finish(unfinished, merged, inputs, activations, copied, emit)
+        consensuses = [target.consensus for target in targets]
+        _finish(unfinished, merged, inputs, activations, consensuses, copied, emit)
     return out
 
 
@@ -142,12 +166,13 @@ def _finish(
     merged: Sequence[Merged],
     inputs: Inputs,
     activations: Activations | None,
+    consensuses: Sequence[Consensus | None],
     copied: dict[str, bytes],
     emit: Emit,
 ) -> None:
     files = [
-        output_files(plan, inputs, activations, found, copied, space.journal.get("accepted"))
-        for (space, plan), found in zip(outputs, merged, strict=True)
+        output_files(plan, inputs, activations, found, copied, space.journal.get("accepted"), consensus)
+        for (space, plan), found, consensus in zip(outputs, merged, consensuses, strict=True)
     ]
     emit(PhaseStarted("finish", sum(len(f) + len(m.shards) for f, m in zip(files, merged, strict=True)), "files"))
     for (space, _), found, own in zip(outputs, merged, files, strict=True):

@@ -220,6 +220,12 @@ class TensorInputs:
             del read, pieces  # before the next are read
             start = stop
 
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows start:stop, unchecked and uncounted, but mended if that is asked for."""
+        columns = matrix_shape(self.task.shape)[1]
+        read = self._assembled([source.pieces(start, stop) for source in self.sources], start, stop - start, columns)
+        return _mended(read)[0] if self._mends else read
+
     def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
         base = self._base.assembled(pieces[0], count, None) if self._base else None
         parts = zip(self._experts, pieces[len(pieces) - len(self._experts) :], strict=True)

@@ -20,12 +20,11 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.memory import Budget, is_allocation_failure, shown, trim
 from lowmem_aim.observe import Watch
-from lowmem_aim.offload import ReadWhileAbsent, Weights
+from lowmem_aim.offload import ReadWhileAbsent, Source, Weights
 from lowmem_aim.rooms import BOUNDLESS, SMALLEST_PAGED, Rooms, owners, paged, size_of
 from lowmem_aim.shelf import Shelf, Slot
 from lowmem_aim.skeleton import Skeleton, embeddings_of
@@ -111,7 +110,7 @@ class Stage:
 
     def __init__(
         self,
-        base: Checkpoint,
+        base: Source,
         skeleton: Skeleton,
         device: torch.device,
         rooms: Rooms = BOUNDLESS,

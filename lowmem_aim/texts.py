@@ -44,7 +44,7 @@ def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # ea
     source = printable(aim.calibration or PILE)
     if count < FEWEST_TOKENS:
         raise ModelError(f"the calibration text `{source}` has {count} token(s); at least {FEWEST_TOKENS} are needed")
-    if count < aim.block_size:
+    if aim.pack and count < aim.block_size:
         emit(Notice(f"the calibration text `{source}` fills less than one block: {count} tokens in all", "warning"))
     return [torch.tensor(block, dtype=torch.int64) for block in blocks]
 
