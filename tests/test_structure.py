@@ -113,7 +113,7 @@ def test_every_flag_and_recipe_key_is_documented() -> None:
     import click
 
     from lowmem_aim.cli import cli
-    from lowmem_aim.recipe import AIM_KEYS, TOP_KEYS
+    from lowmem_aim.recipe import ACM_KEYS, AIM_KEYS, TOP_KEYS
 
     reference = "\n".join(f.read_text() for f in (ROOT / "docs").glob("*.md")) + (ROOT / "README.md").read_text()
     assert isinstance(cli, click.Group)
@@ -126,7 +126,7 @@ def test_every_flag_and_recipe_key_is_documented() -> None:
         if option.startswith("--")
     }
     assert not [flag for flag in flags if f"`{flag}" not in reference]
-    assert not [key for key in (*TOP_KEYS, *AIM_KEYS) if f"`{key}" not in reference]
+    assert not [key for key in (*TOP_KEYS, *AIM_KEYS, *ACM_KEYS) if f"`{key}" not in reference]
     assert not [name for name in cli.commands if f"lowmem-aim {name}" not in reference]
 
 
