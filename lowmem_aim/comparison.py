@@ -11,6 +11,7 @@ import xxhash
 
 from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.calibrate import rooms_for
+from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import ResumeError, UsageError
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import Inputs
@@ -18,7 +19,7 @@ from lowmem_aim.memory import Budget
 from lowmem_aim.merged_weights import MergedWeights
 from lowmem_aim.output import Workspace
 from lowmem_aim.plan import Plan
-from lowmem_aim.recipe import Acm, Aim, Recipe
+from lowmem_aim.recipe import Acm, Aim
 from lowmem_aim.relax.acm import EMBEDDING, HEAD, NORM, freezing
 from lowmem_aim.relaxation import Consensus, Relaxation
 from lowmem_aim.rooms import Rooms
@@ -38,13 +39,10 @@ class Comparison:
     calibration: Calibration  # of the base
 
     @classmethod
-    def prepare(cls, recipe: Recipe, inputs: Inputs, emit: Emit) -> Comparison | None:
-        """None without `acm`. Raises ModelError, NetworkError, UsageError."""
-        acm = recipe.acm
-        if acm is None or inputs.base is None:
-            return None
+    def prepare(cls, acm: Acm, base: Checkpoint, emit: Emit) -> Comparison:
+        """Raises ModelError, NetworkError, UsageError."""
         texts = Aim(calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT)
-        calibration = prepare(texts, inputs.base, emit)
+        calibration = prepare(texts, base, emit)
         if calibration.given:
             raise UsageError(
                 "`acm.calibration` must be texts: ACM compares outputs, which an activations file does not hold"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -17,7 +18,6 @@ from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
 from lowmem_aim.checkpoint import Checkpoint, ReadMode
-from lowmem_aim.comparison import Comparison
 from lowmem_aim.config import CONFIG
 from lowmem_aim.devices import usable_device
 from lowmem_aim.durable import disk_errors, partial_folder, sync_folder
@@ -44,6 +44,9 @@ from lowmem_aim.plan import NonFinite, Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe, one_by_one
 from lowmem_aim.relaxation import Consensus, Relaxation, check_activations, idle_exclusions
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
+
+if TYPE_CHECKING:
+    from lowmem_aim.comparison import Comparison
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -87,7 +90,7 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         }
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
-        comparison = Comparison.prepare(recipe, inputs, emit)
+        comparison = _comparison(recipe, inputs, emit)
         shares = partial(_shares, [*plans.values()], inputs, budget, device)
         shares()  # a row that does not fit must show before hours of calibration
         unfinished: list[tuple[Workspace, Plan]] = []
@@ -267,6 +270,14 @@ def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | No
     if calibration.given:
         check_activations(calibration.given, inputs, recipe.aim)
     return calibration
+
+
+def _comparison(recipe: Recipe, inputs: Inputs, emit: Emit) -> Comparison | None:
+    if recipe.acm is None or inputs.base is None:
+        return None
+    from lowmem_aim.comparison import Comparison  # transformers: only where models are run
+
+    return Comparison.prepare(recipe.acm, inputs.base, emit)
 
 
 def _activations(

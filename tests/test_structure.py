@@ -98,6 +98,14 @@ def test_the_command_line_is_imported_without_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_merge_that_runs_no_model_does_without_transformers() -> None:
+    """It takes seconds to import."""
+    imports = "import sys, lowmem_aim.run, lowmem_aim.catalogue"
+    code = f"{imports}; print(sorted({{'transformers', 'accelerate'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_readmes_tree_names_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
     files = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*.py")} - {"py.typed"}

@@ -77,4 +77,5 @@ def row_sums(terms: Tensor) -> Tensor:  # (rows,)
         half = (columns + 1) // 2
         terms[:, : columns - half] += terms[:, half:]
         terms = terms[:, :half]
-    return terms[:, 0] if terms.shape[1] else terms.new_zeros(len(terms))
+    # A copy: a view of them would keep all the terms.
+    return terms[:, 0].clone() if terms.shape[1] else terms.new_zeros(len(terms))
