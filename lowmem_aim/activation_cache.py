@@ -81,14 +81,7 @@ class Calibration:
         from lowmem_aim.snapshots import Snapshots
 
         assert self.skeleton is not None
-        if device.type == "cpu" and self._is_slow_here(self.skeleton.dtype):
-            emit(
-                Notice(
-                    "this processor has no instructions for 16-bit floats: `--calibration-dtype float32` is several "
-                    "times faster, for twice the memory of one block",
-                    "warning",
-                )
-            )
+        self.tell_if_slow(device, emit)
         return calibrate(
             self.base,
             self.skeleton,
@@ -99,6 +92,16 @@ class Calibration:
             snapshots=Snapshots(folder, journal),
             emit=emit,
         )
+
+    def tell_if_slow(self, device: torch.device, emit: Emit) -> None:
+        if self.skeleton is not None and device.type == "cpu" and self._is_slow_here(self.skeleton.dtype):
+            emit(
+                Notice(
+                    "this processor has no instructions for 16-bit floats: `--calibration-dtype float32` is several "
+                    "times faster, for twice the memory of one block",
+                    "warning",
+                )
+            )
 
     def weights(self, measured: Activations) -> dict[str, str]:
         """Tensor name -> xxh3-128 of its bytes, of all that the measuring depends on in the base's files."""

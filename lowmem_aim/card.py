@@ -73,10 +73,11 @@ def output_files(
     recipe = portable_recipe(plan.recipe, inputs)
     facts = provenance(plan, inputs, activations, merged, recipe)
     if consensus:
-        facts["acm"] = {
+        groups = {
             group: {"mutual_information": math.fsum(m) / len(m), "kept": 1.0 - consensus.freezing[group]}
             for group, m in consensus.information.items()
         }
+        facts["acm"] = {"texts": consensus.texts, "tokens": consensus.tokens, "groups": groups}
     if environments:
         facts["environments"] = environments
     files["mergekit_config.yml"] = _yaml(recipe).encode()
@@ -139,7 +140,7 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         omega, calibration = _setting(recipe.aim.omega), _calibration_label(recipe.aim.calibration)
         portable["aim"] = aim | {"omega": omega, "calibration": calibration}
     if recipe.acm:
-        acm = vars(recipe.acm)
+        acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
         portable["acm"] = acm | {"calibration": _calibration_label(recipe.acm.calibration)}
     return portable
 
@@ -249,12 +250,13 @@ def _consensus(facts: dict[str, Any], acm: Acm) -> str:
     """What ACM did, layer by layer."""
     rows = [
         f"| {group} | {found['mutual_information']:.4f} | {found['kept']:.4f} |"
-        for group, found in facts.get("acm", {}).items()
+        for group, found in facts["acm"]["groups"].items()
     ]
     return (
         f"\nThen each layer's delta was scaled by Activation-Guided Consensus Merging (ACM, arXiv 2505.14009), theta "
         f"{acm.theta:g}, normalised over {acm.normalise}, by the mutual information between the base's and the "
-        f"merged model's outputs for {acm.samples} texts at most of {_inline(_calibration_label(acm.calibration))}.\n\n"
+        f"merged model's outputs for {facts['acm']['tokens']} tokens in {facts['acm']['texts']} texts of "
+        f"{_inline(_calibration_label(acm.calibration))}.\n\n"
         "| layer | mutual information, nats | share of the delta kept |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

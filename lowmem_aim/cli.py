@@ -143,7 +143,6 @@ _CALIBRATION = _options(
 _AIM = _options(
     click.option(
         "--omega",
-        multiple=True,
         metavar="NUMBER",
         help="AIM: 1 changes nothing, 0 freezes the most active channels; several (0.2,0.4) give an output each",
     ),
@@ -307,15 +306,22 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
 
 @cli.command()
 @click.argument("out", type=_Path())
-@click.option("--json", "as_json", is_flag=True, help="one line of JSON")
+@click.option("--json", "as_json", is_flag=True, help="one line of JSON (for each omega)")
 def status(out: Path, as_json: bool) -> None:
     """Tell how far the run in OUT is, and whether it is alive, interrupted or finished."""
     import json
 
+    from lowmem_aim.output import outputs_in
     from lowmem_aim.status import status_of
 
-    found = status_of(out)
-    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
+    folders = outputs_in(out)
+    for folder in folders:
+        found = status_of(folder)
+        if as_json:
+            click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
+        else:
+            heading = [] if folder == out else [f"{printable(folder.name)}:"]
+            click.echo("\n".join([*heading, *found.lines()]))
 
 
 @cli.command()
@@ -323,11 +329,12 @@ def status(out: Path, as_json: bool) -> None:
 @click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
 def verify(out: Path, quiet: bool) -> None:
     """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
-    from lowmem_aim.output import PRIVATE, SUMS
+    from lowmem_aim.output import PRIVATE, SUMS, outputs_in
     from lowmem_aim.verify import verify as work
 
     def checked(emit: Callable[[Event], None]) -> Path:
-        work(out, f"{PRIVATE}/{SUMS}", emit)
+        for folder in outputs_in(out):
+            work(folder, f"{PRIVATE}/{SUMS}", emit)
         return out
 
     _run(checked, quiet)

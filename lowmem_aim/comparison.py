@@ -39,10 +39,13 @@ class Comparison:
     calibration: Calibration  # of the base
 
     @classmethod
-    def prepare(cls, acm: Acm, base: Checkpoint, emit: Emit) -> Comparison:
+    def prepare(cls, acm: Acm, base: Checkpoint, device: torch.device, emit: Emit) -> Comparison:
         """Raises ModelError, NetworkError, UsageError."""
-        texts = Aim(calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT)
+        texts = Aim(
+            calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT, dtype=acm.dtype
+        )
         calibration = prepare(texts, base, emit)
+        calibration.tell_if_slow(device, emit)
         if calibration.given:
             raise UsageError(
                 "`acm.calibration` must be texts: ACM compares outputs, which an activations file does not hold"
@@ -81,7 +84,14 @@ class Comparison:
             group: information[group] for group in sorted(information, key=_place)
         }  # the journal has its own
         frozen = freezing(information, self.acm.theta, self.acm.normalise)
-        return Consensus(information, frozen, _named(self.calibration.skeleton, information))
+        sequences = self.calibration.sequences
+        return Consensus(
+            information,
+            frozen,
+            _named(self.calibration.skeleton, information),
+            texts=len(sequences),
+            tokens=sum(map(len, sequences)),
+        )
 
     def _measure(
         self,

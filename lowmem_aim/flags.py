@@ -27,7 +27,13 @@ AIM_FLAGS = {
 }
 
 
-ACM_FLAGS = ("theta", "normalise", "calibration", "samples")
+ACM_FLAGS = {
+    "theta": "theta",
+    "normalise": "normalise",
+    "calibration": "calibration",
+    "samples": "samples",
+    "calibration_dtype": "dtype",
+}
 RELAXATIONS = {"aim": ("aim",), "acm": ("acm",), "both": ("aim", "acm")}
 
 
@@ -45,6 +51,10 @@ def applied(tree: Node, flags: dict[str, Any]) -> Node:
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
     tree = _with_models(tree, flags)
     tree = _with_parameters(tree, flags.get("parameter", ()))
+    if tree.get("acm") is not None:
+        tree, flags = _with_acm(tree, flags)
+    elif own := [flag for flag in ("theta", "normalise") if flags.get(flag) is not None]:
+        raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
     return _with_aim(tree, flags)
 
 
@@ -58,22 +68,24 @@ def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
     tree = empty_recipe().with_item("merge_method", Node("passthrough", COMMAND_LINE)).with_item("models", models)
     for way in ways:
         tree = tree.with_item(way, empty_recipe())
-    tree = _with_acm(tree, flags)
-    if "aim" not in ways:  # texts are ACM's alone then
-        flags = flags | {"calibration": None, "samples": None}
+    if "aim" not in ways and (own := [flag for flag in ("omega", "scaling", "exclude", "tied") if flags.get(flag)]):
+        raise RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` is AIM, and then ACM")
     return applied(tree, flags)
 
 
-def _with_acm(tree: Node, flags: dict[str, Any]) -> Node:
-    given = [flag for flag in ACM_FLAGS if flags.get(flag) is not None]
+def _with_acm(tree: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
+    """With ACM's flags in it; and what is left of them for AIM."""
     table = tree.get("acm")
-    if table is None:
-        if own := [flag for flag in given if flag in ("theta", "normalise")]:
-            raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
-        return tree
-    for flag in given:
-        table = table.with_item(flag, _node(flags[flag], flag))
-    return tree.with_item("acm", table)
+    assert table is not None
+    if not isinstance(table.value, dict):
+        return tree, flags  # the recipe's reader says so
+    with_aim = tree.get("aim") is not None or flags.get("omega") is not None
+    for flag, key in ACM_FLAGS.items():
+        value = flags.get(flag)
+        # Activations are AIM's alone.
+        if value is not None and not (with_aim and str(value).endswith(".safetensors")):
+            table = table.with_item(key, _node(value, flag))
+    return tree.with_item("acm", table), flags if with_aim else flags | dict.fromkeys(ACM_FLAGS)
 
 
 def calibration_settings(flags: dict[str, Any]) -> Aim:
@@ -172,16 +184,17 @@ def _scalar(text: str) -> Any:
 
 
 def _omegas(given: Any) -> Any:
-    """`--omega 0.4`, or several: repeated, or with commas between them."""
-    texts = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    values = [_scalar(part.strip()) for text in texts for part in str(text).split(",")]
-    return (values if len(values) > 1 else values[0]) if values else None
+    """`--omega 0.4`, or several with commas between them."""
+    if given is None:
+        return None
+    values = [_scalar(part.strip()) for part in str(given).split(",")]
+    return values if len(values) > 1 else values[0]
 
 
 def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
     """Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`."""
     aim = tree.get("aim")
-    flags = flags | {"omega": _omegas(flags.get("omega", ())), "exclude": list(flags.get("exclude", ())) or None}
+    flags = flags | {"omega": _omegas(flags.get("omega")), "exclude": list(flags.get("exclude", ())) or None}
     given = {key: flag for flag, key in AIM_FLAGS.items() if flags.get(flag) is not None}
     if aim is None and "omega" not in given:
         if given:

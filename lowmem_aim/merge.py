@@ -226,8 +226,7 @@ class _Loop:
 
         def finished(rows: Rows) -> list[Tensor]:
             merged = combine(rows)
-            # Relaxing overwrites: all but the last get a copy.
-            own = [merged.clone() if relaxed else merged for relaxed in relaxations[:-1]] + [merged]
+            own = [*(merged.clone() for _ in relaxations[:-1]), merged]  # relaxing overwrites
             results = [relaxed(part, rows) if relaxed else part for relaxed, part in zip(relaxations, own, strict=True)]
             return [self.lanes.down(rounded(result, task)) for result in results]
 

@@ -46,8 +46,7 @@ class MergedWeights:
         task = self._tasks[name]
         rows, columns = matrix_shape(task.shape)
         whole = empty_apart((rows, columns), task.dtype)
-        for start, stop in [(0, rows)] if task.whole else self._stride.cuts(task.shape):
-            whole[start:stop] = self.rows(name, start, stop)
+        self._fill(task, whole, 0)
         if name in self._asked:
             self._kept[name] = self._shelf.put(whole.view(task.shape))
         self._asked.add(name)
@@ -59,8 +58,21 @@ class MergedWeights:
         if task.action == "copy":
             return self._inputs.reference.rows(name, start, stop)
         if task.whole:
-            return self._finished(task)(self._read(task).rows(0, matrix_shape(task.shape)[0]))[start:stop]
-        return self._finished(task)(self._read(task).rows(start, stop))
+            return self.tensor(name).view(-1, 1)[start:stop]
+        part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype)
+        self._fill(task, part, start)
+        return part
+
+    def _fill(self, task: Task, part: Tensor, start: int) -> None:
+        """`part`: rows from `start` on; some of them are merged at a time."""
+        if task.action == "copy":
+            part.copy_(self._inputs.reference.rows(task.name, start, start + len(part)))
+            return
+        finished, read = self._finished(task), self._read(task)
+        step = len(part) if task.whole else self._stride.rows(part.shape[1])
+        for first in range(0, len(part), step):
+            stop = min(first + step, len(part))
+            part[first:stop] = finished(read.rows(start + first, start + stop))
 
     def _read(self, task: Task) -> TensorInputs:
         if task.name not in self._opened:

@@ -80,6 +80,12 @@ def is_finished(out: Path) -> bool:
     return (out / PRIVATE / SUMS).is_file() and (out / CONFIG).is_file() and not (out / PRIVATE / PUBLISHING).exists()
 
 
+def outputs_in(out: Path) -> list[Path]:
+    """The outputs of a run: the folder itself, or, of several omegas, those in it."""
+    several = [] if (out / PRIVATE).exists() else sorted(out.glob(f"omega-*/{PRIVATE}"))
+    return [private.parent for private in several] or [out]
+
+
 def check_writable(folder: Path) -> None:
     """Raises DiskError if no file can be made in `folder`."""
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder):

@@ -31,7 +31,7 @@ TOP_KEYS = (
     "aim",
     "acm",
 )
-ACM_KEYS = ("theta", "normalise", "calibration", "samples")
+ACM_KEYS = ("theta", "normalise", "calibration", "samples", "dtype")
 AIM_KEYS = (
     "omega",
     "scaling",
@@ -125,6 +125,7 @@ class Acm:
     normalise: Normalise = "samples"
     calibration: str = ""
     samples: int = 100
+    dtype: str = ""  # of both forwards; "" is AIM's, or else the base's
 
 
 @dataclass(frozen=True)
@@ -420,7 +421,8 @@ class _Reader:
                 )
             elif values.count(value) > 1:
                 self.problem(item, f"`aim.omega` has {value:g} twice")
-        return tuple(map(float, values)) if all(isinstance(value, int | float) for value in values) else None
+        right = all(isinstance(value, int | float) for value in values)
+        return tuple(float(value) + 0.0 for value in values) if right else None  # -0.0 would have a folder of its own
 
     def _exclude(self, node: Node) -> tuple[str, ...] | None:
         items = node.value if isinstance(node.value, list) else [node]
@@ -441,14 +443,18 @@ class _Reader:
         self._check_keys(node, ACM_KEYS, {})
         checked = {key: self._acm_value(key, item) for key, item in node.value.items() if key in ACM_KEYS}
         acm = Acm(**{key: value for key, value in checked.items() if value is not None})
-        if not acm.calibration and aim is not None and not aim.calibration.endswith(".safetensors"):
-            return replace(acm, calibration=aim.calibration)
-        return acm
+        if aim is None:
+            return acm
+        texts = "" if aim.calibration.endswith(".safetensors") else aim.calibration
+        return replace(acm, calibration=acm.calibration or texts, dtype=acm.dtype or aim.dtype)
 
     def _acm_value(self, key: str, node: Node) -> Any:
         """One value of the `acm` table, checked; None after a problem."""
         if key == "theta":
-            return self._value(node, _THETA)
+            if not isinstance(node.value, list):
+                return self._value(node, _THETA)
+            self.problem(node, "`acm.theta` must be a number: it is the same for all layers")
+            return None
         if key == "normalise":
             if node.value in NORMALISATIONS:
                 return node.value

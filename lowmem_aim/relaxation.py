@@ -26,6 +26,8 @@ class Consensus:
     information: Mapping[str, Sequence[float]]  # nats between base and merged model, for each text
     freezing: Mapping[str, float]  # the share of the delta that is not taken
     named: Mapping[str, str]  # tensor -> group, of those outside the layers
+    texts: int
+    tokens: int  # of all texts together
 
     def of(self, tensor: str, layers: int) -> float:
         """The share of a tensor's delta that is not taken."""

@@ -168,8 +168,10 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
 
 def _compared(identity: Identity, journal: Journal) -> dict[str, str]:
     """Of the environment, what still makes a difference."""
-    measured = journal.holds("activations")
-    begun = journal.holds("calibration") or journal.holds("group")
+    job = identity.job
+    wanted = [kind for kind, key in (("activations", "calibration"), ("acm", "texts of ACM")) if key in job]
+    measured = all(map(journal.holds, wanted))
+    begun = any(map(journal.holds, ("calibration", "activations", "acm", "group")))
     dropped = () if begun and not measured else (_THREADS, _INSTRUCTIONS)
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 

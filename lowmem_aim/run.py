@@ -53,7 +53,10 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """How to do a job; none of it, but `seed`, `shard_bytes` and `nonfinite`, changes a byte of the merge."""
+    """How to do a job; none of it, but `seed`, `shard_bytes` and `nonfinite`, changes a byte of the merge.
+
+    What AIM and ACM measure depends in its low bits on `device` and `threads`, though.
+    """
 
     seed: int = 0
     nonfinite: NonFinite = "stop"  # what becomes of an expert's NaN and Inf
@@ -90,7 +93,7 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         }
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
-        comparison = _comparison(recipe, inputs, emit)
+        comparison = _comparison(recipe, inputs, device, emit)
         shares = partial(_shares, [*plans.values()], inputs, budget, device)
         shares()  # a row that does not fit must show before hours of calibration
         unfinished: list[tuple[Workspace, Plan]] = []
@@ -272,12 +275,12 @@ def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | No
     return calibration
 
 
-def _comparison(recipe: Recipe, inputs: Inputs, emit: Emit) -> Comparison | None:
+def _comparison(recipe: Recipe, inputs: Inputs, device: torch.device, emit: Emit) -> Comparison | None:
     if recipe.acm is None or inputs.base is None:
         return None
     from lowmem_aim.comparison import Comparison  # transformers: only where models are run
 
-    return Comparison.prepare(recipe.acm, inputs.base, emit)
+    return Comparison.prepare(recipe.acm, inputs.base, device, emit)
 
 
 def _activations(

@@ -28,6 +28,7 @@ from lowmem_aim.stage import Call, Stage, hidden_of
 
 # What a block calls the module whose output is its MLP's, by its path in the block; the first that is there counts.
 MLPS = ("mlp.down_proj", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
+HEAD_ELEMENTS = 1 << 20  # of each head, in memory at a time
 Information = dict[str, list[float]]  # group -> nats for each text
 
 
@@ -212,7 +213,7 @@ def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
     longest = max(shelf.get(state).shape[-2] for state in sides[0].states[:texts])
     heads = [_Head(side.stage) for side in sides]
     rows = min(head.rows for head in heads)
-    step = max(1, CHUNK // longest)
+    step = max(1, min(CHUNK // longest, HEAD_ELEMENTS // max(head.columns for head in heads)))
     for start in range(0, rows, step):
         parts = [head.part(start, min(start + step, rows)) for head in heads]
         for number, counted in enumerate(counts):
@@ -230,7 +231,8 @@ class _Head:
     def __init__(self, stage: Stage) -> None:
         self._stage, head = stage, stage.skeleton.head
         module = stage.model.get_submodule(head)
-        self._dtype, self.rows = module.weight.dtype, module.weight.shape[0]
+        self._dtype = module.weight.dtype
+        self.rows, self.columns = module.weight.shape
         self._weight = stage.weights.map.name(f"{head}.weight")
         self._bias = stage.weights.map.name(f"{head}.bias") if module.bias is not None else None
 

@@ -221,9 +221,11 @@ class TensorInputs:
             start = stop
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows start:stop, unchecked and uncounted, but mended if that is asked for."""
+        """Rows start:stop, uncounted. Raises ModelError for NaN and Inf, or mends them."""
         columns = matrix_shape(self.task.shape)[1]
-        read = self._assembled([source.pieces(start, stop) for source in self.sources], start, stop - start, columns)
+        pieces = [source.pieces(start, stop) for source in self.sources]
+        self._check(pieces)
+        read = self._assembled(pieces, start, stop - start, columns)
         return _mended(read)[0] if self._mends else read
 
     def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
@@ -235,6 +237,10 @@ class TensorInputs:
     def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
         for source, part in zip(self.sources, pieces, strict=True):
             source.enter_digest(part)
+        self._check(pieces)
+
+    def _check(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
+        for source, part in zip(self.sources, pieces, strict=True):
             if source in self._strict and not all(finite(rows) for _, rows in part):
                 self._refuse()
 

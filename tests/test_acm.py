@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_aim import comparison
 from lowmem_aim.errors import ModelError, RecipeError, UsageError
 from lowmem_aim.events import Event, PhaseStarted
+from lowmem_aim.flags import applied, relax_recipe
 from lowmem_aim.mutual_information import CHUNK, PairCounts
 from lowmem_aim.recipe import Acm, Recipe, read_recipe
 from lowmem_aim.relax.acm import freezing
@@ -150,7 +151,7 @@ def reference(base: Path, merged: Path, texts: list[str]) -> dict[str, list[floa
 
 def kept(folder: Path) -> dict[str, float]:
     """Of each group, from the provenance."""
-    groups = json.loads((folder / "lowmem_aim.json").read_text())["acm"]
+    groups = json.loads((folder / "lowmem_aim.json").read_text())["acm"]["groups"]
     return {name: group["kept"] for name, group in groups.items()}
 
 
@@ -179,6 +180,7 @@ class TestRelax:
         card = (tmp_path / "out" / "README.md").read_text()
         assert "ACM, arXiv 2505.14009" in card
         assert "theta 1.5" in card
+        assert "87 tokens in 3 texts" in card
 
     def test_both_are_aim_and_then_acm_on_its_result(
         self, llama: Path, texts: Path, activations: Path, tmp_path: Path, run: Run
@@ -323,6 +325,58 @@ class TestInARecipe:
         with pytest.raises(UsageError, match="must be texts"):
             merge(job(llama, {"calibration": str(activations)}), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    def test_theta_is_one_number(self) -> None:
+        text = "merge_method: slerp\nbase_model: b\nparameters: {t: 0.5}\nmodels:\n- {model: a}\n"
+        for theta in ("[0.5, 1]", "[{filter: mlp, value: 1}]"):
+            with pytest.raises(RecipeError, match="must be a number"):
+                read_recipe(parse(f"{text}acm: {{theta: {theta}}}\n", "recipe.yml"))
+
+    @pytest.mark.parametrize("method", ["sce", "task_arithmetic", "widen"])
+    def test_nan_in_an_expert_is_told_as_ever(self, method: str, place: Place, texts: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        file = place.folder / "math" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+        recipe = place.folder / "recipe.yml"
+        models = [{"model": str(place.folder / name), "parameters": {"weight": 0.5}} for name in ("math", "code")]
+        table = {"merge_method": method, "base_model": str(place.folder / "base"), "models": models}
+        recipe.write_text(yaml.safe_dump(table | {"acm": {"calibration": str(texts)}}))
+        done = place.run("merge", recipe, place.out)
+        place.refused(done, ModelError.exit_code, "`model.layers.1.mlp.up_proj.weight` of `math` holds 1 value(s)")
+
+    def test_threads_count_only_while_it_compares(
+        self,
+        llama: Path,
+        texts: Path,
+        tmp_path: Path,
+        each_tensor: None,  # noqa: F811
+    ) -> None:
+        recipe = job(llama, {"calibration": str(texts)})
+        threads = torch.get_num_threads()
+        try:
+            stop(recipe, tmp_path / "out", 5, Options(threads=2))
+            merge(recipe, tmp_path / "out", Options(threads=1))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_flags_go_to_whom_they_are_for(self, llama: Path, texts: Path, activations: Path) -> None:
+        def read(**flags: Any) -> Recipe:
+            return read_recipe(relax_recipe("m", {"base": "b", "expert": (), **flags}))
+
+        alone = read(relaxations="acm", calibration=str(texts), samples=7, calibration_dtype="float32")
+        assert (alone.aim, alone.acm) == (None, Acm(calibration=str(texts), samples=7, dtype="float32"))
+        both = read(relaxations="both", calibration=str(activations), omega="0.2")
+        assert both.aim is not None
+        assert (both.aim.calibration, both.acm) == (str(activations), Acm())
+        tree = parse(
+            "merge_method: slerp\nbase_model: b\nparameters: {t: 1}\nmodels: [{model: a}]\nacm: {theta: 1}\n", "r"
+        )
+        assert read_recipe(applied(tree, {"calibration": str(texts)})).acm == Acm(theta=1.0, calibration=str(texts))
+        with pytest.raises(RecipeError, match="--omega has no meaning without AIM"):
+            read(relaxations="acm", omega="0.4")
 
     def test_flags_of_acm_need_it(self, place: Place, texts: Path) -> None:
         command = ("relax", place.folder / "math", place.out, "--base", place.folder / "base")

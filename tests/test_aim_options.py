@@ -116,7 +116,7 @@ class TestExclude:
         assert [text.split("`")[3] for text in told] == ["embed_tokens", "atention"]
 
     def test_flags(self, llama: Path) -> None:
-        flags = {"omega": ("0.3",), "exclude": ("norm", "lm_head"), "scaling": "rank", "calibration": "builtin"}
+        flags = {"omega": "0.3", "exclude": ("norm", "lm_head"), "scaling": "rank", "calibration": "builtin"}
         aim = recipe(llama, **flags).aim
         assert aim is not None
         assert (aim.omega, aim.exclude, aim.scaling) == (Setting(0.3), ("norm", "lm_head"), "rank")
@@ -176,7 +176,7 @@ class TestSeveral:
         assert sorted(begun) == sorted(tensors_in(out / "omega-0.2"))
 
     def test_interrupted_it_goes_on(self, llama: Path, texts: Path, tmp_path: Path, each_tensor: None) -> None:  # noqa: F811
-        job = recipe(llama, omega=("0.2", "0.4"), calibration=str(texts))
+        job = recipe(llama, omega="0.2,0.4", calibration=str(texts))
         options = Options(shard_bytes=40_000)
         merge(job, tmp_path / "whole", options)
         out = tmp_path / "out"
@@ -208,13 +208,15 @@ class TestSeveral:
             merge(job, tmp_path / "new" / "out", Options(nonfinite="base", shard_bytes=1))
         assert not (tmp_path / "new").exists()
 
-    def test_the_command_line_takes_commas_and_repetition(
-        self, llama: Path, measured: Path, tmp_path: Path, run: Run
-    ) -> None:
+    def test_the_command_line_takes_commas(self, llama: Path, measured: Path, tmp_path: Path, run: Run) -> None:
         command = ("relax", llama / "math", tmp_path / "out", "--base", llama / "base", "--calibration", measured)
-        done = run(*command, "--omega", "0.2,0.4", "--omega", "0.6")
+        done = run(*command, "--omega", "0.2,0.4, 0.6")
         assert done.code == 0, done.err
         assert sorted(self.outputs(tmp_path / "out")) == ["omega-0.2", "omega-0.4", "omega-0.6"]
+        assert run("status", tmp_path / "out").out.count("finished") == 3
+        assert run("verify", tmp_path / "out").code == 0
+        (tmp_path / "out" / "omega-0.4" / "model.safetensors").write_bytes(b"")
+        assert run("verify", tmp_path / "out").code == 8
 
     def test_wrong_lists_are_named(self) -> None:
         assert "has 0.4 twice" in problems("{omega: [0.4, 0.4]}")[0]
@@ -223,5 +225,5 @@ class TestSeveral:
         assert "a gradient is `- value: [...]`" in problems("{omega: [[0.1, 0.2]]}")[0]
 
     def test_folders_have_the_omegas_names(self, llama: Path, measured: Path) -> None:
-        job = with_aim(llama, measured, {"omega": [1e-05, 0.30000000000000004]})
-        assert list(one_by_one(job)) == ["omega-1e-05", "omega-0.30000000000000004"]
+        job = with_aim(llama, measured, {"omega": [1e-05, 0.30000000000000004, -0.0]})
+        assert list(one_by_one(job)) == ["omega-1e-05", "omega-0.30000000000000004", "omega-0"]

@@ -161,6 +161,16 @@ class TestOtherPackages:
         assert "ties" in listed.out
         assert place.merge().code == 0
 
+    def test_one_that_ends_the_program_is_named_too(self, install: Install, place: Place) -> None:
+        install("leaving", "import sys; sys.exit(3)")
+        place.refused(place.merge(method="leaving"), 2, "lowmem-aim-leaving 1.0")
+
+    def test_all_methods_of_a_module_are_its_packages(self, install: Install, run: Run) -> None:
+        two = of_the_page().replace('"evened"', '"other"').replace("def evened", "def other")
+        install("evened", of_the_page() + two)
+        assert run("methods", "evened").code == 0
+        assert METHODS["other"].package == "lowmem-aim-evened 1.0"
+
     def test_one_that_registers_another_name_is_told(self, install: Install) -> None:
         install("median", of_the_page())
         with pytest.raises(RecipeError, match="registers none of that name"):

@@ -12,6 +12,7 @@ import torch
 from test_methods import SHAPES, assert_close, merge, tensors
 
 from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.errors import UsageError
 from lowmem_aim.methods import METHODS, Subject
 from lowmem_aim.outline import outline_of
 
@@ -79,6 +80,28 @@ class TestDegenerate:
         pair = [expert, -2.0 * expert]
         assert torch.equal(merge("karcher", base, pair, {}, based=False), expert)
         assert torch.equal(merge("multislerp", base, pair, {"weight": (1.0, 1.0)}, based=False), expert)
+
+    @pytest.mark.parametrize("factor", [-3.0, -2.0, -0.7, -1.0])
+    def test_opposite_vectors_of_any_length_stay_small(self, factor: float) -> None:
+        for seed in range(20):
+            delta = 0.01 * tensors((64, 64), 1, seed=seed)[0]
+            base = torch.zeros(64, 64)
+            largest = 3.0 * float(delta.abs().max())
+            for method in ("nuslerp", "multislerp"):
+                found = merge(method, base, [delta, factor * delta], {"weight": (0.5, 0.5)})
+                assert float(found.abs().max()) <= largest
+
+    def test_zeros_where_they_are_allowed(self) -> None:
+        base, a, b = apart((5, 7), 2)
+        assert_close(
+            merge("karcher", base, [a, a, b], {"tol": 0.0, "max_iter": 60}, based=False), ref.karcher([a, a, b], 60)
+        )
+        assert_close(merge("karcher", base, [a, a], {"tol": 0.0}, based=False), a.double())
+        for eps in (0.0, 1e-8):
+            assert torch.equal(merge("multislerp", base, [a, b], {"weight": (0.0, 0.0), "eps": eps}), base)
+            assert torch.equal(merge("multislerp", base, [a, a], {"weight": (1.0, -1.0), "eps": eps}, based=False), a)
+        with pytest.raises(UsageError, match="all weights are zero"):
+            merge("multislerp", base, [a, b], {"weight": (0.0, 0.0)}, based=False)
 
     @pytest.mark.parametrize("along", [(True, False), (False, False), (False, True)])
     def test_nuslerp_of_one_direction_is_linear_and_weights_that_cancel_meet_half_way(

@@ -259,3 +259,8 @@ class TestFlags:
     def test_calibration_flags_need_aim(self) -> None:
         with pytest.raises(RecipeError, match=r"--calibration has no meaning without AIM"):
             applied(empty_recipe(), {"calibration": "builtin"})
+
+
+def test_bounds_on_one_side_are_named() -> None:
+    text = "merge_method: nearswap\nbase_model: b\nmodels: [{model: a}]\nparameters: {t: -1}\n"
+    assert problems(text) == ["recipe.yml:4: `t` must be 0 or more, not -1"]

@@ -33,9 +33,10 @@ def _load(name: str, offers: list[EntryPoint]) -> None:
         raise UsageError(
             f"the merge method `{printable(name)}` comes from {shown}", hint="uninstall all but one of them"
         )
+    own = set(METHODS)
     try:
         offers[0].load()
-    except Exception as error:  # whatever a foreign module raises
+    except (Exception, SystemExit) as error:  # whatever a foreign module raises
         raise UsageError(
             f"the merge method `{printable(name)}` of {shown} cannot be loaded: {printable(str(error))}",
             hint="mend or uninstall that package",
@@ -46,7 +47,8 @@ def _load(name: str, offers: list[EntryPoint]) -> None:
             "registers none of that name",
             hint="the entry point's name and that of `@merge_method` must be the same",
         )
-    METHODS[name] = dataclasses.replace(METHODS[name], package=packages[0])
+    for brought in METHODS.keys() - own:
+        METHODS[brought] = dataclasses.replace(METHODS[brought], package=packages[0])
 
 
 def _package(point: EntryPoint) -> str:

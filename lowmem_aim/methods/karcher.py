@@ -10,6 +10,8 @@ from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.method import Script, Subject, Within, merge_method
 from lowmem_aim.methods.task_vectors import span
 
+CANCELLED = 1e-7  # a length below this is what rounding has left of 0
+
 
 @merge_method(
     "karcher", base="averaged", source="Karcher, Comm. Pure Appl. Math. 30, 1977", compiled=True, rounds=(1, 1)
@@ -36,14 +38,14 @@ def mean_shares(gram: Gram, max_iter: int, tol: float) -> tuple[float, ...]:
     if not long:
         return tuple(shares)
     cosines, norms = unit_gram(gram), [math.sqrt(gram[i][i]) for i in long]
-    mean = _unit(cosines, [1.0] * len(long), tol)
+    mean = _unit(cosines, [1.0] * len(long), max(tol, CANCELLED))
     if mean is None:
         shares[long[0]] = 1.0
         return tuple(shares)
     for _ in range(max_iter):
         step = _tangent(cosines, mean, tol)
         size = length(cosines, step)
-        if size < tol:
+        if size <= tol:
             break
         moved = [math.cos(size) * m + math.sin(size) / size * s for m, s in zip(mean, step, strict=True)]
         mean = _unit(cosines, moved, 0.0) or mean
@@ -65,7 +67,7 @@ def _tangent(cosines: Gram, mean: Sequence[float], tol: float) -> list[float]:
     for i, row in enumerate(cosines):
         across = max(-1.0, min(1.0, math.fsum(c * m for c, m in zip(row, mean, strict=True))))
         angle = math.acos(across)
-        if angle < tol or math.sin(angle) < tol:
+        if angle <= tol or math.sin(angle) <= tol:
             continue
         factor = angle / math.sin(angle) / len(mean)
         step[i] += factor

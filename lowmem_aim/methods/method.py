@@ -161,8 +161,13 @@ class Parameter:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             return f"`{self.name}` must be a finite number"
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
-            return f"`{self.name}` must lie in [{self.low:g}, {self.high:g}], not {value:g}"
+            return f"`{self.name}` must {self._range()}, not {value:g}"
         return ""
+
+    def _range(self) -> str:
+        if self.high is None:
+            return f"be {self.low:g} or more"
+        return f"be {self.high:g} or less" if self.low is None else f"lie in [{self.low:g}, {self.high:g}]"
 
 
 def _parameter(name: str, hint: Any, default: Any) -> Parameter:

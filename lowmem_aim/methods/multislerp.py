@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
+from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Script, Subject, Weights, Within, merge_method
 from lowmem_aim.methods.task_vectors import span
+
+CANCELLED = 1e-7  # a length below this is what rounding has left of 0
 
 
 @merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1))
@@ -27,6 +30,8 @@ def multislerp(
     space at m. As m lies along sum wi ui, that step is zero. xi of norm 0 do not count; where the others cancel each
     other (to `eps`), it is the first of them.
     """
+    if not tensor.based and not any(weight):
+        raise UsageError(f"`{tensor.name}`: all weights are zero")
     gram = square((yield gram_round(deltas=tensor.based)), tensor.experts)
     return span(mean_shares(gram, weight, normalize_weights, eps), tensor.based)
 
@@ -38,12 +43,14 @@ def mean_shares(gram: Gram, weight: Sequence[float], normalize: bool, eps: float
     if not long:
         return tuple(shares)
     weights = [weight[i] for i in long]
+    if not any(weights):
+        return tuple(shares)
     total = math.fsum(weights)
     if normalize and abs(total) >= ZERO_WEIGHT:
         weights = [w / total for w in weights]
     norms = [math.sqrt(gram[i][i]) for i in long]
     size = length(unit_gram(gram), weights)
-    if size < eps:
+    if size <= max(eps, CANCELLED):
         shares[long[0]] = 1.0
         return tuple(shares)
     scale = math.fsum(w * n for w, n in zip(weights, norms, strict=True))

@@ -15,7 +15,9 @@ from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.task_vectors import span
 
-FLAT = 1e-8  # a sine below this: the angle is too small to divide by it
+# A sine below this is too small to divide by. mergekit has 1e-8; but an angle near 0 or pi that comes from a cosine in
+# float64 is no more accurate than 2e-8, and opposite vectors of other lengths would give numbers of any size.
+FLAT = 1e-7
 MOST_COLUMNS = 1 << 24  # their sums take 72 bytes each
 
 
@@ -36,7 +38,7 @@ def nuslerp(
     deltas where there is a base, which is then added.
 
     x are whole tensors; without `nuslerp_flatten` vectors along the last dimension; with `nuslerp_row_wise` as well,
-    along the first. Linear where the sine of a is below 1e-8.
+    along the first. Linear where the sine of a is below 1e-7.
     """
     total = sum(weight)
     t = weight[1] / total if abs(total) >= ZERO_WEIGHT else 0.5
