@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-crash test-mergekit bench gpu-check format clean
+.PHONY: install demo lint type test test-long test-crash test-mergekit bench gpu-check format clean
 
 install: $(STAMP)
 
@@ -26,7 +26,11 @@ type: install
 	$(BIN)/mypy
 
 test: lint type
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
+
+# What takes minutes by itself: `make gpu-check` rehearsed on the CPU.
+test-long: install
+	$(BIN)/pytest -m long
 
 # An hour and 20 GB of disk: every method at 1b against mergekit, calibration, then how time and memory grow.
 bench: install

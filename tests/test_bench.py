@@ -45,6 +45,7 @@ def test_it_measures_and_draws(tmp_path: Path) -> None:
     assert "lowmem-aim" in (results.parent / "chart.svg").read_text()
 
 
+@pytest.mark.long
 def test_the_gpu_check_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     what = ["--device", "cpu", "--scale", "tiny", "--methods", "ties", "--blocks", "3", "--block-size", "32"]
     limits = ["--work", str(tmp_path), "--ram", "2GB"]

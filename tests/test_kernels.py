@@ -51,23 +51,29 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_every_method_gives_the_same_bytes(
-    method: str, dtype: torch.dtype, shape: tuple[int, int], in_torch: Any
-) -> None:
-    base, *experts = models(shape, dtype if dtype != torch.float16 else torch.float32)
-    base, experts = base.clamp(-6e4, 6e4).to(dtype), [e.clamp(-6e4, 6e4).to(dtype) for e in experts]
-    experts = experts[: METHODS[method].most]
-    subject = Subject(NAME, shape, base.numel(), len(experts), seed=5)
+def test_every_method_gives_the_same_bytes(method: str, dtype: torch.dtype, in_torch: Any) -> None:
+    for shape, step in (((3, 5), 1), ((7, 1030), 2), ((2500, 1), 700), ((40, 300), 17)):
+        base, *experts = models(shape, dtype)
+        compare(method, base, experts[: METHODS[method].most], step, in_torch)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "slerp", "widen"])
+def test_float16_is_widened_first(method: str, in_torch: Any) -> None:
+    base, *experts = (model.clamp(-6e4, 6e4).to(torch.float16) for model in models((7, 1030), torch.float32))
+    compare(method, base, experts[: METHODS[method].most], 2, in_torch)
+
+
+def compare(method: str, base: Tensor, experts: list[Tensor], step: int, in_torch: Any) -> None:
+    subject = Subject(NAME, tuple(base.shape), base.numel(), len(experts), seed=5)
 
     def merged() -> Tensor:
-        combine = measured(METHODS[method].start(subject, PARAMETERS[method]), base, experts, 2)
+        combine = measured(METHODS[method].start(subject, PARAMETERS[method]), base, experts, step)
         result: Tensor = combine(Rows(base, tuple(experts), 0))
         return result
 
-    assert torch.equal(bits(merged()), bits(in_torch(merged)))
+    assert torch.equal(bits(merged()), bits(in_torch(merged))), base.shape
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -25,7 +25,7 @@ from lowmem_aim.events import Advanced, Emit, Event, PhaseStarted
 from lowmem_aim.output import PRIVATE
 from lowmem_aim.status import Status, status_of
 
-KILLS, FEW_KILLS = 60, 4
+KILLS, FEW_KILLS = 60, 2
 ATTEMPTS = 400  # for one merge: none should need so many
 SHAPE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 4000}
 _LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
