@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,23 @@ def calibrate(
 
 
 def rooms_for(
-    skeleton: Skeleton, sequences: Sequence[Tensor], budget: Budget, device: torch.device, spill: Path | None
+    skeleton: Skeleton,
+    sequences: Sequence[Tensor],
+    budget: Budget,
+    device: torch.device,
+    spill: Path | None,
+    beside: int = 0,
 ) -> Rooms:
-    """How the budget is divided. Raises MemoryBudgetError if it is too small, DiskError if the disk of `spill` is.
+    """How the budget is divided; `beside`: bytes that something else takes meanwhile.
 
-    `spill` also has to take two snapshots of the hidden states: the last one stays until the next is whole.
+    Raises MemoryBudgetError if it is too small, DiskError if the disk of `spill` is. `spill` also has to take two
+    snapshots of the hidden states: the last one stays until the next is whole.
     """
     if not skeleton.blocks:
         label = printable(skeleton.weights.checkpoint.label)
         raise ModelError(f"`{label}` is not built of a list of blocks: it cannot be calibrated")
     needs = Needs.of(skeleton, sequences)
+    needs = replace(needs, beside=needs.beside + beside)
     rooms = divide(budget, device, needs)
     if spill is not None:
         needed = rooms.spilled(needs.states) + 2 * needs.states - snapshot_bytes(spill)

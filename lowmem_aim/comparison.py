@@ -29,6 +29,7 @@ from lowmem_aim.stage import Stage
 
 LONGEST_TEXT = 512  # tokens; more are cut off
 KIND = "acm"  # of the journal's row
+WORK_BYTES = 96 << 20  # what counting pairs, parts of the heads and slices of merged weights take
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class Comparison:
         assert skeleton is not None
         texts = list(self.calibration.sequences)
         # Hidden states of both models, and what of the one waits for the other; one block of weights at a time.
-        rooms = rooms_for(skeleton, [*texts, *texts, *texts], budget, device, space.private)
+        # The merged weight that is being made is there beside the one that the block gets.
+        largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.outline.vocabulary), default=0)
+        three = [*texts, *texts, *texts]
+        rooms = rooms_for(skeleton, three, budget, device, space.private, beside=WORK_BYTES + largest)
         shares = [_share(rooms, 2), _share(rooms, 1)]
         merged_skeleton = load_skeleton(inputs.reference, skeleton.dtype)
         with MergedWeights(plan, inputs, relaxation, space.private) as merged:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_aim.shelf import Shelf, Slot
 
 PARTS = 8
-CHUNK = 1 << 21  # pairs that are sorted at a time
+CHUNK = 1 << 19  # pairs that are sorted at a time
 LABELS = 1 << 16
 
 

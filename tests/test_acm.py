@@ -256,10 +256,10 @@ class TestInARecipe:
         merge(recipe, tmp_path / "whole")
         rooms_for = comparison.rooms_for
 
-        def small(*args: Any) -> Any:
+        def small(*args: Any, **given: Any) -> Any:
             from dataclasses import replace
 
-            return replace(rooms_for(*args), weights=1, ram_states=0)
+            return replace(rooms_for(*args, **given), weights=1, ram_states=0)
 
         monkeypatch.setattr(comparison, "rooms_for", small)
         monkeypatch.setattr("lowmem_aim.rooms.SMALLEST_PAGED", 1)
