@@ -32,10 +32,15 @@ test: lint type
 test-long: install
 	$(BIN)/pytest -m long
 
-# An hour and 20 GB of disk: every method at 1b against mergekit, calibration, then how time and memory grow.
+# Methods beside the six that are measured at 1b.
+FURTHER := della della_linear breadcrumbs breadcrumbs_ties sce model_stock nearswap arcee_fusion ram ramplus_tl karcher \
+	multislerp nuslerp widen
+
+# Two hours and 20 GB of disk: every method at 1b against mergekit, calibration, then how time and memory grow.
 bench: install
 	$(BIN)/python tests/bench/bench.py --scale 160m --only calibration
 	$(BIN)/python tests/bench/bench.py --scale 1b
+	$(BIN)/python tests/bench/bench.py --scale 160m --only ours mergekit --methods task_arithmetic $(FURTHER)
 	$(BIN)/python tests/bench/bench.py --scale 160m 3b 8gb-tensor --only ours disk --methods task_arithmetic ties --repeats 1
 
 # On a CUDA machine: memory, agreement with the CPU, resuming and rates, with Llama-2-13B's shapes as the disk allows.

@@ -96,11 +96,13 @@ def example(method: Method) -> str:
 
 
 def summary(methods: list[Method]) -> Iterator[str]:
-    """A line for each."""
-    rows = [(method.name, _models(method), _passes(method), _all_parameters(method)) for method in methods]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        yield "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]])
+    """A few lines for each."""
+    for method in methods:
+        yield f"{method.name}: {formula(method)}"
+        yield f"    {method.source}; {_models(method)}; {_passes(method)}"
+        yield f"    {_all_parameters(method)}"
+    yield ""
+    yield "lowmem-aim methods NAME: bounds, and a recipe to start from"
 
 
 def _models(method: Method) -> str:

@@ -28,10 +28,12 @@ class TestMethods:
     def test_each_has_a_line_and_nothing_is_left_out(self, run: Run) -> None:
         done = run("methods")
         assert done.code == 0
-        lines = {line.split()[0]: line for line in done.out.splitlines()}
-        assert list(lines) == sorted(METHODS)
+        told = dict(re.findall(r"^(\w+): (.*\n    .*\n    .*)$", done.out, re.M))
+        assert list(told) == sorted(METHODS)
         for name, method in METHODS.items():
-            assert all(parameter in lines[name] for parameter in method.parameters)
+            assert all(parameter in told[name] for parameter in method.parameters)
+            assert formula(method) in told[name]
+            assert method.source in told[name]
 
     def test_json_has_all_there_is(self, run: Run) -> None:
         found = {entry["name"]: entry for entry in json.loads(run("methods", "--json").out)}
