@@ -8,10 +8,9 @@ from typing import Any
 
 import yaml
 
-from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.errors import UsageError, did_you_mean, printable
 from lowmem_aim.methods import Method, Parameter, find_method
 from lowmem_aim.methods.extensions import names
-from lowmem_aim.recipe import did_you_mean
 
 BASES = {
     "required": "on a base",

@@ -247,7 +247,7 @@ def merge(paths: tuple[Path, ...], **flags: Any) -> None:
         raise UsageError("merge takes a recipe and then an output folder", hint="lowmem-aim merge recipe.yml out/")
     _refuse_if_running(paths[-1])
     from lowmem_aim import flags as overrides
-    from lowmem_aim.recipe import read_recipe
+    from lowmem_aim.recipe_reader import read_recipe
     from lowmem_aim.run import merge as work
     from lowmem_aim.yaml_tree import load_tree
 
@@ -277,7 +277,7 @@ def relax(merged: str, out: Path, **flags: Any) -> None:
     """Apply AIM or ACM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
     _refuse_if_running(out)
     from lowmem_aim import flags as overrides
-    from lowmem_aim.recipe import read_recipe
+    from lowmem_aim.recipe_reader import read_recipe
     from lowmem_aim.run import merge as work
 
     recipe = read_recipe(overrides.relax_recipe(merged, flags))

@@ -17,6 +17,7 @@ Problems of one kind are collected and raised together: `problems` holds one lin
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterable, Iterator
 
 
@@ -91,3 +92,9 @@ def printable(text: str, limit: int = 200) -> str:
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""

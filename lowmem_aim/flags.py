@@ -9,7 +9,8 @@ import yaml
 
 from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.methods import Method, find_method
-from lowmem_aim.recipe import Aim, read_aim, same_reference
+from lowmem_aim.recipe import Aim, same_reference
+from lowmem_aim.recipe_reader import read_aim
 from lowmem_aim.yaml_tree import Node, parse
 
 COMMAND_LINE = "command line"

@@ -24,7 +24,8 @@ from lowmem_aim.errors import ModelError, RecipeError, UsageError
 from lowmem_aim.events import Event, PhaseStarted
 from lowmem_aim.flags import applied, relax_recipe
 from lowmem_aim.mutual_information import CHUNK, PairCounts
-from lowmem_aim.recipe import Acm, Recipe, read_recipe
+from lowmem_aim.recipe import Acm, Recipe
+from lowmem_aim.recipe_reader import read_recipe
 from lowmem_aim.relax.acm import freezing
 from lowmem_aim.run import Options, merge
 from lowmem_aim.shelf import Shelf

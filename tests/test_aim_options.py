@@ -17,7 +17,8 @@ from test_resume import each_tensor, stop  # noqa: F401 (a fixture)
 from lowmem_aim.activations import Activations
 from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.recipe import Recipe, Setting, one_by_one, read_recipe
+from lowmem_aim.recipe import Recipe, Setting, one_by_one
+from lowmem_aim.recipe_reader import read_recipe
 from lowmem_aim.relax.aim import SCALINGS, shrinkage
 from lowmem_aim.run import Options, calibrate_base, merge
 from lowmem_aim.slices import TensorInputs

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.errors import DiskError
 from lowmem_aim.flags import applied, empty_recipe
-from lowmem_aim.recipe import Recipe, read_recipe
+from lowmem_aim.recipe import Recipe
+from lowmem_aim.recipe_reader import read_recipe
 from lowmem_aim.run import Options, merge
 
 

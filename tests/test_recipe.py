@@ -8,7 +8,8 @@ import pytest
 
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.flags import applied, empty_recipe
-from lowmem_aim.recipe import Recipe, Setting, read_recipe
+from lowmem_aim.recipe import Recipe, Setting
+from lowmem_aim.recipe_reader import read_recipe
 from lowmem_aim.yaml_tree import load_tree, parse
 
 GOOD = """\

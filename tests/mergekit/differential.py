@@ -28,7 +28,7 @@ import tiny  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 
-from lowmem_aim.recipe import read_recipe  # noqa: E402
+from lowmem_aim.recipe_reader import read_recipe  # noqa: E402
 from lowmem_aim.run import Options, merge  # noqa: E402
 from lowmem_aim.yaml_tree import load_tree  # noqa: E402
 
