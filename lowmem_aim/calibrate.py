@@ -39,7 +39,7 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.drivers import Broken, Pager, Suspended, Tail, Tape
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
-from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, Worked, silent
 from lowmem_aim.memory import Budget, is_allocation_failure
 from lowmem_aim.output import check_disk, snapshot_bytes
 from lowmem_aim.rooms import BOUNDLESS, Needs, Rooms, divide
@@ -143,6 +143,10 @@ class _Progress:
         self.emit(Notice(f"resuming: {blocks}/{of} blocks are calibrated"))
         self.block(blocks - 1, path)
 
+    def within(self, index: int, share: float) -> None:
+        """So much of a block's work is done."""
+        self.emit(Worked("compute", 0, 0.0, done=index + share))
+
     def block(self, index: int, path: str) -> None:
         if index >= self.done:
             self.done = index + 1
@@ -197,7 +201,7 @@ def _recorded(
         _stepped_again(canary, course, stage, progress)
         for index, (path, _) in list(enumerate(stage.blocks))[course.blocks :]:
             must_be_same(canary.call.hidden if canary.index == index else None, stage.shelf.get(states[watched]), path)
-            output = _driven(stage, index, course.tapes, states, canary.call)
+            output = _driven(stage, index, course.tapes, states, canary.call, progress)
             course.outputs.append(on_shelf(output, stage))
             canary.step(output)
             progress.block(index, path)
@@ -225,7 +229,14 @@ def _finished(stage: Stage, tokens: Tensor, state: Slot, counted: bool) -> Tail:
     return tail
 
 
-def _driven(stage: Stage, index: int, tapes: Sequence[Sequence[Call]], states: Sequence[Slot], canary: Call) -> Any:
+def _driven(
+    stage: Stage,
+    index: int,
+    tapes: Sequence[Sequence[Call]],
+    states: Sequence[Slot],
+    canary: Call,
+    progress: _Progress,
+) -> Any:
     """Every sequence's state through block `index`, the last one's uncounted; what the block makes of `canary`."""
     shelf = stage.shelf
     left = deque(range(len(tapes)))  # so that what is done is not done again after a failed allocation
@@ -238,6 +249,7 @@ def _driven(stage: Stage, index: int, tapes: Sequence[Sequence[Call]], states: S
             shelf.put(hidden_of(stage.run_block(index, call)), states[number])
             stage.watch.commit()
             left.popleft()
+            progress.within(index, 1 - len(left) / len(tapes))
         stage.watch.active = False
         return stage.run_block(index, canary)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,7 @@ from lowmem_aim import interrupts
 from lowmem_aim.errors import LowmemAimError, UsageError, printable
 
 if TYPE_CHECKING:
+    from lowmem_aim.dashboard import Style
     from lowmem_aim.events import Event
     from lowmem_aim.run import Options
 
@@ -159,6 +161,7 @@ _JOB = _options(
     click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
     click.option("--fresh", is_flag=True, help="discard what an interrupted run has left"),
     click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
+    click.option("--json", "as_json", is_flag=True, help="progress as JSON lines on stdout, for programs"),
     click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
     click.option("--debug", is_flag=True, help="show a traceback after a bug"),
 )
@@ -185,6 +188,7 @@ def _job(flags: dict[str, Any]) -> Options:
         use_cache=flags.get("cache", True),
         fresh=flags["fresh"],
         accept_environment=flags["accept_environment"],
+        command=shlex.join(["lowmem-aim", *sys.argv[1:]]),
     )
 
 
@@ -197,17 +201,28 @@ def _refuse_if_running(out: Path) -> None:
         raise locked_error(lock, owner_of(lock))
 
 
-def _run(work: Callable[[Any], Path], quiet: bool) -> None:
-    from lowmem_aim.dashboard import shown
+def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = False) -> None:
+    """The work of a command with its progress shown; then the path of what it made, on stdout. `merges`: a model."""
+    from lowmem_aim import summary
+    from lowmem_aim.dashboard import showing
+    from lowmem_aim.events import RunEnded, Sampled, Worked
 
-    with interrupts.work(), shown(quiet) as emit:
+    style: Style = "json" if flags.get("as_json") else "quiet" if flags["quiet"] else "auto"
+    with interrupts.work(), showing(style) as view:
 
         def checked(event: Event) -> None:
-            interrupts.check()
-            emit(event)
+            if isinstance(event, Worked):
+                interrupts.hold()
+            if not isinstance(event, Sampled | RunEnded):  # those are told also when the run is being ended
+                interrupts.check()
+            view(event)
 
         made = work(checked)
-    click.echo(click.format_filename(made))
+    if style == "auto" and view.progress.planned:
+        for line in (*summary.lines(view.progress), *(summary.next_commands(made) if merges else ())):
+            click.echo(line, err=True)
+    if style != "json":
+        click.echo(click.format_filename(made))
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def merge(paths: tuple[Path, ...], **flags: Any) -> None:
 
     tree = load_tree(paths[0]) if len(paths) == 2 else overrides.empty_recipe()
     recipe = read_recipe(overrides.applied(tree, flags))
-    _run(lambda emit: work(recipe, paths[-1], _job(flags), emit), flags["quiet"])
+    _run(lambda emit: work(recipe, paths[-1], _job(flags), emit), flags, merges=True)
 
 
 @cli.command()
@@ -281,7 +296,7 @@ def relax(merged: str, out: Path, **flags: Any) -> None:
     from lowmem_aim.run import merge as work
 
     recipe = read_recipe(overrides.relax_recipe(merged, flags))
-    _run(lambda emit: work(recipe, out, _job(flags), emit), flags["quiet"])
+    _run(lambda emit: work(recipe, out, _job(flags), emit), flags, merges=True)
 
 
 @cli.command()
@@ -301,7 +316,7 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
     from lowmem_aim.run import calibrate_base
 
     aim = overrides.calibration_settings(flags)
-    _run(lambda emit: calibrate_base(base, aim, output, _job(flags), emit), flags["quiet"])
+    _run(lambda emit: calibrate_base(base, aim, output, _job(flags), emit), flags)
 
 
 @cli.command()
@@ -337,7 +352,7 @@ def verify(out: Path, quiet: bool) -> None:
             work(folder, f"{PRIVATE}/{SUMS}", emit)
         return out
 
-    _run(checked, quiet)
+    _run(checked, {"quiet": quiet})
 
 
 @cli.command()

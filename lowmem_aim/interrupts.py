@@ -1,4 +1,4 @@
-"""Signals that ask the program to end: SIGINT, SIGTERM, SIGHUP.
+"""What a user asks of a run: to end (SIGINT, SIGTERM, SIGHUP), to pause, or to tell how it stands (SIGUSR1).
 
 Before work starts there is nothing to take back, and an exception raised in the middle of an import is swallowed or
 dressed up by it: the process just ends. During `work`, the first signal raises `Interrupted`, so that the run drops the
@@ -17,9 +17,11 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from lowmem_aim.errors import ModelError
 
@@ -29,6 +31,7 @@ PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it 
 hint: mend it, and give the same command again; what is finished stays
 """
 _SHOW_CURSOR = b"\x1b[?25h"
+_POLL_SECONDS = 0.1
 
 
 class Interrupted(BaseException):
@@ -38,6 +41,9 @@ class Interrupted(BaseException):
 class _State:
     working = False
     received = 0  # the first signal's number
+    paused = False
+    at_end: ClassVar[list[Callable[[], None]]] = []  # what a terminal needs before the process goes
+    tell: ClassVar[list[Callable[[], None]]] = []  # what shows how the run stands
 
 
 def install() -> None:
@@ -45,6 +51,8 @@ def install() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _handle)
+    if hasattr(signal, "SIGUSR1"):  # else it would end a process that is only just starting
+        signal.signal(signal.SIGUSR1, _tell)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -58,9 +66,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _end(message: bytes, code: int) -> NoReturn:
+    for restore in _State.at_end:
+        with contextlib.suppress(Exception):
+            restore()
     try:
         if os.isatty(2):
-            os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
+            os.write(2, _SHOW_CURSOR)  # the dashboard has hidden it
         os.write(2, message)
     finally:  # also where nobody listens any more
         os._exit(code)
@@ -76,9 +87,51 @@ def received() -> int:
 
 
 def check() -> None:
-    """Raises Interrupted if a signal has come and the run goes on all the same."""
-    if _State.received:
+    """Raises Interrupted, in the main thread, if a signal has come and the run goes on all the same."""
+    if _State.received and threading.current_thread() is threading.main_thread():
         raise Interrupted
+
+
+@contextlib.contextmanager
+def restoring(terminal: Callable[[], None]) -> Iterator[None]:
+    """`terminal` is called at the end, and also where a second signal ends the process at once."""
+    _State.at_end.append(terminal)
+    try:
+        yield
+    finally:
+        _State.at_end.remove(terminal)
+        terminal()
+
+
+@contextlib.contextmanager
+def telling(how: Callable[[], None]) -> Iterator[None]:
+    """`how` is called at SIGUSR1."""
+    _State.tell.append(how)
+    try:
+        yield
+    finally:
+        _State.tell.remove(how)
+
+
+def _tell(number: int, frame: FrameType | None) -> None:
+    for how in _State.tell:
+        with contextlib.suppress(Exception):
+            how()
+
+
+def toggle_pause() -> None:
+    """Have the threads that read and compute wait, or go on."""
+    _State.paused = not _State.paused
+
+
+def paused() -> bool:
+    return _State.paused
+
+
+def hold() -> None:
+    """Returns when the run is not paused, or was asked to end."""
+    while _State.paused and not _State.received:
+        time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -86,7 +139,7 @@ def work() -> Iterator[None]:
     """The span in which a signal raises Interrupted."""
     if hasattr(signal, "SIGBUS"):
         ctypes.CDLL(None).signal(int(signal.SIGBUS), _pages_gone)
-    _State.working, _State.received = True, 0
+    _State.working, _State.received, _State.paused = True, 0, False
     try:
         yield
     finally:

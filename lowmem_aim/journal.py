@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +57,7 @@ class Group:
     sha256: str  # of the file's bytes up to `end`
     digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor of this group -> xxh3-128 of its bytes as read
     replaced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # likewise -> elements that were not finite
+    kept: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensor -> sums of |delta|, see `relaxation`
 
 
 class Journal:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.errors import MemoryBudgetError, UsageError, printable
+from lowmem_aim.units import shown
 
 # Left to the rest of the machine when no budget is given: a tenth, at least this much.
 RESERVE_BYTES = 500_000_000
@@ -80,14 +81,6 @@ def make_budget(device: torch.device, ram: int | None = None, vram: int | None =
     vram = max(free - max(RESERVE_BYTES, free // 10), 0) if vram is None else min(vram, total)
     torch.cuda.set_per_process_memory_fraction(vram / total, device)
     return Budget(ram, vram)
-
-
-def shown(count: int) -> str:
-    """A number of bytes for people: `1.2 GB`, in powers of ten."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 # --- how a merge divides it -------------------------------------------------------------------------------------------
@@ -164,6 +157,20 @@ def anonymous_bytes() -> int:
     with contextlib.suppress(OSError, ValueError, KeyError):
         return _table(Path("/proc/self/status"))["RssAnon"] * 1024
     return int(psutil.Process().memory_info().rss)
+
+
+def file_cache_bytes() -> int:
+    """Pages of mapped files that this process has in memory; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return _table(Path("/proc/self/status"))["RssFile"] * 1024
+    return 0
+
+
+def vram_bytes(device: str) -> tuple[int | None, int | None]:
+    """(now, peak) of what torch holds of a device's own memory; None where it has none."""
+    if not device.startswith("cuda"):
+        return None, None
+    return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
 
 
 def _table(file: Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from lowmem_aim import kernels
 from lowmem_aim.activations import Activations
 from lowmem_aim.devices import Lanes
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.events import Advanced, Emit, Event, Notice, PhaseEnded, PhaseStarted
+from lowmem_aim.events import Emit, Event, Notice, PhaseEnded, PhaseStarted, TensorDone, Worked
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Shares
@@ -32,7 +33,7 @@ from lowmem_aim.methods import Rows, rounds
 from lowmem_aim.methods.method import Combine, Fold
 from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.plan import Plan, Task, subject_of
-from lowmem_aim.relaxation import Consensus, Relaxation
+from lowmem_aim.relaxation import Consensus, Kept, Relax, Relaxation
 from lowmem_aim.shards import Read, Shards
 from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
 
@@ -46,6 +47,7 @@ class Merged:
     shards: dict[str, str] = field(default_factory=dict)  # file name -> sha256
     models: list[tuple[str, str]] = field(default_factory=list)  # label, xxh3-128 over its tensors as read, by name
     replaced: list[tuple[str, str, int]] = field(default_factory=list)  # label, tensor, elements that were not finite
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # tensor -> sums, see `relaxation.Kept`
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Target:
     staging: Path
     journal: Journal
     consensus: Consensus | None = None
+    name: str = ""  # of its folder, where there are several
 
 
 def merge_tensors(
@@ -80,12 +83,12 @@ def merge_tensors(
     outputs = [
         Output(
             target.plan,
-            Shards(target.plan, target.staging, target.journal, progress.of(number)),
+            Shards(target.plan, target.staging, target.journal, progress.of(number), target.name),
             Relaxation(target.plan.recipe.aim, activations, inputs, target.consensus),
         )
         for number, target in enumerate(targets)
     ]
-    loop = _Loop(targets[0].plan, outputs, inputs, Lanes(device), stride, shares)
+    loop = _Loop(targets[0].plan, outputs, inputs, Lanes(device), stride, shares, emit)
     for output in outputs:
         loop.know(output.shards.read_before)
     with contextlib.ExitStack() as stack:
@@ -102,7 +105,12 @@ def merge_tensors(
         emit(Notice(f"{count} element(s) of `{printable(label)}` are NaN or Inf and took the base's value", "warning"))
     models = loop.model_digests()
     return [
-        Merged({shard.name: output.shards.digests[shard.name] for shard in output.plan.shards}, models, replaced)
+        Merged(
+            {shard.name: output.shards.digests[shard.name] for shard in output.plan.shards},
+            models,
+            replaced,
+            {task.name: output.shards.kept[task.name] for task in output.plan.tasks if task.name in output.shards.kept},
+        )
         for output in outputs
     ]
 
@@ -125,15 +133,16 @@ class _Progress:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._done: dict[int, int] = {}
+        self._done: dict[tuple[int, type[Event]], float] = {}
 
     def of(self, number: int) -> Emit:
         """What one of them emits to."""
 
         def summed(event: Event) -> None:
-            if isinstance(event, Advanced):
-                self._done[number] = event.done
-                event = replace(event, done=sum(self._done.values()))
+            if isinstance(event, TensorDone | Worked) and event.done is not None:
+                kind = type(event)
+                self._done[number, kind] = event.done
+                event = replace(event, done=sum(done for (_, of), done in self._done.items() if of is kind))
             self._emit(event)
 
         return summed
@@ -165,6 +174,7 @@ class _Loop:
     lanes: Lanes
     stride: Stride
     shares: Shares
+    emit: Emit
     tensors: dict[str, TensorInputs] = field(default_factory=dict)  # those whose reading has begun
     # checkpoint folder -> tensor -> xxh3-128 of its rows as read
     digests: dict[Path, dict[str, str]] = field(default_factory=dict)
@@ -190,45 +200,59 @@ class _Loop:
             tensor = self.tensors[task.name] = TensorInputs(
                 task, self.inputs, with_base, self.stride, self.plan.nonfinite
             )
-            yield from tensor.slices(first_pass=True)
+            yield from self.timed(tensor.slices(first_pass=True), task)
             yield _End()
+
+    def timed(self, slices: Iterator[Rows], task: Task) -> Iterator[Rows]:
+        """The same slices; how long each took to be read is told."""
+        while True:
+            begun = time.perf_counter()
+            rows = next(slices, None)
+            if rows is None:
+                return
+            self.emit(Worked("read", _nbytes(rows), time.perf_counter() - begun))
+            yield rows
 
     def job(self, task: Task, stream: Stream) -> Job:
         """The passes over one tensor; the last gives its finished rows to the outputs that lack it."""
         passes = _Passes(self, task, stream)
-        lacking = [(output, output.left[task.name]) for output in self.outputs if task.name in output.left]
+        parts = [
+            _Part(output, own, output.relaxation.of(own), Kept(own))
+            for output in self.outputs
+            if (own := output.left.get(task.name))
+        ]
 
-        def append(parts: list[list[Tensor]]) -> None:
-            for part in parts:
-                for (output, own), rows in zip(lacking, part, strict=True):
-                    output.shards.append(own, rows)
+        def append(results: list[list[_Finished]]) -> None:
+            for result in results:
+                for part, finished in zip(parts, result, strict=True):
+                    part.append(finished)
 
         def done() -> None:
             read = self._read_whole(task)
-            for output, own in lacking:
-                output.shards.tensor_done(own, read)
+            for part in parts:
+                part.done(read)
 
         if task.action == "copy":
             # Not by way of the device: it may not have the dtype.
-            yield passes.make(lambda rows: [rows.stored_experts[0]] * len(lacking), append, last=True, done=done)
+            yield passes.make(
+                lambda rows: [_Finished(rows.stored_experts[0])] * len(parts), append, last=True, done=done
+            )
             return
-        finished = yield from self._measured(task, passes, lacking)
+        finished = yield from self._measured(task, passes, parts)
         yield passes.make(finished, append, last=True, done=done)
 
     def _measured(
-        self, task: Task, passes: _Passes, lacking: Sequence[tuple[Output, Task]]
-    ) -> Generator[Pass, None, Callable[[Rows], list[Tensor]]]:
+        self, task: Task, passes: _Passes, parts: Sequence[_Part]
+    ) -> Generator[Pass, None, Callable[[Rows], list[_Finished]]]:
         """The measure rounds; returns what makes finished rows for each output: combine, relax, round."""
         method = self.plan.recipe.method
         subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
         combine = yield from self._rounds(rounds(method.start(subject, task.parameters)), passes)
-        relaxations = [output.relaxation.of(own) for output, own in lacking]
 
-        def finished(rows: Rows) -> list[Tensor]:
+        def finished(rows: Rows) -> list[_Finished]:
             merged = combine(rows)
-            own = [*(merged.clone() for _ in relaxations[:-1]), merged]  # relaxing overwrites
-            results = [relaxed(part, rows) if relaxed else part for relaxed, part in zip(relaxations, own, strict=True)]
-            return [self.lanes.down(rounded(result, task)) for result in results]
+            own = [*(merged.clone() for _ in parts[:-1]), merged]  # relaxing overwrites
+            return [part.finish(mine, rows, self.lanes) for part, mine in zip(parts, own, strict=True)]
 
         return self._on_device(finished)
 
@@ -290,6 +314,46 @@ class _Loop:
         ]
 
 
+def _nbytes(rows: Rows) -> int:
+    return sum(stored.nbytes for stored in (rows.stored_base, *rows.stored_experts))
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A slice of an output's tensor, and its part of the sums that `Kept` takes."""
+
+    rows: Tensor
+    before: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one output does to the merged rows of one tensor."""
+
+    output: Output
+    task: Task
+    relax: Relax | None
+    kept: Kept
+
+    def finish(self, merged: Tensor, rows: Rows, lanes: Lanes) -> _Finished:
+        if self.relax is None:
+            return _Finished(lanes.down(rounded(merged, self.task)))
+        before = self.kept.of(merged, rows.stored_base, rows.start)
+        relaxed = self.relax(merged, rows)
+        after = self.kept.of(relaxed, rows.stored_base, rows.start)
+        return _Finished(lanes.down(rounded(relaxed, self.task)), before, after)
+
+    def append(self, finished: _Finished) -> None:
+        self.kept.add(finished.before, finished.after)  # here: a slice that fails is computed again
+        self.output.shards.append(self.task, finished.rows)
+
+    def done(self, read: Read) -> None:
+        if self.relax is not None:
+            read = replace(read, kept={self.task.name: self.kept.sums()})
+        self.output.shards.tensor_done(self.task, read)
+
+
 def _add_all(fold: Fold, parts: list[Any]) -> None:
     for part in parts:
         fold.add(part)
@@ -322,7 +386,16 @@ class _Passes:
             lanes.release()
             stride.too_large(rows.count, rows.stored_experts[0].shape[1], self._task.name, whole=self._task.whole)
 
-        return Pass(self._slices(last), lambda rows: in_halves(work, rows, failed), take, last, done)
+        workers = self._loop.shares.workers
+
+        def timed(rows: Rows) -> list[Any]:
+            begun = time.perf_counter()
+            results = in_halves(work, rows, failed)
+            seconds = (time.perf_counter() - begun) / workers
+            self._loop.emit(Worked("compute", _nbytes(rows), seconds, self._task.name, self._task.shape))
+            return results
+
+        return Pass(self._slices(last), timed, take, last, done)
 
     def _slices(self, last: bool) -> Iterator[Rows]:
         if self._stream is not None:
@@ -344,7 +417,8 @@ class _Passes:
             yield rows
 
     def _read_again(self) -> Iterator[Rows]:
-        slices = self._loop.tensors[self._task.name].slices(first_pass=False)
+        tensor = self._loop.tensors[self._task.name]
+        slices = self._loop.timed(tensor.slices(first_pass=False), self._task)
         with Ahead(slices, self._loop.shares.ahead) as again:
             yield from again
 

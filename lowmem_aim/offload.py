@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
 
 from lowmem_aim.checkpoint import digest
+from lowmem_aim.events import Emit, Worked, silent
 from lowmem_aim.skeleton import Skeleton
 
 
@@ -30,8 +32,8 @@ class Source(Protocol):
 class Weights(Mapping[str, Tensor]):
     """Parameter name -> value, read from the checkpoint when asked for: accelerate's `weights_map`."""
 
-    def __init__(self, base: Source, skeleton: Skeleton, device: torch.device) -> None:
-        self.base, self.map, self._device = base, skeleton.weights, device
+    def __init__(self, base: Source, skeleton: Skeleton, device: torch.device, emit: Emit = silent) -> None:
+        self.base, self.map, self._device, self._emit = base, skeleton.weights, device, emit
         self.names = [name for name, _ in skeleton.model.named_parameters()]
         self.digests: dict[str, str] = {}
 
@@ -43,9 +45,11 @@ class Weights(Mapping[str, Tensor]):
         self.base.expect({source for name in parameters for source in self.map.sources(name)})
 
     def _read(self, name: str) -> Tensor:
+        begun = time.perf_counter()
         value = self.base.tensor(name)
         if name not in self.digests:
             self.digests[name] = digest(value)
+        self._emit(Worked("read", value.nbytes, time.perf_counter() - begun))
         return value
 
     def __iter__(self) -> Iterator[str]:

@@ -27,12 +27,14 @@ from lowmem_aim.durable import OWNER, disk_errors, locked, sync_folder, write_fi
 from lowmem_aim.errors import DiskError, LockedError, MemoryBudgetError, ModelError, UsageError, printable
 from lowmem_aim.journal import NAME as JOURNAL
 from lowmem_aim.journal import Journal
+from lowmem_aim.record import LOG
 from lowmem_aim.verify import sums_text
 
 PRIVATE = ".lowmem_aim"
 PUBLISHING = "publishing.json"
 STAGING = "staging"
 SUMS = "sha256.txt"
+FACTS = "run.json"
 ACTIVATIONS = "activations.safetensors"
 SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
@@ -161,6 +163,8 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                 with disk_errors(private):
                     shutil.rmtree(private / STAGING)
                     Journal.remove(private)
+                    for name in (LOG, FACTS):
+                        (private / name).unlink(missing_ok=True)
                 remove_snapshots(private)
             with Journal(private, read_only=finished) as journal:
                 space = Workspace(out, journal)
@@ -192,7 +196,7 @@ def _clear(private: Path) -> None:
     _remove_half_written(private)
     with contextlib.suppress(OSError):
         Journal.remove(private)
-        for name in (ACTIVATIONS, PUBLISHING, OWNER, "lock"):
+        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, OWNER, "lock"):
             (private / name).unlink(missing_ok=True)
 
 

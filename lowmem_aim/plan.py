@@ -40,11 +40,16 @@ class Task:
     parameters: Mapping[str, Any]  # of the method, by recipe name
     whole: bool = False  # its rows may not come in several slices
     omega: float = 1.0  # of AIM, if it relaxes this tensor
+    layer: int | None = None  # None: outside the layers
     begin: int = 0  # byte offset of the data in its shard's file
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.name, self.layer)
 
     @property
     def end(self) -> int:
@@ -107,23 +112,20 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
     if shard_bytes < SMALLEST_SHARD:
         raise UsageError(f"a shard size of {shard_bytes} bytes is too small", hint="the default is 5GB")
     layers = layer_count(inputs.reference.config)
-    tasks = [
-        _task(info, recipe, inputs, depth(info.name, layers))
-        for info in inputs.reference
-        if info.name not in inputs.dropped
-    ]
+    tasks = [_task(info, recipe, inputs, layers) for info in inputs.reference if info.name not in inputs.dropped]
     _check(tasks, recipe, inputs, seed)
     groups = _grouped(tasks, shard_bytes)
     return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed, nonfinite)
 
 
-def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, t: float) -> Task:
+def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task:
+    t, layer = depth(info.name, layers), layer_of(info.name, layers)
     if not info.dtype.is_floating_point or info.name in inputs.outline.buffers or info.numel == 0:
-        return Task(info.name, info.shape, info.dtype, "copy", {})
+        return Task(info.name, info.shape, info.dtype, "copy", {}, layer=layer)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else info.dtype
     whole = recipe.method.whole_rows and len(info.shape) < 2
     omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
-    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega)
+    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
 
 
 def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:
@@ -166,6 +168,15 @@ def layer_of(tensor: str, layers: int) -> int | None:
     """Its index from the tensor's name; None for tensors outside the layers."""
     match = re.search(r"(?:^|\.)(\d+)\.", tensor)
     return int(match[1]) if match and int(match[1]) < layers else None
+
+
+def kind_of(tensor: str, layer: int | None) -> str:
+    """The module's name in its layer, numbers of experts left out: `self_attn.q_proj`; outside the layers its own."""
+    name = tensor.removesuffix(".weight")
+    if layer is None:
+        return ".".join(name.split(".")[-2:] if name.endswith(".bias") else name.split(".")[-1:])
+    inside = name.partition(f".{layer}.")[2] if not name.startswith(f"{layer}.") else name.partition(".")[2]
+    return ".".join("*" if part.isdecimal() else part for part in inside.split("."))
 
 
 def depth(tensor: str, layers: int) -> float:

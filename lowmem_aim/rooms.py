@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_aim.errors import MemoryBudgetError, printable
-from lowmem_aim.memory import Budget, shown
+from lowmem_aim.memory import Budget
 from lowmem_aim.observe import CHUNK_NUMEL
 from lowmem_aim.skeleton import Skeleton
+from lowmem_aim.units import shown
 
 # What the allocator keeps back between two uses, and what small things add up to.
 SLACK_BYTES = 32 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,8 @@ from lowmem_aim.config import CONFIG
 from lowmem_aim.devices import usable_device
 from lowmem_aim.durable import disk_errors, partial_folder, sync_folder
 from lowmem_aim.errors import UsageError, printable
-from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
+from lowmem_aim.feed import Feed, reported
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
@@ -70,6 +72,7 @@ class Options:
     slice_rows: int | None = None  # rows in work at a time; None: what fits the budget and the processor's cache
     fresh: bool = False  # discard what an interrupted run has left
     accept_environment: bool = False  # go on with it under other versions or on another device
+    command: str = ""  # what to type to go on, for those who look at the run
 
 
 def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = silent) -> Path:
@@ -78,6 +81,11 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
     Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before. What a run
     had finished when it failed, or was killed, stays for the next.
     """
+    with reported("merge", out, emit, options.command) as feed:
+        return _merge(recipe, out, options, feed)
+
+
+def _merge(recipe: Recipe, out: Path, options: Options, emit: Feed) -> Path:
     device, budget = _set_up(options)
     for notice in recipe.notices:
         emit(Notice(notice, "warning"))
@@ -105,6 +113,8 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 unfinished.append((space, plan))
         if not unfinished:
             return out
+        emit.record_in([space.private for space, _ in unfinished])
+        emit(_planned([plan for _, plan in unfinished], calibration, device, budget))
         check_disk(out, sum(plan.output_bytes - space.staged_bytes() for space, plan in unfinished))
         activations = _activations(
             calibration, inputs, device, budget, [space for space, _ in unfinished], options.use_cache, emit
@@ -125,6 +135,7 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
                 )
                 if comparison
                 else None,
+                "" if space.out == out else space.out.name,
             )
             for space, plan in unfinished
         ]
@@ -140,6 +151,24 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
         consensuses = [target.consensus for target in targets]
         _finish(unfinished, merged, inputs, activations, consensuses, copied, emit)
     return out
+
+
+def _planned(plans: Sequence[Plan], calibration: Calibration | None, device: torch.device, budget: Budget) -> Planned:
+    recipe = plans[0].recipe
+    title = " + ".join([recipe.method.name, *(["AIM"] if recipe.aim else []), *(["ACM"] if recipe.acm else [])])
+    phases: list[Phase] = ["calibrate"] if calibration and calibration.given is None else []
+    phases += ["compare"] if recipe.acm else []
+    layers = Counter("" if task.layer is None else str(task.layer) for plan in plans for task in plan.tasks)
+    return Planned(
+        title,
+        (*phases, "merge", "finish"),
+        str(device),
+        torch.get_num_threads(),
+        budget.ram,
+        budget.vram,
+        tensors=sum(len(plan.tasks) for plan in plans),
+        layers={name: layers[name] for name in sorted(layers, key=lambda name: int(name or -1))},
+    )
 
 
 def _check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
@@ -197,6 +226,11 @@ def calibrate_base(
 
     Until it is done, what a killed run goes on from lies in the folder `output`.partial.
     """
+    with reported("calibrate", output, emit, options.command) as feed:
+        return _calibrate(base, aim, output, options, feed)
+
+
+def _calibrate(base: str, aim: Aim, output: Path, options: Options, emit: Feed) -> Path:
     device, budget = _set_up(options)
     unfinished = partial_folder(output)
     if output.suffix != ".safetensors":
@@ -217,6 +251,9 @@ def calibrate_base(
             identity = Identity.of_calibration(calibration, device)
             reread = partial(differing_weights, checkpoint, space.journal)
             agree(space.journal, identity, reread, accept_environment=options.accept_environment, emit=emit)
+            emit.record_in([space.private])
+            threads = torch.get_num_threads()
+            emit(Planned("activations", ("calibrate",), str(device), threads, budget.ram, budget.vram))
             measured = calibration.measure(
                 device=device, budget=budget, folder=space.private, journal=space.journal, emit=emit
             )

@@ -22,9 +22,10 @@ from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.inputs import Inputs
-from lowmem_aim.memory import is_allocation_failure, shown
+from lowmem_aim.memory import is_allocation_failure
 from lowmem_aim.methods import Rows
 from lowmem_aim.plan import NonFinite, Task
+from lowmem_aim.units import shown
 
 R = TypeVar("R")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
-from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.memory import Budget, is_allocation_failure, shown, trim
+from lowmem_aim.events import Emit, Notice, Worked, silent
+from lowmem_aim.memory import Budget, is_allocation_failure, trim
 from lowmem_aim.observe import Watch
 from lowmem_aim.offload import ReadWhileAbsent, Source, Weights
 from lowmem_aim.rooms import BOUNDLESS, SMALLEST_PAGED, Rooms, owners, paged, size_of
 from lowmem_aim.shelf import Shelf, Slot
 from lowmem_aim.skeleton import Skeleton, embeddings_of
+from lowmem_aim.units import shown
 
 R = TypeVar("R")
 SHORTER = "shorter sequences (`--block-size`) take less; close other programs, or use `--device cpu`"
@@ -121,7 +123,7 @@ class Stage:
         """`rooms` are those of `budget`; `spill`: a folder for hidden states that find no room in memory."""
         self.skeleton, self.device, self._emit = skeleton, device, emit
         self.model, self.blocks = skeleton.model, skeleton.blocks
-        self.weights = Weights(base, skeleton, device)
+        self.weights = Weights(base, skeleton, device, emit)
         self.watch = Watch()
         self.shelf = Shelf(device, device_bytes=rooms.device_states, ram_bytes=rooms.ram_states, folder=spill)
         self.rooms, self._room = rooms, rooms.weights
@@ -145,11 +147,13 @@ class Stage:
         self.watch.commit()
         if self._budget is not None and self._budget.ram_left() < self.rooms.ram_work:
             trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
+        begun = time.perf_counter()
         try:
             output = self._forwards[index](*call.args, **call.kwargs)
         except BaseException:
             self.watch.discard()
             raise
+        self._emit(Worked("compute", 0, time.perf_counter() - begun, self.blocks[index][0]))
         return output
 
     @contextlib.contextmanager

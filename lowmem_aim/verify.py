@@ -13,6 +13,7 @@ from lowmem_aim.errors import UsageError, VerifyError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted, silent
 
 LONGEST_NAME = 200  # characters
+PIECE_BYTES = 64 << 20  # read at a time
 _LAST = "# sha256 of the lines above: "
 
 
@@ -38,7 +39,7 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
         if name not in present:
             problems.append(f"`{printable(name)}` is missing")
             continue
-        if _sha256(out / name) != expected:
+        if _sha256(out / name, emit, done) != expected:
             problems.append(f"`{printable(name)}` is not what was written")
         done += (out / name).stat().st_size
         emit(Advanced(done, name))
@@ -74,6 +75,12 @@ def _is_inside(name: str) -> bool:
     )
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(file: Path, emit: Emit, before: int) -> str:
+    """`before`: bytes of other files that have been read."""
+    digest, done = hashlib.sha256(), before
+    with file.open("rb", buffering=0) as stream:
+        while data := stream.read(PIECE_BYTES):
+            digest.update(data)
+            done += len(data)
+            emit(Advanced(done, file.name))
+    return digest.hexdigest()

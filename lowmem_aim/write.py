@@ -13,6 +13,7 @@ import hashlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +66,19 @@ class ShardWriter:
     """One file of a known size. A context manager: leaving it without `close` drops the descriptor, nothing more."""
 
     def __init__(
-        self, path: Path, size: int, commit: Callable[[Commit], None] = lambda done: None, prefix: Prefix | None = None
+        self,
+        path: Path,
+        size: int,
+        commit: Callable[[Commit], None] = lambda done: None,
+        prefix: Prefix | None = None,
+        worked: Callable[[int, float], None] = lambda nbytes, seconds: None,
     ) -> None:
         """Create `path` with `size` bytes (it must not exist), or go on after its `prefix`. Raises DiskError.
 
-        `commit` is called, in another thread, with what has become durable.
+        Called in other threads: `commit` with what has become durable, `worked` with bytes that were written, and how
+        long that took.
         """
-        self._path, self._size, self._commit = path, size, commit
+        self._path, self._size, self._commit, self._worked = path, size, commit, worked
         self._tensors, self._written, self._hash = 0, 0, hashlib.sha256()
         if prefix:
             self._tensors, self._written, self._hash = prefix.tensors, prefix.end, prefix.state
@@ -142,12 +149,14 @@ class ShardWriter:
 
     def _write(self, view: memoryview) -> None:
         assert self._descriptor is not None
+        begun, nbytes = time.perf_counter(), len(view)
         self._hash.update(view)
         with disk_errors(self._path):
             while view:
                 count = os.write(self._descriptor, view)
                 view = view[count:]
                 self._written += count
+        self._worked(nbytes, time.perf_counter() - begun)
         if self._written - self._synced >= SYNC_BYTES:
             self._synced = self._written
             self._to_sync.put(True)

@@ -13,14 +13,16 @@ import tiny
 import torch
 import yaml
 from conftest import Place
+from rich.console import Console
 from safetensors.torch import load_file
 from test_bad_input import edit
 
 from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.config import config_of
-from lowmem_aim.dashboard import _Bars
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.events import Advanced, Notice, PhaseStarted
+from lowmem_aim.events import Notice, PhaseStarted, Planned, RunStarted, TensorDone
+from lowmem_aim.progress import Progress
+from lowmem_aim.screen import screen
 
 
 class TestConfig:
@@ -409,7 +411,8 @@ class TestNames:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("FORCE_COLOR", "1")
-        bars = _Bars()
+        run = Progress()
+        run.see(0.0, RunStarted("merge", "out", "lowmem-aim merge <[/]> out", "1", 1, ""))
         names = [
             "[/]",
             "[bold red]x[/bold red]",
@@ -420,12 +423,13 @@ class TestNames:
             "[link=file:///x]y",
             "\x1b[2J\u202e",
         ]
-        with bars.progress:
-            bars(PhaseStarted("merge", 100, "bytes"))
-            for name in names:
-                bars(Notice(f"<{name}>", "warning"))
-                bars(Advanced(3, f"<{name}>"))
-                bars.progress.refresh()
+        run.see(1.0, Planned(f"<{names[0]}>", ("merge",), "cpu", 1, 100, layers={"0": 9, "1": 9}))
+        run.see(1.0, PhaseStarted("merge", 100, "bytes"))
+        console = Console(stderr=True, width=100)
+        for done, name in enumerate(names):
+            run.see(2.0, Notice(f"<{name}>", "warning"))
+            run.see(2.0, TensorDone(f"<{name}>", (2, 2), "float32", "merge", 0, f"<{name}>", done, (2.0, 1.0)))
+            console.print(screen(run, 99, 40))
         shown = re.sub(r"\x1b\[(\?25[lh]|2K|[0-9;]*[mAG])|\r", "", capsys.readouterr().err)
         for name in names:
             assert shown.count(f"<{printable(name)}>") >= 2

@@ -14,11 +14,12 @@ from test_merge import FLAGS, digests, recipe
 from lowmem_aim import memory
 from lowmem_aim.errors import MemoryBudgetError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.memory import Budget, Shares, is_allocation_failure, make_budget, share_out, shown
+from lowmem_aim.memory import Budget, Shares, is_allocation_failure, make_budget, share_out
 from lowmem_aim.methods import Rows
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.pipeline import Ahead
 from lowmem_aim.run import Options, merge
+from lowmem_aim.units import shown
 
 CPU = torch.device("cpu")
 MB = 10**6

@@ -164,7 +164,13 @@ class TestOutput:
             "tokenizer_config.json",
             ".lowmem_aim",
         }
-        assert {f.name for f in (out / ".lowmem_aim").iterdir()} == {"journal.sqlite", "sha256.txt", "lock"}
+        assert {f.name for f in (out / ".lowmem_aim").iterdir()} == {
+            "journal.sqlite",
+            "sha256.txt",
+            "lock",
+            "run.log",
+            "run.json",
+        }
 
     def test_inputs_are_untouched(self, llama: Path, texts: Path, tmp_path: Path) -> None:
         before = digests(llama)

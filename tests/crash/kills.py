@@ -21,7 +21,7 @@ from pathlib import Path
 from crash.workshop import EXPERTS, GROUP_BYTES, Job, build_models, digests, emptied, ended, start
 
 from lowmem_aim import dashboard, snapshots, write
-from lowmem_aim.events import Advanced, Emit, Event, PhaseStarted
+from lowmem_aim.events import Advanced, Event, PhaseStarted, TensorDone
 from lowmem_aim.output import PRIVATE
 from lowmem_aim.status import Status, status_of
 
@@ -119,23 +119,22 @@ class Work:
 
     def _follow(self) -> None:
         """In the fork: write down how far the run is, and keep every calibrated block."""
-        dashboard.shown = functools.partial(_written, self._log)
+        dashboard.showing = functools.partial(_written, self._log)
         snapshots.SECONDS, write.GROUP_BYTES = 0.0, GROUP_BYTES
 
 
 @contextlib.contextmanager
-def _written(file: Path, quiet: bool) -> Iterator[Emit]:
+def _written(file: Path, style: dashboard.Style) -> Iterator[dashboard.View]:
     with file.open("w", buffering=1) as log:
-        phase = ""
 
-        def emit(event: Event) -> None:
-            nonlocal phase
-            if isinstance(event, PhaseStarted):
-                phase = event.phase
-            if isinstance(event, PhaseStarted | Advanced):
-                print(phase, event.done if isinstance(event, Advanced) else 0, file=log)
+        class View(dashboard.Quiet):
+            def __call__(self, event: Event) -> None:
+                super().__call__(event)
+                if isinstance(event, PhaseStarted | Advanced | TensorDone):
+                    current = self.progress.current
+                    print(current.phase if current else "", event.done, file=log)
 
-        yield emit
+        yield View(time.monotonic)
 
 
 def _looked_at(out: Path, before: Status | None) -> Status | None:

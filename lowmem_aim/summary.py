@@ -1,0 +1,137 @@
+"""What is told of a run when it has ended: the closing lines, the next commands, and run.json.
+
+run.json holds what differs from run to run (times, rates, peaks, warnings), for each run that wrote to the log of an
+output, those that were killed included. It follows from the log alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.durable import write_file
+from lowmem_aim.errors import DiskError, printable
+from lowmem_aim.events import RunEnded
+from lowmem_aim.heatmap import heat_rows
+from lowmem_aim.output import FACTS, PRIVATE, SUMS
+from lowmem_aim.progress import STAGES, Progress, seen
+from lowmem_aim.record import LOG, runs_in
+from lowmem_aim.units import clock, shown
+
+FORMAT = "lowmem-aim run 1"
+MOST_WARNINGS = 10
+MOST_LAYERS = 6  # of those that are told with a number
+
+
+def write_facts(private: Path) -> None:
+    """run.json beside a run's log; a disk that has no room for it is no failure of the run."""
+    runs = [facts(seen(run)) for run in runs_in(private / LOG)]
+    if runs:
+        try:
+            write_file(private / FACTS, (json.dumps({"format": FORMAT, "runs": runs}, indent=2) + "\n").encode())
+        except DiskError:
+            return
+
+
+def facts(run: Progress) -> dict[str, Any]:
+    """One run, as run.json has it."""
+    started, planned, latest = run.started, run.planned, run.latest
+    ended = run.ended or RunEnded("interrupted", -1)  # -1: killed, nobody knows by what
+    found: dict[str, Any] = {
+        "job": started.job if started else "",
+        "started": started.started if started else "",
+        "version": started.version if started else "",
+        "command": started.command if started else "",
+        "outcome": ended.outcome,
+        "exit_code": ended.exit_code,
+        "problems": list(ended.problems),
+        "seconds": round(run.now, 3),
+        "paused_seconds": round(run.idle, 3),
+        "phases": {name: round((s.ended or run.now) - s.begun, 3) for name, s in run.phases.items()},
+        "tensors": {"finished": run.tensors, "earlier": run.earlier},
+        "warnings": run.warnings,
+    }
+    if planned:
+        found |= {"title": planned.title, "device": planned.device, "threads": planned.threads}
+    if planned and latest:
+        found["ram"] = {"peak": latest.ram_peak, "budget": planned.ram_budget}
+        if latest.vram_peak is not None:
+            found["vram"] = {"peak": latest.vram_peak, "budget": planned.vram_budget}
+    if latest:
+        found["bytes"] = {stage: getattr(latest, f"{stage}_bytes") for stage in STAGES}
+        found["busy_seconds"] = {stage: getattr(latest, f"{stage}_seconds") for stage in STAGES}
+    if (share := run.kept_share()) is not None:
+        outputs = {name: kept.share for name, kept in run.kept_by_output.items() if name}
+        found["kept"] = {"delta": share, "layers": run.kept_by(0), "kinds": run.kept_by(1), "outputs": outputs}
+    return found
+
+
+def lines(run: Progress) -> Iterator[str]:
+    """The closing summary, for people."""
+    yield _outcome(run)
+    latest, planned = run.latest, run.planned
+    merged = run.phases.get("merge")
+    if latest and merged and latest.write_bytes:
+        took = max((merged.ended or run.now) - merged.begun, 0.001)
+        moved = [f"{name} {shown(n)} ({shown(n / took)}/s)" for name, n in _moved(run)]
+        yield f"  moved     {', '.join(moved)}"
+    if latest and planned:
+        peaks = [f"RAM {shown(latest.ram_peak)} of {shown(planned.ram_budget)}"]
+        if latest.vram_peak is not None:
+            peaks.append(f"VRAM {shown(latest.vram_peak)} of {shown(planned.vram_budget or 0)}")
+        yield f"  peaks     {', '.join(peaks)} of budget"
+    yield from _kept(run)
+    for text in run.warnings[:MOST_WARNINGS]:
+        yield f"  warning   {printable(text, 500)}"
+    if len(run.warnings) > MOST_WARNINGS:
+        yield f"  warning   ... and {len(run.warnings) - MOST_WARNINGS} more, in the log"
+
+
+def _outcome(run: Progress) -> str:
+    phases = ", ".join(f"{name} {clock((s.ended or run.now) - s.begun)}" for name, s in run.phases.items())
+    earlier = f", {run.earlier} of {run.tensors} tensors by earlier runs" if run.earlier else ""
+    return f"finished in {clock(run.now)} ({phases}){earlier}"
+
+
+def _moved(run: Progress) -> Iterator[tuple[str, int]]:
+    latest = run.latest
+    assert latest is not None
+    yield "read", latest.read_bytes
+    yield "written", latest.write_bytes
+
+
+def _kept(run: Progress) -> Iterator[str]:
+    """How much of the delta is left: of all of it, by kind of module, and where least and most, by layer."""
+    share = run.kept_share()
+    if share is None:
+        return
+    several = {name: kept.share for name, kept in run.kept_by_output.items() if name}
+    if len(several) > 1:
+        yield "  kept      " + ", ".join(f"{name} {part:.1%}" for name, part in several.items() if part is not None)
+    else:
+        yield f"  kept      {share:.1%} of the delta"
+    kinds = [(kind, _mean(row)) for kind, row in heat_rows(run.kept)]
+    if kinds:
+        yield "            " + ", ".join(f"{printable(kind, 40)} {mean:.0%}" for kind, mean in kinds)
+    layers = {name: part for name, part in run.kept_by(0).items() if name}
+    if layers:
+        least, most = min(layers, key=lambda name: layers[name]), max(layers, key=lambda name: layers[name])
+        yield f"            least in layer {least} ({layers[least]:.0%}), most in layer {most} ({layers[most]:.0%})"
+
+
+def _mean(row: list[float | None]) -> float:
+    known = [share for share in row if share is not None]
+    return sum(known) / len(known)
+
+
+def next_commands(out: Path) -> Iterator[str]:
+    """What people do with a merged model: evaluate it, convert it, upload it."""
+    folder = shlex.quote(str(out))
+    name = shlex.quote(out.resolve().name)
+    yield f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
+    yield f"  evaluate  lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"
+    yield f"  convert   python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
+    yield f"  upload    hf upload YOU/{name} {folder} --exclude '{PRIVATE}/*'"

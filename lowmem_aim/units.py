@@ -1,0 +1,23 @@
+"""Numbers as people read them: bytes, in powers of ten, and times."""
+
+from __future__ import annotations
+
+_SIZES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+
+
+def shown(count: float) -> str:
+    """A number of bytes: `1.2 GB`."""
+    for unit, one in _SIZES:
+        if count >= one:
+            return f"{count / one:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `3:05:00`, `2 d 03:05`."""
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
