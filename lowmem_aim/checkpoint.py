@@ -80,12 +80,29 @@ def _check_links(folder: Path) -> None:
         raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
 
 
+def is_plain(name: Any) -> bool:
+    """Whether `name` is a file's that can only lie in the model's folder itself, on every system."""
+    return isinstance(name, str) and len(name) <= 255 and not set(name) & {"/", "\\", "\0", ":"}
+
+
+def _is_shard_name(name: Any) -> bool:
+    # The ending too: it is what `_check_links` goes by.
+    return is_plain(name) and name.endswith(".safetensors")
+
+
+def shard_names(folder: Path) -> set[str]:
+    """The files that hold the model's tensors, there or not; `open` refuses names that are not plain.
+
+    Raises ModelError for an index that cannot be read.
+    """
+    weight_map = _weight_map(folder)
+    return {SINGLE} if weight_map is None else {name for name in weight_map.values() if _is_shard_name(name)}
+
+
 def _shard(folder: Path, name: Any) -> Path:
     """The path of a shard that an index names, or a ModelError if the name could lead out of the folder."""
     shown = printable(repr(name))
-    # The ending too: it is what `_check_links` goes by.
-    plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & {"/", "\\", "\0", ":"}
-    if not plain or len(name) > 255:
+    if not _is_shard_name(name):
         what = "not a plain file name that ends in .safetensors"
         raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: {what}")
     file = folder / str(name)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,11 @@ class Located:
 
 def locate(reference: str, emit: Emit) -> Located:
     """The folder of a model, downloaded first if it is on the Hub. Raises ModelError or NetworkError."""
+    return local_model(reference) or Located(downloaded(reference, WANTED, emit), reference)
+
+
+def local_model(reference: str) -> Located | None:
+    """The model in a folder here; None for what must be a Hub id. Raises ModelError for what can be neither."""
     shown = printable(reference)
     # os.path answers False where Path's own would raise: a name that no system takes, an unknown user.
     folder = Path(os.path.expanduser(reference))
@@ -50,7 +57,7 @@ def locate(reference: str, emit: Emit) -> Located:
     # `..` in a revision would lead out of the Hub library's cache.
     if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
         raise ModelError(f"there is no model folder `{shown}`", hint="check the path (Hub ids look like `owner/name`)")
-    return Located(_downloaded(reference, emit), reference)
+    return None
 
 
 def plain_name(folder: Path) -> str:
@@ -58,11 +65,32 @@ def plain_name(folder: Path) -> str:
     return printable(folder.name).replace("`", "'")
 
 
-def _downloaded(reference: str, emit: Emit) -> Path:
+def repository_of(reference: str) -> tuple[str, str | None]:
+    """(repository, revision) of a Hub id."""
+    repository, _, revision = reference.partition("@")
+    return repository, revision or None
+
+
+def downloaded(reference: str, patterns: list[str], emit: Emit) -> Path:
+    """A Hub model's snapshot in the library's cache, named by its commit, with all files that match `patterns`.
+
+    Where the Hub is out of reach, it is the one that is there already. Raises ModelError or NetworkError.
+    """
     from huggingface_hub import snapshot_download
+
+    emit(Notice(f"`{printable(reference)}` is no folder here: looking on the Hub"))
+    repository, revision = repository_of(reference)
+    with hub_errors(reference):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def hub_errors(reference: str) -> Iterator[None]:
+    """What the Hub's library raises -> ModelError or NetworkError with the model's name."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        HTTPError,  # what the HTTP library raises; it is no OSError
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -70,11 +98,9 @@ def _downloaded(reference: str, emit: Emit) -> Path:
     )
 
     shown = printable(reference)
-    repository, _, revision = reference.partition("@")
-    emit(Notice(f"`{shown}` is no folder here: looking on the Hub"))
     hint = "give a local folder, or check the network and HF_HUB_OFFLINE"
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
+        yield
     except GatedRepoError as error:
         raise ModelError(
             f"`{shown}` is gated on the Hub", hint="accept its licence there, then set HF_TOKEN"
@@ -94,5 +120,5 @@ def _downloaded(reference: str, emit: Emit) -> Path:
         raise ModelError(
             f"`{shown}` is neither a folder here nor a Hub id: {printable(str(error))}", hint="check the name"
         ) from error
-    except (OSError, RuntimeError) as error:  # every HTTP and connection error of the library
+    except (HTTPError, OSError, RuntimeError) as error:  # every HTTP and connection error of the library
         raise NetworkError(f"`{shown}` could not be downloaded: {printable(str(error))}", hint) from error

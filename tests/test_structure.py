@@ -34,7 +34,7 @@ STOREYS = [
         "journal",
         "verify",
     },
-    {"checkpoint", "activations", "hub", "methods", "relax"},
+    {"checkpoint", "activations", "hub", "methods", "relax", "remote"},
     {"recipe", "weightmap", "write", "output"},
     {"summary"},
     {"feed"},
