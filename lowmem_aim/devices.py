@@ -30,6 +30,17 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextlib.contextmanager
+def one_thread_an_operation() -> Iterator[None]:
+    """Slices are what is worked on in parallel; threads within torch's operations would only get in their way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Lanes:
     """One lane for each thread that computes on `device`."""
 

@@ -26,6 +26,7 @@ from lowmem_aim.units import shown
 RESERVE_BYTES = 500_000_000
 _APART_BYTES = 1 << 20  # smaller ones leave smaller holes
 CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 # Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
 _ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
 _ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -216,9 +217,20 @@ def free_bytes() -> int:
     return min([psutil.virtual_memory().available, *_cgroups_free()])
 
 
-def _cgroups_free(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+def container_limit() -> int | None:
+    """The most that the process's cgroups allow; None where that is no less than what the machine has."""
+    limit = min((limit for limit, _ in _limited_cgroups()), default=None)
+    return limit if limit is not None and limit < psutil.virtual_memory().total else None
+
+
+def _cgroups_free(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[int]:
     """For each limited cgroup that the process is in, what its limit leaves; file pages count as free."""
-    for folder in _cgroup_folders(root, membership):
+    return (max(limit - held, 0) for limit, held in _limited_cgroups(root, membership))
+
+
+def _limited_cgroups(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[tuple[int, int]]:
+    """(limit, bytes that are held and no file pages) of each cgroup that has a limit."""
+    for folder in cgroup_folders("memory", root, membership):
         for limit_name, usage_name in (
             ("memory.max", "memory.current"),  # version 2
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
@@ -229,17 +241,17 @@ def _cgroups_free(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgro
                 stat = _table(folder / "memory.stat")
                 pages = stat.get("total_inactive_file", stat.get("inactive_file", 0))
                 pages += stat.get("total_active_file", stat.get("active_file", 0))
-                yield max(limit - usage + pages, 0)
+                yield limit, usage - pages
 
 
-def _cgroup_folders(root: Path, membership: Path) -> Iterator[Path]:
-    """The process's memory cgroup in either version, and all that it lies in."""
+def cgroup_folders(controller: str, root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[Path]:
+    """The process's cgroup of a controller, such as `memory`, in either version, and all that it lies in."""
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            top = root / "memory" if controllers else root
+            top = root / controller if controllers else root
             place = top / path.lstrip("/")
             yield from (folder for folder in (place, *place.parents) if folder == top or top in folder.parents)
 

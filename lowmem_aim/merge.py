@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowmem_aim import kernels
 from lowmem_aim.activations import Activations
-from lowmem_aim.devices import Lanes
+from lowmem_aim.devices import Lanes, one_thread_an_operation
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, Notice, PhaseEnded, PhaseStarted, TensorDone, Worked
 from lowmem_aim.inputs import Inputs
@@ -92,7 +92,7 @@ def merge_tensors(
     for output in outputs:
         loop.know(output.shards.read_before)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_one_thread_an_operation())
+        stack.enter_context(one_thread_an_operation())
         for output in outputs:
             stack.enter_context(output.shards)
         workers = stack.enter_context(Workers(shares.workers))
@@ -146,17 +146,6 @@ class _Progress:
             self._emit(event)
 
         return summed
-
-
-@contextlib.contextmanager
-def _one_thread_an_operation() -> Iterator[None]:
-    """Slices are what is worked on in parallel; threads within torch's operations would only get in their way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _End:

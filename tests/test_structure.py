@@ -38,7 +38,7 @@ STOREYS = [
     {"recipe", "weightmap", "write", "output"},
     {"summary"},
     {"feed"},
-    {"recipe_values", "relaxation_tables", "recipe_reader", "catalogue"},
+    {"recipe_values", "relaxation_tables", "recipe_reader", "catalogue", "speed"},
     {"skeleton", "texts", "observe", "shelf"},
     {"rooms"},
     {"offload", "outline"},
@@ -51,7 +51,7 @@ STOREYS = [
     {"merged_weights"},
     {"comparison"},
     {"card", "screen", "dashboard"},
-    {"resume", "status"},
+    {"resume", "status", "doctor"},
     {"run", "flags", "demo"},
     {"cli"},
     {"__main__"},
@@ -107,7 +107,7 @@ def test_the_command_line_is_imported_without_torch() -> None:
 
 def test_a_merge_that_runs_no_model_does_without_transformers() -> None:
     """It takes seconds to import."""
-    imports = "import sys, lowmem_aim.run, lowmem_aim.catalogue"
+    imports = "import sys, lowmem_aim.run, lowmem_aim.catalogue, lowmem_aim.doctor"
     code = f"{imports}; print(sorted({{'transformers', 'accelerate'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
