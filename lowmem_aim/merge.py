@@ -13,29 +13,27 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
-from torch import Tensor
 
-from lowmem_aim import kernels
 from lowmem_aim.activations import Activations
 from lowmem_aim.devices import Lanes, one_thread_an_operation
-from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.events import Emit, Event, Notice, PhaseEnded, PhaseStarted, TensorDone, Worked
+from lowmem_aim.errors import printable
+from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, Worked
 from lowmem_aim.inputs import Inputs
-from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Shares
 from lowmem_aim.methods import Rows, rounds
 from lowmem_aim.methods.method import Combine, Fold
 from lowmem_aim.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.plan import Plan, Task, subject_of
-from lowmem_aim.relaxation import Consensus, Kept, Relax, Relaxation
+from lowmem_aim.relaxation import Kept, Relaxation
 from lowmem_aim.shards import Read, Shards
-from lowmem_aim.slices import Stride, TensorInputs, finite, in_halves
+from lowmem_aim.slices import Stride, TensorInputs, in_halves
+from lowmem_aim.targets import Finished, Output, Part, Target, Together
 
 R = TypeVar("R")
 
@@ -48,17 +46,6 @@ class Merged:
     models: list[tuple[str, str]] = field(default_factory=list)  # label, xxh3-128 over its tensors as read, by name
     replaced: list[tuple[str, str, int]] = field(default_factory=list)  # label, tensor, elements that were not finite
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # tensor -> sums, see `relaxation.Kept`
-
-
-@dataclass(frozen=True)
-class Target:
-    """One output: its plan, where its shards are made, and what is known of them."""
-
-    plan: Plan
-    staging: Path
-    journal: Journal
-    consensus: Consensus | None = None
-    name: str = ""  # of its folder, where there are several
 
 
 def merge_tensors(
@@ -79,7 +66,7 @@ def merge_tensors(
     """
     emit(PhaseStarted("merge", sum(target.plan.tensor_bytes for target in targets), "bytes"))
     stride = Stride(shares.slice_elements, slice_rows, emit)
-    progress = _Progress(emit)
+    progress = Together(emit)
     outputs = [
         Output(
             target.plan,
@@ -113,39 +100,6 @@ def merge_tensors(
         )
         for output in outputs
     ]
-
-
-@dataclass(frozen=True)
-class Output:
-    """A target at work."""
-
-    plan: Plan
-    shards: Shards
-    relaxation: Relaxation
-
-    @functools.cached_property
-    def left(self) -> dict[str, Task]:
-        return {task.name: task for task in self.shards.left}
-
-
-class _Progress:
-    """Several outputs' progress as one."""
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._done: dict[tuple[int, type[Event]], float] = {}
-
-    def of(self, number: int) -> Emit:
-        """What one of them emits to."""
-
-        def summed(event: Event) -> None:
-            if isinstance(event, TensorDone | Worked) and event.done is not None:
-                kind = type(event)
-                self._done[number, kind] = event.done
-                event = replace(event, done=sum(done for (_, of), done in self._done.items() if of is kind))
-            self._emit(event)
-
-        return summed
 
 
 class _End:
@@ -206,12 +160,12 @@ class _Loop:
         """The passes over one tensor; the last gives its finished rows to the outputs that lack it."""
         passes = _Passes(self, task, stream)
         parts = [
-            _Part(output, own, output.relaxation.of(own), Kept(own))
+            Part(output, own, output.relaxation.of(own), Kept(own))
             for output in self.outputs
             if (own := output.left.get(task.name))
         ]
 
-        def append(results: list[list[_Finished]]) -> None:
+        def append(results: list[list[Finished]]) -> None:
             for result in results:
                 for part, finished in zip(parts, result, strict=True):
                     part.append(finished)
@@ -224,21 +178,21 @@ class _Loop:
         if task.action == "copy":
             # Not by way of the device: it may not have the dtype.
             yield passes.make(
-                lambda rows: [_Finished(rows.stored_experts[0])] * len(parts), append, last=True, done=done
+                lambda rows: [Finished(rows.stored_experts[0])] * len(parts), append, last=True, done=done
             )
             return
         finished = yield from self._measured(task, passes, parts)
         yield passes.make(finished, append, last=True, done=done)
 
     def _measured(
-        self, task: Task, passes: _Passes, parts: Sequence[_Part]
-    ) -> Generator[Pass, None, Callable[[Rows], list[_Finished]]]:
+        self, task: Task, passes: _Passes, parts: Sequence[Part]
+    ) -> Generator[Pass, None, Callable[[Rows], list[Finished]]]:
         """The measure rounds; returns what makes finished rows for each output: combine, relax, round."""
         method = self.plan.recipe.method
         subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
         combine = yield from self._rounds(rounds(method.start(subject, task.parameters)), passes)
 
-        def finished(rows: Rows) -> list[_Finished]:
+        def finished(rows: Rows) -> list[Finished]:
             merged = combine(rows)
             own = [*(merged.clone() for _ in parts[:-1]), merged]  # relaxing overwrites
             return [part.finish(mine, rows, self.lanes) for part, mine in zip(parts, own, strict=True)]
@@ -305,42 +259,6 @@ class _Loop:
 
 def _nbytes(rows: Rows) -> int:
     return sum(stored.nbytes for stored in (rows.stored_base, *rows.stored_experts))
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """A slice of an output's tensor, and its part of the sums that `Kept` takes."""
-
-    rows: Tensor
-    before: int = 0
-    after: int = 0
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one output does to the merged rows of one tensor."""
-
-    output: Output
-    task: Task
-    relax: Relax | None
-    kept: Kept
-
-    def finish(self, merged: Tensor, rows: Rows, lanes: Lanes) -> _Finished:
-        if self.relax is None:
-            return _Finished(lanes.down(rounded(merged, self.task)))
-        before = self.kept.of(merged, rows.stored_base, rows.start)
-        relaxed = self.relax(merged, rows)
-        after = self.kept.of(relaxed, rows.stored_base, rows.start)
-        return _Finished(lanes.down(rounded(relaxed, self.task)), before, after)
-
-    def append(self, finished: _Finished) -> None:
-        self.kept.add(finished.before, finished.after)  # here: a slice that fails is computed again
-        self.output.shards.append(self.task, finished.rows)
-
-    def done(self, read: Read) -> None:
-        if self.relax is not None:
-            read = replace(read, kept={self.task.name: self.kept.sums()})
-        self.output.shards.tensor_done(self.task, read)
 
 
 def _add_all(fold: Fold, parts: list[Any]) -> None:
@@ -414,18 +332,3 @@ class _Passes:
     def _let_go(self) -> Iterator[Rows]:
         while self._kept:
             yield self._kept.popleft()
-
-
-def rounded(merged: Tensor, task: Task) -> Tensor:
-    """The one rounding, to the output's dtype. A finite result that the dtype cannot hold is an error."""
-    if task.dtype == torch.bfloat16 and kernels.usable([merged]):
-        rounded, good = kernels.to_bfloat16(merged)
-    else:
-        rounded = merged.to(task.dtype)
-        good = finite(rounded)
-    if not good:
-        raise ModelError(
-            f"the merged `{printable(task.name)}` leaves the range of {str(task.dtype).removeprefix('torch.')}",
-            hint="choose `out_dtype: bfloat16` or `float32`, or smaller weights",
-        )
-    return rounded

@@ -11,13 +11,13 @@ from torch import Tensor
 from lowmem_aim.headers import matrix_shape
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.memory import empty_apart
-from lowmem_aim.merge import rounded
 from lowmem_aim.methods import Rows, rounds
 from lowmem_aim.methods.method import Combine
 from lowmem_aim.plan import Plan, Task, subject_of
 from lowmem_aim.relaxation import Relaxation
 from lowmem_aim.shelf import Shelf, Slot
 from lowmem_aim.slices import Stride, TensorInputs
+from lowmem_aim.targets import rounded
 
 ELEMENTS = 1 << 17  # of each model, in work at a time
 

@@ -29,7 +29,7 @@ from lowmem_aim.headers import matrix_shape
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
 from lowmem_aim.memory import Budget, Shares, make_budget, share_out
-from lowmem_aim.merge import Merged, Target, merge_tensors
+from lowmem_aim.merge import Merged, merge_tensors
 from lowmem_aim.output import (
     ACTIVATIONS,
     PRIVATE,
@@ -46,6 +46,7 @@ from lowmem_aim.plan import NonFinite, Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe, one_by_one
 from lowmem_aim.relaxation import Consensus, Relaxation, check_activations, idle_exclusions
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
+from lowmem_aim.targets import Target
 
 if TYPE_CHECKING:
     from lowmem_aim.comparison import Comparison

@@ -47,6 +47,7 @@ STOREYS = [
     {"plan", "drivers", "snapshots"},
     {"calibrate"},
     {"activation_cache", "shards", "slices", "relaxation", "mutual_information", "side_by_side"},
+    {"targets"},
     {"merge"},
     {"merged_weights"},
     {"comparison"},
