@@ -24,7 +24,8 @@ from lowmem_aim.errors import LowmemAimError, UsageError, printable
 if TYPE_CHECKING:
     from lowmem_aim.dashboard import Style
     from lowmem_aim.events import Event
-    from lowmem_aim.run import Options
+    from lowmem_aim.job import Options
+    from lowmem_aim.recipe import Recipe
 
 MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
 LONGEST_NAME = 255  # bytes
@@ -142,6 +143,24 @@ _CALIBRATION = _options(
     click.option("--pack/--no-pack", default=None, help="join the texts into full blocks [default: pack]"),
     click.option("--calibration-dtype", help="of the forward passes [default: the base's]"),
 )
+_RECIPE = _options(
+    click.option("--method", help="merge_method"),
+    click.option("--base", help="base_model: a folder or a Hub id"),
+    click.option("--expert", multiple=True, help="a model to merge; repeat it for each"),
+    click.option("--weight", multiple=True, help="one for all experts, or one for each, in order [default: 1]"),
+    click.option("--density", multiple=True, help="as --weight"),
+    click.option(
+        "--parameter", "-p", multiple=True, metavar="NAME=VALUE", help="any other parameter, such as -p lambda=0.5"
+    ),
+    click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="of the random masks"),
+    click.option(
+        "--nonfinite",
+        type=click.Choice(["stop", "base"]),
+        default="stop",
+        show_default=True,
+        help="at NaN or Inf in an expert: stop, or take the base's value there",
+    ),
+)
 _AIM = _options(
     click.option(
         "--omega",
@@ -174,7 +193,7 @@ _OUTPUT = _options(
 
 
 def _job(flags: dict[str, Any]) -> Options:
-    from lowmem_aim.run import Options
+    from lowmem_aim.job import Options
 
     return Options(
         seed=flags.get("seed", 0),
@@ -228,24 +247,29 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+_PATHS = click.argument("paths", nargs=-1, metavar="[RECIPE] OUT", type=_Path(), required=True)
+
+
+def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Recipe:
+    """The recipe of a command line: the file's, with what the flags override; or the flags'."""
+    if (
+        len(paths) > 2
+        or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))
+        or (len(paths) == 2 and paths[0].is_dir())
+    ):
+        hint = f"lowmem-aim {command} recipe.yml out/"
+        raise UsageError(f"{command} takes a recipe and then an output folder", hint=hint)
+    from lowmem_aim import flags as overrides
+    from lowmem_aim.recipe_reader import read_recipe
+    from lowmem_aim.yaml_tree import load_tree
+
+    tree = load_tree(paths[0]) if len(paths) == 2 else overrides.empty_recipe()
+    return read_recipe(overrides.applied(tree, flags))
+
+
 @cli.command()
-@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT", type=_Path(), required=True)
-@click.option("--method", help="merge_method")
-@click.option("--base", help="base_model: a folder or a Hub id")
-@click.option("--expert", multiple=True, help="a model to merge; repeat it for each")
-@click.option("--weight", multiple=True, help="one for all experts, or one for each, in order [default: 1]")
-@click.option("--density", multiple=True, help="as --weight")
-@click.option(
-    "--parameter", "-p", multiple=True, metavar="NAME=VALUE", help="any other parameter, such as -p lambda=0.5"
-)
-@click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="of the random masks")
-@click.option(
-    "--nonfinite",
-    type=click.Choice(["stop", "base"]),
-    default="stop",
-    show_default=True,
-    help="at NaN or Inf in an expert: stop, or take the base's value there",
-)
+@_PATHS
+@_RECIPE
 @_AIM
 @_OUTPUT
 @_JOB
@@ -254,21 +278,41 @@ def merge(paths: tuple[Path, ...], **flags: Any) -> None:
 
     The same command goes on with a run that was interrupted.
     """
-    if (
-        len(paths) > 2
-        or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))
-        or (len(paths) == 2 and paths[0].is_dir())
-    ):
-        raise UsageError("merge takes a recipe and then an output folder", hint="lowmem-aim merge recipe.yml out/")
+    recipe = _recipe("merge", paths, flags)
     _refuse_if_running(paths[-1])
-    from lowmem_aim import flags as overrides
-    from lowmem_aim.recipe_reader import read_recipe
     from lowmem_aim.run import merge as work
-    from lowmem_aim.yaml_tree import load_tree
 
-    tree = load_tree(paths[0]) if len(paths) == 2 else overrides.empty_recipe()
-    recipe = read_recipe(overrides.applied(tree, flags))
     _run(lambda emit: work(recipe, paths[-1], _job(flags), emit), flags, merges=True)
+
+
+@cli.command()
+@_PATHS
+@_RECIPE
+@_AIM
+@_OUTPUT
+@_JOB
+@click.option("--measure/--no-measure", default=True, help="two seconds, for an estimate of time [default: measure]")
+def plan(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
+    """Tell what `merge` with the same arguments would do, what it needs of this machine, and how long it would take.
+
+    Only headers are read, also of models on the Hub. Exit code 0 if it would run; else what merge would end with.
+    """
+    import json
+
+    recipe = _recipe("plan", paths, flags)
+    from lowmem_aim import forecast, survey
+    from lowmem_aim.dashboard import showing
+    from lowmem_aim.foresee import foresee
+
+    with showing("quiet" if flags["quiet"] or flags["as_json"] else "lines") as view:
+        found = foresee(recipe, paths[-1], _job(flags), view, measure=measure)
+    known = found.as_json()
+    if flags["as_json"]:
+        click.echo(json.dumps(known))
+    else:
+        click.echo("\n".join([*survey.lines(known["survey"]), *forecast.lines(known)]))
+    if found.problems:
+        raise found.error()
 
 
 @cli.command()
@@ -337,6 +381,37 @@ def status(out: Path, as_json: bool) -> None:
         else:
             heading = [] if folder == out else [f"{printable(folder.name)}:"]
             click.echo("\n".join([*heading, *found.lines()]))
+
+
+@cli.command()
+@click.argument("out", type=_Path())
+@click.option("--run", "number", type=int, default=-1, help="which: 1 the first, -1 the last [default: -1]")
+@click.option("--speed", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True)
+@click.option("--at", "second", type=click.FloatRange(0), help="print the screen at this second instead")
+@click.option("--size", help="of that screen, in columns and rows [default: 80x24]")
+@click.option("--svg", type=_Path(), help="write that screen into this file, as SVG")
+def replay(out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None) -> None:
+    """Show the recorded run of OUT as it was seen, faster."""
+    from lowmem_aim import replay as recorded
+
+    run = recorded.run_of(out, number)
+    if second is None and svg is None and size is None:
+        recorded.play(run, speed)
+    else:
+        recorded.picture(run, second, recorded.parse_size(size or "80x24"), svg)
+
+
+@cli.command()
+@click.argument("folder", type=_Path(), default=".")
+@click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
+def doctor(folder: Path, as_json: bool) -> None:
+    """Tell versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, and what is worth mending."""
+    import json
+
+    from lowmem_aim.doctor import examine
+
+    found = examine(folder)
+    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
 
 
 @cli.command()

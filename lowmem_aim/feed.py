@@ -22,7 +22,7 @@ from typing import Literal
 import lowmem_aim
 from lowmem_aim import interrupts
 from lowmem_aim.errors import LowmemAimError
-from lowmem_aim.events import Emit, Event, Paused, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
+from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
 from lowmem_aim.record import Log
 from lowmem_aim.summary import write_facts
 
@@ -54,6 +54,8 @@ class Feed:
         with self._lock:
             if isinstance(event, Planned):
                 self.meters.device = event.device
+            if isinstance(event, PhaseStarted):
+                self.meters.begin(event.done)
             self._log.add(time.monotonic() - self._began, event)
             self._emit(event)
 
@@ -70,6 +72,11 @@ class Meters:
         self._item, self._done = "", 0.0
         self._shape: tuple[int, ...] = ()
         self._ram_peak = 0
+
+    def begin(self, done: float) -> None:
+        """A phase; what was at work in the one before is not at work in it."""
+        with self._lock:
+            self._item, self._shape, self._done = "", (), done
 
     def add(self, worked: Worked) -> None:
         with self._lock:

@@ -128,13 +128,11 @@ def share_out(
     MemoryBudgetError if not even single rows fit.
     """
     on_host = budget.vram is None
-    work = 12 if on_host and compiled else 4 * (2 * models + 6)  # bytes an element that computing takes
-    work += scratch
+    work = _work_bytes(models, on_host and compiled, scratch)
     left = budget.ram_left()
     ram = left - min(models * STATS_BYTES, left // 4)
     for workers, ahead in ((threads if on_host else LANES, AHEAD), (1, 1)):
-        # A slice is held while it is read, waits to be computed, is computed, waits for its turn, and is written.
-        held = stored_bytes * (ahead + 2 * workers + WAITING) + (work * workers if on_host else 0)
+        held = _held_bytes(stored_bytes, ahead, workers, work if on_host else 0)
         room = ram // 2 // held
         if not on_host:
             room = min(room, budget.vram_left(device) * 9 // 10 // ((stored_bytes + work) * workers))
@@ -148,6 +146,23 @@ def share_out(
         f"{shown(there)} of {where} are left",
         hint="give more memory (`--ram`, `--vram`), close other programs, or merge fewer models at a time",
     )
+
+
+def least_ram(*, models: int, stored_bytes: int, row: int, on_host: bool, compiled: bool, scratch: int = 0) -> int:
+    """Bytes of RAM beside the program itself with which `share_out` finds room for single rows."""
+    held = _held_bytes(stored_bytes, 1, 1, _work_bytes(models, on_host and compiled, scratch) if on_host else 0)
+    rows = 2 * row * held
+    return min(rows + models * STATS_BYTES, -(-rows * 4 // 3))
+
+
+def _work_bytes(models: int, compiled: bool, scratch: int) -> int:
+    """That computing an element takes."""
+    return (12 if compiled else 4 * (2 * models + 6)) + scratch
+
+
+def _held_bytes(stored_bytes: int, ahead: int, workers: int, work: int) -> int:
+    """Of an element of a slice, which is held while it is read, waits, is computed, waits for its turn, is written."""
+    return stored_bytes * (ahead + 2 * workers + WAITING) + work * workers
 
 
 # --- what is used ---------------------------------------------------------------------------------------------------

@@ -94,11 +94,15 @@ def check_writable(folder: Path) -> None:
         pass
 
 
+def existing_folder(out: Path) -> Path:
+    """The folder that is there of `out` and those that it lies in."""
+    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+
+
 def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
     """Raises DiskError if the disk that `out` will be on has less than `needed_bytes` (and small files) free."""
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     with disk_errors(out):
-        disk = shutil.disk_usage(existing)
+        disk = shutil.disk_usage(existing_folder(out))
     if disk.total and needed_bytes + SMALL_FILES_BYTES > disk.free:  # a total of 0: no real disk, nothing is known
         raise DiskError(
             f"{what} needs {filesize.decimal(needed_bytes + SMALL_FILES_BYTES)}, "

@@ -44,8 +44,12 @@ class Task:
     begin: int = 0  # byte offset of the data in its shard's file
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     @property
     def kind(self) -> str:

@@ -104,6 +104,15 @@ class Recipe:
     def builds_on_base(self) -> bool:
         return self.method.builds_on(self.base)
 
+    @property
+    def relaxed(self) -> bool:
+        return self.aim is not None or self.acm is not None
+
+    @property
+    def title(self) -> str:
+        """`ties + AIM + ACM`."""
+        return " + ".join([self.method.name, *(["AIM"] if self.aim else []), *(["ACM"] if self.acm else [])])
+
     def resolve(self, tensor: str, t: float) -> dict[str, Any]:
         """The method's parameters for one tensor at depth t: model > top level > default, by recipe name."""
         resolved: dict[str, Any] = {}

@@ -11,7 +11,7 @@ block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,8 +43,18 @@ class Needs:
     work: int  # what the longest sequence takes in a block, weights aside: an upper bound, as if nothing were freed
     states: int  # the hidden states of all sequences
 
+    @property
+    def fixed(self) -> int:
+        """Of what lies beside the weights of a block, on the device where it computes."""
+        return self.work + self.beside + SLACK_BYTES
+
+    @property
+    def least(self) -> int:
+        """There, with the largest module; if that is the host, `read` comes on top."""
+        return self.fixed + self.module
+
     @classmethod
-    def of(cls, skeleton: Skeleton, sequences: Sequence[Tensor]) -> Needs:
+    def of(cls, skeleton: Skeleton, sequences: Sequence[Sized]) -> Needs:
         blocks = [owners(path, block) for path, block in skeleton.blocks]
         sizes = [{path: size_of(module) for path, module in parts} for parts in blocks]
         largest = max((part for parts in sizes for part in parts.items()), key=lambda part: part[1], default=("", 0))
@@ -84,7 +94,7 @@ BOUNDLESS = Rooms()
 
 def divide(budget: Budget, device: torch.device, needs: Needs) -> Rooms:
     """Raises MemoryBudgetError with the numbers if not even one module at a time fits."""
-    work = needs.work + needs.beside + SLACK_BYTES
+    work = needs.fixed
     if budget.vram is None:
         left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram_used())
         weights = min(needs.block, left)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,21 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 import xxhash
 
-from lowmem_aim import kernels
 from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.activations import Activations
 from lowmem_aim.card import copied_files, output_files
-from lowmem_aim.checkpoint import Checkpoint, ReadMode
+from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.config import CONFIG
-from lowmem_aim.devices import usable_device
 from lowmem_aim.durable import disk_errors, partial_folder, sync_folder
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
 from lowmem_aim.feed import Feed, reported
-from lowmem_aim.headers import matrix_shape
 from lowmem_aim.hub import locate
 from lowmem_aim.inputs import Inputs, open_inputs
-from lowmem_aim.memory import Budget, Shares, make_budget, share_out
+from lowmem_aim.job import DEFAULTS, Options, set_up, shares_of
+from lowmem_aim.memory import Budget
 from lowmem_aim.merge import Merged, merge_tensors
 from lowmem_aim.output import (
     ACTIVATIONS,
@@ -42,41 +39,18 @@ from lowmem_aim.output import (
     publish,
     workspace,
 )
-from lowmem_aim.plan import NonFinite, Plan, make_plan
+from lowmem_aim.plan import Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe, one_by_one
 from lowmem_aim.relaxation import Consensus, Relaxation, check_activations, idle_exclusions
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
+from lowmem_aim.survey import survey_of
 from lowmem_aim.targets import Target
 
 if TYPE_CHECKING:
     from lowmem_aim.comparison import Comparison
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to do a job; none of it, but `seed`, `shard_bytes` and `nonfinite`, changes a byte of the merge.
-
-    What AIM and ACM measure depends in its low bits on `device` and `threads`, though.
-    """
-
-    seed: int = 0
-    nonfinite: NonFinite = "stop"  # what becomes of an expert's NaN and Inf
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    read: ReadMode = "mmap"
-    device: str = "auto"
-    threads: int | None = None
-    use_cache: bool = True
-    ram: int | None = None  # bytes of anonymous memory; None: what is free, less a reserve
-    vram: int | None = None  # the same on a device with memory of its own
-    slice_rows: int | None = None  # rows in work at a time; None: what fits the budget and the processor's cache
-    fresh: bool = False  # discard what an interrupted run has left
-    accept_environment: bool = False  # go on with it under other versions or on another device
-    command: str = ""  # what to type to go on, for those who look at the run
-
-
-def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = silent) -> Path:
+def merge(recipe: Recipe, out: Path, options: Options = DEFAULTS, emit: Emit = silent) -> Path:
     """Merge by the recipe into the new folder `out`, or go on with a run that was interrupted there; returns `out`.
 
     Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before. What a run
@@ -87,13 +61,13 @@ def merge(recipe: Recipe, out: Path, options: Options = Options(), emit: Emit = 
 
 
 def _merge(recipe: Recipe, out: Path, options: Options, emit: Feed) -> Path:
-    device, budget = _set_up(options)
+    device, budget = set_up(options)
     for notice in recipe.notices:
         emit(Notice(notice, "warning"))
     folders = {out / name: one for name, one in one_by_one(recipe).items()}
-    _check_outputs(out, folders, [])
+    check_outputs(out, folders, [])
     with open_inputs(recipe, options.read, emit, options.use_cache) as inputs, contextlib.ExitStack() as stack:
-        _check_outputs(out, folders, [checkpoint.folder for checkpoint in inputs.checkpoints])
+        check_outputs(out, folders, [checkpoint.folder for checkpoint in inputs.checkpoints])
         plans = {
             folder: make_plan(
                 one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite
@@ -103,7 +77,7 @@ def _merge(recipe: Recipe, out: Path, options: Options, emit: Feed) -> Path:
         copied = copied_files(inputs.reference)
         calibration = _calibration(recipe, inputs, emit)
         comparison = _comparison(recipe, inputs, device, emit)
-        shares = partial(_shares, [*plans.values()], inputs, budget, device)
+        shares = partial(shares_of, [*plans.values()], inputs, budget, device)
         shares()  # a row that does not fit must show before hours of calibration
         unfinished: list[tuple[Workspace, Plan]] = []
         for folder, plan in plans.items():
@@ -115,7 +89,8 @@ def _merge(recipe: Recipe, out: Path, options: Options, emit: Feed) -> Path:
         if not unfinished:
             return out
         emit.record_in([space.private for space, _ in unfinished])
-        emit(_planned([plan for _, plan in unfinished], calibration, device, budget))
+        named = {"" if space.out == out else space.out.name: plan for space, plan in unfinished}
+        emit(_planned(named, inputs, calibration, device, budget))
         check_disk(out, sum(plan.output_bytes - space.staged_bytes() for space, plan in unfinished))
         activations = _activations(
             calibration, inputs, device, budget, [space for space, _ in unfinished], options.use_cache, emit
@@ -154,25 +129,27 @@ def _merge(recipe: Recipe, out: Path, options: Options, emit: Feed) -> Path:
     return out
 
 
-def _planned(plans: Sequence[Plan], calibration: Calibration | None, device: torch.device, budget: Budget) -> Planned:
-    recipe = plans[0].recipe
-    title = " + ".join([recipe.method.name, *(["AIM"] if recipe.aim else []), *(["ACM"] if recipe.acm else [])])
+def _planned(
+    plans: Mapping[str, Plan], inputs: Inputs, calibration: Calibration | None, device: torch.device, budget: Budget
+) -> Planned:
+    recipe = next(iter(plans.values())).recipe
     phases: list[Phase] = ["calibrate"] if calibration and calibration.given is None else []
     phases += ["compare"] if recipe.acm else []
-    layers = Counter("" if task.layer is None else str(task.layer) for plan in plans for task in plan.tasks)
+    layers = Counter("" if task.layer is None else str(task.layer) for plan in plans.values() for task in plan.tasks)
     return Planned(
-        title,
+        recipe.title,
         (*phases, "merge", "finish"),
         str(device),
         torch.get_num_threads(),
         budget.ram,
         budget.vram,
-        tensors=sum(len(plan.tasks) for plan in plans),
+        tensors=sum(len(plan.tasks) for plan in plans.values()),
         layers={name: layers[name] for name in sorted(layers, key=lambda name: int(name or -1))},
+        about=survey_of(plans, inputs).as_json(),
     )
 
 
-def _check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
+def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
     """Raises UsageError for what is in the way of the output, or of the outputs in it."""
     for folder in folders:
         check_output(folder, inputs)
@@ -220,7 +197,7 @@ def calibrate_base(
     base: str,
     aim: Aim,
     output: Path,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     emit: Emit = silent,
 ) -> Path:
     """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache.
@@ -232,7 +209,7 @@ def calibrate_base(
 
 
 def _calibrate(base: str, aim: Aim, output: Path, options: Options, emit: Feed) -> Path:
-    device, budget = _set_up(options)
+    device, budget = set_up(options)
     unfinished = partial_folder(output)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
@@ -274,34 +251,6 @@ def _check_new(output: Path, unfinished: Path) -> None:
         raise UsageError(
             f"`{printable(str(output))}` exists already", hint=f"name a new file, or remove that one{left}"
         )
-
-
-def _set_up(options: Options) -> tuple[torch.device, Budget]:
-    """Process-wide settings; returns the device to work on and the budget."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = usable_device(options.device)
-    return device, make_budget(device, options.ram, options.vram)
-
-
-def _shares(plans: Sequence[Plan], inputs: Inputs, budget: Budget, device: torch.device) -> Shares:
-    plan = plans[0]
-    tasks = [task for task in plan.tasks if task.action == "merge"]
-    models = len(inputs.experts) + 1
-    widest = max((task.dtype.itemsize for task in tasks), default=4)
-    stored = max((t.dtype.itemsize for checkpoint in inputs.checkpoints for t in checkpoint), default=4)
-    return share_out(
-        budget,
-        device,
-        models=models,
-        stored_bytes=models * stored + widest * len(plans),
-        row=max(
-            (max(matrix_shape(task.shape)) if task.whole else matrix_shape(task.shape)[1] for task in tasks), default=1
-        ),
-        scratch=plan.recipe.method.scratch,
-        threads=torch.get_num_threads(),
-        compiled=plan.recipe.method.compiled and device.type == "cpu" and kernels.available(),
-    )
 
 
 def _calibration(recipe: Recipe, inputs: Inputs, emit: Emit) -> Calibration | None:

@@ -14,7 +14,10 @@ from typing import Any, Literal
 from lowmem_aim.durable import is_held, owner_of
 from lowmem_aim.errors import DiskError, UsageError, printable
 from lowmem_aim.journal import Journal
+from lowmem_aim.lines import line_of
 from lowmem_aim.output import ACTIVATIONS, PRIVATE, is_finished
+from lowmem_aim.progress import seen
+from lowmem_aim.record import LOG, runs_in
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Status:
     tensors_total: int
     bytes: int
     bytes_total: int
+    now: str = ""  # of one that is running: how it stands, as its log says
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,7 +44,7 @@ class Status:
         heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
         if self.state == "interrupted" and not (self.tensors or self.activations or self.blocks):
             return ["interrupted before anything was finished: the same command starts again"]
-        return [heading, *self._done()]
+        return [heading, *self._done(), *([self.now] if self.now else [])]
 
     def _done(self) -> Iterator[str]:
         if self.tensors_total:  # else it is only a calibration
@@ -76,4 +80,10 @@ def status_of(out: Path) -> Status:
             tensors_total=plan["tensors"],
             bytes=sum(group.end for group in last),
             bytes_total=plan["bytes"],
+            now=_now(private / LOG) if running else "",
         )
+
+
+def _now(log: Path) -> str:
+    runs = runs_in(log)
+    return line_of(seen(runs[-1])) if runs else ""
