@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -238,7 +239,8 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
 
         made = work(checked)
     if style == "auto" and view.progress.planned:
-        for line in (*summary.lines(view.progress), *(summary.next_commands(made) if merges else ())):
+        told = summary.lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
+        for line in (*told, *(summary.next_commands(made) if merges else ())):
             click.echo(line, err=True)
     if style != "json":
         click.echo(click.format_filename(made))

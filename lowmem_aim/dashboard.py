@@ -86,6 +86,7 @@ class Dashboard(Quiet):
             redirect_stdout=False,
         )
         self._live.start()
+        self.console.show_cursor(True)  # or a process that is killed would leave a terminal without one
 
     def stop(self) -> None:
         live, self._live = self._live, None

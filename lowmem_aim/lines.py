@@ -107,3 +107,4 @@ def first_lines(planned: Planned) -> Iterator[str]:
         yield from survey.lines(planned.about)
     vram = f", VRAM {shown(planned.vram_budget)}" if planned.vram_budget else ""
     yield f"budget    RAM {shown(planned.ram_budget)}{vram}; on {planned.device} with {planned.threads} threads"
+    yield ""

@@ -18,7 +18,7 @@ from lowmem_aim.heatmap import colour_of, heat_rows
 from lowmem_aim.progress import STAGES, Progress
 from lowmem_aim.units import clock, shown
 
-LABEL = 9  # columns of what a line is about
+LABEL = 10  # columns of what a line is about
 SPARK = "▁▂▃▄▅▆▇█"
 MOST_WARNINGS = 3
 MOST_ROWS_OF_HEAT = 16
@@ -161,7 +161,9 @@ def _rate(run: Progress, stage: Stage, width: int) -> Text:
 
 def _spark(values: Sequence[float], columns: int) -> str:
     top = max(values, default=0.0)
-    drawn = "".join(SPARK[min(int(value / top * len(SPARK)), len(SPARK) - 1)] if top else SPARK[0] for value in values)
+    if not top:
+        return " " * columns
+    drawn = "".join(SPARK[min(int(value / top * len(SPARK)), len(SPARK) - 1)] for value in values)
     return drawn[-columns:].rjust(columns)
 
 
@@ -216,13 +218,23 @@ def _strip(run: Progress, layers: Sequence[str], shares: Mapping[str, float], ro
     text = Text()
     for first in range(0, len(layers), each):
         names = layers[first : first + each]
-        of = sum(run.planned.layers[name] for name in names)
-        done = sum(run.layers[name] for name in names) / of if of else 0.0
+        done = _done(run, names)
         known = [shares[name] for name in names if name in shares]
-        style = Style(color=colour_of(sum(known) / len(known))) if known else Style(color="green")
+        plain = "cyan" if "merge" not in run.phases else "green"
+        style = Style(color=colour_of(sum(known) / len(known))) if known else Style(color=plain)
         cell = "·" if not done else SPARK[min(int(done * len(SPARK)), len(SPARK) - 1)]
         text.append(cell * columns, style if done else "dim")
     return text
+
+
+def _done(run: Progress, layers: Sequence[str]) -> float:
+    """How much of some layers is done: of their tensors, or of them as blocks while they are calibrated."""
+    assert run.planned is not None
+    current = run.current
+    if current and current.unit == "blocks":
+        return sum(min(max(current.done - int(name), 0.0), 1.0) for name in layers) / len(layers)
+    of = sum(run.planned.layers[name] for name in layers)
+    return sum(run.layers[name] for name in layers) / of if of else 0.0
 
 
 def _heat_line(kind: str, row: Sequence[float | None], width: int) -> Text:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lowmem_aim.units import clock, shown
 
 FORMAT = "lowmem-aim run 1"
 MOST_WARNINGS = 10
-MOST_LAYERS = 6  # of those that are told with a number
+INDENT = " " * 12
 
 
 def write_facts(private: Path) -> None:
@@ -69,8 +70,8 @@ def facts(run: Progress) -> dict[str, Any]:
     return found
 
 
-def lines(run: Progress) -> Iterator[str]:
-    """The closing summary, for people."""
+def lines(run: Progress, width: int = 100) -> Iterator[str]:
+    """The closing summary, for people, in so many columns where it can be broken."""
     yield _outcome(run)
     latest, planned = run.latest, run.planned
     merged = run.phases.get("merge")
@@ -82,8 +83,9 @@ def lines(run: Progress) -> Iterator[str]:
         peaks = [f"RAM {shown(latest.ram_peak)} of {shown(planned.ram_budget)}"]
         if latest.vram_peak is not None:
             peaks.append(f"VRAM {shown(latest.vram_peak)} of {shown(planned.vram_budget or 0)}")
-        yield f"  peaks     {', '.join(peaks)} of budget"
-    yield from _kept(run)
+        yield f"  peaks     {', '.join(peaks)} (the budget)"
+    for text in _kept(run):
+        yield from textwrap.wrap(text, width, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
     for text in run.warnings[:MOST_WARNINGS]:
         yield f"  warning   {printable(text, 500)}"
     if len(run.warnings) > MOST_WARNINGS:
@@ -115,11 +117,11 @@ def _kept(run: Progress) -> Iterator[str]:
         yield f"  kept      {share:.1%} of the delta"
     kinds = [(kind, _mean(row)) for kind, row in heat_rows(run.kept)]
     if kinds:
-        yield "            " + ", ".join(f"{printable(kind, 40)} {mean:.0%}" for kind, mean in kinds)
+        yield "  by kind   " + ", ".join(f"{printable(kind, 40)} {mean:.0%}" for kind, mean in kinds)
     layers = {name: part for name, part in run.kept_by(0).items() if name}
     if layers:
         least, most = min(layers, key=lambda name: layers[name]), max(layers, key=lambda name: layers[name])
-        yield f"            least in layer {least} ({layers[least]:.0%}), most in layer {most} ({layers[most]:.0%})"
+        yield f"  by layer  least in {least} ({layers[least]:.0%}), most in {most} ({layers[most]:.0%})"
 
 
 def _mean(row: list[float | None]) -> float:

@@ -6,6 +6,7 @@ people.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -65,7 +66,9 @@ class Survey:
     write_bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it comes back from JSON: lists for tuples."""
+        same: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return same
 
 
 def survey_of(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int] | None = None) -> Survey:
