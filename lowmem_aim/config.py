@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.headers import MAX_MARKS, too_many_values
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 10_000_000  # a quantised model's may list every module; others have 2 kB
+# Brackets, braces and commas of a header: about eight a tensor. It bounds the time and memory that decoding takes: a
+# header of 100 MB could hold 30 million empty lists, in 2 GB. The largest models have 90,000 tensors in 160 files.
+MAX_MARKS = 500_000
 MAX_DEPTH = 50  # json, copy and repr give up, or end the process, at some hundreds; real ones have five
 MAX_LAYERS = 1_000  # the largest public models have 126
 MAX_SIZE = 1 << 24
@@ -22,6 +24,11 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 # 0 and null are what other architectures' keys have; lists are of one entry a layer.
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels")
+
+
+def too_many_values(text: bytes) -> bool:
+    """Whether JSON would take long, and much memory, to decode."""
+    return sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS
 
 
 def load_json(file: Path, limit_bytes: int) -> Any:

@@ -30,7 +30,7 @@ from lowmem_aim.remote import stand_in
 from lowmem_aim.rooms import Needs, divide
 from lowmem_aim.run import check_outputs
 from lowmem_aim.speed import disk_speed, matmul_speed, merge_speed
-from lowmem_aim.survey import survey_of
+from lowmem_aim.surveyor import survey_of
 from lowmem_aim.texts import is_activations_file
 from lowmem_aim.units import shown
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
+from lowmem_aim.config import MAX_MARKS, too_many_values
 from lowmem_aim.errors import ModelError, printable
 
 # The safetensors library refuses headers above 100 MB; so do we, before reading them.
 MAX_HEADER_BYTES = 100_000_000
-# Brackets, braces and commas of a header: about eight a tensor. It bounds the time and memory that decoding takes: a
-# header of 100 MB could hold 30 million empty lists, in 2 GB. The largest models have 90,000 tensors in 160 files.
-MAX_MARKS = 500_000
 MAX_DIMENSIONS = 64
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -74,11 +72,6 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 class _BadHeader(Exception):
     """The reason, without the file's name."""
-
-
-def too_many_values(text: bytes) -> bool:
-    """Whether JSON would take long, and much memory, to decode."""
-    return sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

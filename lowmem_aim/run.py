@@ -43,7 +43,7 @@ from lowmem_aim.plan import Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe, one_by_one
 from lowmem_aim.relaxation import Consensus, Relaxation, check_activations, idle_exclusions
 from lowmem_aim.resume import Identity, agree, check_same, differing_tensors, differing_weights
-from lowmem_aim.survey import survey_of
+from lowmem_aim.surveyor import survey_of
 from lowmem_aim.targets import Target
 
 if TYPE_CHECKING:
