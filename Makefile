@@ -12,7 +12,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,data,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,data,report,dev]'
 	touch $(STAMP)
 
 demo: install

@@ -22,12 +22,14 @@ from lowmem_aim.activations import Activations
 from lowmem_aim.checkpoint import INDEX, Checkpoint
 from lowmem_aim.config import CONFIG
 from lowmem_aim.errors import printable
+from lowmem_aim.heatmap import MOST_KINDS, Modules, block_map, by_module, heat_rows, inside, joined, shares_by
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.merge import Merged
 from lowmem_aim.methods import Method
+from lowmem_aim.picture import drawn_with, heatmap_png
 from lowmem_aim.plan import Plan
 from lowmem_aim.recipe import Acm, Aim, ModelEntry, Recipe, Setting
-from lowmem_aim.relaxation import Consensus
+from lowmem_aim.relaxation import LOOKED_AT, Consensus
 from lowmem_aim.texts import BUILTIN, PILE, is_activations_file
 
 # Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
@@ -47,6 +49,7 @@ COPIED = (
     "chat_template.json",
 )
 LARGEST_COPY = 200_000_000
+PICTURE = "delta-kept.png"
 
 
 def copied_files(reference: Checkpoint) -> dict[str, bytes]:
@@ -78,11 +81,17 @@ def output_files(
             for group, m in consensus.information.items()
         }
         facts["acm"] = {"texts": consensus.texts, "tokens": consensus.tokens, "groups": groups}
+    kept = _kept(plan, merged)
+    if joined(kept.values()).before:
+        facts["kept"] = _shares(kept)
+    if picture := heatmap_png(kept):
+        facts["versions"] |= drawn_with()
+        files[PICTURE] = picture
     if environments:
         facts["environments"] = environments
     files["mergekit_config.yml"] = _yaml(recipe).encode()
     files["lowmem_aim.json"] = _json(facts)
-    files["README.md"] = _card(facts, recipe, plan.recipe).encode()
+    files["README.md"] = _card(facts, recipe, plan.recipe, _left(plan.recipe, kept, picture)).encode()
     files[CONFIG] = _json(_config(inputs.reference, plan))
     return files
 
@@ -213,7 +222,43 @@ def versions(method: Method | None = None) -> dict[str, str]:
     return {"lowmem-aim": lowmem_aim.__version__, "torch": str(torch.__version__), **others}
 
 
-def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> str:
+# --- how much of the delta is left ----------------------------------------------------------------------------------
+
+
+def _kept(plan: Plan, merged: Merged) -> Modules:
+    """By module; one that was not relaxed is there, with no delta."""
+    return by_module((task.layer, task.kind, merged.kept.get(task.name, (0.0, 0.0))) for task in plan.tasks)
+
+
+def _shares(kept: Modules) -> dict[str, Any]:
+    """In four decimals: what follows is no more exact, and does not depend on the order of tensors."""
+    layers, kinds = shares_by(inside(kept), 0), shares_by(kept, 1)
+    return {
+        "delta": round(joined(kept.values()).share or 0.0, 4),
+        "layers": {layer: round(layers[layer], 4) for layer in sorted(layers, key=int)},
+        "kinds": {kind: round(share, 4) for kind, share in kinds.items()},
+    }
+
+
+def _left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
+    """The card's section; the heat map in it as a picture or, without one, as text."""
+    share = joined(kept.values()).share
+    if share is None:
+        return ""
+    drawn = f"![The share that is left, layers by kinds of module]({PICTURE})"
+    if not picture:
+        drawn = _fenced("".join(f"{line}\n" for line in block_map(kept)), "text")
+    outside = shares_by({key: part for key, part in kept.items() if not key[0]}, 1)
+    rows = [f"- {_inline(kind)}: {share:.1%}" for kind, share in list(outside.items())[:MOST_KINDS]]
+    parts = [drawn] * any(heat_rows(kept)) + ["Outside the layers:", "\n".join(rows)] * bool(rows)
+    return (
+        f"\n## How much of the delta is left\n\n{_relaxed_by(recipe)} left {share:.1%} of the merged delta: the sum of "
+        "the absolute values afterwards over the sum before, in the weights that are relaxed, estimated on some "
+        f"{LOOKED_AT // 1000 * 1000:,} elements of each, evenly spread.\n\n" + "\n\n".join(parts) + "\n"
+    )
+
+
+def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left: str) -> str:
     models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
     tags = (
         ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
@@ -234,16 +279,19 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe) -> st
     return (
         f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
-        f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}\n"
-        f"## Recipe\n\n{_fenced(_yaml(portable))}\n\n"
+        f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}{left}\n"
+        f"## Recipe\n\n{_fenced(_yaml(portable), 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
     )
 
 
 def _with(recipe: Recipe) -> str:
-    names = [name for name, table in (("AIM", recipe.aim), ("ACM", recipe.acm)) if table]
-    return f" with {' and '.join(names)}" if names else ""
+    return f" with {_relaxed_by(recipe)}" if recipe.aim or recipe.acm else ""
+
+
+def _relaxed_by(recipe: Recipe) -> str:
+    return " and ".join(name for name, table in (("AIM", recipe.aim), ("ACM", recipe.acm)) if table)
 
 
 def _consensus(facts: dict[str, Any], acm: Acm) -> str:
@@ -301,11 +349,11 @@ def _tokens(facts: dict[str, Any]) -> str:
     return f"{calibration.get('tokens', 0)} tokens in {calibration.get('sequences', 0)} sequences"
 
 
-def _fenced(text: str) -> str:
+def _fenced(text: str, language: str) -> str:
     """A block that nothing in it can close: its fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{text}{fence}"
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def _inline(text: str) -> str:

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from lowmem_aim.progress import Kept
+from lowmem_aim.errors import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_KINDS = 60  # that are shown: a model file may name thousands
+_RULED = 10  # a layer in so many has its number written above it
 # From nothing left to all of it: dark blue to yellow, even in lightness, so that it also reads in grey.
 _RAMP = ((68, 57, 131), (59, 110, 143), (33, 149, 139), (78, 193, 107), (180, 222, 44), (253, 231, 37))
+
+
+@dataclass
+class Kept:
+    """Sums of a delta's absolute values, before and after it was relaxed."""
+
+    before: float = 0.0
+    after: float = 0.0
+
+    def add(self, sums: tuple[float, float]) -> None:
+        self.before, self.after = self.before + sums[0], self.after + sums[1]
+
+    @property
+    def share(self) -> float | None:
+        """None where there was no delta."""
+        return self.after / self.before if self.before else None
+
+
+Modules = Mapping[tuple[str, str], Kept]  # (layer or, outside of all, "", kind of module) -> of all its tensors
+
+
+def by_module(tensors: Iterable[tuple[int | None, str, tuple[float, float]]]) -> dict[tuple[str, str], Kept]:
+    """What is kept of each kind in each layer, from (layer, kind, sums) of each tensor, in any order."""
+    parts: dict[tuple[str, str], list[Kept]] = {}
+    for layer, kind, sums in tensors:
+        parts.setdefault(("" if layer is None else str(layer), kind), []).append(Kept(*sums))
+    return {module: joined(several) for module, several in parts.items()}
+
+
+def joined(parts: Iterable[Kept]) -> Kept:
+    parts = list(parts)
+    return Kept(math.fsum(part.before for part in parts), math.fsum(part.after for part in parts))
+
+
+def shares_by(kept: Modules, what: int) -> dict[str, float]:
+    """What is left in each layer (0) or of each kind (1), in the order in which they come; only where it is known."""
+    found: dict[str, list[Kept]] = {}
+    for key, part in kept.items():
+        found.setdefault(key[what], []).append(part)
+    shares = {name: joined(parts).share for name, parts in found.items()}
+    return {name: share for name, share in shares.items() if share is not None}
+
+
+def inside(kept: Modules) -> Modules:
+    """Those in the layers."""
+    return {key: part for key, part in kept.items() if key[0]}
 
 
 def colour_of(share: float) -> str:
@@ -24,7 +74,7 @@ def block_of(share: float | None) -> str:
     return "·" if share is None else BLOCKS[min(int(share * len(BLOCKS)), len(BLOCKS) - 1)]
 
 
-def heat_rows(kept: Mapping[tuple[str, str], Kept]) -> Iterator[tuple[str, list[float | None]]]:
+def heat_rows(kept: Modules) -> Iterator[tuple[str, list[float | None]]]:
     """(kind, share left in each layer, None where it was not relaxed); outside the layers nothing."""
     layers = layers_of(kept)
     for kind in dict.fromkeys(kind for layer, kind in kept if layer):
@@ -33,5 +83,31 @@ def heat_rows(kept: Mapping[tuple[str, str], Kept]) -> Iterator[tuple[str, list[
             yield kind, row
 
 
-def layers_of(kept: Mapping[tuple[str, str], Kept]) -> Sequence[str]:
+def layers_of(kept: Modules) -> Sequence[str]:
     return [str(number) for number in sorted({int(layer) for layer, _ in kept if layer})]
+
+
+def label_of(kind: str) -> str:
+    """A kind's name for pictures and maps: every character of it one column wide, in every font."""
+    return printable(kind.encode("ascii", "backslashreplace").decode(), 40)
+
+
+def block_map(kept: Modules) -> Iterator[str]:
+    """The heat map as lines of text: some layers' numbers, then each kind with its blocks and its share over all."""
+    rows, over_all = list(heat_rows(kept)), shares_by(inside(kept), 1)
+    shown = rows[:MOST_KINDS]
+    width = max((len(label_of(kind)) for kind, _ in shown), default=0)
+    ruler = _ruler(layers_of(kept))
+    yield f"{'':<{width}}  {ruler}  all"
+    for kind, row in shown:
+        blocks = "".join(map(block_of, row))
+        yield f"{label_of(kind):<{width}}  {blocks:<{len(ruler)}}  {over_all[kind]:.0%}"
+    if len(rows) > len(shown):
+        yield f"and {len(rows) - len(shown)} more kinds"
+
+
+def _ruler(layers: Sequence[str]) -> str:
+    text = ""
+    for column in range(0, len(layers), _RULED):
+        text = text.ljust(column) + layers[column]
+    return text.ljust(len(layers))

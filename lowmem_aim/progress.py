@@ -7,7 +7,6 @@ system, so that a recorded run gives the same picture as a live one.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from lowmem_aim.events import (
     Unit,
     Worked,
 )
+from lowmem_aim.heatmap import Kept, joined, shares_by
 
 STAGES: tuple[Stage, ...] = ("read", "compute", "write")
 WINDOW_SECONDS = 5.0  # over which rates are told
@@ -46,22 +46,6 @@ class PhaseSeen:
     done: float  # of `total`
     ended: float | None = None
     marks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))  # (working time, done)
-
-
-@dataclass
-class Kept:
-    """Sums of a delta's absolute values, before and after it was relaxed."""
-
-    before: float = 0.0
-    after: float = 0.0
-
-    def add(self, sums: tuple[float, float]) -> None:
-        self.before, self.after = self.before + sums[0], self.after + sums[1]
-
-    @property
-    def share(self) -> float | None:
-        """None where there was no delta."""
-        return self.after / self.before if self.before else None
 
 
 @dataclass
@@ -230,20 +214,11 @@ class Progress:
 
     def kept_share(self) -> float | None:
         """Of the first output's delta, how much AIM and ACM have left."""
-        return _joined(self.kept.values()).share
+        return joined(self.kept.values()).share
 
     def kept_by(self, what: int) -> dict[str, float]:
         """The same for each layer (0) or kind of module (1), in the order in which they were first seen."""
-        found: dict[str, list[Kept]] = {}
-        for key, kept in self.kept.items():
-            found.setdefault(key[what], []).append(kept)
-        shares = {name: _joined(parts).share for name, parts in found.items()}
-        return {name: share for name, share in shares.items() if share is not None}
-
-
-def _joined(parts: Iterable[Kept]) -> Kept:
-    parts = list(parts)
-    return Kept(math.fsum(part.before for part in parts), math.fsum(part.after for part in parts))
+        return shares_by(self.kept, what)
 
 
 def seen(run: Iterable[tuple[float, Event]]) -> Progress:

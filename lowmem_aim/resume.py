@@ -26,6 +26,7 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.inputs import Inputs
 from lowmem_aim.journal import Journal
 from lowmem_aim.methods import Method
+from lowmem_aim.picture import drawn_with
 from lowmem_aim.plan import Plan
 from lowmem_aim.slices import Stride, TensorInputs
 
@@ -69,11 +70,10 @@ class Identity:
             job["texts of ACM"] = compared
         checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
         measures = bool(compared) or (calibration is not None and calibration.given is None)
-        return cls(
-            job,
-            [_of_input(checkpoints[folder]) for folder in inputs.folders],
-            _environment(device, measures, plan.recipe.method),
-        )
+        environment = _environment(device, measures, plan.recipe.method)
+        if plan.recipe.aim or plan.recipe.acm:
+            environment |= drawn_with()  # the card has a picture, or has none
+        return cls(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
 
     @classmethod
     def of_calibration(cls, calibration: Calibration, device: torch.device) -> Identity:

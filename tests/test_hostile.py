@@ -443,7 +443,9 @@ class TestNames:
         self.is_plain(card)
         _, front, body = card.split("---\n", 2)
         assert list(yaml.safe_load(front)) == ["base_model", "library_name", "tags"]
-        prose = re.sub(r"(?ms)^(`{3,})yaml\n.*?^\1$|`[^`\n]*`", "", body)
+        prose = re.sub(r"(?ms)^(`{3,})(?:yaml|text)\n.*?^\1$|`[^`\n]*`", "", body)
+        prose = prose.replace("![The share that is left, layers by kinds of module](delta-kept.png)", "", 1)
         assert not set("<>`[") & set(prose)
         headings = re.findall(r"^#+ (\w+)", prose, re.MULTILINE)
-        assert headings in (["A", "Recipe", "Digests"], ["A", "Recipe", "Digests", "Elements"])
+        how = ["How"] * ("\n## How much of the delta is left\n" in prose)
+        assert headings in (["A", *how, "Recipe", "Digests"], ["A", *how, "Recipe", "Digests", "Elements"])

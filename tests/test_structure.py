@@ -20,6 +20,7 @@ STOREYS = [
         "record",
         "progress",
         "heatmap",
+        "picture",
         "terminal",
         "survey",
         "lines",
