@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import lowmem_aim
-from lowmem_aim import interrupts
+from lowmem_aim import bugs, completion, interrupts, usage
 from lowmem_aim.errors import LowmemAimError, UsageError, printable
+from lowmem_aim.usage import Choice
 
 if TYPE_CHECKING:
     from lowmem_aim.dashboard import Style
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
 LONGEST_NAME = 255  # bytes
 LONGEST_PROBLEM = 2000  # characters
-BUG_HINT = "this is a bug: run again with `--debug` and report what it prints"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -49,33 +48,41 @@ def main() -> None:
     # Spinning worker threads cost up to four times the CPU time on a shared machine. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(_exit_code("--debug" in sys.argv))
+    sys.exit(_exit_code(usage.wanted(sys.argv)))
 
 
 def _exit_code(debug: bool) -> int:
     try:
-        cli(standalone_mode=False)
+        cli(prog_name=usage.PROGRAM, standalone_mode=False)
         return 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
     except click.exceptions.Abort:
         return 130
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "lowmem-aim"
-        report(UsageError(error.format_message(), hint=f"see `{command} --help`"))
-        return 2
     except interrupts.Interrupted:
         return _interrupted()
-    except LowmemAimError as error:
+    except Exception as error:
         if interrupts.received():  # what a library made of it
             return _interrupted()
-        report(error)
-        return error.exit_code
-    except Exception as error:
-        if interrupts.received():
-            return _interrupted()
-        report(LowmemAimError(f"{type(error).__name__}: {error}", "" if debug else BUG_HINT))
+        told = _told(error, debug)
+        report(told)
         if debug:
-            traceback.print_exc()
-        return 1
+            bugs.print_traceback(error)
+        return told.exit_code
+
+
+def _told(error: Exception, debug: bool) -> LowmemAimError:
+    """Whatever has ended a command, for the user's eyes."""
+    if isinstance(error, LowmemAimError):
+        return error
+    if isinstance(error, click.ClickException):
+        return usage.explained(error)
+    return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, _command_line(), debug))
+
+
+def _command_line() -> str:
+    return shlex.join([usage.PROGRAM, *sys.argv[1:]])
 
 
 def _interrupted() -> int:
@@ -83,8 +90,8 @@ def _interrupted() -> int:
     return 128 + interrupts.received()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(lowmem_aim.__version__, prog_name="lowmem-aim")
+@click.group(cls=usage.Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(lowmem_aim.__version__, prog_name=usage.PROGRAM)
 def cli() -> None:
     """Activation-informed merging (AIM) of large language models, streamed from disk in little memory."""
 
@@ -131,10 +138,12 @@ def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Comman
     return decorate
 
 
+_DTYPES = completion.words(*completion.DTYPES)
 _CALIBRATION = _options(
     click.option(
         "--calibration",
         metavar="WHAT",
+        shell_complete=completion.texts,
         help="file.jsonl, file.txt, activations.safetensors, `builtin`, or a Hub dataset id "
         "[default: the AIM authors' Pile set, from the Hub]",
     ),
@@ -142,21 +151,28 @@ _CALIBRATION = _options(
     click.option("--block-size", type=int, help="tokens in a sequence [default: 512]"),
     click.option("--calibration-seed", type=int, help="shuffles a Hub dataset [default: 42]"),
     click.option("--pack/--no-pack", default=None, help="join the texts into full blocks [default: pack]"),
-    click.option("--calibration-dtype", help="of the forward passes [default: the base's]"),
+    click.option("--calibration-dtype", shell_complete=_DTYPES, help="of the forward passes [default: the base's]"),
 )
 _RECIPE = _options(
-    click.option("--method", help="merge_method"),
-    click.option("--base", help="base_model: a folder or a Hub id"),
-    click.option("--expert", multiple=True, help="a model to merge; repeat it for each"),
+    click.option("--method", shell_complete=completion.methods, help="merge_method"),
+    click.option("--base", shell_complete=completion.folders, help="base_model: a folder or a Hub id"),
+    click.option(
+        "--expert", multiple=True, shell_complete=completion.folders, help="a model to merge; repeat it for each"
+    ),
     click.option("--weight", multiple=True, help="one for all experts, or one for each, in order [default: 1]"),
     click.option("--density", multiple=True, help="as --weight"),
     click.option(
-        "--parameter", "-p", multiple=True, metavar="NAME=VALUE", help="any other parameter, such as -p lambda=0.5"
+        "--parameter",
+        "-p",
+        multiple=True,
+        metavar="NAME=VALUE",
+        shell_complete=completion.parameters,
+        help="any other parameter, such as -p lambda=0.5",
     ),
     click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="of the random masks"),
     click.option(
         "--nonfinite",
-        type=click.Choice(["stop", "base"]),
+        type=Choice(["stop", "base"]),
         default="stop",
         show_default=True,
         help="at NaN or Inf in an expert: stop, or take the base's value there",
@@ -168,14 +184,24 @@ _AIM = _options(
         metavar="NUMBER",
         help="AIM: 1 changes nothing, 0 freezes the most active channels; several (0.2,0.4) give an output each",
     ),
-    click.option("--scaling", help="of AIM's activations: identity, sqrt, square or rank [default: identity]"),
+    click.option(
+        "--scaling",
+        shell_complete=completion.words(*completion.SCALINGS),
+        help="of AIM's activations: identity, sqrt, square or rank [default: identity]",
+    ),
     click.option("--exclude", multiple=True, help="part of the names of weights that AIM leaves alone; repeat it"),
-    click.option("--tied", type=click.Choice(["relax", "keep"]), help="AIM on a tied embedding [default: relax]"),
+    click.option("--tied", type=Choice(["relax", "keep"]), help="AIM on a tied embedding [default: relax]"),
     _CALIBRATION,
 )
 _JOB = _options(
-    click.option("--read", type=click.Choice(["mmap", "pread"]), default="mmap", show_default=True),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or mps"),
+    click.option("--read", type=Choice(["mmap", "pread"]), default="mmap", show_default=True),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        shell_complete=completion.words("auto", "cpu", "cuda", "mps"),
+        help="cpu, cuda, cuda:N or mps",
+    ),
     click.option("--ram", type=_Size(), help="memory budget, such as 4GB [default: what is free, less a reserve]"),
     click.option("--vram", type=_Size(), help="the same for the GPU's memory"),
     click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
@@ -183,12 +209,13 @@ _JOB = _options(
     click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
     click.option("--json", "as_json", is_flag=True, help="progress as JSON lines on stdout, for programs"),
     click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
-    click.option("--debug", is_flag=True, help="show a traceback after a bug"),
 )
 _OUTPUT = _options(
     click.option("--shard-size", type=_Size(), default="5GB", show_default=True, help="largest output file"),
-    click.option("--dtype", help="float32, float16 or bfloat16 [default: as the inputs]"),
-    click.option("--tokenizer-source", help="`base` matches tokens by their text"),
+    click.option("--dtype", shell_complete=_DTYPES, help="float32, float16 or bfloat16 [default: as the inputs]"),
+    click.option(
+        "--tokenizer-source", shell_complete=completion.words("base"), help="`base` matches tokens by their text"
+    ),
     click.option("--cache/--no-cache", default=True, show_default=True, help="keep and reuse activations"),
 )
 
@@ -208,7 +235,7 @@ def _job(flags: dict[str, Any]) -> Options:
         use_cache=flags.get("cache", True),
         fresh=flags["fresh"],
         accept_environment=flags["accept_environment"],
-        command=shlex.join(["lowmem-aim", *sys.argv[1:]]),
+        command=_command_line(),
     )
 
 
@@ -249,7 +276,9 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-_PATHS = click.argument("paths", nargs=-1, metavar="[RECIPE] OUT", type=_Path(), required=True)
+_PATHS = click.argument(
+    "paths", nargs=-1, metavar="[RECIPE] OUT", type=_Path(), required=True, shell_complete=completion.recipes
+)
 
 
 def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Recipe:
@@ -318,19 +347,28 @@ def plan(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
 
 
 @cli.command()
-@click.argument("merged")
-@click.argument("out", type=_Path())
-@click.option("--base", required=True, help="the model that MERGED's experts were tuned from")
+@click.argument("merged", shell_complete=completion.folders)
+@click.argument("out", type=_Path(), shell_complete=completion.folders)
+@click.option(
+    "--base",
+    required=True,
+    shell_complete=completion.folders,
+    help="the model that MERGED's experts were tuned from",
+)
 @click.option(
     "--with",
     "relaxations",
-    type=click.Choice(["aim", "acm", "both"]),
+    type=Choice(["aim", "acm", "both"]),
     default="aim",
     show_default=True,
     help="AIM by input channel, ACM by layer, or ACM after AIM",
 )
 @click.option("--theta", type=float, help="of ACM [default: 0.7]")
-@click.option("--normalise", help="ACM's mutual information by its `samples` or over the `layers` [default: samples]")
+@click.option(
+    "--normalise",
+    shell_complete=completion.words(*completion.NORMALISATIONS),
+    help="ACM's mutual information by its `samples` or over the `layers` [default: samples]",
+)
 @_AIM
 @_OUTPUT
 @_JOB
@@ -346,7 +384,7 @@ def relax(merged: str, out: Path, **flags: Any) -> None:
 
 
 @cli.command()
-@click.argument("base")
+@click.argument("base", shell_complete=completion.folders)
 @click.option("--output", "-o", type=_Path(), required=True, help="activations.safetensors")
 @_CALIBRATION
 @_JOB
@@ -366,7 +404,7 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", type=_Path())
+@click.argument("out", type=_Path(), shell_complete=completion.folders)
 @click.option("--json", "as_json", is_flag=True, help="one line of JSON (for each omega)")
 def status(out: Path, as_json: bool) -> None:
     """Tell how far the run in OUT is, and whether it is alive, interrupted or finished."""
@@ -386,7 +424,7 @@ def status(out: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("out", type=_Path())
+@click.argument("out", type=_Path(), shell_complete=completion.folders)
 @click.option("--run", "number", type=int, default=-1, help="which: 1 the first, -1 the last [default: -1]")
 @click.option("--speed", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True)
 @click.option("--at", "second", type=click.FloatRange(0), help="print the screen at this second instead")
@@ -404,7 +442,7 @@ def replay(out: Path, number: int, speed: float, second: float | None, size: str
 
 
 @cli.command()
-@click.argument("folder", type=_Path(), default=".")
+@click.argument("folder", type=_Path(), default=".", shell_complete=completion.folders)
 @click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
 def doctor(folder: Path, as_json: bool) -> None:
     """Tell versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, and what is worth mending."""
@@ -417,7 +455,7 @@ def doctor(folder: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("out", type=_Path())
+@click.argument("out", type=_Path(), shell_complete=completion.folders)
 @click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
 def verify(out: Path, quiet: bool) -> None:
     """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
@@ -433,7 +471,7 @@ def verify(out: Path, quiet: bool) -> None:
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.methods)
 @click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
 def methods(name: str | None, as_json: bool) -> None:
     """List the merge methods, or tell all about the one called NAME."""
@@ -452,10 +490,22 @@ def methods(name: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("folder", type=_Path(), default="demo-run")
-@click.option("--debug", is_flag=True, help="show a traceback after a bug")
-def demo(folder: Path, debug: bool) -> None:
+@click.argument("folder", type=_Path(), default="demo-run", shell_complete=completion.folders)
+def demo(folder: Path) -> None:
     """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate."""
     from lowmem_aim.demo import run
 
     run(folder, click.echo)
+
+
+@cli.command("completion")
+@click.argument("shell", type=Choice(completion.SHELLS), metavar="SHELL")
+def completion_script(shell: str) -> None:
+    """Print what SHELL needs to complete commands, flags and names after Tab. One line in its start file:
+
+    \b
+    bash   eval "$(lowmem-aim completion bash)"    in ~/.bashrc
+    zsh    eval "$(lowmem-aim completion zsh)"     in ~/.zshrc, after compinit
+    fish   lowmem-aim completion fish | source     in ~/.config/fish/config.fish
+    """
+    click.echo(completion.script(cli, shell), nl=False)

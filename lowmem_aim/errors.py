@@ -25,47 +25,58 @@ class LowmemAimError(Exception):
     """Base of all errors that are meant for the user's eyes."""
 
     exit_code = 1
+    usual_hint = "this is a bug: report it, with the command that led here"  # where there is nothing better to say
 
     def __init__(self, problems: str | Iterable[str], hint: str = "") -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
         super().__init__("\n".join(self.problems))
 
 
 class UsageError(LowmemAimError):
     exit_code = 2
+    usual_hint = "see `lowmem-aim --help`"
 
 
 class RecipeError(UsageError):
     """The recipe is wrong; each problem starts with `file:line:`."""
 
+    usual_hint = "mend what is named here; docs/recipe.md has every key"
+
 
 class ModelError(LowmemAimError):
     exit_code = 3
+    usual_hint = "mend or replace what is named here"
 
 
 class DiskError(LowmemAimError):
     exit_code = 4
+    usual_hint = "see to the disk and to its permissions"
 
 
 class MemoryBudgetError(LowmemAimError):
     exit_code = 5
+    usual_hint = "give it more with `--ram` or `--vram`"
 
 
 class LockedError(LowmemAimError):
     exit_code = 6
+    usual_hint = "wait for the other run, or stop it"
 
 
 class ResumeError(LowmemAimError):
     exit_code = 7
+    usual_hint = "`--fresh` starts over; another output folder leaves the interrupted run as it is"
 
 
 class VerifyError(LowmemAimError):
     exit_code = 8
+    usual_hint = "make the output again"
 
 
 class NetworkError(LowmemAimError):
     exit_code = 9
+    usual_hint = "try again later, or give a local folder"
 
 
 @contextlib.contextmanager
@@ -81,7 +92,7 @@ def raise_all(errors: list[LowmemAimError]) -> None:
     """One error with all problems and hints, of the first one's kind; none if there are none."""
     if errors:
         problems = [problem for error in errors for problem in error.problems]
-        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        hints = dict.fromkeys(error.hint for error in errors if error.hint != error.usual_hint)
         raise type(errors[0])(dict.fromkeys(problems), hint="; ".join(hints))
 
 
@@ -96,5 +107,6 @@ def printable(text: str, limit: int = 200) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean ...?`, or nothing if no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1)
+    return f"; did you mean `{names[near[0]]}`?" if near else ""

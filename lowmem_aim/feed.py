@@ -21,9 +21,10 @@ from typing import Literal
 
 import lowmem_aim
 from lowmem_aim import interrupts
+from lowmem_aim.bugs import note_log
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
-from lowmem_aim.record import Log
+from lowmem_aim.record import LOG, Log
 from lowmem_aim.summary import write_facts
 
 SAMPLE_SECONDS = 1.0
@@ -166,6 +167,9 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
             yield feed
     except BaseException as error:
         feed(ended(error))
+        for private in feed.recorded[:1]:
+            if (private / LOG).is_file():  # else nothing was finished, and nothing is left
+                note_log(error, private / LOG)
         raise
     else:
         feed(RunEnded("finished", 0))

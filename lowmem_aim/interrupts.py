@@ -30,6 +30,7 @@ PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it 
 
 hint: mend it, and give the same command again; what is finished stays
 """
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # the exit code is 128 and the signal's number
 _SHOW_CURSOR = b"\x1b[?25h"
 _POLL_SECONDS = 0.1
 
@@ -48,7 +49,7 @@ class _State:
 
 def install() -> None:
     """Handle the signals from now on."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ENDING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _handle)
     if hasattr(signal, "SIGUSR1"):  # else it would end a process that is only just starting

@@ -166,7 +166,8 @@ class _Reader(Values):
             value = self.text(node, key)
             if node is not None and value is not None:
                 if value not in DTYPES:
-                    self.problem(node, f"`{key}` must be one of {', '.join(DTYPES)}, not `{printable(value)}`")
+                    allowed, near = ", ".join(DTYPES), did_you_mean(value, DTYPES)
+                    self.problem(node, f"`{key}` must be one of {allowed}, not `{printable(value)}`{near}")
                 chosen = value
         return chosen
 

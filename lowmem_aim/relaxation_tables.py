@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lowmem_aim.errors import printable
+from lowmem_aim.errors import did_you_mean, printable
 from lowmem_aim.methods import Parameter
 from lowmem_aim.recipe import DEFAULT_OMEGA, DTYPES, Acm, Aim, Setting
 from lowmem_aim.recipe_values import Values, no_name
@@ -16,6 +16,12 @@ from lowmem_aim.yaml_tree import Node
 
 AIM_KEYS = ("omega", "scaling", "exclude", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
 ACM_KEYS = ("theta", "normalise", "calibration", "samples", "dtype")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "scaling": SCALINGS,
+    "tied": ("relax", "keep"),
+    "dtype": DTYPES,
+    "normalise": NORMALISATIONS,
+}
 _OMEGA = Parameter("aim.omega", per_expert=False, kind="number", default=DEFAULT_OMEGA, low=0.0, high=1.0)
 _THETA = Parameter("acm.theta", per_expert=False, kind="number", default=0.7, low=0.0, high=100.0)
 
@@ -73,11 +79,6 @@ def _acm_value(read: Values, key: str, node: Node) -> Any:
             return read.value(node, _THETA)
         read.problem(node, "`acm.theta` must be a number: it is the same for all layers")
         return None
-    if key == "normalise":
-        if node.value in NORMALISATIONS:
-            return node.value
-        read.problem(node, f"`acm.normalise` must be one of {', '.join(NORMALISATIONS)}")
-        return None
     return _plain(read, key, node, "acm")
 
 
@@ -86,7 +87,7 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
     value = node.value
     whole = isinstance(value, int) and not isinstance(value, bool)
     correct = {
-        "scaling": (value in SCALINGS, f"one of {', '.join(SCALINGS)}"),
+        **{name: (value in known, f"one of {', '.join(known)}") for name, known in _WORDS.items()},
         "calibration": (
             isinstance(value, str) and bool(value) and not no_name(value),
             "a file, `builtin`, or a Hub dataset id",
@@ -95,12 +96,11 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
         "block_size": (whole and value >= 16, "a whole number, 16 or more"),
         "seed": (whole and 0 <= value < 1 << 32, "a whole number in [0, 2^32)"),
         "pack": (isinstance(value, bool), "true or false"),
-        "tied": (value in ("relax", "keep"), "`relax` or `keep`"),
-        "dtype": (value in DTYPES, f"one of {', '.join(DTYPES)}"),
     }
     right, what = correct[key]
     if not right:
         shown = "a list" if isinstance(value, list) else f"`{printable(str(value))}`"
-        read.problem(node, f"`{table}.{key}` must be {what}, not {shown}")
+        near = did_you_mean(value, _WORDS.get(key, ())) if isinstance(value, str) else ""
+        read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")
         return None
     return value

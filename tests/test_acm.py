@@ -313,7 +313,7 @@ class TestInARecipe:
         assert list(caught.value.problems) == [
             "recipe.yml:4: `acm` needs a `base_model`: its outputs are what the merge is compared with",
             "recipe.yml:5: `acm.theta` must lie in [0, 100], not -1",
-            "recipe.yml:6: `acm.normalise` must be one of samples, layers",
+            "recipe.yml:6: `acm.normalise` must be one of samples, layers, not `all`",
             "recipe.yml:7: `acm.samples` must be a whole number above 0, not `0`",
             "recipe.yml:8: unknown key `tetha`; did you mean `theta`?",
         ]

@@ -338,7 +338,7 @@ class TestTokenizer:
 class TestFlags:
     def test_sizes_and_paths_beyond_reason(self, place: Place) -> None:
         for flag in ("--ram", "--vram", "--shard-size"):
-            place.refused(place.merge(flag, "9" * 400), 2, f"'{flag}'", "is no size")
+            place.refused(place.merge(flag, "9" * 400), 2, f"`{flag}`", "is no size")
         long = place.folder / ("n" * 300)
         for command in (("merge", long), ("merge", long, place.out), ("status", long), ("verify", long)):
             place.refused(place.run(*command), 2, "is too long for a path")

@@ -67,7 +67,8 @@ def command(folder: Path, arguments: Sequence[str], echo: Echo) -> None:
         text=True,
     )
     if done.returncode != 0:
-        raise LowmemAimError(f"`lowmem-aim {shlex.join(arguments)}` failed: {done.stderr.strip()}")
+        command = f"lowmem-aim {shlex.join(arguments)}"
+        raise LowmemAimError(f"`{command}` failed: {done.stderr.strip()}", hint="that command by itself tells more")
 
 
 def mean_factor(folder: Path, models: Models) -> float:

@@ -32,6 +32,8 @@ from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_
 import torch
 from torch import Tensor
 
+from lowmem_aim.errors import did_you_mean
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -156,8 +158,9 @@ class Parameter:
         if self.kind == "switch":
             return "" if isinstance(value, bool) else f"`{self.name}` must be true or false"
         if self.kind == "choice":
-            allowed = ", ".join(str(c).lower() for c in self.choices)
-            return "" if value in self.choices else f"`{self.name}` must be one of {allowed}"
+            allowed = [str(choice).lower() for choice in self.choices]
+            wrong = f"`{self.name}` must be one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
+            return "" if value in self.choices else wrong
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             return f"`{self.name}` must be a finite number"
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):

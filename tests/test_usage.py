@@ -1,0 +1,218 @@
+"""Wrong words on the command line, and bugs: what happened, what was meant, what to do; where tracebacks are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Place, Ran, Run
+
+from lowmem_aim.cli import cli
+
+COMMANDS = sorted(cli.commands)
+ARGUMENTS = {  # that are enough for a command to be understood
+    "merge": ["out"],
+    "relax": ["merged", "out", "--base", "base"],
+    "calibrate": ["base", "-o", "a.safetensors"],
+    "status": ["out"],
+    "verify": ["out"],
+    "methods": ["tie"],
+    "completion": ["bash"],
+}
+NEEDED = {
+    "merge": "the argument `[RECIPE] OUT`",
+    "relax": "the argument `MERGED`",
+    "calibrate": "the argument `BASE`",
+    "status": "the argument `OUT`",
+    "verify": "the argument `OUT`",
+    "completion": "the argument `SHELL`",
+}
+
+
+def refused(done: Ran, *messages: str) -> None:
+    """One error, a blank line, one hint."""
+    assert done.code == 2
+    assert done.out == ""
+    told, blank, hint = done.err.rstrip("\n").rpartition("\n\n")
+    assert blank
+    assert told.startswith("error: ")
+    assert hint.startswith("hint: ")
+    assert "\n" not in hint
+    assert "Traceback" not in done.err
+    for message in messages:
+        assert message in done.err
+
+
+class TestWords:
+    def test_nothing_at_all_shows_what_there_is(self, run: Run) -> None:
+        done = run()
+        assert done.code == 2
+        assert done.out == ""
+        assert done.err == run("--help").out
+        assert all(f"\n  {name} " in done.err for name in COMMANDS)
+
+    @pytest.mark.parametrize(("word", "meant"), [("merg", "merge"), ("Verfy", "verify"), ("stats", "status")])
+    def test_a_command_that_does_not_exist(self, run: Run, word: str, meant: str) -> None:
+        refused(run(word), f"error: there is no command `{word}`; did you mean `{meant}`?", "see `lowmem-aim --help`")
+
+    def test_nothing_is_guessed_from_afar(self, run: Run) -> None:
+        refused(run("xyzzy"), "error: there is no command `xyzzy`\n")
+        refused(run("merge", "out", "--xyzzy"), "error: `lowmem-aim merge` has no flag `--xyzzy`\n")
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_a_flag_that_does_not_exist(self, run: Run, name: str) -> None:
+        refused(
+            run(name, "--debgu"),
+            f"error: `lowmem-aim {name}` has no flag `--debgu`; did you mean `--debug`?",
+            f"hint: see `lowmem-aim {name} --help`",
+        )
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_what_is_missing(self, run: Run, name: str) -> None:
+        if name in NEEDED:
+            refused(run(name), f"error: {NEEDED[name]} is missing", f"hint: see `lowmem-aim {name} --help`")
+
+    def test_a_flag_that_is_missing(self, run: Run) -> None:
+        refused(run("calibrate", "base"), "the flag `--output` / `-o` is missing")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("merge", "out", "--expret", "a"), "has no flag `--expret`; did you mean `--expert`?"),
+            (
+                ("relax", "m", "out", "--base", "b", "--with", "amm"),
+                "`--with`: `amm` is not one of aim, acm, both; d",
+            ),
+            (("merge", "out", "--read", "mapp"), "`--read`: `mapp` is not one of mmap, pread; did you mean `mmap`?"),
+            (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
+            (("merge", "out", "--threads", "0"), "`--threads`: 0 is not in the range x>=1\n"),
+            (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
+            (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is no size"),
+            (("merge", "out", "--weight"), "option `--weight` requires an argument\n\nhint: see `lowmem-aim merge"),
+            (("merge", "out", "--fresh=1"), "option `--fresh` does not take a value\n\nhint: see `lowmem-aim merge"),
+            (("methods", "ties", "more"), "unexpected extra argument (more)"),
+            (("methods", "tie"), "unknown merge method `tie`; did you mean `ties`?"),
+            (("merge", "out", "--method", "TIES"), "unknown merge_method `TIES`; did you mean `ties`?"),
+        ],
+    )
+    def test_what_was_meant(self, run: Run, words: tuple[str, ...], message: str) -> None:
+        refused(run(*words), message)
+
+    @pytest.mark.parametrize(
+        ("flags", "meant"),
+        [
+            (("--scaling", "sqr"), "sqrt"),
+            (("--dtype", "bf16"), "bfloat16"),
+            (("--calibration-dtype", "Float16"), "float16"),
+            (("-p", "rescale=densty"), "density"),
+            (("-p", "lamda=1"), "lambda"),
+        ],
+    )
+    def test_words_of_the_recipe(self, place: Place, flags: tuple[str, str], meant: str) -> None:
+        refused(place.merge("--omega", "0.4", *flags, method="dare_ties"), f"did you mean `{meant}`?")
+
+    @pytest.mark.parametrize(
+        ("line", "meant"),
+        [
+            ("aim: {omga: 0.4}", "omega"),
+            ("aim: {tied: relx}", "relax"),
+            ("acm: {normalise: sample}", "samples"),
+            ("parameters: {weight: [{filtre: mlp, value: 1}]}", "filter"),
+        ],
+    )
+    def test_words_of_a_recipe_file(self, place: Place, line: str, meant: str) -> None:
+        recipe = f"merge_method: linear\nbase_model: {place.folder}/base\nmodels: [{{model: a}}]\n{line}\n"
+        (place.folder / "r.yml").write_text(recipe)
+        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4: ", f"did you mean `{meant}`?")
+
+
+class TestDebug:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_every_command_takes_it_before_and_after_its_name(self, run: Run, name: str) -> None:
+        for words in (("--debug", name, "--xyzzy"), (name, "--debug", "--xyzzy")):
+            done = run(*words)
+            assert done.code == 2
+            assert done.err.startswith(f"error: `lowmem-aim {name}` has no flag `--xyzzy`\n\nhint: ")
+            assert "\n\nTraceback (most recent call last):\n" in done.err
+
+    @pytest.mark.parametrize("name", ["merge", "relax", "calibrate", "status", "verify", "methods"])
+    def test_it_is_understood_and_shows_where_an_error_comes_from(
+        self, run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        done = run(name, *ARGUMENTS[name], "--debug")
+        assert done.code in (2, 3, 9), done.err
+        assert "has no flag" not in done.err
+        assert "lowmem_aim.errors." in done.err
+        plain = run(name, *ARGUMENTS[name])
+        assert "Traceback" not in plain.err
+        assert done.err.startswith(plain.err.rstrip("\n") + "\n\nTraceback")
+
+
+def broken(*arguments: object, **more: object) -> None:
+    raise RuntimeError("all wrong\x1b[2J")
+
+
+LAST = "lowmem_aim/last-error.log"
+
+
+class TestBugs:
+    def test_before_anything_is_finished(self, place: Place, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lowmem_aim.run.merge_tensors", broken)
+        done = place.merge()
+        place.refused(done, 1, "error: RuntimeError: all wrong\\x1b[2J\n\nhint: this is a bug", f"`{own_cache / LAST}`")
+        kept = (own_cache / LAST).read_text()
+        assert "lowmem-aim 0." in kept
+        assert f"\nlowmem-aim merge {place.out} --method ties" in kept
+        assert "in broken" in kept
+
+    def test_after_something_is_finished(self, place: Place, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lowmem_aim.run._finish", broken)
+        done = place.merge()
+        log = place.out / ".lowmem_aim/run.log"
+        assert done.code == 1
+        assert f"which is in `{log}`" in done.err
+        assert "Traceback" not in done.err
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert last["event"] == "run_ended"
+        assert "in broken" in last["traceback"]
+        assert not (own_cache / LAST).exists()
+
+    def test_in_a_command_without_an_output_folder(
+        self, run: Run, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lowmem_aim.catalogue.summary", broken)
+        done = run("methods")
+        assert done.code == 1
+        assert f"`{own_cache / LAST}`" in done.err
+        assert "in broken" in (own_cache / LAST).read_text()
+
+    def test_where_nothing_can_be_written_the_error_is_told_all_the_same(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_text("x")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        monkeypatch.setattr("lowmem_aim.catalogue.summary", broken)
+        done = run("methods")
+        assert done.code == 1
+        assert done.err.startswith("error: RuntimeError: all wrong")
+        assert "hint: this is a bug: run again with `--debug`" in done.err
+
+    @pytest.mark.parametrize("words", [("--debug", "methods"), ("methods", "--debug")])
+    def test_with_debug_it_is_shown_with_nothing_that_a_terminal_obeys(
+        self, run: Run, own_cache: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+    ) -> None:
+        monkeypatch.setattr("lowmem_aim.catalogue.summary", broken)
+        done = run(*words)
+        assert "hint: this is a bug: report it with the traceback below\n\nTraceback" in done.err
+        assert "in broken" in done.err
+        assert "\x1b" not in done.err
+        assert not (own_cache / LAST).exists()
+
+
+def test_an_error_of_several_models_has_the_hints_that_say_more(place: Place) -> None:
+    (place.folder / "math/config.json").unlink()
+    done = place.merge("--expert", "someone/some-model")
+    assert "mend or replace" not in done.err
+    assert "hint: " in done.err
