@@ -426,7 +426,7 @@ def status(out: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("out", type=_Path(), shell_complete=completion.folders)
 @click.option("--run", "number", type=int, default=-1, help="which: 1 the first, -1 the last [default: -1]")
-@click.option("--speed", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True)
+@click.option("--speed", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="times as fast")
 @click.option("--at", "second", type=click.FloatRange(0), help="print the screen at this second instead")
 @click.option("--size", help="of that screen, in columns and rows [default: 80x24]")
 @click.option("--svg", type=_Path(), help="write that screen into this file, as SVG")
