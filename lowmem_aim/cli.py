@@ -6,6 +6,7 @@ SIGHUP, SIGINT and SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -86,7 +87,8 @@ def _command_line() -> str:
 
 
 def _interrupted() -> int:
-    sys.stderr.write(interrupts.MESSAGE.decode())
+    with contextlib.suppress(OSError):  # the terminal may be gone: that is a SIGHUP
+        sys.stderr.write(interrupts.MESSAGE.decode())
     return 128 + interrupts.received()
 
 

@@ -61,6 +61,10 @@ class Dashboard(Quiet):
     def __call__(self, event: Event) -> None:
         with self._lock:
             super().__call__(event)
+        with contextlib.suppress(OSError):  # the terminal is gone; the run is worth more than being seen
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, Notice) and event.level == "info":
             # As a Text: in a str, names would be taken for markup and emoji.
             self.console.print(Text(printable(event.text, 500), style="dim"))

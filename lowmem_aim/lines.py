@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -41,7 +42,8 @@ class JsonLines(Quiet):
     def __call__(self, event: Event) -> None:
         super().__call__(event)
         if not isinstance(event, Worked):
-            print(to_line(self.clock(), event), flush=True)
+            with contextlib.suppress(OSError):
+                print(to_line(self.clock(), event), flush=True)
 
 
 class Lines(Quiet):
@@ -76,7 +78,8 @@ class Lines(Quiet):
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody listens any more; the run is worth more than being seen
+        print(line, file=sys.stderr, flush=True)
 
 
 def _amount(seen: PhaseSeen) -> str:
