@@ -128,7 +128,9 @@ def on_a_terminal(
     file = tmp_path / "next"
     child, terminal = pty.fork()
     if not child:
-        plain = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
+        plain = {
+            name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "COLUMNS", "LINES")
+        }
         wanted = plain | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)} | environment
         command = [sys.executable, str(script), str(file)]
         if shell:
