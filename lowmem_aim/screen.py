@@ -47,18 +47,19 @@ def screen(progress: Progress, width: int, height: int, keys: bool = False) -> T
 
 def _lines(run: Progress, width: int, keys: bool) -> Iterator[Line]:
     yield Line(90, _heading(run, width))
-    yield Line(80, _phases(run, width))
+    yield Line(80, _phases(run))
     yield Line(100, _bar(run, width))
-    yield Line(70, _now(run, width))
-    for stage in STAGES:
-        if run.latest:
-            yield Line(50, _rate(run, stage, width))
+    if run.item and not run.ended:
+        yield Line(70, _now(run, width))
+    if run.latest and not run.ended:
+        yield from (Line(50, _rate(run, stage, width)) for stage in STAGES)
     if run.latest:
         yield from _memory(run, run.latest, width)
     yield from _layers(run, width)
     for text in run.warnings[-MOST_WARNINGS:]:
         yield Line(40, _labelled("warning", Text(printable(text, 500)), "yellow"))
-    yield Line(30, _footer(run, width, keys))
+    if not run.ended:
+        yield Line(30, _footer(run, keys))
 
 
 def _labelled(label: str, text: Text, style: str = "dim") -> Text:
@@ -78,7 +79,7 @@ def _heading(run: Progress, width: int) -> Text:
     return _two_ends(Text.assemble(("lowmem-aim ", "bold"), title, (out, "dim")), clock(run.now), width)
 
 
-def _phases(run: Progress, width: int) -> Text:
+def _phases(run: Progress) -> Text:
     """plan, calibrate, merge, finish: done, under way, to come."""
     planned = run.planned.phases if run.planned else ()
     names = ["plan", *dict.fromkeys([*planned, *run.phases])]
@@ -133,8 +134,6 @@ def _filled(share: float, columns: int, style: str, mark: float | None = None) -
 
 
 def _now(run: Progress, width: int) -> Text:
-    if not run.item:
-        return _labelled("now", Text(""))
     shape = " x ".join(map(str, run.shape))
     method = run.planned.title if run.planned and run.shape else ""
     right = "  ".join(part for part in (shape, method) if part)
@@ -246,7 +245,7 @@ def _heat_line(kind: str, row: Sequence[float | None], width: int) -> Text:
     return text
 
 
-def _footer(run: Progress, width: int, keys: bool) -> Text:
+def _footer(run: Progress, keys: bool) -> Text:
     command = printable(run.started.command, 1000) if run.started else ""
     pressed = Text.assemble(("q", "bold"), " stops, ", ("p", "bold"), f" {'goes on' if run.paused else 'pauses'}  ")
     told = Text.assemble(pressed if keys else "", ("goes on with: ", "dim"), (command, "dim"))

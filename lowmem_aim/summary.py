@@ -15,7 +15,7 @@ from typing import Any
 
 from lowmem_aim.durable import write_file
 from lowmem_aim.errors import DiskError, printable
-from lowmem_aim.events import RunEnded
+from lowmem_aim.events import RunEnded, Sampled
 from lowmem_aim.heatmap import heat_rows
 from lowmem_aim.output import FACTS, PRIVATE, SUMS
 from lowmem_aim.progress import STAGES, Progress, seen
@@ -74,11 +74,8 @@ def lines(run: Progress, width: int = 100) -> Iterator[str]:
     """The closing summary, for people, in so many columns where it can be broken."""
     yield _outcome(run)
     latest, planned = run.latest, run.planned
-    merged = run.phases.get("merge")
-    if latest and merged and latest.write_bytes:
-        took = max((merged.ended or run.now) - merged.begun, 0.001)
-        moved = [f"{name} {shown(n)} ({shown(n / took)}/s)" for name, n in _moved(run)]
-        yield f"  moved     {', '.join(moved)}"
+    if latest and latest.write_bytes:
+        yield f"  moved     {', '.join(_moved(run, latest))}"
     if latest and planned:
         peaks = [f"RAM {shown(latest.ram_peak)} of {shown(planned.ram_budget)}"]
         if latest.vram_peak is not None:
@@ -98,11 +95,14 @@ def _outcome(run: Progress) -> str:
     return f"finished in {clock(run.now)} ({phases}){earlier}"
 
 
-def _moved(run: Progress) -> Iterator[tuple[str, int]]:
-    latest = run.latest
-    assert latest is not None
-    yield "read", latest.read_bytes
-    yield "written", latest.write_bytes
+def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
+    """Bytes, and how fast, on the mean, in the phases that move them."""
+    for name, nbytes, phases in (
+        ("read", latest.read_bytes, ("calibrate", "compare", "merge")),
+        ("written", latest.write_bytes, ("merge",)),
+    ):
+        took = sum((s.ended or run.now) - s.begun for phase, s in run.phases.items() if phase in phases)
+        yield f"{name} {shown(nbytes)} ({shown(nbytes / max(took, 0.001))}/s)"
 
 
 def _kept(run: Progress) -> Iterator[str]:

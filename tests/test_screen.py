@@ -1,0 +1,225 @@
+"""Pictures of a recorded run, kept as text: a merge of 1.1 B models with AIM, at each phase, in windows of four sizes.
+
+`LOWMEM_AIM_SNAPSHOTS=write pytest tests/test_screen.py` draws them anew; look at what has changed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from rich.console import Console
+from test_progress import PLANNED, SAMPLE, STARTED, tensor
+
+from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, RunEnded
+from lowmem_aim.lines import Lines
+from lowmem_aim.output import PRIVATE
+from lowmem_aim.progress import Progress, seen
+from lowmem_aim.record import LOG, Timed, runs_in
+from lowmem_aim.screen import screen
+
+DATA = Path(__file__).parent / "data"
+SCREENS = DATA / "screens"
+WINDOWS = [(60, 20), (80, 24), (120, 40), (200, 50)]
+MOMENTS = {"plan": 3.0, "calibrate": 40.0, "merge-begins": 77.5, "merge": 97.0, "end": 1000.0}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[Timed]:
+    [run] = runs_in(DATA / LOG)
+    return run
+
+
+def at(run: list[Timed], second: float) -> Progress:
+    progress = seen((t, event) for t, event in run if t <= second)
+    progress.now = max(progress.now, min(second, run[-1][0]))
+    return progress
+
+
+def drawn(progress: Progress, width: int, height: int) -> str:
+    return "\n".join(line.rstrip() for line in screen(progress, width, height, keys=True).plain.splitlines()) + "\n"
+
+
+def kept(name: str, text: str) -> str:
+    """The snapshot of that name; the text itself where snapshots are to be drawn anew."""
+    file = SCREENS / name
+    if os.environ.get("LOWMEM_AIM_SNAPSHOTS") == "write":
+        SCREENS.mkdir(exist_ok=True)
+        file.write_text(text)
+    return file.read_text()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("width", "height"), WINDOWS)
+def test_the_screen_is_as_it_was_looked_at(moment: str, width: int, height: int, recorded: list[Timed]) -> None:
+    text = drawn(at(recorded, MOMENTS[moment]), width, height)
+    assert text == kept(f"{width}x{height}-{moment}.txt", text)
+
+
+def test_there_is_no_snapshot_too_many() -> None:
+    expected = {f"{width}x{height}-{moment}.txt" for width, height in WINDOWS for moment in MOMENTS} | {"lines.txt"}
+    assert {file.name for file in SCREENS.iterdir()} == expected
+
+
+def test_plain_lines_of_the_whole_run(recorded: list[Timed], capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    lines = Lines(lambda: now)
+    for now, event in recorded:  # noqa: B007  # the lines' clock
+        lines(event)
+    text = capsys.readouterr().err
+    assert text == kept("lines.txt", text)
+    assert text.isprintable() or "\x1b" not in text
+
+
+@pytest.mark.parametrize(("width", "height"), [*WINDOWS, (20, 1), (30, 3), (40, 5), (500, 200)])
+def test_it_fits_any_window_at_any_time(width: int, height: int, recorded: list[Timed]) -> None:
+    progress = Progress()
+    for number, (t, event) in enumerate(recorded):
+        progress.see(t, event)
+        if number % 10:
+            continue
+        picture = screen(progress, width, height, keys=True)
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        rows = console.render_lines(picture, console.options.update(height=None), pad=False)
+        assert 1 <= len(rows) <= height
+        assert all(sum(segment.cell_length for segment in row) <= width for row in rows)
+
+
+@pytest.mark.parametrize("height", range(1, 14))
+def test_what_matters_most_stays_in_a_short_window(height: int, recorded: list[Timed]) -> None:
+    text = drawn(at(recorded, MOMENTS["merge"]), 80, height)
+    assert re.search(r"merge +█.* left$", text, re.MULTILINE), "how far it is"
+    if height >= 2:
+        assert "lowmem-aim" in text
+    if height >= 5:
+        assert "now " in text
+
+
+def test_colour_adds_nothing_to_the_text(recorded: list[Timed]) -> None:
+    progress = at(recorded, MOMENTS["merge"])
+    told = {}
+    for system in ("truecolor", None):
+        console = Console(file=io.StringIO(), width=120, color_system=system, force_terminal=bool(system))
+        console.print(screen(progress, 120, 40, keys=True))
+        told[system] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[" in told["truecolor"]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", told["truecolor"]) == told[None]
+
+
+def test_layers_are_coloured_by_what_is_kept() -> None:
+    run = seen([(0.0, STARTED), (0.0, PLANNED), (0.0, PhaseStarted("merge", 100, "bytes"))])
+    for layer, after in ((0, 1.0), (1, 9.0)):
+        for number in range(PLANNED.layers[str(layer)]):
+            run.see(1.0, tensor(f"{layer}.{number}", layer, 10.0, (10.0, after)))
+    picture = screen(run, 80, 24)
+    console = Console(file=io.StringIO(), width=80, color_system="truecolor", force_terminal=True)
+    [strip] = [line for line in picture.split("\n") if line.plain.startswith("layers")]
+    colours = {segment.style.color.name for segment in strip.render(console) if segment.style and segment.style.color}
+    assert len(colours & {name for name in colours if name.startswith("#")}) == 2
+    assert "AIM kept 37%" in strip.plain
+
+
+def started(*events: Event) -> Progress:
+    return seen([(0.0, STARTED), (0.0, PLANNED), *((1.0, event) for event in events)])
+
+
+def test_warnings_stay_on_the_screen() -> None:
+    warnings = [Notice(f"beware of {number}", "warning") for number in range(5)]
+    text = drawn(started(*warnings, Notice("by the way")), 80, 24)
+    assert [f"beware of {number}" in text for number in range(5)] == [False, False, True, True, True]
+    assert "by the way" not in text, "it stands above the screen"
+
+
+def test_the_screen_names_the_command_that_goes_on() -> None:
+    assert "goes on with: lowmem-aim merge recipe.yml out" in drawn(started(), 80, 24)
+
+
+def test_a_paused_run_says_so() -> None:
+    run = started(PhaseStarted("merge", 100, "bytes"), Paused(True))
+    text = drawn(run, 80, 24)
+    assert "paused" in text
+    assert "p goes on" in text
+
+
+def test_a_failed_run_says_why() -> None:
+    assert "the disk is full" in drawn(started(RunEnded("failed", 4, ("the disk is full",))), 80, 24)
+
+
+def test_vram_has_a_bar_of_its_own() -> None:
+    planned = replace(PLANNED, device="cuda", vram_budget=24 * 10**9)
+    sample = replace(SAMPLE, vram=6 * 10**9, vram_peak=12 * 10**9)
+    text = drawn(seen([(0.0, STARTED), (0.0, planned), (1.0, sample)]), 80, 24)
+    [line] = [line for line in text.splitlines() if line.startswith("VRAM")]
+    assert "6.0 GB, peak 12.0 GB of 24.0 GB" in line
+    bar = line[10 : line.index("  6.0")]
+    assert bar.count("█") == pytest.approx(len(bar) / 4, abs=1)
+    assert bar.index("│") == pytest.approx(len(bar) / 2, abs=1)
+
+
+@pytest.mark.parametrize("layers", [1, 7, 60, 126, 1000])
+def test_any_number_of_layers_has_a_strip(layers: int) -> None:
+    planned = replace(PLANNED, layers={str(number): 1 for number in range(layers)})
+    half = [(1.0, tensor(f"{number}", number, 1.0)) for number in range(layers // 2)]
+    run = seen([(0.0, STARTED), (0.0, planned), (0.0, PhaseStarted("merge", 10**6, "bytes")), *half])
+    [strip] = [line for line in drawn(run, 80, 24).splitlines() if line.startswith("layers")]
+    cells = strip[10:]
+    assert len(cells) <= 70
+    assert cells.count("█") == pytest.approx(len(cells) * (layers // 2) / layers, abs=3)
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out" / PRIVATE).mkdir(parents=True)
+    (tmp_path / "out" / PRIVATE / LOG).write_bytes((DATA / LOG).read_bytes())
+    return tmp_path / "out"
+
+
+def test_replay_prints_the_screen_of_a_moment(out: Path, run: Run) -> None:
+    done = run("replay", out, "--at", MOMENTS["merge"], "--size", "80x24")
+    assert done.code == 0, done.err
+    printed = "\n".join(line.rstrip() for line in done.out.splitlines()) + "\n"
+    assert printed == (SCREENS / "80x24-merge.txt").read_text()
+
+
+def test_replay_into_a_pipe_gives_the_plain_lines(out: Path, run: Run) -> None:
+    done = run("replay", out)
+    assert done.code == 0
+    assert done.err == (SCREENS / "lines.txt").read_text()
+
+
+def test_replay_draws_an_svg(out: Path, run: Run, tmp_path: Path) -> None:
+    done = run("replay", out, "--at", MOMENTS["merge"], "--svg", tmp_path / "run.svg")
+    assert done.code == 0
+    svg = (tmp_path / "run.svg").read_text()
+    assert svg.startswith("<svg")
+    assert "ties&#160;+&#160;AIM" in svg
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--run", "2"), "there is no run 2"),
+        (("--run", "0"), "there is no run 0"),
+        (("--size", "80"), "no size of a screen"),
+        (("--size", "9999x9999"), "no size of a screen"),
+        (("--speed", "0"), "--speed"),
+    ],
+)
+def test_replay_refuses_what_it_cannot_do(more: tuple[str, ...], message: str, out: Path, run: Run) -> None:
+    done = run("replay", out, *more)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_replay_of_no_run_is_an_error(tmp_path: Path, run: Run) -> None:
+    done = run("replay", tmp_path)
+    assert done.code == 2
+    assert "holds no recorded run" in done.err
