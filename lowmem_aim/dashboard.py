@@ -14,11 +14,11 @@ from rich.text import Text
 
 from lowmem_aim import interrupts, terminal
 from lowmem_aim.errors import printable
-from lowmem_aim.events import Event, Notice, PhaseStarted, Planned, RunStarted
+from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, Planned, RunStarted
 from lowmem_aim.lines import JsonLines, Lines, Quiet, View, first_lines, line_of
 from lowmem_aim.screen import screen
 
-REFRESH_SECONDS = 0.5  # a picture takes some milliseconds to draw
+REFRESH_SECONDS = 1.0  # as often as there is news; a picture takes up to 10 ms to draw
 Style = Literal["auto", "lines", "json", "quiet"]
 
 
@@ -47,7 +47,7 @@ def _seconds_since(began: float) -> Callable[[], float]:
 
 
 class Dashboard(Quiet):
-    """Draws the screen twice a second, in a thread of its own, below what is printed meanwhile."""
+    """Draws the screen once a second, in a thread of its own, below what is printed meanwhile."""
 
     def __init__(self, clock: Callable[[], float], console: Console) -> None:
         super().__init__(clock)
@@ -70,7 +70,7 @@ class Dashboard(Quiet):
             self.console.print(Text(printable(event.text, 500), style="dim"))
         elif isinstance(event, Planned):
             self.console.print(Text("\n".join(first_lines(event)), no_wrap=True, overflow="ellipsis"))
-        elif isinstance(event, PhaseStarted | RunStarted):
+        elif isinstance(event, PhaseStarted | RunStarted | Paused):
             self.draw()
 
     def picture(self) -> Text:

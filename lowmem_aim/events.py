@@ -20,7 +20,7 @@ Outcome = Literal["finished", "interrupted", "failed"]
 class RunStarted:
     """A command begins, or goes on with what an earlier one has left."""
 
-    job: Literal["merge", "calibrate", "verify"]
+    job: Literal["merge", "calibrate"]
     out: str
     command: str  # what to type to go on with it; "" where it was not typed
     version: str

@@ -180,7 +180,7 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
                 write_facts(private)
 
 
-def started(job: Literal["merge", "calibrate", "verify"], out: Path, command: str = "") -> RunStarted:
+def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") -> RunStarted:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return RunStarted(job, str(out), command, lowmem_aim.__version__, os.getpid(), now)
 

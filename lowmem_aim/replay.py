@@ -73,4 +73,5 @@ def picture(run: Sequence[Timed], second: float | None, size: tuple[int, int], s
         return
     console = Console(record=True, width=size[0], file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(drawn)
-    write_file(svg, console.export_svg(title="lowmem-aim").encode())
+    drawing = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="lowmem-aim"), flags=re.DOTALL)
+    write_file(svg, drawing.encode())  # without the fonts that rich would have a browser fetch

@@ -201,6 +201,7 @@ def test_replay_draws_an_svg(out: Path, run: Run, tmp_path: Path) -> None:
     svg = (tmp_path / "run.svg").read_text()
     assert svg.startswith("<svg")
     assert "ties&#160;+&#160;AIM" in svg
+    assert set(re.findall(r"https?://[^/\"\s]+", svg)) == {"http://www.w3.org", "https://www.textualize.io"}, "no fonts"
 
 
 @pytest.mark.parametrize(
