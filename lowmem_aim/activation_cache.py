@@ -56,7 +56,7 @@ class Calibration:
         """Load or measure; see `measure`. Raises ModelError."""
         if self.given:
             return self.given
-        cached = cache_folder() / f"{self._key(str(device))}.safetensors"
+        cached = self.cached(device)
         if use_cache and cached.is_file():
             try:
                 found = Activations.load(cached)
@@ -69,6 +69,10 @@ class Calibration:
         if use_cache:
             _keep(measured, cached, emit)
         return measured
+
+    def cached(self, device: torch.device) -> Path:
+        """Where the cache has them, if it has."""
+        return cache_folder() / f"{self._key(str(device))}.safetensors"
 
     def measure(
         self, *, device: torch.device, budget: Budget, folder: Path, journal: Journal, emit: Emit

@@ -42,10 +42,7 @@ class Comparison:
     @classmethod
     def prepare(cls, acm: Acm, base: Checkpoint, device: torch.device, emit: Emit) -> Comparison:
         """Raises ModelError, NetworkError, UsageError."""
-        texts = Aim(
-            calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT, dtype=acm.dtype
-        )
-        calibration = prepare(texts, base, emit)
+        calibration = prepare(texts_of(acm), base, emit)
         calibration.tell_if_slow(device, emit)
         if calibration.given:
             raise UsageError(
@@ -123,6 +120,11 @@ class Comparison:
             found = information_between(stages[0], stages[1], texts, emit, between=merged.forget)
             merged.check_unchanged()  # a change between reading and computing would count
         return found
+
+
+def texts_of(acm: Acm) -> Aim:
+    """The texts that ACM compares with, as AIM's table would ask for them."""
+    return Aim(calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT, dtype=acm.dtype)
 
 
 def _place(group: str) -> tuple[int, int]:

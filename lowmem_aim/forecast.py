@@ -95,32 +95,6 @@ def _slowest(step: Mapping[str, Any]) -> str:
 def _speed(name: str, value: float) -> str:
     if name == "compute":
         return f"computing {value / 1e6:.0f} M elements/s"
-    if name == "forward":
-        return f"forward {value / 1e9:.0f} GFLOP/s"
+    if name.startswith("forward"):
+        return f"{name} {value / 1e9:.0f} GFLOP/s"
     return f"{name} {shown(value)}/s"
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
-    """What there is to do, in the units that speeds are measured in."""
-
-    read_bytes: int
-    write_bytes: int
-    elements: int  # of the outputs that are merged
-    calibrated_bytes: int = 0  # of the base's blocks
-    calibrated_operations: float = 0.0
-    compared_operations: float = 0.0
-
-
-def steps_of(work: Work, read: float | None, write: float, compute: float, forward: float | None) -> Iterator[Step]:
-    """Bytes, elements and floating-point operations per second -> seconds."""
-    if work.calibrated_operations and forward:
-        limits = {"compute": work.calibrated_operations / forward}
-        yield Step("calibrate", limits | ({"read": work.calibrated_bytes / read} if read else {}))
-    if work.compared_operations and forward:
-        yield Step("compare", {"compute": work.compared_operations / forward})
-    limits = {"compute": work.elements / compute, "write": work.write_bytes / write}
-    yield Step("merge", limits | ({"read": work.read_bytes / read} if read else {}))

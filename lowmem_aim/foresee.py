@@ -9,30 +9,37 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from lowmem_aim.activation_cache import prepare
+from lowmem_aim.card import copied_files
 from lowmem_aim.durable import cache_folder
 from lowmem_aim.errors import LowmemAimError, noted, printable
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.forecast import Forecast, Need, Step, Work, steps_of
+from lowmem_aim.forecast import Forecast, Need, Step
 from lowmem_aim.hub import Located
 from lowmem_aim.inputs import Inputs, open_inputs
 from lowmem_aim.job import DEFAULTS, Options, least_ram_of, set_up, shares_of
 from lowmem_aim.memory import Budget
-from lowmem_aim.output import SMALL_FILES_BYTES, check_disk, existing_folder
+from lowmem_aim.output import PRIVATE, SMALL_FILES_BYTES, check_disk, check_writable, existing_folder, is_finished
 from lowmem_aim.plan import Plan, make_plan
-from lowmem_aim.recipe import Recipe, one_by_one
+from lowmem_aim.recipe import Aim, Recipe, one_by_one
+from lowmem_aim.relaxation import check_activations
 from lowmem_aim.remote import stand_in
 from lowmem_aim.rooms import Needs, divide
 from lowmem_aim.run import check_outputs
 from lowmem_aim.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.surveyor import survey_of
-from lowmem_aim.texts import is_activations_file
+from lowmem_aim.texts import is_here
 from lowmem_aim.units import shown
+
+if TYPE_CHECKING:
+    from lowmem_aim.skeleton import Skeleton
 
 MEASURED_SECONDS = 1.0  # for the disk; half of it for each of the others
 
@@ -61,7 +68,7 @@ def foresee(
                 )
                 for name, one in one_by_one(recipe).items()
             }
-            return _Foreseen(recipe, out, plans, inputs, hub, device, budget).forecast(measure)
+            return _Foreseen(recipe, out, plans, inputs, hub, device, budget, emit).forecast(measure)
 
 
 class _Hub:
@@ -81,6 +88,23 @@ class _Hub:
         return self._scratch.resolve() in folder.resolve().parents
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """A phase in which a model is run: the base for AIM, base and merged model for ACM."""
+
+    phase: str
+    needs: Needs
+    tokens: int
+    length: int  # of a sequence, on the mean
+    dtype: torch.dtype
+    models: int = 1
+
+    @property
+    def speed(self) -> str:
+        """Its name among the speeds: short sequences are slower, and 16-bit floats on some processors."""
+        return f"forward of {self.length} tokens in {str(self.dtype).removeprefix('torch.')}"
+
+
 @dataclass
 class _Foreseen:
     recipe: Recipe
@@ -90,126 +114,176 @@ class _Foreseen:
     hub: _Hub
     device: torch.device
     budget: Budget
+    emit: Emit
+    errors: list[LowmemAimError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def forecast(self, measure: bool) -> Forecast:
         survey = survey_of(self.plans, self.inputs, self.hub.missing)
-        errors: list[LowmemAimError] = []
-        calibration = self._calibration()
-        needs = tuple(self._needs(calibration, errors))
-        work = self._work(survey.read_bytes, survey.write_bytes, calibration)
-        speeds = self._speeds(calibration is not None) if measure else {}
+        self._check()
+        forwards = [*self._calibration(), *self._comparison()]
+        needs = (*self._memory(forwards), self._disk(forwards))
+        self._tell_of_downloads()
+        speeds = self._speeds(forwards) if measure and not self.errors else {}
+        errors = self.errors
         return Forecast(
             survey=survey.as_json(),
             device=str(self.device),
             needs=needs,
-            problems=tuple(problem for error in errors for problem in error.problems),
+            problems=tuple(dict.fromkeys(problem for error in errors for problem in error.problems)),
             hints=tuple(dict.fromkeys(error.hint for error in errors if error.hint)),
             exit_code=errors[0].exit_code if errors else 0,
-            steps=tuple(self._steps(work, speeds)) if speeds else (),
+            steps=tuple(self._steps(survey.read_bytes, survey.write_bytes, forwards, speeds)) if speeds else (),
             speeds=speeds,
-            notes=tuple(self._notes()),
+            notes=tuple(self.notes),
         )
+
+    def _check(self) -> None:
+        """What `merge` checks of the output and of small files."""
+        folders = [self.out / name for name in self.plans]
+        with noted(self.errors):
+            check_outputs(self.out, folders, self.inputs.folders)
+        with noted(self.errors):
+            check_writable(existing_folder(self.out))
+        with noted(self.errors):
+            copied_files(self.inputs.reference)
+        begun = [folder for folder in folders if (folder / PRIVATE).is_dir()]
+        for folder in begun:
+            state = "is finished already" if is_finished(folder) else "holds an interrupted run, which goes on"
+            self.notes.append(f"`{printable(str(folder))}` {state}, if it is of the same job")
+
+    # -- what is run
+
+    def _calibration(self) -> Iterator[_Forward]:
+        aim, base = self.recipe.aim, self.inputs.base
+        if aim is None or base is None:
+            return
+        if not is_here(aim.calibration):
+            yield self._unread("calibrate", aim)
+            return
+        with noted(self.errors):
+            calibration = prepare(aim, base, self.emit)
+            if calibration.given:
+                check_activations(calibration.given, self.inputs, aim)
+            elif calibration.cached(self.device).is_file():
+                self.notes.append("the activations were measured before, and are reused")
+            else:
+                assert calibration.skeleton is not None
+                yield self._forward("calibrate", calibration.skeleton, calibration.sequences)
+
+    def _comparison(self) -> Iterator[_Forward]:
+        acm, base = self.recipe.acm, self.inputs.base
+        if acm is None or base is None:
+            return
+        from lowmem_aim.comparison import Comparison, texts_of
+
+        if not is_here(acm.calibration):
+            yield self._unread("compare", texts_of(acm))
+            return
+        with noted(self.errors):
+            found = Comparison.prepare(acm, base, self.device, self.emit).calibration
+            assert found.skeleton is not None
+            yield self._forward("compare", found.skeleton, found.sequences)
+
+    def _unread(self, phase: str, aim: Aim) -> _Forward:
+        """Of texts that are on the Hub: as many tokens as the recipe asks for."""
+        from lowmem_aim.skeleton import load_skeleton  # transformers: only where a model is to be run
+
+        assert self.inputs.base is not None
+        self.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
+        skeleton = load_skeleton(self.inputs.base, getattr(torch, aim.dtype) if aim.dtype else None)
+        return self._forward(phase, skeleton, [range(aim.block_size)] * aim.samples)
+
+    @staticmethod
+    def _forward(phase: str, skeleton: Skeleton, sequences: Sequence[Sized]) -> _Forward:
+        compared = phase == "compare"
+        # Hidden states of both models, and what of the one waits for the other's.
+        needs = Needs.of(skeleton, [*sequences] * (3 if compared else 1))
+        tokens = sum(map(len, sequences))
+        return _Forward(phase, needs, tokens, -(-tokens // len(sequences)), skeleton.dtype, 2 if compared else 1)
 
     # -- memory and disk
 
-    def _needs(self, calibration: Needs | None, errors: list[LowmemAimError]) -> Iterator[Need]:
+    def _memory(self, forwards: Sequence[_Forward]) -> Iterator[Need]:
         used, plans = self.budget.ram_used(), [*self.plans.values()]
-        least, why = least_ram_of(plans, self.inputs, self.budget, self.device), "single rows of the widest tensor"
-        with noted(errors):
+        on_host = self.budget.vram is None
+        wants = [(least_ram_of(plans, self.inputs, self.budget, self.device), "single rows of the widest tensor")]
+        with noted(self.errors):
             shares_of(plans, self.inputs, self.budget, self.device)
-        if calibration:
-            on_host = calibration.read + (calibration.least if self.budget.vram is None else calibration.module)
-            least, why = max((least, why), (on_host, "one module of a block at a time, and one sequence's work"))
-            with noted(errors):
-                divide(self.budget, self.device, calibration)
+        for forward in forwards:
+            needs = forward.needs
+            least = needs.read + (needs.least if on_host else needs.module)
+            wants.append((least, f"{forward.phase}: one module of a block at a time, and one sequence's work"))
+            with noted(self.errors):
+                divide(self.budget, self.device, needs)
+        least, why = max(wants)
         yield Need("RAM", used + least, self.budget.ram, why)
         if self.budget.vram is not None:
-            on_device = calibration.least if calibration else 0
-            yield Need("VRAM", on_device, self.budget.vram, "one module of a block at a time")
-        with noted(errors):
-            check_outputs(self.out, [self.out / name for name in self.plans], self.inputs.folders)
-        yield self._disk(calibration, errors)
+            least = max((forward.needs.least for forward in forwards), default=0)
+            yield Need("VRAM", least, self.budget.vram, "one module of a block at a time" if forwards else "slices")
 
-    def _disk(self, calibration: Needs | None, errors: list[LowmemAimError]) -> Need:
-        """Output and downloads are taken to share a disk where they may."""
+    def _disk(self, forwards: Sequence[_Forward]) -> Need:
+        """Hidden states, at worst all of them and two snapshots, are gone before the output is written."""
         written = sum(plan.output_bytes for plan in self.plans.values())
-        spilled = 3 * calibration.states if calibration else 0  # at worst: all of them, and two snapshots
+        spilled = max((3 * forward.needs.states for forward in forwards), default=0)
         missing = sum(self.hub.missing.values())
-        with noted(errors):
+        with noted(self.errors):
             check_disk(self.out, max(written, spilled))
         parts = [f"the output {shown(written)}"]
-        parts += [f"calibration at most {shown(spilled)}, before it"] if spilled else []
-        parts += [f"downloads {shown(missing)}, in the Hub's cache"] if missing else []
+        parts += [f"before it hidden states, at most {shown(spilled)}"] if spilled else []
+        parts += [f"besides downloads of {shown(missing)}, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(self.out)).free
         return Need("disk", max(written, spilled) + SMALL_FILES_BYTES, free, ", ".join(parts))
 
-    def _calibration(self) -> Needs | None:
-        """Of as many tokens as the recipe asks for: texts are not read."""
-        aim, acm, base = self.recipe.aim, self.recipe.acm, self.inputs.base
-        measured = aim if aim and not is_activations_file(aim.calibration) else None
-        if base is None or not (measured or acm):
-            return None
-        from lowmem_aim.skeleton import load_skeleton  # transformers: only where a model is to be run
-
-        dtype = (measured.dtype if measured else acm.dtype if acm else "") or None
-        skeleton = load_skeleton(base, getattr(torch, dtype) if dtype else None)
-        samples, length = (measured.samples, measured.block_size) if measured else (acm.samples, 512) if acm else (0, 0)
-        self._tokens, self._skeleton_dtype = samples * length, skeleton.dtype
-        return Needs.of(skeleton, [range(length)] * samples)
+    def _tell_of_downloads(self) -> None:
+        missing = [f"{printable(label)} {shown(count)}" for label, count in self.hub.missing.items() if count]
+        if missing:
+            self.notes.append(f"downloads come first, and their time is not in it: {', '.join(missing)}")
 
     # -- time
 
-    def _work(self, read: int, write: int, calibration: Needs | None) -> Work:
-        elements = sum(task.numel for plan in self.plans.values() for task in plan.tasks if task.action == "merge")
-        if calibration is None:
-            return Work(read, write, elements)
-        first = next(iter(self.plans.values()))
-        blocks = [task for task in first.tasks if task.layer is not None]
-        operations = 2.0 * sum(task.numel for task in blocks)  # a token
-        measured = self.recipe.aim is not None and not is_activations_file(self.recipe.aim.calibration)
-        compared = 2.0 * operations * self.recipe.acm.samples * 512 if self.recipe.acm else 0.0
-        return Work(
-            read,
-            write,
-            elements,
-            sum(task.nbytes for task in blocks) if measured else 0,
-            operations * self._tokens if measured else 0.0,
-            compared,
-        )
-
-    def _speeds(self, calibrates: bool) -> dict[str, float]:
+    def _speeds(self, forwards: Sequence[_Forward]) -> dict[str, float]:
         """Bytes, elements of the output and floating-point operations per second."""
         real = [folder for folder in self.inputs.folders if not self.hub.stands_in(folder)]
         files = [file for folder in real for file in sorted(folder.glob("*.safetensors"))]
-        disk = disk_speed(existing_folder(self.out), files, MEASURED_SECONDS)
         first = next(iter(self.plans.values()))
-        task = max((task for task in first.tasks if task.action == "merge"), key=lambda task: task.numel)
+        merged = [task for task in first.tasks if task.action == "merge"]
         shares = shares_of([first], self.inputs, self.budget, self.device)
-        speeds = {"read": disk.read} if disk.read else {}
-        speeds |= {"write": disk.write}
-        speeds["compute"] = merge_speed(
-            first.recipe.method,
-            task.parameters,
-            len(self.inputs.experts),
-            device=self.device,
-            relaxed=self.recipe.relaxed,
-            dtype=task.dtype,
-            threads=shares.workers,
-            seconds=MEASURED_SECONDS / 2,
-            slice_elements=shares.slice_elements,
-        )
-        if calibrates:
-            speeds["forward"] = matmul_speed(self.device, self._skeleton_dtype, MEASURED_SECONDS / 2)
-        return speeds
+        with noted(self.errors):
+            disk = disk_speed(existing_folder(self.out), files, MEASURED_SECONDS)
+            speeds = ({"read": disk.read} if disk.read else {}) | {"write": disk.write}
+            if merged:
+                task = max(merged, key=lambda task: task.numel)
+                speeds["compute"] = merge_speed(
+                    first.recipe.method,
+                    task.parameters,
+                    len(self.inputs.experts),
+                    device=self.device,
+                    relaxed=self.recipe.relaxed,
+                    dtype=task.dtype,
+                    threads=shares.workers,
+                    seconds=MEASURED_SECONDS / 2,
+                    slice_elements=shares.slice_elements,
+                )
+            for forward in forwards:
+                seconds = MEASURED_SECONDS / 2
+                speeds[forward.speed] = matmul_speed(self.device, forward.dtype, seconds, tokens=forward.length)
+            return speeds
+        return {}
 
-    def _steps(self, work: Work, speeds: Mapping[str, float]) -> Iterator[Step]:
-        yield from steps_of(work, speeds.get("read"), speeds["write"], speeds["compute"], speeds.get("forward"))
-
-    def _notes(self) -> Iterator[str]:
-        missing = {label: count for label, count in self.hub.missing.items() if count}
-        if missing:
-            yield "downloads come first, and their time is not in it: " + ", ".join(
-                f"{printable(label)} {shown(count)}" for label, count in missing.items()
-            )
-        if self.recipe.aim and not is_activations_file(self.recipe.aim.calibration):
-            yield "activations that were measured before are reused, and cost no time"
+    def _steps(
+        self, read: int, write: int, forwards: Sequence[_Forward], speeds: Mapping[str, float]
+    ) -> Iterator[Step]:
+        first = next(iter(self.plans.values()))
+        blocks = [task for task in first.tasks if task.layer is not None]
+        operations = 2.0 * sum(task.numel for task in blocks)  # of a token's forward
+        for forward in forwards:
+            limits = {"compute": forward.models * operations * forward.tokens / speeds[forward.speed]}
+            if "read" in speeds:
+                limits["read"] = forward.models * sum(task.nbytes for task in blocks) / speeds["read"]
+            yield Step(forward.phase, limits)
+        elements = sum(task.numel for plan in self.plans.values() for task in plan.tasks if task.action == "merge")
+        limits = {"write": write / speeds["write"]}
+        limits |= {"compute": elements / speeds["compute"]} if "compute" in speeds else {}
+        limits |= {"read": read / speeds["read"]} if "read" in speeds else {}
+        yield Step("merge", limits)

@@ -22,6 +22,7 @@ Relax = Callable[[Tensor, Rows], Tensor]  # merged rows (overwritten) and their 
 
 # How much of a delta is left is told by so many of a tensor's elements, evenly spread over rows and columns.
 LOOKED_AT = 1 << 16
+MOST_PROBLEMS = 5  # of one kind that are told: activations of another model fit none of its weights
 
 
 class Kept:
@@ -179,6 +180,12 @@ def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> Non
         if means.ndim != len(info.shape) or any(m not in (1, s) for m, s in zip(means.shape, info.shape, strict=True)):
             problems.append(f"the activations of `{printable(name)}` {list(means.shape)} do not fit {list(info.shape)}")
         fitting += 1
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"nor do those of {len(problems) - MOST_PROBLEMS} more weights"]
+    strange = [name for name in activations.means if name not in inputs.base.tensors and name not in activations.tied]
+    if fitting and strange:
+        what = f"the activations of {len(strange)} weights, `{printable(strange[0])}` the first"
+        problems.append(f"{what}, are of none that `{printable(inputs.base.label)}` has")
     if not fitting:
         problems.append(f"the activations name no weight of `{printable(inputs.base.label)}`")
     if problems:

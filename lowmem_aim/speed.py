@@ -215,25 +215,25 @@ class _Sample:
 TOKENS = 512  # of one sequence
 
 
-def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, tokens: int = TOKENS) -> float:
     """Floating-point operations per second of a linear layer, as calibration's forward passes have them."""
     width = 1024 if device.type == "cpu" else 8192  # a GPU is not kept busy by less
-    tokens = torch.randn(TOKENS, width, device=device).to(dtype)
+    sequence = torch.randn(tokens, width, device=device).to(dtype)
     weight = torch.randn(width, width, device=device).to(dtype)
-    _multiply(tokens, weight)  # libraries are loaded, algorithms are chosen
+    _multiply(sequence, weight)  # libraries are loaded, algorithms are chosen
     done, begun = 0, time.perf_counter()
     while True:
-        _multiply(tokens, weight)
-        done += 2 * TOKENS * width * width
+        _multiply(sequence, weight)
+        done += 2 * tokens * width * width
         elapsed = time.perf_counter() - begun
         if elapsed >= seconds:
             return done / elapsed
 
 
-def _multiply(tokens: Tensor, weight: Tensor) -> None:
+def _multiply(sequence: Tensor, weight: Tensor) -> None:
     """Returns when the device is done."""
-    linear(tokens, weight)
-    if tokens.device.type == "cuda":
-        torch.cuda.synchronize(tokens.device)
-    elif tokens.device.type == "mps":
+    linear(sequence, weight)
+    if sequence.device.type == "cuda":
+        torch.cuda.synchronize(sequence.device)
+    elif sequence.device.type == "mps":
         torch.mps.synchronize()

@@ -30,6 +30,12 @@ def is_activations_file(calibration: str) -> bool:
     return calibration.endswith(".safetensors")
 
 
+def is_here(calibration: str) -> bool:
+    """Whether texts or activations need not be fetched from the Hub."""
+    path = Path(calibration).expanduser()
+    return calibration == BUILTIN or path.suffix in (".jsonl", ".txt", ".safetensors") or path.is_file()
+
+
 def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # each (tokens,) int64
     """The sequences to run. Raises ModelError for an empty or malformed file, NetworkError, UsageError."""
     encoded = [tokens for text in _texts(aim, encode) if (tokens := encode(text))]
