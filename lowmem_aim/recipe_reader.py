@@ -7,7 +7,7 @@ like a wrong line. `read_recipe` then builds the Recipe from the tree.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lowmem_aim.errors import RecipeError, UsageError, did_you_mean, printable
 from lowmem_aim.methods import METHODS, Method, find_method
@@ -115,10 +115,13 @@ class _Reader(Values):
 
     def _parameters(self, table: Node, method: Method | None) -> dict[str, Setting]:
         node = table.get("parameters")
-        if node is None or node.value is None or not method:
+        if node is None or node.value is None:
             return {}
         if not isinstance(node.value, dict):
             self.problem(node, "`parameters` must be a table")
+            return {}
+        if not method:  # which is a problem of its own; names that no method has are one in any case
+            self._check_names(node, {name for other in METHODS.values() for name in other.parameters})
             return {}
         at_model = table is not self.root
         settings = {}
@@ -138,6 +141,12 @@ class _Reader(Values):
             self.notices.append(f"{node.where}: `{name}` has no meaning for `{method.name}` and is ignored")
         else:
             self.problem(node, f"unknown parameter `{printable(name)}`{did_you_mean(name, method.parameters)}")
+
+    def _check_names(self, table: Node, known: Collection[str]) -> None:
+        """Parameters' names alone."""
+        for name, node in table.value.items():
+            if name not in known:
+                self.problem(node, f"unknown parameter `{printable(name)}`{did_you_mean(name, known)}")
 
     def _check_counts(self, method: Method, base: str | None, models: Sequence[ModelEntry]) -> None:
         if not models and self.root.get("models") is not None and not self.problems:

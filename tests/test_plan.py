@@ -188,11 +188,14 @@ class TestItsVerdictIsTheMerges:
         recipe["models"][1]["model"] = str(tmp_path / "none")
         self.same(run, written(recipe, tmp_path), tmp_path / "out", 3)
 
-    def test_a_wrong_recipe_with_all_its_mistakes(self, llama: Path, tmp_path: Path, run: Run) -> None:
+    @pytest.mark.parametrize("method", ["", "tise"])
+    def test_a_wrong_recipe_with_all_its_mistakes(self, method: str, llama: Path, tmp_path: Path, run: Run) -> None:
         recipe = ties(llama, dtype="bfloat61", aim={"omega": 7})
         recipe["models"][0]["parameters"]["densty"] = 0.5
+        if method:
+            recipe["merge_method"] = method
         wrong = self.same(run, written(recipe, tmp_path), tmp_path / "out", 2)
-        for said in ("bfloat16", "omega", "did you mean `density`"):
+        for said in ("bfloat16", "omega", "did you mean `density`", *(["did you mean `ties`"] if method else [])):
             assert said in wrong
 
     def test_several_at_once(self, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
