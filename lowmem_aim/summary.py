@@ -16,7 +16,7 @@ from typing import Any
 from lowmem_aim.durable import write_file
 from lowmem_aim.errors import DiskError, printable
 from lowmem_aim.events import RunEnded, Sampled
-from lowmem_aim.heatmap import heat_rows
+from lowmem_aim.heatmap import block_of, inside, shares_by
 from lowmem_aim.output import FACTS, PRIVATE, SUMS
 from lowmem_aim.progress import STAGES, Progress, seen
 from lowmem_aim.record import LOG, runs_in
@@ -106,7 +106,7 @@ def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
 
 
 def _kept(run: Progress) -> Iterator[str]:
-    """How much of the delta is left: of all of it, by kind of module, and where least and most, by layer."""
+    """How much of the delta is left: of all of it, by kind of module, and by layer."""
     share = run.kept_share()
     if share is None:
         return
@@ -115,18 +115,14 @@ def _kept(run: Progress) -> Iterator[str]:
         yield "  kept      " + ", ".join(f"{name} {part:.1%}" for name, part in several.items() if part is not None)
     else:
         yield f"  kept      {share:.1%} of the delta"
-    kinds = [(kind, _mean(row)) for kind, row in heat_rows(run.kept)]
+    kinds = shares_by(inside(run.kept), 1)
     if kinds:
-        yield "  by kind   " + ", ".join(f"{printable(kind, 40)} {mean:.0%}" for kind, mean in kinds)
+        yield "  by kind   " + ", ".join(f"{printable(kind, 40)} {part:.0%}" for kind, part in kinds.items())
     layers = {name: part for name, part in run.kept_by(0).items() if name}
     if layers:
         least, most = min(layers, key=lambda name: layers[name]), max(layers, key=lambda name: layers[name])
-        yield f"  by layer  least in {least} ({layers[least]:.0%}), most in {most} ({layers[most]:.0%})"
-
-
-def _mean(row: list[float | None]) -> float:
-    known = [share for share in row if share is not None]
-    return sum(known) / len(known)
+        strip = "".join(block_of(layers[name]) for name in sorted(layers, key=int))
+        yield f"  by layer  {strip} least in {least} ({layers[least]:.0%}), most in {most} ({layers[most]:.0%})"
 
 
 def next_commands(out: Path) -> Iterator[str]:
