@@ -7,6 +7,7 @@ SIGHUP, SIGINT and SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import click
 
 import lowmem_aim
 from lowmem_aim import bugs, completion, interrupts, usage
-from lowmem_aim.errors import LowmemAimError, UsageError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.usage import Choice
 
 if TYPE_CHECKING:
@@ -49,7 +50,19 @@ def main() -> None:
     # Spinning worker threads cost up to four times the CPU time on a shared machine. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _open_closed_streams()
     sys.exit(_exit_code(usage.wanted(sys.argv)))
+
+
+def _open_closed_streams() -> None:
+    """Streams that the caller has closed (`2>&-`) lead nowhere: else the next file that is opened would be one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
 
 
 def _exit_code(debug: bool) -> int:
@@ -79,6 +92,8 @@ def _told(error: Exception, debug: bool) -> LowmemAimError:
         return error
     if isinstance(error, click.ClickException):
         return usage.explained(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return DiskError(f"what was to be written was not: {error.strerror}", "is it the device that stdout goes to?")
     return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, _command_line(), debug))
 
 
@@ -117,6 +132,14 @@ class _Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         return value if isinstance(value, int) else parse_size(str(value))
+
+
+class _Number(click.FloatRange):
+    """Not NaN either, which lies in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, param, context)
+        return self.fail("that is no number", param, context) if number != number else number
 
 
 class _Path(click.Path):
@@ -269,8 +292,9 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
         made = work(checked)
     if style == "auto" and view.progress.planned:
         told = summary.lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
-        for line in (*told, *(summary.next_commands(made) if merges else ())):
-            click.echo(line, err=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            for line in (*told, *(summary.next_commands(made) if merges else ())):
+                click.echo(line, err=True)
     if style != "json":
         click.echo(click.format_filename(made))
 
@@ -428,8 +452,8 @@ def status(out: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("out", type=_Path(), shell_complete=completion.folders)
 @click.option("--run", "number", type=int, default=-1, help="which: 1 the first, -1 the last [default: -1]")
-@click.option("--speed", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="times as fast")
-@click.option("--at", "second", type=click.FloatRange(0), help="print the screen at this second instead")
+@click.option("--speed", type=_Number(0.001, 1e6), default=10.0, show_default=True, help="times as fast")
+@click.option("--at", "second", type=_Number(0, 1e9), help="print the screen at this second instead")
 @click.option("--size", help="of that screen, in columns and rows [default: 80x24]")
 @click.option("--svg", type=_Path(), help="write that screen into this file, as SVG")
 def replay(out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -49,13 +50,18 @@ def _seconds_since(began: float) -> Callable[[], float]:
 class Dashboard(Quiet):
     """Draws the screen once a second, in a thread of its own, below what is printed meanwhile."""
 
-    def __init__(self, clock: Callable[[], float], console: Console) -> None:
+    def __init__(
+        self, clock: Callable[[], float], console: Console, foreground: Callable[[], bool] = lambda: True
+    ) -> None:
         super().__init__(clock)
         self.console = console
         self.keys = False
         self._lock = threading.RLock()
         self._size = console.size
         self._live: Live | None = None
+        self._drawn: list[int] = []  # columns of each line of the last picture
+        self._away = False
+        self._foreground = foreground
         self._stop = threading.Event()
 
     def __call__(self, event: Event) -> None:
@@ -78,36 +84,61 @@ class Dashboard(Quiet):
             self.progress.now = max(self.progress.now, self.clock())
             width, height = self.console.size
             # A column and a line less than there are: a full last line would scroll.
-            return screen(self.progress, width - 1, height - 1, self.keys)
+            drawn = screen(self.progress, width - 1, height - 1, self.keys and terminal.listens())
+            self._drawn = [cell_len(line) for line in drawn.plain.split("\n")]
+            return drawn
 
     def start(self) -> None:
-        self._live = Live(
-            get_renderable=self.picture,
-            console=self.console,
-            auto_refresh=False,
-            transient=True,
-            vertical_overflow="crop",
-            redirect_stdout=False,
-        )
-        self._live.start()
-        self.console.show_cursor(True)  # or a process that is killed would leave a terminal without one
+        with self._lock:
+            self._live = Live(
+                get_renderable=self.picture,
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                vertical_overflow="crop",
+                redirect_stdout=False,
+            )
+            self._live.start()
+            self.console.show_cursor(True)  # or a process that is killed would leave a terminal without one
 
     def stop(self) -> None:
-        live, self._live = self._live, None
-        if live:
-            live.stop()
+        with self._lock:
+            live, self._live = self._live, None
+            if live:
+                live.stop()
 
     def draw(self) -> None:
+        """Only where the terminal is ours: in the background the shell's prompt stands there."""
         with self._lock:
-            if self._live is None:
+            if self._away or self._stop.is_set():
                 return
-            if self.console.size != self._size:  # what was drawn may have been wrapped anew: nobody knows where it is
-                self._size = self.console.size
+            if not self._foreground():
                 self.stop()
-                self.console.clear()
+            elif self._live is None:
                 self.start()
-            if self._live:
+            elif self.console.size != self._size:
+                self._draw_anew()
+            else:
                 self._live.refresh()
+            self._size = self.console.size
+
+    def _draw_anew(self) -> None:
+        """In a window of another size, in which the lines of the last picture may have been wrapped."""
+        width = max(self.console.size.width, 1)
+        rows = sum(max(1, -(-cells // width)) for cells in self._drawn)
+        self.console.file.write(f"\r\x1b[{max(rows - 1, 0)}A\x1b[J" if rows > 1 else "\r\x1b[J")
+        assert self._live is not None
+        self._live._live_render._shape = None  # else it would go up by as many lines as there were
+        self._live.refresh()
+
+    def leave(self) -> None:
+        """Until `come_back`, the terminal is somebody else's."""
+        self._away = True
+        self.stop()
+
+    def come_back(self) -> None:
+        self._away = False
+        self.draw()
 
     def tell(self) -> None:
         self.console.print(Text(line_of(self.progress)))
@@ -119,6 +150,8 @@ class Dashboard(Quiet):
                 self.draw()
             except OSError:  # the terminal is gone; the run is not
                 return
+            except RuntimeError:  # a signal's handler is drawing
+                continue
 
     def end(self) -> None:
         self._stop.set()
@@ -138,15 +171,15 @@ def playing(clock: Callable[[], float]) -> Iterator[Dashboard]:
 
 @contextlib.contextmanager
 def _live(clock: Callable[[], float]) -> Iterator[Dashboard]:
-    dashboard = Dashboard(clock, Console(stderr=True))
+    dashboard = Dashboard(clock, Console(stderr=True), terminal.in_foreground)
     drawing = threading.Thread(target=dashboard.draw_on, daemon=True, name="draw")
     actions = {"q": terminal.stop_run, "p": interrupts.toggle_pause}
     with (
         interrupts.restoring(dashboard.end),
         terminal.keys(actions) as dashboard.keys,
-        terminal.suspendable(dashboard.stop, dashboard.start),
+        terminal.suspendable(dashboard.leave, dashboard.come_back),
         interrupts.telling(dashboard.tell),
     ):
-        dashboard.start()
+        dashboard.draw()
         drawing.start()
         yield dashboard

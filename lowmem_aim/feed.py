@@ -135,13 +135,15 @@ def _sampling(feed: Feed) -> Iterator[None]:
         due = time.monotonic() + SAMPLE_SECONDS
         paused = False
         while not stop.wait(PEAK_SECONDS):
-            feed.meters.look()
+            with contextlib.suppress(Exception):  # a look that fails is no reason to look no more
+                feed.meters.look()
             if interrupts.paused() != paused:
                 paused = not paused
                 feed(Paused(paused))
             if time.monotonic() >= due:
                 due += SAMPLE_SECONDS
-                feed(feed.meters.sample())
+                with contextlib.suppress(Exception):
+                    feed(feed.meters.sample())
 
     thread = threading.Thread(target=body, daemon=True, name="sample")
     thread.start()
@@ -150,7 +152,8 @@ def _sampling(feed: Feed) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        feed(feed.meters.sample())
+        with contextlib.suppress(Exception):
+            feed(feed.meters.sample())
 
 
 @contextlib.contextmanager
@@ -176,8 +179,10 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
     finally:
         log.close()
         for private in feed.recorded:
-            if private.is_dir():  # else nothing was finished, and nothing is left
-                write_facts(private)
+            # Else nothing was finished, and nothing is left. What is told of a run must never be what ends it.
+            with contextlib.suppress(Exception):
+                if private.is_dir():
+                    write_facts(private)
 
 
 def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") -> RunStarted:

@@ -16,29 +16,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem_aim.activation_cache import prepare
+from lowmem_aim.activation_cache import Calibration, prepare
 from lowmem_aim.card import copied_files
-from lowmem_aim.durable import cache_folder
-from lowmem_aim.errors import LowmemAimError, noted, printable
+from lowmem_aim.durable import cache_folder, is_held, locked_error, owner_of
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, silent
 from lowmem_aim.forecast import Forecast, Need, Step
 from lowmem_aim.hub import Located
 from lowmem_aim.inputs import Inputs, open_inputs
 from lowmem_aim.job import DEFAULTS, Options, least_ram_of, set_up, shares_of
+from lowmem_aim.journal import Journal
 from lowmem_aim.memory import Budget
 from lowmem_aim.output import PRIVATE, SMALL_FILES_BYTES, check_disk, check_writable, existing_folder, is_finished
 from lowmem_aim.plan import Plan, make_plan
 from lowmem_aim.recipe import Aim, Recipe, one_by_one
 from lowmem_aim.relaxation import check_activations
 from lowmem_aim.remote import stand_in
+from lowmem_aim.resume import Identity, check_same, check_same_job
 from lowmem_aim.rooms import Needs, divide
 from lowmem_aim.run import check_outputs
 from lowmem_aim.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.surveyor import survey_of
-from lowmem_aim.texts import is_here
+from lowmem_aim.texts import BUILTIN, is_here
 from lowmem_aim.units import shown
 
 if TYPE_CHECKING:
+    from lowmem_aim.comparison import Comparison
     from lowmem_aim.skeleton import Skeleton
 
 MEASURED_SECONDS = 1.0  # for the disk; half of it for each of the others
@@ -59,16 +62,43 @@ def foresee(
     """
     device, budget = set_up(options)
     cache_folder().mkdir(parents=True, exist_ok=True)
+    recipes = one_by_one(recipe)
     with tempfile.TemporaryDirectory(prefix="stand-ins-", dir=cache_folder()) as scratch:
-        hub = _Hub(Path(scratch))
-        with open_inputs(recipe, options.read, emit, options.use_cache, find=hub.find, headers_only=True) as inputs:
-            plans = {
-                name: make_plan(
-                    one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite
-                )
-                for name, one in one_by_one(recipe).items()
-            }
-            return _Foreseen(recipe, out, plans, inputs, hub, device, budget, emit).forecast(measure)
+        hub, opened = _Hub(Path(scratch)), False
+        try:
+            with open_inputs(recipe, options.read, emit, options.use_cache, find=hub.find, headers_only=True) as inputs:
+                opened = True
+                plans = {name: _plan_of(one, inputs, options) for name, one in recipes.items()}
+                return _Foreseen(recipe, out, plans, inputs, hub, device, budget, emit, options).forecast(measure)
+        except LowmemAimError as error:
+            errors = [error]
+            if not opened:  # what does not need the models is checked all the same
+                check_place(out, [out / name for name in recipes], [], errors)
+                _check_files(recipe, errors)
+            raise_all(errors)
+            raise
+
+
+def _plan_of(recipe: Recipe, inputs: Inputs, options: Options) -> Plan:
+    return make_plan(recipe, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite)
+
+
+def check_place(out: Path, folders: Sequence[Path], inputs: Sequence[Path], errors: list[LowmemAimError]) -> None:
+    """What is in the way of the output itself."""
+    known = len(errors)
+    with noted(errors):
+        check_outputs(out, folders, inputs)
+    if len(errors) == known:
+        with noted(errors):
+            check_writable(existing_folder(out))
+
+
+def _check_files(recipe: Recipe, errors: list[LowmemAimError]) -> None:
+    """That the texts or activations of the recipe are there."""
+    tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
+    for name in dict.fromkeys(table.calibration for table in tables):
+        if name and name != BUILTIN and is_here(name) and not Path(name).expanduser().is_file():
+            errors.append(ModelError(f"there is no calibration file `{printable(name)}`"))
 
 
 class _Hub:
@@ -115,13 +145,18 @@ class _Foreseen:
     device: torch.device
     budget: Budget
     emit: Emit
+    options: Options
     errors: list[LowmemAimError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
+    compared: Comparison | None = None
+    unread: bool = False  # some texts are on the Hub
 
     def forecast(self, measure: bool) -> Forecast:
         survey = survey_of(self.plans, self.inputs, self.hub.missing)
         self._check()
         forwards = [*self._calibration(), *self._comparison()]
+        self._check_begun()
         needs = (*self._memory(forwards), self._disk(forwards))
         self._tell_of_downloads()
         speeds = self._speeds(forwards) if measure and not self.errors else {}
@@ -140,17 +175,36 @@ class _Foreseen:
 
     def _check(self) -> None:
         """What `merge` checks of the output and of small files."""
-        folders = [self.out / name for name in self.plans]
-        with noted(self.errors):
-            check_outputs(self.out, folders, self.inputs.folders)
-        with noted(self.errors):
-            check_writable(existing_folder(self.out))
+        check_place(self.out, [self.out / name for name in self.plans], self.inputs.folders, self.errors)
         with noted(self.errors):
             copied_files(self.inputs.reference)
-        begun = [folder for folder in folders if (folder / PRIVATE).is_dir()]
-        for folder in begun:
+
+    def _check_begun(self) -> None:
+        """What is in the output folder already: another run at work, another job's, or this one's."""
+        for name, plan in self.plans.items():
+            folder = self.out / name
+            lock = folder / PRIVATE / "lock"
+            if not (folder / PRIVATE).is_dir() or self.options.fresh:
+                continue
+            with noted(self.errors):
+                if is_held(lock):
+                    raise locked_error(lock, owner_of(lock))
+                with Journal(folder / PRIVATE, read_only=True) as journal:
+                    self._check_same(journal, plan, folder)
             state = "is finished already" if is_finished(folder) else "holds an interrupted run, which goes on"
-            self.notes.append(f"`{printable(str(folder))}` {state}, if it is of the same job")
+            self.notes.append(f"`{printable(str(folder))}` {state}")
+
+    def _check_same(self, journal: Journal, plan: Plan, folder: Path) -> None:
+        if self.unread:
+            self.notes.append(f"whether `{printable(str(folder))}` is of the same job is seen when texts are there")
+            return
+        copied = copied_files(self.inputs.reference)
+        compared = self.compared.digest() if self.compared else ""
+        identity = Identity.of(plan, self.inputs, copied, self.calibration, self.device, compared)
+        if is_finished(folder):
+            check_same(journal, identity, folder)
+        else:
+            check_same_job(journal, identity, accept_environment=self.options.accept_environment)
 
     # -- what is run
 
@@ -162,10 +216,10 @@ class _Foreseen:
             yield self._unread("calibrate", aim)
             return
         with noted(self.errors):
-            calibration = prepare(aim, base, self.emit)
+            calibration = self.calibration = prepare(aim, base, self.emit)
             if calibration.given:
                 check_activations(calibration.given, self.inputs, aim)
-            elif calibration.cached(self.device).is_file():
+            elif self.options.use_cache and calibration.cached(self.device).is_file():
                 self.notes.append("the activations were measured before, and are reused")
             else:
                 assert calibration.skeleton is not None
@@ -181,7 +235,8 @@ class _Foreseen:
             yield self._unread("compare", texts_of(acm))
             return
         with noted(self.errors):
-            found = Comparison.prepare(acm, base, self.device, self.emit).calibration
+            self.compared = Comparison.prepare(acm, base, self.device, self.emit)
+            found = self.compared.calibration
             assert found.skeleton is not None
             yield self._forward("compare", found.skeleton, found.sequences)
 
@@ -190,6 +245,7 @@ class _Foreseen:
         from lowmem_aim.skeleton import load_skeleton  # transformers: only where a model is to be run
 
         assert self.inputs.base is not None
+        self.unread = True
         self.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
         skeleton = load_skeleton(self.inputs.base, getattr(torch, aim.dtype) if aim.dtype else None)
         return self._forward(phase, skeleton, [range(aim.block_size)] * aim.samples)
@@ -208,6 +264,7 @@ class _Foreseen:
         used, plans = self.budget.ram_used(), [*self.plans.values()]
         on_host = self.budget.vram is None
         wants = [(least_ram_of(plans, self.inputs, self.budget, self.device), "single rows of the widest tensor")]
+        known = len(self.errors)
         with noted(self.errors):
             shares_of(plans, self.inputs, self.budget, self.device)
         for forward in forwards:
@@ -217,7 +274,9 @@ class _Foreseen:
             with noted(self.errors):
                 divide(self.budget, self.device, needs)
         least, why = max(wants)
-        yield Need("RAM", used + least, self.budget.ram, why)
+        # The run's own check has the last word: what the program itself takes differs from moment to moment.
+        refused = len(self.errors) > known and on_host
+        yield Need("RAM", max(used + least, self.budget.ram + 1) if refused else used + least, self.budget.ram, why)
         if self.budget.vram is not None:
             least = max((forward.needs.least for forward in forwards), default=0)
             yield Need("VRAM", least, self.budget.vram, "one module of a block at a time" if forwards else "slices")

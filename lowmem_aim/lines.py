@@ -92,7 +92,8 @@ def line_of(run: Progress) -> str:
     """How a run stands, in a line."""
     current, latest = run.current, run.latest
     if current is None:
-        return f"{'planning' if not run.phases else 'done'}, {clock(run.now)}"
+        state = run.ended.outcome if run.ended else "planning" if not run.phases else "between two phases"
+        return f"{state}, {clock(run.now)}"
     left = run.left()
     parts = [f"{current.phase}: {_amount(current)}"]
     parts += ["paused" if run.paused else f"{clock(left)} left" if left is not None else ""]
@@ -106,8 +107,9 @@ def line_of(run: Progress) -> str:
 
 def first_lines(planned: Planned) -> Iterator[str]:
     """What a run is going to do, before it begins."""
-    if planned.about:
-        yield from survey.lines(planned.about)
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of another version
+        yield from list(survey.lines(planned.about)) if planned.about else ()
     vram = f", VRAM {shown(planned.vram_budget)}" if planned.vram_budget else ""
-    yield f"budget    RAM {shown(planned.ram_budget)}{vram}; on {planned.device} with {planned.threads} threads"
+    where = f"{printable(planned.device)} with {planned.threads} threads"
+    yield f"budget    RAM {shown(planned.ram_budget)}{vram}; on {where}"
     yield ""

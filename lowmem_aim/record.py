@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lowmem_aim import events
 from lowmem_aim.events import Event, RunStarted, Sampled, Worked
@@ -48,19 +50,43 @@ def to_line(t: float, event: Event) -> str:
 
 
 def from_line(line: str) -> Timed | None:
-    """None for what is no event that this version knows."""
+    """None for what is no event that this version knows, or has values that it cannot have."""
     try:
-        found = json.loads(line)
+        found = json.loads(line, parse_constant=_refused)
         kind = KINDS[found["event"]]
-        known = {field.name: field for field in dataclasses.fields(kind)}
+        known = get_type_hints(kind)
         values = {name: _tuples(value) for name, value in found.items() if name in known}
+        if not all(_fits(value, known[name]) for name, value in values.items()) or not _fits(found["t"], float):
+            return None
         return float(found["t"]), kind(**values)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a field's type: the log is a file, and anybody may have been at it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        ends = len(inner) == 2 and inner[1] is Ellipsis
+        hints = [inner[0]] * len(value) if ends and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(hints) and all(map(_fits, value, hints))
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(part, inner[1]) for part in value.values())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return hint is Any or (isinstance(value, hint) and isinstance(value, bool) == (hint is bool))
 
 
 def runs_in(log: Path) -> list[list[Timed]]:
@@ -111,8 +137,10 @@ class Log:
 
     def _write(self, descriptors: Iterable[int], data: bytes) -> None:
         for descriptor in descriptors:
+            left = memoryview(data)
             with contextlib.suppress(OSError):  # a full disk is told by the shards
-                os.write(descriptor, data)
+                while left:
+                    left = left[os.write(descriptor, left) :]
 
     def close(self) -> None:
         descriptors, self._descriptors = self._descriptors, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import time
@@ -60,6 +61,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def picture(run: Sequence[Timed], second: float | None, size: tuple[int, int], svg: Path | None = None) -> None:
     """The screen at a second of the run, or at its last event, on stdout or as an SVG file."""
+    if svg is not None and os.path.lexists(svg):
+        raise UsageError(f"`{printable(str(svg))}` exists already", hint="name a new file")
     progress = Progress()
     for t, event in run:
         if second is not None and t > second:

@@ -145,6 +145,22 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
     journal.put("identity", "", now.as_json())
 
 
+def check_same_job(journal: Journal, now: Identity, *, accept_environment: bool) -> None:
+    """Raises ResumeError where an interrupted run is certain to be another one. Nothing is read, nothing is kept."""
+    before = journal.get("identity")
+    if before is None:
+        return
+    then, now = Identity(**before), Identity(**now.as_json())
+    problems = [*_differences(then.job, now.job)]
+    if not accept_environment:
+        problems += _differences(_compared(then, journal), _compared(now, journal))
+    if problems:
+        raise ResumeError(
+            ["the interrupted run in this folder was another one:", *problems],
+            hint="`--fresh` starts over; or give the run back what it had",
+        )
+
+
 def check_same(journal: Journal, now: Identity, out: Path) -> None:
     """Raises UsageError if the finished output in `out` is not of this very job."""
     then = journal.get("identity")

@@ -183,11 +183,12 @@ def _finish(
     copied: dict[str, bytes],
     emit: Emit,
 ) -> None:
+    # Before cards and pictures are made: that takes a second, and belongs to no other phase.
+    emit(PhaseStarted("finish", sum(len(found.shards) for found in merged), "files"))
     files = [
         output_files(plan, inputs, activations, found, copied, space.journal.get("accepted"), consensus)
         for (space, plan), found, consensus in zip(outputs, merged, consensuses, strict=True)
     ]
-    emit(PhaseStarted("finish", sum(len(f) + len(m.shards) for f, m in zip(files, merged, strict=True)), "files"))
     for (space, _), found, own in zip(outputs, merged, files, strict=True):
         publish(space, found.shards, own)
     emit(PhaseEnded("finish"))

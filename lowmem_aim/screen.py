@@ -74,7 +74,7 @@ def _two_ends(left: Text, right: str, width: int, style: str = "") -> Text:
 
 
 def _heading(run: Progress, width: int) -> Text:
-    title = run.planned.title if run.planned else run.started.job if run.started else ""
+    title = printable(run.planned.title) if run.planned else run.started.job if run.started else ""
     out = f" -> {printable(run.started.out)}" if run.started else ""
     return _two_ends(Text.assemble(("lowmem-aim ", "bold"), title, (out, "dim")), clock(run.now), width)
 
@@ -135,7 +135,7 @@ def _filled(share: float, columns: int, style: str, mark: float | None = None) -
 
 def _now(run: Progress, width: int) -> Text:
     shape = " x ".join(map(str, run.shape))
-    method = run.planned.title if run.planned and run.shape else ""
+    method = printable(run.planned.title) if run.planned and run.shape else ""
     right = "  ".join(part for part in (shape, method) if part)
     item = printable(run.item, 300)
     room = width - LABEL - len(right) - 2

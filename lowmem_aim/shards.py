@@ -16,6 +16,7 @@ from lowmem_aim.durable import disk_errors
 from lowmem_aim.events import Emit, Notice, TensorDone, Worked
 from lowmem_aim.journal import Group, Journal
 from lowmem_aim.plan import Plan, Shard, Task
+from lowmem_aim.units import shown
 from lowmem_aim.write import Commit, Prefix, ShardWriter, finished_prefix
 
 V = TypeVar("V")
@@ -52,7 +53,7 @@ class Shards:
         self._written = self._done
         if self._done:
             found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
-            sizes = f"{self._done / 2**30:.1f} of {plan.tensor_bytes / 2**30:.1f} GiB"
+            sizes = f"{shown(self._done)} of {shown(plan.tensor_bytes)}"
             emit(Notice(f"resuming: {found}, {sizes}"))
 
     def _left_of(self, shard: Shard) -> tuple[Task, ...]:

@@ -18,6 +18,7 @@ from lowmem_aim.lines import line_of
 from lowmem_aim.output import ACTIVATIONS, PRIVATE, is_finished
 from lowmem_aim.progress import seen
 from lowmem_aim.record import LOG, runs_in
+from lowmem_aim.units import shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Status:
 
     def _done(self) -> Iterator[str]:
         if self.tensors_total:  # else it is only a calibration
-            sizes = f"{self.bytes / 2**30:.1f} of {self.bytes_total / 2**30:.1f} GiB"
+            sizes = f"{shown(self.bytes)} of {shown(self.bytes_total)}"
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
         if self.activations:
             yield "activations are measured"

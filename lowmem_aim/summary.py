@@ -17,7 +17,7 @@ from lowmem_aim.durable import write_file
 from lowmem_aim.errors import DiskError, printable
 from lowmem_aim.events import RunEnded, Sampled
 from lowmem_aim.heatmap import block_of, inside, shares_by
-from lowmem_aim.output import FACTS, PRIVATE, SUMS
+from lowmem_aim.output import FACTS, PRIVATE, SUMS, outputs_in
 from lowmem_aim.progress import STAGES, Progress, seen
 from lowmem_aim.record import LOG, runs_in
 from lowmem_aim.units import clock, shown
@@ -125,11 +125,21 @@ def _kept(run: Progress) -> Iterator[str]:
         yield f"  by layer  {strip} least in {least} ({layers[least]:.0%}), most in {most} ({layers[most]:.0%})"
 
 
-def next_commands(out: Path) -> Iterator[str]:
-    """What people do with a merged model: evaluate it, convert it, upload it."""
-    folder = shlex.quote(str(out))
-    name = shlex.quote(out.resolve().name)
+def next_commands(made: Path) -> Iterator[str]:
+    """What people do with a merged model: evaluate it, convert it, upload it; of several outputs the first."""
+    out, *others = outputs_in(made)
+    folder, name = quoted(out), quoted(Path(out.resolve().name), inside=True)
     yield f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
     yield f"  evaluate  lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"
     yield f"  convert   python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
-    yield f"  upload    hf upload YOU/{name} {folder} --exclude '{PRIVATE}/*'"
+    yield f"  upload    hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"  # what is in there is nobody else's
+    if others:
+        yield f"            and likewise {', '.join(printable(other.name) for other in others)}"
+
+
+def quoted(path: Path, inside: bool = False) -> str:
+    """A path for a shell, whatever is in it; one that looks like a flag is told as `./-x`, unless it is `inside`."""
+    text = str(path)
+    if not text.isprintable():
+        return "$'" + text.encode("unicode_escape").decode().replace("'", "\\'") + "'"
+    return shlex.quote(f"./{text}" if text.startswith("-") and not inside else text)

@@ -69,15 +69,15 @@ class Survey:
 
 def lines(survey: Mapping[str, Any]) -> Iterator[str]:
     """A Survey as JSON has it, for people."""
-    yield f"method    {survey['title']} ({survey['source']})"
+    yield f"method    {printable(survey['title'])} ({printable(survey['source'])})"
     if survey["settings"]:
-        yield f"          {_listed(survey['settings'])}"
+        yield f"          {printable(_listed(survey['settings']), 1000)}"
     if aim := survey["aim"]:
         yield f"AIM       omega {_listed(aim['omega'])}, scaling {aim['scaling']}, {_texts(aim)}"
     if acm := survey["acm"]:
         yield f"ACM       theta {acm['theta']:g}, normalised by {acm['normalise']}, {_texts(acm)}"
     for model in survey["models"]:
-        yield f"{model['role']:<10}{_model(model)}"
+        yield f"{printable(model['role']):<10}{_model(model)}"
     yield from _kind_lines(survey["kinds"])
     for why, names in survey["left_out"].items():
         more = f" and {len(names) - MOST_LEFT_OUT} more" if len(names) > MOST_LEFT_OUT else ""
@@ -104,10 +104,10 @@ def _texts(table: Mapping[str, Any]) -> str:
 def _model(model: Mapping[str, Any]) -> str:
     parts = [
         f"{printable(model['label'])}: {count(model['parameters'])} parameters",
-        "/".join(model["dtypes"]),
+        printable("/".join(model["dtypes"])),
         f"{model['layers']} layers",
         f"{model['vocabulary']} tokens{', tied' if model['tied'] else ''}",
-        f"licence {model['licence']}" if model["licence"] else "",
+        f"licence {printable(model['licence'], 100)}" if model["licence"] else "",
         f"{shown(model['missing_bytes'])} to download" if model["missing_bytes"] else "",
     ]
     return ", ".join(part for part in parts if part)
@@ -122,7 +122,7 @@ def count(number: float) -> str:
 
 def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for number, kind in enumerate(kinds[:MOST_KINDS]):
-        own = f"  {_listed(kind['settings'])}" if kind["settings"] else ""
+        own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
         name = printable(kind["kind"], 40)
         told = f"{name:<40} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
         yield f"{'tensors' if not number else '':<10}{told}"

@@ -28,7 +28,7 @@ def survey_of(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, i
         source=recipe.method.source,
         models=tuple(_models(inputs, missing or {})),
         outputs=tuple(names),
-        settings=common,
+        settings={key: text for key, text in common.items() if key != "omega" or len(names) < 2},  # else AIM's line
         aim=_aim(recipe.aim, names) if recipe.aim else None,
         acm=_acm(recipe.acm) if recipe.acm else None,
         kinds=tuple(_kinds(tasks, common)),

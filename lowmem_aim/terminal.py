@@ -27,9 +27,16 @@ POLL_SECONDS = 0.2
 
 def listens() -> bool:
     """Whether keys can be read: stdin is a terminal, and this process is in its foreground."""
+    return termios is not None and os.isatty(0) and in_foreground(0)
+
+
+def in_foreground(descriptor: int = 2) -> bool:
+    """Whether a terminal is this process's to draw on: a shell's job may be in the background."""
     try:
-        return termios is not None and os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
-    except (OSError, AttributeError):
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except AttributeError:  # no job control here
+        return True
+    except OSError:
         return False
 
 
@@ -86,7 +93,8 @@ def suspendable(before: Callable[[], None], after: Callable[[], None]) -> Iterat
 
     def stopped(number: int, frame: FrameType | None) -> None:
         cooked = termios.tcgetattr(0) if listens() else None
-        before()
+        with contextlib.suppress(Exception):  # the signal may have come in the midst of drawing
+            before()
         if cooked:
             lines = [*cooked[:3], cooked[3] | termios.ECHO | termios.ICANON, *cooked[4:]]
             termios.tcsetattr(0, termios.TCSADRAIN, lines)
@@ -95,7 +103,8 @@ def suspendable(before: Callable[[], None], after: Callable[[], None]) -> Iterat
         signal.signal(signal.SIGTSTP, stopped)
         if cooked:
             _without_enter()
-        after()
+        with contextlib.suppress(Exception):
+            after()
 
     old = signal.signal(signal.SIGTSTP, stopped)
     try:

@@ -265,11 +265,11 @@ def test_another_size_of_the_window_is_drawn_anew(tmp_path: Path) -> None:
         before = len(screen.seen)
         termios.tcsetwinsize(screen.terminal, (20, 50))
         deadline = time.monotonic() + 30
-        while b"\x1b[2J" not in screen.seen[before:]:
-            assert time.monotonic() < deadline, "it is not cleared"
+        while b"\x1b[J" not in screen.seen[before:]:
+            assert time.monotonic() < deadline, "the old picture is not erased"
             screen.read()
-        screen.read(1.0)
-        after = screen.seen[before:].partition(b"\x1b[2J")[2].decode()
+        screen.read(2.0)
+        after = screen.seen[before:].partition(b"\x1b[J")[2].decode()
         frames = re.sub(r"\x1b\[\d*[AK]", "\n", after)  # to another line, or this one again
         drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", frames).replace("\r", "")
         assert "busy" in drawn
@@ -308,6 +308,58 @@ def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path) -> None:
     assert done.stdout == f"{tmp_path / 'out'}\n"
     for told in ("merge: done in", "finished in", "hf upload", "lm_eval", "convert_hf_to_gguf"):
         assert told in done.stderr
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- 2>&-", "2>/dev/full", ">&- 2>&-"])
+def test_a_merge_ends_well_whoever_listens(streams: str, llama: Path, tmp_path: Path) -> None:
+    models = ["--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code"]
+    command = [sys.executable, "-m", "lowmem_aim", "merge", tmp_path / "out", "--method", "linear", *models]
+    line = f"{shlex.join(map(str, command))} {streams}"
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stdout in (f"{tmp_path / 'out'}\n", "")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_full_device_is_an_error_of_the_disk(llama: Path, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = f"{shlex.quote(sys.executable)} -m lowmem_aim methods > /dev/full"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 4
+    assert "a bug" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["-x", "a b", "a'b", "a\x1b[31m\nb", "über"])
+def test_the_next_commands_can_be_typed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_aim.summary import next_commands
+
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    lines = list(next_commands(Path(name)))
+    assert all(line.isprintable() for line in lines)
+    [upload] = [line for line in lines if line.lstrip().startswith("upload")]
+    script = f'hf() {{ shift 2; test -d "$1" && echo there; }}; {upload.split(None, 1)[1]}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "there\n", done.stderr
+
+
+def test_of_several_outputs_the_commands_name_one_that_is_there(tmp_path: Path) -> None:
+    from lowmem_aim.output import PRIVATE
+    from lowmem_aim.summary import next_commands
+
+    for name in ("omega-0.2", "omega-0.6"):
+        (tmp_path / "out" / name / PRIVATE).mkdir(parents=True)
+    text = "\n".join(next_commands(tmp_path / "out"))
+    assert f"{tmp_path / 'out' / 'omega-0.2'}" in text
+    assert "likewise omega-0.6" in text
+
+
+def test_what_is_private_is_not_uploaded() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", ".lowmem_aim/run.log", "omega-0.2/.lowmem_aim/run.json"]
+    assert list(filter_repo_objects(files, ignore_patterns=["*.lowmem_aim/*"])) == ["config.json"]
 
 
 def test_lines_come_at_most_every_thirty_seconds() -> None:

@@ -13,17 +13,20 @@ import torch
 import yaml
 from conftest import Place, Run
 from safetensors.torch import load_file, save_file
+from test_merge import recipe as merge_recipe
 from test_remote import OLD, Hub, hub, sharded, weights
+from test_resume import Stopped, each_tensor, stopping_after
 
 from lowmem_aim import checkpoint, foresee
-from lowmem_aim.durable import cache_folder
+from lowmem_aim.durable import cache_folder, locked
 from lowmem_aim.events import Planned, RunStarted
 from lowmem_aim.headers import read_header
 from lowmem_aim.output import PRIVATE
 from lowmem_aim.record import LOG, runs_in
 from lowmem_aim.remote import FIRST_BYTES
+from lowmem_aim.run import Options, merge
 
-__all__ = ["hub", "sharded"]
+__all__ = ["each_tensor", "hub", "sharded"]
 
 
 def written(recipe: dict[str, Any], folder: Path) -> Path:
@@ -198,6 +201,45 @@ class TestItsVerdictIsTheMerges:
         for said in ("bfloat16", "omega", "did you mean `density`", *(["did you mean `ties`"] if method else [])):
             assert said in wrong
 
+    def test_another_jobs_output(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        recipe = written(ties(llama), tmp_path)
+        assert run("merge", recipe, tmp_path / "out").code == 0
+        assert "it holds another merge" in self.same(run, recipe, tmp_path / "out", 2, "--density", "0.3")
+
+    def test_another_jobs_interrupted_run(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, each_tensor: None
+    ) -> None:
+        with pytest.raises(Stopped):
+            merge(merge_recipe(llama, "linear"), tmp_path / "out", Options(), stopping_after(5))
+        wrong = self.same(run, written(ties(llama), tmp_path), tmp_path / "out", 7)
+        assert "merge_method" in wrong
+        fresh = run("plan", tmp_path / "recipe.yml", tmp_path / "out", "--no-measure", "--fresh")
+        assert fresh.code == 0, fresh.err
+
+    def test_a_run_at_work(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        recipe = written(ties(llama), tmp_path)
+        (tmp_path / "out" / PRIVATE).mkdir(parents=True)
+        with locked(tmp_path / "out" / PRIVATE / "lock"):
+            foreseen = run("plan", recipe, tmp_path / "out", "--no-measure")
+        assert foreseen.code == 6
+        assert "another run" in foreseen.err
+
+    def test_a_cache_that_may_not_be_used(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+        recipe = written(ties(llama, aim={"omega": 0.4, "calibration": str(texts)}), tmp_path)
+        assert run("merge", recipe, tmp_path / "out").code == 0
+        needs = [planned(run, recipe, tmp_path / "new", *more)["needs"][0]["why"] for more in ((), ("--no-cache",))]
+        assert [why.startswith("calibrate: ") for why in needs] == [False, True]
+
+    def test_missing_models_do_not_hide_other_problems(self, llama: Path, tmp_path: Path, run: Run) -> None:
+        recipe = ties(llama, aim={"omega": 0.4, "calibration": str(tmp_path / "none.jsonl")})
+        recipe["models"][1]["model"] = str(tmp_path / "none")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+        done = run("plan", written(recipe, tmp_path), tmp_path / "out", "--no-measure")
+        assert done.code == 3
+        for said in ("no model folder", "not empty", "no calibration file"):
+            assert said in done.err
+
     def test_several_at_once(self, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         real = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
@@ -249,7 +291,7 @@ class TestItOnlyLooks:
         assert run("merge", recipe, tmp_path / "out").code == 0
         before = everything_in(tmp_path)
         found = planned(run, recipe, tmp_path / "out")
-        assert found["notes"] == [f"`{tmp_path / 'out'}` is finished already, if it is of the same job"]
+        assert found["notes"] == [f"`{tmp_path / 'out'}` is finished already"]
         assert everything_in(tmp_path) == before
         [events] = runs_in(tmp_path / "out" / PRIVATE / LOG)
         assert sum(isinstance(event, RunStarted) for _, event in events) == 1

@@ -50,6 +50,39 @@ def test_what_is_no_known_event_is_skipped(line: str) -> None:
     assert from_line(line) is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"t": "x", "event": "notice", "text": "a"}',
+        '{"t": NaN, "event": "notice", "text": "a"}',
+        '{"t": 1, "event": "notice", "text": 5}',
+        '{"t": 1, "event": "notice", "text": "a", "level": "\u001b[31m"}',
+        '{"t": 1, "event": "phase_started", "phase": "merge", "total": "x", "unit": "bytes"}',
+        '{"t": 1, "event": "phase_started", "phase": "\u001b[2J", "total": 1, "unit": "bytes"}',
+        '{"t": 1, "event": "phase_started", "phase": "merge", "total": true, "unit": "bytes"}',
+        '{"t": 1, "event": "advanced", "done": Infinity}',
+        '{"t": 1, "event": "planned", "title": null, "phases": [], "device": "", "threads": 1, "ram_budget": 1}',
+        '{"t": 1, "event": "planned", "title": "", "phases": ["merge"], "device": "", "threads": 1, "ram_budget": 1, '
+        '"layers": [1]}',
+        f'{{"t": {"9" * 400}, "event": "notice", "text": "a"}}',
+        "[" * 200_000,
+    ],
+)
+def test_a_line_with_values_that_cannot_be_is_skipped(line: str) -> None:
+    assert from_line(line) is None
+
+
+def test_a_log_that_somebody_was_at_is_told_as_far_as_it_goes(tmp_path: Path) -> None:
+    from lowmem_aim.progress import seen
+    from lowmem_aim.summary import facts
+
+    good = [to_line(float(number), event) for number, event in enumerate(EXAMPLES)]
+    (tmp_path / LOG).write_text("\n".join(["{", *good, '{"t": 1, "event": "tensor_done", "kept": ["a", "b"]}', ""]))
+    [run] = runs_in(tmp_path / LOG)
+    assert len(run) == len(EXAMPLES)
+    assert facts(seen(run))["outcome"] == "failed"
+
+
 def test_a_field_that_is_not_known_is_skipped() -> None:
     assert from_line('{"t": 1, "event": "notice", "text": "x", "level": "info", "colour": "red"}') == (1.0, Notice("x"))
 

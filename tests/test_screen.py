@@ -17,11 +17,12 @@ from rich.console import Console
 from test_progress import PLANNED, SAMPLE, STARTED, tensor
 
 from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, RunEnded
-from lowmem_aim.lines import Lines
+from lowmem_aim.lines import Lines, first_lines, line_of
 from lowmem_aim.output import PRIVATE
 from lowmem_aim.progress import Progress, seen
 from lowmem_aim.record import LOG, Timed, runs_in
 from lowmem_aim.screen import screen
+from lowmem_aim.summary import lines as summary_lines
 
 DATA = Path(__file__).parent / "data"
 SCREENS = DATA / "screens"
@@ -204,6 +205,35 @@ def test_replay_draws_an_svg(out: Path, run: Run, tmp_path: Path) -> None:
     assert set(re.findall(r"https?://[^/\"\s]+", svg)) == {"http://www.w3.org", "https://www.textualize.io"}, "no fonts"
 
 
+def test_replay_overwrites_nothing(out: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    done = run("replay", out, "--svg", tmp_path / "mine")
+    assert done.code == 2
+    assert "exists already" in done.err
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_nothing_in_a_log_reaches_a_terminal_as_a_command(recorded: list[Timed]) -> None:
+    evil = "\x1b[31mEVIL\n"
+    planned = replace(PLANNED, title=evil, device=evil, about={"title": evil, "x": 1})
+    start = replace(STARTED, out=evil, command=evil)
+    run = seen(
+        [
+            (0.0, start),
+            (0.0, planned),
+            (1.0, PhaseStarted("merge", 100, "bytes")),
+            (2.0, replace(SAMPLE, item=evil, done=3.0)),
+            (2.0, tensor(evil, 0, 4.0, (2.0, 1.0), kind=evil)),
+            (2.0, Notice(evil, "warning")),
+        ]
+    )
+    told = [*screen(run, 120, 40).plain.split("\n"), *first_lines(planned), line_of(run), *summary_lines(run)]
+    run.see(3.0, RunEnded("failed", 4, (evil,)))
+    told += screen(run, 120, 40).plain.split("\n")
+    assert all(line.isprintable() for line in told)
+    assert any("EVIL" in line for line in told)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -212,6 +242,8 @@ def test_replay_draws_an_svg(out: Path, run: Run, tmp_path: Path) -> None:
         (("--size", "80"), "no size of a screen"),
         (("--size", "9999x9999"), "no size of a screen"),
         (("--speed", "0"), "--speed"),
+        (("--speed", "nan"), "--speed"),
+        (("--at", "inf"), "--at"),
     ],
 )
 def test_replay_refuses_what_it_cannot_do(more: tuple[str, ...], message: str, out: Path, run: Run) -> None:
