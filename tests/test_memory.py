@@ -174,7 +174,7 @@ def test_budgets_do_not_change_the_bytes(
     llama: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The smallest makes slices of a few rows, and keeps no tensor of more than one slice between its passes."""
-    from lowmem_aim import run
+    from lowmem_aim import job
     from lowmem_aim.slices import TensorInputs
 
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
@@ -187,7 +187,7 @@ def test_budgets_do_not_change_the_bytes(
         return slices(tensor, first_pass)
 
     monkeypatch.setattr(TensorInputs, "slices", noted)
-    monkeypatch.setattr(run, "share_out", lambda *args, **given: shares.append(share_out(*args, **given)) or shares[-1])
+    monkeypatch.setattr(job, "share_out", lambda *args, **given: shares.append(share_out(*args, **given)) or shares[-1])
     made, read_again = [], []
     for ram in (200_000, 2 * MB, 10**9):
         passes.clear()

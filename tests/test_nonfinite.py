@@ -16,7 +16,7 @@ from test_merge import digests, recipe, tensors_in
 from test_resume import SHARDS, each_tensor, stop  # noqa: F401 (a fixture)
 
 from lowmem_aim import kernels
-from lowmem_aim import run as run_module
+from lowmem_aim import job as job_module
 from lowmem_aim.errors import ModelError, ResumeError, UsageError
 from lowmem_aim.events import Event, Notice
 from lowmem_aim.run import Options, merge
@@ -129,8 +129,8 @@ def test_the_bytes_depend_on_neither_slices_threads_nor_loops(
 def test_a_tensor_that_is_read_again_is_mended_again(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ties takes several passes; here nothing is kept between them."""
     expected = digests(merge(job(models / "holed"), models / "expected", TAKE_BASE))
-    share_out = run_module.share_out
-    monkeypatch.setattr(run_module, "share_out", lambda *a, **k: replace(share_out(*a, **k), kept_bytes=0))
+    share_out = job_module.share_out
+    monkeypatch.setattr(job_module, "share_out", lambda *a, **k: replace(share_out(*a, **k), kept_bytes=0))
     passes: list[bool] = []
     slices = TensorInputs.slices
 

@@ -308,7 +308,7 @@ def test_a_server_without_ranges_is_not_read_to_the_end(hub: Hub, llama: Path, t
     folder = made(hub, model, tmp_path).located.folder
     assert opened(folder) == opened(model)
     # What was sent and not read lay in the system's buffers.
-    assert FIRST_BYTES <= hub.sent[SINGLE] < 16 << 20
+    assert hub.sent[SINGLE] < 16 << 20
 
 
 def test_weights_that_are_cached_are_not_missing(hub: Hub, sharded: Path, tmp_path: Path) -> None:
