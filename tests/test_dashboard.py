@@ -293,7 +293,14 @@ def test_plain_lines_have_no_escape_bytes(environment: dict[str, str], tmp_path:
         assert "merge: done in" in screen.plain()
 
 
-def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def known(llama: Path, tmp_path: Path, run: Run) -> None:
+    """The models' structure is in the cache: another process need not import transformers for it."""
+    models = ("--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code")
+    assert run("merge", tmp_path / "first", "--method", "linear", *models).code == 0
+
+
+def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path, known: None) -> None:
     models = ["--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code"]
     done = subprocess.run(
         [sys.executable, "-m", "lowmem_aim", "merge", tmp_path / "out", "--method", "linear", *models],
@@ -311,7 +318,7 @@ def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streams", ["2>&-", "<&- 2>&-", "2>/dev/full", ">&- 2>&-"])
-def test_a_merge_ends_well_whoever_listens(streams: str, llama: Path, tmp_path: Path) -> None:
+def test_a_merge_ends_well_whoever_listens(streams: str, llama: Path, tmp_path: Path, known: None) -> None:
     models = ["--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code"]
     command = [sys.executable, "-m", "lowmem_aim", "merge", tmp_path / "out", "--method", "linear", *models]
     line = f"{shlex.join(map(str, command))} {streams}"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_merge import digests, recipe, tensors_in
 from test_resume import SHARDS, each_tensor, stop  # noqa: F401 (a fixture)
 
-from lowmem_aim import kernels
 from lowmem_aim import job as job_module
+from lowmem_aim import kernels
 from lowmem_aim.errors import ModelError, ResumeError, UsageError
 from lowmem_aim.events import Event, Notice
 from lowmem_aim.run import Options, merge
