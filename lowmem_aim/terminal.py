@@ -51,22 +51,36 @@ def keys(actions: Mapping[str, Callable[[], None]]) -> Iterator[bool]:
 
     def restore() -> None:
         stop.set()
-        with contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(0, termios.TCSADRAIN, before)
+        if listens():  # in the background it would stop the process, and the shell has its own settings
+            with contextlib.suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
 
     def body() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while not stop.is_set():
-                if select.select([0], [], [], POLL_SECONDS)[0] and not stop.is_set() and listens():
-                    pressed = os.read(0, 1).decode("ascii", "ignore").lower()
-                    if not pressed and not os.isatty(0):
-                        return
-                    actions.get(pressed, lambda: None)()
+        ours = True
+        while not stop.is_set():
+            if not listens():
+                ours = False
+                stop.wait(POLL_SECONDS)
+                continue
+            if not ours:  # back in the foreground: the shell has set it as it was
+                _without_enter()
+                ours = True
+            if (pressed := _pressed()) and not stop.is_set():
+                actions.get(pressed, lambda: None)()
 
     with interrupts.restoring(restore):
         _without_enter()
         threading.Thread(target=body, daemon=True, name="keys").start()
         yield True
+
+
+def _pressed() -> str:
+    """The next key, waited for a moment; empty if there is none."""
+    try:
+        waiting = select.select([0], [], [], POLL_SECONDS)[0]
+        return os.read(0, 1).decode("ascii", "ignore").lower() if waiting and listens() else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def _without_enter() -> None:

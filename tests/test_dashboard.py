@@ -250,6 +250,34 @@ def test_ctrl_z_gives_the_terminal_back_until_the_run_goes_on(tmp_path: Path) ->
         assert screen.settings() == screen.before
 
 
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="only a shell stops and continues a job")
+def test_keys_work_again_when_a_run_comes_back_from_the_background(tmp_path: Path) -> None:
+    with on_a_terminal(tmp_path, shell="set -m; RUN; echo stopped $?; bg; read; fg; echo ended $?") as screen:
+        screen.wait_for("busy")
+        screen.press("\x1a")
+        screen.wait_for("stopped 148")
+        screen.read(2.5)
+        in_background = len(screen.seen)
+        screen.read(2.5)
+        assert "busy" not in screen.plain(in_background), "it draws over the shell's prompt"
+        screen.press("\n")
+        screen.wait_for("q stops", in_background)
+        screen.press("q")
+        screen.wait_for("ended 130")
+        assert screen.settings() == screen.before
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="only a shell stops and continues a job")
+def test_a_run_ends_in_the_background_as_well(tmp_path: Path) -> None:
+    with on_a_terminal(tmp_path, shell="set -m; RUN; echo stopped $?; bg; wait; echo ended $?") as screen:
+        screen.wait_for("busy")
+        screen.press("\x1a")
+        screen.wait_for("stopped 148")
+        screen.file.write_text("finish")
+        screen.wait_for("ended 0")
+        assert screen.settings() == screen.before
+
+
 def test_sigusr1_tells_how_it_stands(tmp_path: Path) -> None:
     with on_a_terminal(tmp_path) as screen:
         screen.wait_for("busy")
