@@ -194,11 +194,6 @@ class Progress:
         pairs = list(self.samples)[-count - 1 :]
         return [self._mean(f"{stage}_bytes", [a, b]) for a, b in itertools.pairwise(pairs)]
 
-    def mean_rate(self, stage: Stage) -> float:
-        """Bytes a second since the run began, while the stage was needed."""
-        latest = self.latest
-        return getattr(latest, f"{stage}_bytes") / self.working if latest and self.working > 0 else 0.0
-
     def _window(self) -> list[tuple[float, Sampled]]:
         since = self.samples[-1][0] - WINDOW_SECONDS if self.samples else 0.0
         begun = self.current.begun if self.current else 0.0
