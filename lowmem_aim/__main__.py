@@ -1,12 +1,12 @@
 """The start of `lowmem-aim` and of `python -m lowmem_aim`: signals are handled before anything slow is imported."""
 
-from lowmem_aim import interrupts
+from lowmem_aim.system import interrupts
 
 
 def main() -> None:
     """The entry point of the command."""
     interrupts.install()
-    from lowmem_aim.cli import main as command
+    from lowmem_aim.cli.main import main as command
 
     command()
 

@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Call the command line in this process: `run("merge", recipe, out)`."""
 
     def call(*arguments: object) -> Ran:
-        from lowmem_aim.cli import main
+        from lowmem_aim.cli.main import main
 
         monkeypatch.setattr(sys, "argv", ["lowmem-aim", *map(str, arguments)])
         capsys.readouterr()

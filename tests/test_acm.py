@@ -19,17 +19,17 @@ from test_resume import Stopped, each_tensor, stop  # noqa: F401 (a fixture)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_aim import comparison
 from lowmem_aim.errors import ModelError, RecipeError, UsageError
 from lowmem_aim.events import Event, PhaseStarted
-from lowmem_aim.flags import applied, relax_recipe
-from lowmem_aim.mutual_information import CHUNK, PairCounts
-from lowmem_aim.recipe import Acm, Recipe
-from lowmem_aim.recipe_reader import read_recipe
-from lowmem_aim.relax.acm import freezing
-from lowmem_aim.run import Options, merge
-from lowmem_aim.shelf import Shelf
-from lowmem_aim.yaml_tree import parse
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.measuring import comparison
+from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
+from lowmem_aim.recipe.from_flags import applied, relax_recipe
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.recipe import Acm, Recipe
+from lowmem_aim.recipe.yaml_tree import parse
+from lowmem_aim.relaxing.acm import freezing
+from lowmem_aim.system.tensor_store import TensorStore
 
 TEXTS = ["The quick brown fox.", "jumps over", "a lazy dog that has been sleeping all day long in the sun"]
 
@@ -58,8 +58,8 @@ class TestMutualInformation:
         y = x + 0.3 * torch.randn(5000, generator=generator)
         whole = PairCounts()
         whole.add(x, y)
-        with Shelf(torch.device("cpu"), device_bytes=0, ram_bytes=0, folder=tmp_path) as shelf:
-            pieces = PairCounts(shelf)
+        with TensorStore(torch.device("cpu"), device_bytes=0, ram_bytes=0, folder=tmp_path) as store:
+            pieces = PairCounts(store)
             for start in range(0, 5000, 137):
                 pieces.add(x[start : start + 137], y[start : start + 137])
             assert pieces.mutual_information() == whole.mutual_information()
@@ -107,8 +107,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def activations(llama: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lowmem_aim.recipe import Aim
-    from lowmem_aim.run import calibrate_base
+    from lowmem_aim.jobs.calibrate import calibrate_base
+    from lowmem_aim.recipe.recipe import Aim
 
     out = tmp_path_factory.mktemp("activations") / "a.safetensors"
     return calibrate_base(str(llama / "base"), Aim(calibration=str(texts)), out)
@@ -255,16 +255,16 @@ class TestInARecipe:
     ) -> None:
         recipe = job(llama, {"calibration": str(texts)}, method, dtype="bfloat16")
         merge(recipe, tmp_path / "whole")
-        rooms_for = comparison.rooms_for
+        shares_for = comparison.shares_for
 
         def small(*args: Any, **given: Any) -> Any:
             from dataclasses import replace
 
-            return replace(rooms_for(*args, **given), weights=1, ram_states=0)
+            return replace(shares_for(*args, **given), weights=1, ram_states=0)
 
-        monkeypatch.setattr(comparison, "rooms_for", small)
-        monkeypatch.setattr("lowmem_aim.rooms.SMALLEST_PAGED", 1)
-        monkeypatch.setattr("lowmem_aim.merged_weights.ELEMENTS", 33)
+        monkeypatch.setattr(comparison, "shares_for", small)
+        monkeypatch.setattr("lowmem_aim.blocks.shares.SMALLEST_PAGED", 1)
+        monkeypatch.setattr("lowmem_aim.merging.merged_weights.ELEMENTS", 33)
         merge(recipe, tmp_path / "small", Options(slice_rows=3, read="pread"))
         assert digests(tmp_path / "small") == digests(tmp_path / "whole")
 

@@ -12,8 +12,8 @@ import torch
 from conftest import Run
 from safetensors.torch import load_file, save_file
 
-from lowmem_aim.activations import Activations
 from lowmem_aim.errors import ModelError
+from lowmem_aim.relaxing.activations import Activations
 
 
 @pytest.fixture

@@ -14,15 +14,16 @@ from conftest import Run
 from test_merge import digests, recipe, tensors_in
 from test_resume import each_tensor, stop  # noqa: F401 (a fixture)
 
-from lowmem_aim.activations import Activations
 from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.recipe import Recipe, Setting, one_by_one
-from lowmem_aim.recipe_reader import read_recipe
-from lowmem_aim.relax.aim import SCALINGS, shrinkage
-from lowmem_aim.run import Options, calibrate_base, merge
-from lowmem_aim.slices import TensorInputs
-from lowmem_aim.yaml_tree import parse
+from lowmem_aim.jobs.calibrate import calibrate_base
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.merging.slices import TensorInputs
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.recipe import Recipe, Setting, one_by_one
+from lowmem_aim.recipe.yaml_tree import parse
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.relaxing.aim import SCALINGS, shrinkage
 
 UP, DOWN = "model.layers.{}.mlp.up_proj.weight", "model.layers.{}.mlp.down_proj.weight"
 HEAD, NORM = "lm_head.weight", "model.layers.1.input_layernorm.weight"

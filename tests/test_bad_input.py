@@ -238,7 +238,7 @@ class TestOutput:
         place.refused(place.merge(), 4, "the output needs 50.2 MB", "has 1.0 MB free")
 
     def test_a_second_run_at_one_output_is_refused_and_the_first_goes_on(self, place: Place) -> None:
-        from lowmem_aim.output import workspace
+        from lowmem_aim.output.workspace import workspace
 
         with workspace(place.out) as space:
             space.take_back()

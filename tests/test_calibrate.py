@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from transformers import AutoModelForCausalLM
 
-from lowmem_aim.activations import Activations
-from lowmem_aim.calibrate import CANARY_TOKENS, calibrate
-from lowmem_aim.checkpoint import Checkpoint, digest
+from lowmem_aim.blocks.recorder import CANARY_TOKENS
 from lowmem_aim.errors import ModelError
 from lowmem_aim.events import Advanced, Event, Notice, PhaseEnded, PhaseStarted, Worked
-from lowmem_aim.skeleton import Skeleton, load_skeleton
+from lowmem_aim.measuring.mean_activations import mean_activations
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.meta_model import MetaModel, load_meta_model
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.system.tensors import digest
 
 TEXTS = tiny.sequences((23, 9, 40))  # uneven; two longer than every sliding window (8), one longer than the canary
 
@@ -40,10 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def calibrated(
     folder: Path, texts: Sequence[Tensor] = TEXTS, dtype: torch.dtype | None = None, **options: Any
-) -> tuple[Activations, Skeleton]:
+) -> tuple[Activations, MetaModel]:
     with Checkpoint.open(folder) as base:
-        skeleton = load_skeleton(base, dtype)
-        return calibrate(base, skeleton, texts, **options), skeleton
+        meta_model = load_meta_model(base, dtype)
+        return mean_activations(base, meta_model, texts, **options), meta_model
 
 
 class Plain:
@@ -83,23 +85,23 @@ class Plain:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_means_are_those_of_a_plain_forward_bit_for_bit(architecture: str, models: Callable[..., Path]) -> None:
     notices: list[Event] = []
-    found, skeleton = calibrated(models(architecture), emit=notices.append)
+    found, meta_model = calibrated(models(architecture), emit=notices.append)
     expected = Plain(models(architecture)).means()
     assert not any("instead" in event.text for event in notices if isinstance(event, Notice))
     for parameter, mean in expected.items():
-        name = skeleton.weights.name(parameter)
+        name = meta_model.weights.name(parameter)
         assert torch.equal(found.means[name].flatten(), mean), name
-        weight = skeleton.model.get_parameter(parameter)
+        weight = meta_model.model.get_parameter(parameter)
         assert torch.broadcast_shapes(found.means[name].shape, weight.shape) == weight.shape
-    others = found.means.keys() - {skeleton.weights.name(parameter) for parameter in expected}
+    others = found.means.keys() - {meta_model.weights.name(parameter) for parameter in expected}
     assert all("experts" in name for name in others)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral", "gpt2"])
 def test_bfloat16_too(architecture: str, models: Callable[..., Path]) -> None:
-    found, skeleton = calibrated(models(architecture, torch.bfloat16))
+    found, meta_model = calibrated(models(architecture, torch.bfloat16))
     for parameter, mean in Plain(models(architecture, torch.bfloat16)).means().items():
-        assert torch.equal(found.means[skeleton.weights.name(parameter)].flatten(), mean), parameter
+        assert torch.equal(found.means[meta_model.weights.name(parameter)].flatten(), mean), parameter
     assert found.dtype == "bfloat16"
 
 
@@ -326,11 +328,11 @@ def test_each_weight_is_read_once_and_embeddings_and_head_never(
 
     monkeypatch.setattr(Checkpoint, "tensor", tensor)
     monkeypatch.setattr(Checkpoint, "rows", part)
-    found, skeleton = calibrated(models(architecture))
-    names = set(skeleton.weights.checkpoint.tensors)
-    assert sorted(reads) == sorted(names - skeleton.embeddings - skeleton.vocabulary)
-    assert rows.keys() == skeleton.embeddings
-    tokens = next(iter(skeleton.embeddings & skeleton.vocabulary))
+    found, meta_model = calibrated(models(architecture))
+    names = set(meta_model.weights.checkpoint.tensors)
+    assert sorted(reads) == sorted(names - meta_model.embeddings - meta_model.vocabulary)
+    assert rows.keys() == meta_model.embeddings
+    tokens = next(iter(meta_model.embeddings & meta_model.vocabulary))
     assert rows[tokens] == {int(token) for text in TEXTS for token in text}
     assert found.base_digests.keys() == set(reads)
 
@@ -353,14 +355,14 @@ def test_the_tokens_digest_sees_where_texts_end(models: Callable[..., Path]) -> 
 
 def test_only_one_block_has_weights_at_a_time(models: Callable[..., Path]) -> None:
     with Checkpoint.open(models("llama")) as base:
-        skeleton = load_skeleton(base)
+        meta_model = load_meta_model(base)
         real: list[set[str]] = []
 
         def watch(event: Event) -> None:
             if isinstance(event, Advanced):
-                real.append({name for name, value in skeleton.model.named_parameters() if not value.is_meta})
+                real.append({name for name, value in meta_model.model.named_parameters() if not value.is_meta})
 
-        calibrate(base, skeleton, TEXTS, emit=watch)
+        mean_activations(base, meta_model, TEXTS, emit=watch)
     assert real == [{"model.norm.weight"}] * tiny.LAYERS
 
 
@@ -397,13 +399,13 @@ def test_no_hook_thread_or_mode_stays_behind(architecture: str, models: Callable
 
     random = torch.get_rng_state()
     with Checkpoint.open(models(architecture)) as base:
-        skeleton = load_skeleton(base)
+        meta_model = load_meta_model(base)
         with pytest.raises(Stop):
-            calibrate(base, skeleton, TEXTS, emit=stop)
-        assert traces(skeleton.model) == []
-        first = calibrate(base, skeleton, TEXTS)
-        assert traces(skeleton.model) == []
-        again = calibrate(base, skeleton, TEXTS)
+            mean_activations(base, meta_model, TEXTS, emit=stop)
+        assert traces(meta_model.model) == []
+        first = mean_activations(base, meta_model, TEXTS)
+        assert traces(meta_model.model) == []
+        again = mean_activations(base, meta_model, TEXTS)
     assert torch.is_grad_enabled()
     assert torch.equal(random, torch.get_rng_state())
     assert first.means.keys() == again.means.keys()
@@ -433,8 +435,8 @@ def test_gpt2_as_published_without_prefix(models: Callable[..., Path], tmp_path:
 
 
 def test_a_tied_head_has_its_statistic_under_its_own_name(models: Callable[..., Path]) -> None:
-    found, skeleton = calibrated(models("qwen2"))
-    assert "lm_head.weight" not in skeleton.weights.checkpoint.tensors
+    found, meta_model = calibrated(models("qwen2"))
+    assert "lm_head.weight" not in meta_model.weights.checkpoint.tensors
     assert found.means["lm_head.weight"].shape == (1, 32)
     assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
 

@@ -16,16 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowmem_aim import memory, rooms, stage
-from lowmem_aim.activations import Activations
-from lowmem_aim.calibrate import calibrate
-from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.blocks import runner as runner
+from lowmem_aim.blocks import shares as shares
+from lowmem_aim.blocks.shares import Needs, Shares, paged, share_out
 from lowmem_aim.errors import DiskError, MemoryBudgetError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.memory import Budget
-from lowmem_aim.rooms import Needs, Rooms, divide, paged
-from lowmem_aim.shelf import Shelf
-from lowmem_aim.skeleton import load_skeleton
+from lowmem_aim.measuring.mean_activations import mean_activations
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.meta_model import load_meta_model
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.system import memory, tensors
+from lowmem_aim.system.memory import Budget
+from lowmem_aim.system.tensor_store import TensorStore
 
 CPU = torch.device("cpu")
 TEXTS = tiny.sequences((23, 9, 40))
@@ -36,13 +38,13 @@ MB = 10**6
 def spills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of every tensor that went to a file."""
     seen: list[int] = []
-    write = Shelf._write
+    write = TensorStore._write
 
-    def noted(shelf: Shelf, slot: Any, value: Tensor, nbytes: int) -> None:
+    def noted(store: TensorStore, slot: Any, value: Tensor, nbytes: int) -> None:
         seen.append(nbytes)
-        write(shelf, slot, value, nbytes)
+        write(store, slot, value, nbytes)
 
-    monkeypatch.setattr(Shelf, "_write", noted)
+    monkeypatch.setattr(TensorStore, "_write", noted)
     return seen
 
 
@@ -62,7 +64,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def measured(folder: Path, **options: Any) -> Activations:
     with Checkpoint.open(folder) as base:
-        return calibrate(base, load_skeleton(base), TEXTS, **options)
+        return mean_activations(base, load_meta_model(base), TEXTS, **options)
 
 
 def same(a: Activations, b: Activations) -> bool:
@@ -77,15 +79,15 @@ def test_the_smallest_budget_gives_the_same_numbers(
     architecture: str, tmp_path: Path, spills: list[int], reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No hidden state has room in RAM, and every module that could be paged is."""
-    monkeypatch.setattr(rooms, "SMALLEST_PAGED", 1024)
+    monkeypatch.setattr(shares, "SMALLEST_PAGED", 1024)
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     folder = tiny.build(architecture, tmp_path / "model")
     expected = measured(folder)
     assert not spills
     assert len(reads) == len(set(reads))  # each once
     with Checkpoint.open(folder) as base:
-        needs = Needs.of(load_skeleton(base), TEXTS)
-    least = needs.work + needs.beside + needs.read + rooms.SLACK_BYTES + needs.module
+        needs = Needs.of(load_meta_model(base), TEXTS)
+    least = needs.work + needs.beside + needs.read + shares.SLACK_BYTES + needs.module
     (tmp_path / "spill").mkdir()
     reads.clear()
     found = measured(folder, budget=Budget(least), spill=tmp_path / "spill")
@@ -99,15 +101,15 @@ def test_the_smallest_budget_gives_the_same_numbers(
 
 
 def test_no_more_weights_are_there_than_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "SMALLEST_PAGED", 1024)
+    monkeypatch.setattr(shares, "SMALLEST_PAGED", 1024)
     folder = tiny.build("llama", tmp_path / "model")
     most = [0]
     with Checkpoint.open(folder) as base:
-        skeleton = load_skeleton(base)
-        path, block = skeleton.blocks[1]
-        sizes = {name: rooms.size_of(part) for name, part in rooms.owners(path, block)}
+        meta_model = load_meta_model(base)
+        path, block = meta_model.blocks[1]
+        sizes = {name: shares.size_of(part) for name, part in shares.owners(path, block)}
         room = sum(sizes.values()) // 2
-        scene = stage.Stage(base, skeleton, CPU, Rooms(weights=room))
+        scene = runner.BlockRunner(base, meta_model, CPU, Shares(weights=room))
         linear = nn.functional.linear
 
         def watched(*args: Any) -> Tensor:
@@ -118,8 +120,8 @@ def test_no_more_weights_are_there_than_the_room(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(nn.functional, "linear", watched)
         with torch.no_grad(), scene.set_up(), scene.loaded(1):
             state = torch.randn(1, 7, 32)
-            tables = skeleton.model.model.rotary_emb(state, torch.arange(7)[None])
-            scene.run_block(1, stage.Call((state,), {"position_embeddings": tables}))
+            tables = meta_model.model.model.rotary_emb(state, torch.arange(7)[None])
+            scene.run_block(1, runner.Call((state,), {"position_embeddings": tables}))
         assert room // 2 < most[0] <= room
         assert all(value.is_meta for value in block.parameters())
 
@@ -135,13 +137,13 @@ def test_weights_that_are_read_past_their_modules_stay(
         )
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    monkeypatch.setattr(rooms, "SMALLEST_PAGED", 1024)
+    monkeypatch.setattr(shares, "SMALLEST_PAGED", 1024)
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     folder = tiny.build("llama", tmp_path / "model")
     expected = measured(folder)
     with Checkpoint.open(folder) as base:
-        needs = Needs.of(load_skeleton(base), TEXTS)
-    fixed = needs.work + needs.beside + rooms.SLACK_BYTES
+        needs = Needs.of(load_meta_model(base), TEXTS)
+    fixed = needs.work + needs.beside + shares.SLACK_BYTES
     reads.clear()
     assert same(measured(folder, budget=Budget(fixed + 4 * needs.module), spill=tmp_path), expected)
     assert len(reads) > len(set(reads))  # the others come and go
@@ -160,14 +162,14 @@ def test_the_fallback_that_holds_all_states_is_passed_over_where_they_do_not_fit
     folder = tiny.build("llama", tmp_path / "model")
     expected = measured(folder)
     with Checkpoint.open(folder) as base:
-        needs = Needs.of(load_skeleton(base), TEXTS)
+        needs = Needs.of(load_meta_model(base), TEXTS)
     notices: list[str] = []
 
     def emit(event: Event) -> None:
         if isinstance(event, Notice):
             notices.append(event.text)
 
-    least = needs.work + needs.beside + rooms.SLACK_BYTES + needs.block
+    least = needs.work + needs.beside + shares.SLACK_BYTES + needs.block
     found = measured(folder, budget=Budget(least), spill=tmp_path, emit=emit)
     assert same(found, expected)
     assert ["for every sequence instead, which takes longer" in text for text in notices] == [True]
@@ -179,8 +181,8 @@ def test_the_fallback_that_holds_all_states_is_passed_over_where_they_do_not_fit
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """short(n): a sequence's forward fails in the midst of a block of which more than n bytes are there."""
-    monkeypatch.setattr(rooms, "SMALLEST_PAGED", 1024)
-    monkeypatch.setattr(stage, "SMALLEST_PAGED", 1024)
+    monkeypatch.setattr(shares, "SMALLEST_PAGED", 1024)
+    monkeypatch.setattr(runner, "SMALLEST_PAGED", 1024)
 
     def limit(most: int) -> None:
         from transformers.models.llama.modeling_llama import LlamaMLP
@@ -221,7 +223,7 @@ def test_a_failed_allocation_outside_the_blocks_is_exit_5_too(llama: Path, monke
     def fails(*args: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(stage.Stage, "forward", fails)
+    monkeypatch.setattr(runner.BlockRunner, "forward", fails)
     with pytest.raises(MemoryBudgetError, match="no memory left"):
         measured(llama / "base")
 
@@ -230,23 +232,23 @@ def test_a_state_that_cannot_be_kept_is_made_again_and_counts_once(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measured(llama / "base")
-    put, turns = Shelf.put, [0]
+    put, turns = TensorStore.put, [0]
 
-    def fails_once(shelf: Shelf, value: Tensor, slot: Any = None) -> Any:
+    def fails_once(store: TensorStore, value: Tensor, slot: Any = None) -> Any:
         turns[0] += slot is not None
         if turns[0] == 3:
             turns[0] += 1
             raise MemoryError
-        return put(shelf, value, slot)
+        return put(store, value, slot)
 
-    monkeypatch.setattr(Shelf, "put", fails_once)
+    monkeypatch.setattr(TensorStore, "put", fails_once)
     assert same(measured(llama / "base"), expected)
     assert turns[0] > 4
 
 
 def test_outside_the_blocks_states_leave_the_device_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = measured(llama / "base")
-    forward, calls, moved = stage.Stage.forward, [0], [0]
+    forward, calls, moved = runner.BlockRunner.forward, [0], [0]
 
     def fails(scene: Any, tokens: Tensor, driver: Any) -> None:
         calls[0] += 1
@@ -254,12 +256,12 @@ def test_outside_the_blocks_states_leave_the_device_once(llama: Path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         forward(scene, tokens, driver)
 
-    def leave(shelf: Shelf) -> bool:
+    def leave(store: TensorStore) -> bool:
         moved[0] += 1
         return True
 
-    monkeypatch.setattr(stage.Stage, "forward", fails)
-    monkeypatch.setattr(Shelf, "leave_device", leave)
+    monkeypatch.setattr(runner.BlockRunner, "forward", fails)
+    monkeypatch.setattr(TensorStore, "leave_device", leave)
     assert same(measured(llama / "base"), expected)
     assert moved[0] == 2
 
@@ -270,7 +272,7 @@ def test_suspended_forwards_that_find_no_memory_give_way_to_paging(
     from test_calibrate import llama_forward
     from transformers.models.llama.modeling_llama import LlamaModel
 
-    from lowmem_aim import calibrate as module
+    from lowmem_aim.measuring import mean_activations as module
 
     monkeypatch.setattr(LlamaModel, "forward", llama_forward(lambda hidden: hidden.mul_(1.25)))
     expected = measured(llama / "base")
@@ -293,8 +295,8 @@ def test_memory_that_the_system_refuses_is_a_failed_allocation(monkeypatch: pyte
 
     monkeypatch.setattr(mmap, "mmap", refuses)
     with pytest.raises(MemoryError):
-        memory.empty_apart((1 << 20,), torch.float32)
-    assert memory.empty_apart((3,), torch.float32).shape == (3,)
+        tensors.empty_apart((1 << 20,), torch.float32)
+    assert tensors.empty_apart((3,), torch.float32).shape == (3,)
 
 
 # --- how a budget is divided ------------------------------------------------------------------------------------------
@@ -305,43 +307,43 @@ NEEDS = Needs(block=600 * MB, module=140 * MB, module_path="m", read=0, beside=0
 
 def test_a_block_goes_before_the_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
-    fixed = NEEDS.work + rooms.SLACK_BYTES
-    assert divide(Budget(fixed + 2000 * MB), CPU, NEEDS) == Rooms(600 * MB, 0, 1400 * MB, 100 * MB)
-    assert divide(Budget(fixed + 700 * MB), CPU, NEEDS) == Rooms(600 * MB, 0, 100 * MB, 100 * MB)
-    assert divide(Budget(fixed + 200 * MB), CPU, NEEDS) == Rooms(200 * MB, 0, 0, 100 * MB)
+    fixed = NEEDS.work + shares.SLACK_BYTES
+    assert share_out(Budget(fixed + 2000 * MB), CPU, NEEDS) == Shares(600 * MB, 0, 1400 * MB, 100 * MB)
+    assert share_out(Budget(fixed + 700 * MB), CPU, NEEDS) == Shares(600 * MB, 0, 100 * MB, 100 * MB)
+    assert share_out(Budget(fixed + 200 * MB), CPU, NEEDS) == Shares(200 * MB, 0, 0, 100 * MB)
 
 
 def test_on_a_device_of_its_own_states_go_to_ram_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
-    fixed = NEEDS.work + rooms.SLACK_BYTES
-    on_host = 200 * MB + rooms.SLACK_BYTES
+    fixed = NEEDS.work + shares.SLACK_BYTES
+    on_host = 200 * MB + shares.SLACK_BYTES
     meta = torch.device("meta")  # no memory of its own is in use
-    assert divide(Budget(on_host, fixed + 900 * MB), meta, NEEDS) == Rooms(600 * MB, 300 * MB, 60 * MB)
+    assert share_out(Budget(on_host, fixed + 900 * MB), meta, NEEDS) == Shares(600 * MB, 300 * MB, 60 * MB)
     with pytest.raises(MemoryBudgetError, match="of VRAM") as caught:
-        divide(Budget(on_host, fixed + 100 * MB), meta, NEEDS)
+        share_out(Budget(on_host, fixed + 100 * MB), meta, NEEDS)
     assert "--vram 274MB" in caught.value.hint
     with pytest.raises(MemoryBudgetError, match="of RAM"):
-        divide(Budget(100 * MB, fixed + 900 * MB), meta, NEEDS)
+        share_out(Budget(100 * MB, fixed + 900 * MB), meta, NEEDS)
 
 
 def test_the_hint_names_a_budget_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 300 * MB)
     with pytest.raises(MemoryBudgetError, match=r"`m` takes 140\.0 MB.*100\.0 MB are left") as caught:
-        divide(Budget(400 * MB), CPU, NEEDS)
+        share_out(Budget(400 * MB), CPU, NEEDS)
     assert "`--ram 580MB` would do" in caught.value.hint
-    assert divide(Budget(580 * MB), CPU, NEEDS).weights >= NEEDS.module
+    assert share_out(Budget(580 * MB), CPU, NEEDS).weights >= NEEDS.module
     with pytest.raises(MemoryBudgetError, match=r"0 bytes are left") as caught:
-        divide(Budget(100 * MB), CPU, NEEDS)  # less than runs already
+        share_out(Budget(100 * MB), CPU, NEEDS)  # less than runs already
     assert "`--ram 580MB` would do" in caught.value.hint
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, 1000)), st.integers(0, 5000))
 def test_what_stays_and_the_largest_that_comes_fit_the_room(sizes: dict[str, int], room: int) -> None:
-    before, rooms.SMALLEST_PAGED = rooms.SMALLEST_PAGED, 0
+    before, shares.SMALLEST_PAGED = shares.SMALLEST_PAGED, 0
     try:
         away = paged(sizes, room)
     finally:
-        rooms.SMALLEST_PAGED = before
+        shares.SMALLEST_PAGED = before
     held = sum(size for name, size in sizes.items() if name not in away)
     coming = max((sizes[name] for name in away), default=0)
     if room >= max(sizes.values(), default=0):
@@ -356,16 +358,16 @@ def test_the_largest_stay() -> None:
     assert paged(sizes, 300 * MB) == {"gate", "up", "k", "q"}  # the norm is too small to come and go
 
 
-# --- the shelf --------------------------------------------------------------------------------------------------------
+# --- the store --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64])
 def test_what_lies_in_a_file_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     values = [torch.arange(24).view(2, 3, 4).to(dtype), torch.zeros(0, 5, dtype=dtype), torch.ones((), dtype=dtype)]
-    with Shelf(CPU, device_bytes=0, ram_bytes=0, folder=tmp_path) as shelf:
-        slots = [shelf.put(value) for value in values]
+    with TensorStore(CPU, device_bytes=0, ram_bytes=0, folder=tmp_path) as store:
+        slots = [store.put(value) for value in values]
         for slot, value in zip(slots, values, strict=True):
-            found = shelf.get(slot)
+            found = store.get(slot)
             assert (found.dtype, found.shape) == (value.dtype, value.shape)
             assert torch.equal(found, value)
         assert slots[0].place == "file"
@@ -373,23 +375,23 @@ def test_what_lies_in_a_file_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path
 
 
 def test_ram_first_then_the_file_and_a_slot_keeps_its_place(tmp_path: Path) -> None:
-    with Shelf(CPU, device_bytes=0, ram_bytes=100, folder=tmp_path) as shelf:
-        slots = [shelf.put(torch.full((10,), float(i))) for i in range(4)]  # 40 bytes each
+    with TensorStore(CPU, device_bytes=0, ram_bytes=100, folder=tmp_path) as store:
+        slots = [store.put(torch.full((10,), float(i))) for i in range(4)]  # 40 bytes each
         assert [slot.place for slot in slots] == ["ram", "ram", "file", "file"]
         for turn in range(3):
             for i, slot in enumerate(slots):
-                shelf.put(shelf.get(slot) + 1, slot)
-                assert torch.equal(shelf.get(slot), torch.full((10,), i + turn + 1.0))
+                store.put(store.get(slot) + 1, slot)
+                assert torch.equal(store.get(slot), torch.full((10,), i + turn + 1.0))
         assert [slot.place for slot in slots] == ["ram", "ram", "file", "file"]
-        assert shelf._end == 80  # the file does not grow when a tensor takes another's place
-        shelf.put(torch.zeros(1), slots[0])
-        assert shelf.put(torch.zeros(10), slots[2]).place == "ram"  # there is room again
+        assert store._end == 80  # the file does not grow when a tensor takes another's place
+        store.put(torch.zeros(1), slots[0])
+        assert store.put(torch.zeros(10), slots[2]).place == "ram"  # there is room again
 
 
 def test_strides_are_kept(tmp_path: Path) -> None:
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).expand(1, 4, 5, 5)
-    with Shelf(CPU, device_bytes=0, ram_bytes=0, folder=tmp_path) as shelf:
-        assert shelf.get(shelf.put(mask)).stride() == mask.stride()
+    with TensorStore(CPU, device_bytes=0, ram_bytes=0, folder=tmp_path) as store:
+        assert store.get(store.put(mask)).stride() == mask.stride()
 
 
 class OnDevice(Tensor):
@@ -405,15 +407,15 @@ class OnDevice(Tensor):
 
 
 def test_states_leave_the_device_when_its_memory_runs_short(tmp_path: Path) -> None:
-    shelf = Shelf(torch.device("cuda"), device_bytes=100, ram_bytes=50, folder=tmp_path)
-    with shelf:
-        slots = [shelf.put(torch.full((10,), float(i)).as_subclass(OnDevice)) for i in range(4)]
+    store = TensorStore(torch.device("cuda"), device_bytes=100, ram_bytes=50, folder=tmp_path)
+    with store:
+        slots = [store.put(torch.full((10,), float(i)).as_subclass(OnDevice)) for i in range(4)]
         assert [slot.place for slot in slots] == ["device", "device", "ram", "file"]
-        assert shelf.leave_device()
+        assert store.leave_device()
         assert [slot.place for slot in slots] == ["file", "file", "ram", "file"]
-        assert not shelf.leave_device()
-        shelf._device = CPU  # to look at them here
-        assert [float(shelf.get(slot)[0]) for slot in slots] == [0.0, 1.0, 2.0, 3.0]
+        assert not store.leave_device()
+        store._device = CPU  # to look at them here
+        assert [float(store.get(slot)[0]) for slot in slots] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_a_full_disk_is_exit_4_and_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,8 +430,8 @@ def test_a_full_disk_is_exit_4_and_leaves_nothing(llama: Path, tmp_path: Path, m
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **given: Full())
     with Checkpoint.open(llama / "base") as base:
-        needs = Needs.of(load_skeleton(base), TEXTS)
-    tight = needs.work + needs.beside + rooms.SLACK_BYTES + needs.block
+        needs = Needs.of(load_meta_model(base), TEXTS)
+    tight = needs.work + needs.beside + shares.SLACK_BYTES + needs.block
     with pytest.raises(DiskError, match="No space left") as caught:
         measured(llama / "base", budget=Budget(tight), spill=tmp_path)
     assert caught.value.exit_code == 4
@@ -446,8 +448,8 @@ def test_too_little_disk_for_hidden_states_shows_before_work(
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 1000))
     with Checkpoint.open(llama / "base") as base:
-        needs = Needs.of(load_skeleton(base), TEXTS)
-    tight = needs.work + needs.beside + rooms.SLACK_BYTES + needs.block
+        needs = Needs.of(load_meta_model(base), TEXTS)
+    tight = needs.work + needs.beside + shares.SLACK_BYTES + needs.block
     with pytest.raises(DiskError, match="calibration, for hidden states, needs"):
         measured(llama / "base", budget=Budget(tight), spill=tmp_path)
     assert not reads

@@ -22,20 +22,24 @@ from test_merge import digests, recipe
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from lowmem_aim import journal, memory, output, rooms, snapshots
-from lowmem_aim.activations import Activations
-from lowmem_aim.calibrate import calibrate
-from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.blocks import shares as shares
+from lowmem_aim.blocks.runner import BlockRunner
+from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.errors import DiskError, ModelError, ResumeError
 from lowmem_aim.events import Advanced, Event, Notice, PhaseStarted
-from lowmem_aim.journal import Journal
-from lowmem_aim.memory import Budget
-from lowmem_aim.rooms import Needs
-from lowmem_aim.run import Options, merge
-from lowmem_aim.skeleton import load_skeleton
-from lowmem_aim.snapshots import Snapshots
-from lowmem_aim.stage import Stage
-from lowmem_aim.status import status_of
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.measuring import snapshots
+from lowmem_aim.measuring.mean_activations import mean_activations
+from lowmem_aim.measuring.snapshots import Snapshots
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.meta_model import load_meta_model
+from lowmem_aim.output import folder, journal
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.workspace import workspace
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.system import memory
+from lowmem_aim.system.memory import Budget
+from lowmem_aim.view.status import status_of
 
 TEXTS = tiny.sequences((23, 9, 40))
 
@@ -65,13 +69,13 @@ def stopping_after(blocks: int, seen: list[Event] | None = None) -> Callable[[Ev
 def measured(folder: Path, work: Path | None = None, emit: Any = None, **options: Any) -> Activations:
     with Checkpoint.open(folder) as base:
         if work is None:
-            return calibrate(base, load_skeleton(base), TEXTS)
+            return mean_activations(base, load_meta_model(base), TEXTS)
         work.mkdir(exist_ok=True)
         with Journal(work) as journal:
             kept = Snapshots(work, journal)
-            return calibrate(
+            return mean_activations(
                 base,
-                load_skeleton(base),
+                load_meta_model(base),
                 TEXTS,
                 snapshots=kept,
                 spill=work,
@@ -84,13 +88,13 @@ def measured(folder: Path, work: Path | None = None, emit: Any = None, **options
 def driven(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of every block that is loaded."""
     blocks: list[int] = []
-    loaded = Stage.loaded
+    loaded = BlockRunner.loaded
 
-    def noted(stage: Stage, index: int) -> Any:
+    def noted(runner: BlockRunner, index: int) -> Any:
         blocks.append(index)
-        return loaded(stage, index)
+        return loaded(runner, index)
 
-    monkeypatch.setattr(Stage, "loaded", noted)
+    monkeypatch.setattr(BlockRunner, "loaded", noted)
     return blocks
 
 
@@ -120,8 +124,8 @@ def test_it_goes_on_in_a_smaller_budget(tmp_path: Path, driven: list[int], monke
     folder = tiny.build("qwen2", tmp_path / "model")
     expected = measured(folder)
     with Checkpoint.open(folder) as base:
-        needs = Needs.of(load_skeleton(base), TEXTS)
-    tight = Budget(needs.work + needs.beside + rooms.SLACK_BYTES + needs.block)
+        needs = Needs.of(load_meta_model(base), TEXTS)
+    tight = Budget(needs.work + needs.beside + shares.SLACK_BYTES + needs.block)
     for first, second in ((None, tight), (tight, None)):
         work = tmp_path / f"work-{first is None}"
         with pytest.raises(Stopped):
@@ -137,7 +141,7 @@ def test_a_gap_that_is_long_enough_lies_between_two_snapshots(
     monkeypatch.setattr(snapshots, "SECONDS", 3600.0)
     with pytest.raises(Stopped):
         measured(llama / "base", tmp_path / "work", stopping_after(2))
-    assert not list((tmp_path / "work").glob(output.SNAPSHOTS))
+    assert not list((tmp_path / "work").glob(folder.SNAPSHOTS))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "row"])
@@ -146,7 +150,7 @@ def test_a_damaged_snapshot_counts_as_none(damage: str, llama: Path, tmp_path: P
     work = tmp_path / "work"
     with pytest.raises(Stopped):
         measured(llama / "base", work, stopping_after(2))
-    (file,) = work.glob(output.SNAPSHOTS)
+    (file,) = work.glob(folder.SNAPSHOTS)
     data = bytearray(file.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 4
@@ -179,7 +183,7 @@ def test_the_last_snapshot_stays_until_the_next_is_whole(
     driven.clear()
     assert same(measured(llama / "base", work), measured(llama / "base"))
     assert driven[:2] == [1, 2]
-    assert [file.name for file in work.glob(output.SNAPSHOTS)] == ["calibration-3.bin"]
+    assert [file.name for file in work.glob(folder.SNAPSHOTS)] == ["calibration-3.bin"]
 
 
 def test_blocks_that_share_more_than_plain_tensors_start_again_and_say_so(
@@ -223,7 +227,7 @@ def test_a_merge_goes_on_in_the_midst_of_calibration(
     merge(job, out, options)
     assert driven == [2]
     assert digests(out) == digests(tmp_path / "whole")
-    assert not list((out / output.PRIVATE).glob(output.SNAPSHOTS))
+    assert not list((out / folder.PRIVATE).glob(folder.SNAPSHOTS))
 
 
 def test_other_threads_are_refused_only_in_the_midst_of_calibration(llama: Path, texts: Path, tmp_path: Path) -> None:
@@ -302,7 +306,7 @@ class TestCalibrateCommand:
 
     def test_a_second_one_is_refused(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
         made = tmp_path / "made.safetensors"
-        with output.workspace(tmp_path / "made.safetensors.partial"):
+        with workspace(tmp_path / "made.safetensors.partial"):
             found = run("calibrate", llama / "base", "--calibration", texts, "-o", made)
         assert found.code == 6
 
@@ -327,9 +331,9 @@ class TestCalibrateCommand:
         """Run the command until two blocks are kept."""
         offer = Snapshots.offer
 
-        def stopping(kept: Snapshots, stage: Stage, course: Any, emit: Any) -> None:
-            offer(kept, stage, course, emit)
-            if course.blocks == 2:
+        def stopping(kept: Snapshots, runner: BlockRunner, so_far: Any, emit: Any) -> None:
+            offer(kept, runner, so_far, emit)
+            if so_far.blocks == 2:
                 raise DiskError("pulled out")
 
         with monkeypatch.context() as patch:
@@ -380,15 +384,15 @@ def test_a_base_that_changes_between_reading_and_computing_is_not_kept(
     llama: Path, tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(llama / "base", tmp_path / "base")
-    run_block = Stage.run_block
+    run_block = BlockRunner.run_block
 
-    def touching(stage: Stage, index: int, call: Any) -> Any:
+    def touching(runner: BlockRunner, index: int, call: Any) -> Any:
         os.utime(tmp_path / "base" / "model.safetensors", (1, 1))
-        return run_block(stage, index, call)
+        return run_block(runner, index, call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "run_block", touching)
+        patch.setattr(BlockRunner, "run_block", touching)
         with pytest.raises(ModelError, match="changed while it was being read"):
             measured(tmp_path / "base", tmp_path / "work")
     assert driven == [0]
-    assert not list((tmp_path / "work").glob(output.SNAPSHOTS))
+    assert not list((tmp_path / "work").glob(folder.SNAPSHOTS))

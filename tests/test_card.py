@@ -25,13 +25,14 @@ from test_bad_input import edit
 from test_merge import digests, recipe, tensors_in
 from test_resume import each_tensor, stop  # noqa: F401 (a fixture)
 
-from lowmem_aim import picture
-from lowmem_aim.activations import Activations
 from lowmem_aim.errors import ResumeError
-from lowmem_aim.heatmap import BLOCKS, MOST_KINDS, Kept, block_map, by_module, colour_of, heat_rows
-from lowmem_aim.picture import heatmap_png
-from lowmem_aim.progress import Progress
-from lowmem_aim.run import Options, calibrate_base, merge
+from lowmem_aim.jobs.calibrate import calibrate_base
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.output import picture
+from lowmem_aim.output.heatmap import BLOCKS, MOST_KINDS, DeltaSums, block_map, by_module, colour_of, heat_rows
+from lowmem_aim.output.picture import heatmap_png
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.view.progress import Progress
 
 PICTURE, SECTION = "delta-kept.png", "\n## How much of the delta is left\n"
 ROOT = Path(__file__).parent.parent
@@ -228,7 +229,7 @@ class TestPicture:
         return read
 
     def test_a_cell_has_the_colour_of_its_share(self) -> None:
-        image = self.image(heatmap_png({("0", "k"): Kept(10.0, 6.0)}))
+        image = self.image(heatmap_png({("0", "k"): DeltaSums(10.0, 6.0)}))
         pixels = image.convert("RGB").tobytes()
         colours = Counter(pixels[n : n + 3].hex() for n in range(0, len(pixels), 3))
         assert "#" + colours.most_common(2)[1][0] == colour_of(0.6)
@@ -254,8 +255,8 @@ class TestPicture:
         (work / "matplotlibrc").write_text(own + "backend: TkAgg\nsavefig.dpi: 17\nno.such: 1\n")
         code = (
             "import os, sys; before = dict(os.environ)\n"
-            "from lowmem_aim.heatmap import by_module\n"
-            "from lowmem_aim.picture import heatmap_png\n"
+            "from lowmem_aim.output.heatmap import by_module\n"
+            "from lowmem_aim.output.picture import heatmap_png\n"
             f"png = heatmap_png(by_module({self.tensors!r}))\n"
             "assert dict(os.environ) == before and 'matplotlib.pyplot' not in sys.modules\n"
             "import matplotlib; assert matplotlib.rcParams['font.size'] == 40\n"

@@ -15,11 +15,11 @@ from conftest import Place, Run
 from test_merge import tensors_in
 from test_methods import NAME, PARAMETERS, WHOLE, merge, slices, tensors
 
-from lowmem_aim.catalogue import example, facts, formula
+from lowmem_aim.cli.catalogue import example, facts, formula
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.methods import METHODS, Subject, rounds
-from lowmem_aim.recipe_reader import read_recipe
-from lowmem_aim.yaml_tree import parse
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.yaml_tree import parse
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 

@@ -12,8 +12,9 @@ import torch
 from raw import entry, write_raw
 from safetensors.torch import load_file, save_file
 
-from lowmem_aim.checkpoint import Checkpoint, digest
 from lowmem_aim.errors import ModelError
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.system.tensors import digest
 
 READS = ["mmap", "pread"]
 
@@ -62,7 +63,7 @@ def test_a_model_of_many_shards_maps_one_window_at_a_time(folder: Path) -> None:
 
 @pytest.mark.parametrize("read", READS)
 def test_a_tensor_larger_than_the_window_is_read_through_it(tmp_path: Path, monkeypatch: Any, read: Any) -> None:
-    monkeypatch.setattr("lowmem_aim.checkpoint.WINDOW_BYTES", 8192)
+    monkeypatch.setattr("lowmem_aim.models.checkpoint.WINDOW_BYTES", 8192)
     big = torch.randn(1001, 37)
     save_file({"lead": torch.randn(3), "big": big}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from lowmem_aim import completion
+from lowmem_aim.cli import completion
 from lowmem_aim.methods import METHODS, extensions
-from lowmem_aim.recipe import DTYPES
-from lowmem_aim.relax.acm import NORMALISATIONS
-from lowmem_aim.relax.aim import SCALINGS
+from lowmem_aim.recipe.words import DTYPES, NORMALISATIONS
+from lowmem_aim.relaxing.aim import SCALINGS
 
 CASES = [
     ("lowmem-aim m", ["merge", "methods"]),
@@ -83,7 +82,7 @@ def test_so_are_the_others(shell: str, folder: Path) -> None:
 
 
 def test_every_command_and_flag_can_be_completed(folder: Path) -> None:
-    from lowmem_aim.cli import cli
+    from lowmem_aim.cli.commands import cli
 
     assert {word for _, word in asked("bash", "lowmem-aim ", folder)} == set(cli.commands)
     for name in ("merge", "relax", "calibrate"):

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 RUN = """
 import itertools, sys, time
 from pathlib import Path
-from lowmem_aim import cli, interrupts
+from lowmem_aim.cli import commands, main as ends
+from lowmem_aim.system import interrupts
 from lowmem_aim.errors import DiskError
 from lowmem_aim.events import *
 
@@ -53,11 +54,11 @@ def work(emit):
 
 interrupts.install()
 try:
-    cli._run(work, {"quiet": False})
+    commands._run(work, {"quiet": False})
 except interrupts.Interrupted:
-    sys.exit(cli._interrupted())
+    sys.exit(ends._interrupted())
 except DiskError as error:
-    cli.report(error)
+    ends.report(error)
     sys.exit(4)
 """
 
@@ -367,7 +368,7 @@ def test_a_full_device_is_an_error_of_the_disk(llama: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["-x", "a b", "a'b", "a\x1b[31m\nb", "über"])
 def test_the_next_commands_can_be_typed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_aim.summary import next_commands
+    from lowmem_aim.view.summary import next_commands
 
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
@@ -380,8 +381,8 @@ def test_the_next_commands_can_be_typed(name: str, tmp_path: Path, monkeypatch: 
 
 
 def test_of_several_outputs_the_commands_name_one_that_is_there(tmp_path: Path) -> None:
-    from lowmem_aim.output import PRIVATE
-    from lowmem_aim.summary import next_commands
+    from lowmem_aim.output.folder import PRIVATE
+    from lowmem_aim.view.summary import next_commands
 
     for name in ("omega-0.2", "omega-0.6"):
         (tmp_path / "out" / name / PRIVATE).mkdir(parents=True)
@@ -402,12 +403,12 @@ def test_lines_come_at_most_every_thirty_seconds() -> None:
 
     from test_progress import PLANNED, SAMPLE, STARTED
 
-    from lowmem_aim import lines
     from lowmem_aim.events import PhaseStarted
+    from lowmem_aim.view import plain_lines
 
     now = [0.0]
     told = StringIO()
-    view = lines.Lines(lambda: now[0])
+    view = plain_lines.Lines(lambda: now[0])
     with contextlib.redirect_stderr(told):
         for event in (STARTED, PLANNED, PhaseStarted("merge", 100, "bytes")):
             view(event)
@@ -423,7 +424,7 @@ def test_lines_come_at_most_every_thirty_seconds() -> None:
 
 def test_json_lines_are_all_that_stdout_gets(llama: Path, tmp_path: Path, run: Run) -> None:
     from lowmem_aim.events import RunEnded, RunStarted
-    from lowmem_aim.record import from_line
+    from lowmem_aim.view.record import from_line
 
     more = ("--expert", llama / "math", "--expert", llama / "code")
     done = run("merge", tmp_path / "out", "--method", "linear", "--base", llama / "base", *more, "--json")

@@ -15,7 +15,6 @@ from conftest import Run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_aim.activations import Activations
 from lowmem_aim.demo.evaluate import exact_matches
 from lowmem_aim.demo.merges import OMEGA, mean_factor, write_recipe
 from lowmem_aim.demo.models import MODELS, make
@@ -25,6 +24,7 @@ from lowmem_aim.demo.skills import SKILLS, draw, evaluation, is_held_out, mixtur
 from lowmem_aim.demo.tokenizer import build_tokenizer
 from lowmem_aim.demo.train import IGNORED, as_batch, expert_shares
 from lowmem_aim.errors import UsageError
+from lowmem_aim.relaxing.activations import Activations
 
 TINY = Settings(
     hidden=16,

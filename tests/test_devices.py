@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from test_merge import FLAGS, digests, recipe
 from torch import Tensor
 
-from lowmem_aim.devices import Lanes
-from lowmem_aim.merge import merge_tensors
-from lowmem_aim.run import merge
+from lowmem_aim.jobs.merge import merge
+from lowmem_aim.merging.loop import merge_tensors
+from lowmem_aim.system.devices import DeviceStreams
 
 
 class Elsewhere(Tensor):
     """A tensor that is on the device: what is computed from it is there too."""
 
 
-class FakeLanes(Lanes):
+class FakeLanes(DeviceStreams):
     """Rows go up as `Elsewhere` and must come down; the compiled loops, which are the CPU's, see none of it."""
 
     def up(self, stored: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def test_every_slice_goes_up_and_comes_down_and_copies_stay_here(
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     asked = recipe(tmp_path, method, **FLAGS[method], omega=0.3, calibration=str(texts))
     expected = digests(merge(asked, tmp_path / "here"))
-    monkeypatch.setitem(merge_tensors.__globals__, "Lanes", FakeLanes)
-    monkeypatch.setattr("lowmem_aim.kernels.usable", lambda tensors: not isinstance(tensors[0], Elsewhere))
-    monkeypatch.setattr("lowmem_aim.kernels.available", lambda: False)
+    monkeypatch.setitem(merge_tensors.__globals__, "DeviceStreams", FakeLanes)
+    monkeypatch.setattr("lowmem_aim.methods.kernels.usable", lambda tensors: not isinstance(tensors[0], Elsewhere))
+    monkeypatch.setattr("lowmem_aim.methods.kernels.available", lambda: False)
     assert digests(merge(asked, tmp_path / "there")) == expected

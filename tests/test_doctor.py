@@ -17,10 +17,11 @@ import pytest
 from huggingface_hub import constants
 
 import lowmem_aim
-from lowmem_aim import doctor, units
-from lowmem_aim.doctor import UNKNOWN, Doctor, examine
+from lowmem_aim import units
 from lowmem_aim.errors import DiskError, UsageError
-from lowmem_aim.speed import disk_speed
+from lowmem_aim.jobs import doctor
+from lowmem_aim.jobs.doctor import UNKNOWN, Doctor, examine
+from lowmem_aim.jobs.speed import disk_speed
 
 SECTIONS = {
     "software": {"lowmem-aim", "python", "platform", "nvidia_driver", *doctor.PACKAGES},
@@ -118,17 +119,17 @@ class TestUnknown:
         [
             ("importlib.metadata.version", "software", doctor.PACKAGES),
             ("platform.platform", "software", ["platform"]),
-            ("lowmem_aim.doctor._driver", "software", ["nvidia_driver"]),
-            ("lowmem_aim.doctor._cores", "processor", ["cores"]),
-            ("lowmem_aim.memory.cgroup_folders", "processor", ["container_cores"]),
+            ("lowmem_aim.jobs.doctor._driver", "software", ["nvidia_driver"]),
+            ("lowmem_aim.jobs.doctor._cores", "processor", ["cores"]),
+            ("lowmem_aim.system.memory.cgroup_folders", "processor", ["container_cores"]),
             ("torch.backends.cpu.get_cpu_capability", "processor", ["instructions"]),
-            ("lowmem_aim.kernels.available", "processor", ["compiled_loops"]),
+            ("lowmem_aim.methods.kernels.available", "processor", ["compiled_loops"]),
             ("psutil.virtual_memory", "memory", ["total", "free"]),
             ("psutil.swap_memory", "memory", ["swap_total", "swap_free"]),
             ("psutil.disk_partitions", "folder", ["mount", "filesystem", "network"]),
             ("shutil.disk_usage", "folder", ["free", "read", "write"]),
             ("tempfile.TemporaryFile", "folder", ["preallocates", "sparse", "read", "write"]),
-            ("lowmem_aim.durable.cache_folder", "caches", ["activations"]),
+            ("lowmem_aim.system.files.cache_folder", "caches", ["activations"]),
             ("os.walk", "caches", ["activations", "hub"]),
             ("rich.console.Console.is_terminal", "terminal", ["terminal", "columns"]),
         ],
@@ -277,12 +278,14 @@ class TestAdvice:
     ) -> None:
         monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
         monkeypatch.setenv("LOWMEM_AIM_KERNELS", switch)
-        assert why in advice(patched("lowmem_aim.kernels.available", lambda: False), "warning")
-        assert why not in advice(patched("lowmem_aim.kernels.available", lambda: True), "warning")
+        assert why in advice(patched("lowmem_aim.methods.kernels.available", lambda: False), "warning")
+        assert why not in advice(patched("lowmem_aim.methods.kernels.available", lambda: True), "warning")
 
     def test_ram_is_short(self, patched: Callable[..., Doctor]) -> None:
-        assert "1.9 GB of RAM" in advice(patched("lowmem_aim.memory.free_bytes", lambda: 1_900_000_000), "warning")
-        assert "RAM" not in advice(patched("lowmem_aim.memory.free_bytes", lambda: 2_000_000_000), "warning")
+        assert "1.9 GB of RAM" in advice(
+            patched("lowmem_aim.system.memory.free_bytes", lambda: 1_900_000_000), "warning"
+        )
+        assert "RAM" not in advice(patched("lowmem_aim.system.memory.free_bytes", lambda: 2_000_000_000), "warning")
 
     def test_a_container_has_fewer_cores_than_threads(
         self, tmp_path: Path, patched: Callable[..., Doctor], monkeypatch: pytest.MonkeyPatch
@@ -290,7 +293,9 @@ class TestAdvice:
         monkeypatch.setattr("torch.get_num_threads", lambda: 8)
         for name, text in (("cpu.max", "150000 100000\n"), ("outer", ""), ("none", "")):
             (tmp_path / name).write_text(text)
-        found = patched("lowmem_aim.memory.cgroup_folders", lambda controller: iter([tmp_path, tmp_path / "none"]))
+        found = patched(
+            "lowmem_aim.system.memory.cgroup_folders", lambda controller: iter([tmp_path, tmp_path / "none"])
+        )
         assert found.processor["container_cores"] == 1.5
         assert "`--threads 2`" in advice(found, "hint")
         (tmp_path / "cpu.max").write_text("max 100000\n")
@@ -303,12 +308,16 @@ class TestAdvice:
         assert "--threads" not in advice(examine(tmp_path), "hint")
 
     def test_a_container_has_less_memory(self, patched: Callable[..., Doctor]) -> None:
-        found = patched("lowmem_aim.memory._limited_cgroups", lambda *_: iter([(3 * 10**6, 0), (2 * 10**6, 10**6)]))
+        found = patched(
+            "lowmem_aim.system.memory._limited_cgroups", lambda *_: iter([(3 * 10**6, 0), (2 * 10**6, 10**6)])
+        )
         assert found.memory["container_limit"] == 2 * 10**6
         assert found.memory["free"] == 10**6
         assert "the container's limit is 2.0 MB" in "\n".join(found.lines())
         assert (
-            patched("lowmem_aim.memory._limited_cgroups", lambda *_: iter([(1 << 62, 0)])).memory["container_limit"]
+            patched("lowmem_aim.system.memory._limited_cgroups", lambda *_: iter([(1 << 62, 0)])).memory[
+                "container_limit"
+            ]
             is None
         )
 
@@ -349,7 +358,7 @@ class TestAdvice:
         )
         monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
         monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-        found = patched("lowmem_aim.doctor._DRIVER", file)
+        found = patched("lowmem_aim.jobs.doctor._DRIVER", file)
         assert found.software["nvidia_driver"] == "550.54.15"
         assert "no GPU that torch" in advice(found, "warning")
         assert "none that torch can use" in "\n".join(found.lines())

@@ -12,8 +12,9 @@ from typing import Any
 import click
 import pytest
 
-from lowmem_aim import errors, events, interrupts, usage
-from lowmem_aim.cli import cli
+from lowmem_aim import errors, events
+from lowmem_aim.cli import usage
+from lowmem_aim.cli.commands import cli
 from lowmem_aim.events import (
     Advanced,
     Event,
@@ -28,11 +29,12 @@ from lowmem_aim.events import (
     TensorDone,
 )
 from lowmem_aim.methods import METHODS
-from lowmem_aim.progress import seen
-from lowmem_aim.recipe_reader import TOP_KEYS, UNSUPPORTED_KEYS
-from lowmem_aim.record import KINDS, SCHEMA, from_line, to_line
-from lowmem_aim.relaxation_tables import ACM_KEYS, AIM_KEYS
-from lowmem_aim.summary import FORMAT, facts
+from lowmem_aim.recipe.reader import TOP_KEYS, UNSUPPORTED_KEYS
+from lowmem_aim.recipe.relaxations import ACM_KEYS, AIM_KEYS
+from lowmem_aim.system import interrupts
+from lowmem_aim.view.progress import seen
+from lowmem_aim.view.record import KINDS, SCHEMA, from_line, to_line
+from lowmem_aim.view.summary import FORMAT, facts
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -16,24 +16,16 @@ from safetensors.torch import load_file
 from test_merge import recipe
 from test_resume import SHARDS, Stopped, each_tensor, stopping_after
 
-from lowmem_aim import feed, interrupts, merge
 from lowmem_aim.errors import DiskError
-from lowmem_aim.events import (
-    Event,
-    Paused,
-    PhaseStarted,
-    Planned,
-    RunEnded,
-    RunStarted,
-    Sampled,
-    TensorDone,
-    Worked,
-)
-from lowmem_aim.output import FACTS, PRIVATE
-from lowmem_aim.progress import seen
-from lowmem_aim.record import LOG, runs_in
-from lowmem_aim.run import Options
-from lowmem_aim.run import merge as work
+from lowmem_aim.events import Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, TensorDone, Worked
+from lowmem_aim.jobs.merge import Options
+from lowmem_aim.jobs.merge import merge as work
+from lowmem_aim.merging import loop as merge
+from lowmem_aim.output.folder import FACTS, LOG, PRIVATE
+from lowmem_aim.system import interrupts
+from lowmem_aim.view import feed
+from lowmem_aim.view.progress import seen
+from lowmem_aim.view.record import runs_in
 
 __all__ = ["each_tensor"]
 
@@ -236,11 +228,11 @@ def test_what_is_kept_does_not_depend_on_how_it_is_computed(
 
 def test_of_large_tensors_elements_of_every_channel_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate of some elements is that of all where rows and columns differ, and for every way to slice."""
-    from lowmem_aim import relaxation
-    from lowmem_aim.plan import Task
-    from lowmem_aim.relaxation import Kept
+    from lowmem_aim.planning.tasks import Task
+    from lowmem_aim.relaxing import delta_sampler
+    from lowmem_aim.relaxing.delta_sampler import DeltaSampler
 
-    monkeypatch.setattr(relaxation, "LOOKED_AT", 500)
+    monkeypatch.setattr(delta_sampler, "SAMPLED_ELEMENTS", 500)
     for shape in ((64, 96), (100, 50), (96 * 64,), (4, 16, 96)):
         task = Task("w", shape, torch.float32, "merge", {})
         columns = shape[-1] if len(shape) > 1 else 1
@@ -250,7 +242,7 @@ def test_of_large_tensors_elements_of_every_channel_are_looked_at(monkeypatch: p
         delta = torch.randn(base.shape, generator=torch.Generator().manual_seed(1))
         found = []
         for rows in (1, 7, len(base)):
-            kept = Kept(task)
+            kept = DeltaSampler(task)
             for first in range(0, len(base), rows):
                 part = slice(first, first + rows)
                 start = first * columns
@@ -324,7 +316,7 @@ def last_done(told: list[Event]) -> float:
 
 
 def test_status_tells_how_a_running_merge_stands(llama: Path, tmp_path: Path, run: Run, each_tensor: None) -> None:
-    from lowmem_aim.status import status_of
+    from lowmem_aim.view.status import status_of
 
     found = []
 

@@ -11,10 +11,10 @@ import tiny
 import torch
 from test_methods import SHAPES, assert_close, merge, tensors
 
-from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import UsageError
 from lowmem_aim.methods import METHODS, Subject
-from lowmem_aim.outline import outline_of
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.roles import outline_of
 
 
 def apart(shape: tuple[int, ...], count: int) -> list[torch.Tensor]:

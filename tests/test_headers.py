@@ -16,9 +16,9 @@ from raw import entry, write_raw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lowmem_aim.checkpoint import raw
 from lowmem_aim.errors import ModelError
-from lowmem_aim.headers import DTYPES, read_header
+from lowmem_aim.models.headers import DTYPES, read_header
+from lowmem_aim.system.tensors import raw
 
 F4 = entry("F32", [1], 0, 4)
 E4 = json.dumps(F4).encode()

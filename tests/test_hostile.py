@@ -17,12 +17,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_bad_input import edit
 
-from lowmem_aim.checkpoint import Checkpoint
-from lowmem_aim.config import config_of
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Notice, PhaseStarted, Planned, RunStarted, TensorDone
-from lowmem_aim.progress import Progress
-from lowmem_aim.screen import screen
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.config import config_of
+from lowmem_aim.view.progress import Progress
+from lowmem_aim.view.screen import screen
 
 
 class TestConfig:

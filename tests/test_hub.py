@@ -11,7 +11,7 @@ from conftest import Run
 
 from lowmem_aim.errors import ModelError
 from lowmem_aim.events import silent
-from lowmem_aim.hub import WANTED, locate
+from lowmem_aim.models.hub import WANTED, locate
 
 REVISION = "0123456789012345678901234567890123456789"
 

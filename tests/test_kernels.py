@@ -11,10 +11,9 @@ import torch
 from test_methods import NAME, PARAMETERS, measured
 from torch import Tensor
 
-from lowmem_aim import kernels
-from lowmem_aim.methods import METHODS, Rows, Subject
+from lowmem_aim.methods import METHODS, Rows, Subject, kernels
 from lowmem_aim.methods.selection import ALL, NONE, Everything, Largest, Share
-from lowmem_aim.relax.aim import relax
+from lowmem_aim.relaxing.aim import relax
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 from test_merge import FLAGS, digests, recipe
 
-from lowmem_aim import memory
 from lowmem_aim.errors import MemoryBudgetError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.memory import Budget, Shares, is_allocation_failure, make_budget, share_out
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.merging import shares
+from lowmem_aim.merging.pipeline import Ahead
+from lowmem_aim.merging.shares import Shares, share_out
 from lowmem_aim.methods import Rows
 from lowmem_aim.methods.linear import weighted_sum
-from lowmem_aim.pipeline import Ahead
-from lowmem_aim.run import Options, merge
+from lowmem_aim.system import memory
+from lowmem_aim.system.memory import Budget, is_allocation_failure, make_budget
 from lowmem_aim.units import shown
 
 CPU = torch.device("cpu")
@@ -86,7 +88,7 @@ class TestShares:
     ) -> None:
         sizes = [self.share(left * MB, monkeypatch).slice_elements for left in (150, 200, 400, 4000, 40_000)]
         assert sizes == sorted(sizes)
-        assert sizes[0] < sizes[-1] == memory.CPU_SLICE_ELEMENTS
+        assert sizes[0] < sizes[-1] == shares.CPU_SLICE_ELEMENTS
 
     def test_a_long_row_leaves_one_worker(self, monkeypatch: pytest.MonkeyPatch) -> None:
         few = self.share(150 * MB, monkeypatch, row=400_000)
@@ -118,19 +120,19 @@ class TestFailedAllocations:
     def test_slices_are_halved_and_the_bytes_stay_the_same(
         self, llama: Path, texts: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from lowmem_aim.merge import Lanes
+        from lowmem_aim.merging.loop import DeviceStreams
 
         expected, _ = self.merged(llama, tmp_path / "one", method, texts)
-        up, lock, largest = Lanes.up, threading.Lock(), [0]
+        up, lock, largest = DeviceStreams.up, threading.Lock(), [0]
 
-        def limited(lanes: Lanes, stored: torch.Tensor) -> torch.Tensor:
+        def limited(streams: DeviceStreams, stored: torch.Tensor) -> torch.Tensor:
             if stored.numel() > 400:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             with lock:
                 largest[0] = max(largest[0], stored.numel())
-            return up(lanes, stored)
+            return up(streams, stored)
 
-        monkeypatch.setattr(Lanes, "up", limited)
+        monkeypatch.setattr(DeviceStreams, "up", limited)
         found, notices = self.merged(llama, tmp_path / "two", method, texts)
         assert found == expected
         assert 0 < largest[0] <= 400
@@ -139,7 +141,7 @@ class TestFailedAllocations:
     def test_reading_that_fails_goes_on_with_less(
         self, llama: Path, texts: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from lowmem_aim.checkpoint import Checkpoint
+        from lowmem_aim.models.checkpoint import Checkpoint
 
         expected, _ = self.merged(llama, tmp_path / "one", method, texts)
         rows = Checkpoint.rows
@@ -158,12 +160,12 @@ class TestFailedAllocations:
 def test_not_even_a_row_is_exit_5_and_leaves_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem_aim.merge import Lanes
+    from lowmem_aim.merging.loop import DeviceStreams
 
-    def never(lanes: Lanes, stored: torch.Tensor) -> torch.Tensor:
+    def never(streams: DeviceStreams, stored: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(Lanes, "up", never)
+    monkeypatch.setattr(DeviceStreams, "up", never)
     with pytest.raises(MemoryBudgetError, match="one row of"):
         merge(recipe(llama, "linear"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -174,8 +176,8 @@ def test_budgets_do_not_change_the_bytes(
     llama: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The smallest makes slices of a few rows, and keeps no tensor of more than one slice between its passes."""
-    from lowmem_aim import job
-    from lowmem_aim.slices import TensorInputs
+    from lowmem_aim.merging import shares as job
+    from lowmem_aim.merging.slices import TensorInputs
 
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     shares: list[Shares] = []

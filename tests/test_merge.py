@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.errors import DiskError
-from lowmem_aim.flags import applied, empty_recipe
-from lowmem_aim.recipe import Recipe
-from lowmem_aim.recipe_reader import read_recipe
-from lowmem_aim.run import Options, merge
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.recipe.from_flags import applied, empty_recipe
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.recipe import Recipe
 
 
 def recipe(
@@ -135,7 +135,7 @@ class TestOutput:
     ) -> None:
         flags = {"density": ("0.5",), "omega": 0.3, "calibration": str(texts), "parameter": ("lambda=0.7",)}
         first = merge(recipe(llama, "dare_ties", **flags), tmp_path / "first")
-        from lowmem_aim.yaml_tree import load_tree
+        from lowmem_aim.recipe.yaml_tree import load_tree
 
         again = read_recipe(load_tree(first / "mergekit_config.yml"))
         for name in ("base", "math", "code", "chat"):
@@ -186,7 +186,7 @@ class TestSameBytes:
         flags = {"omega": 0.4, "calibration": str(texts), "dtype": "bfloat16"} | FLAGS[method]
         chosen = recipe(llama, method, **flags)
         # One set of activations: the matrix products behind them are promised for one thread count only.
-        from lowmem_aim.run import calibrate_base
+        from lowmem_aim.jobs.calibrate import calibrate_base
 
         activations = calibrate_base(str(llama / "base"), chosen.aim, tmp_path / "a.safetensors")  # type: ignore[arg-type]
         chosen = recipe(llama, method, **flags | {"calibration": str(activations)})
@@ -319,7 +319,7 @@ class TestFailure:
         assert not (tmp_path / "out").exists()
 
     def test_an_exception_half_way_leaves_nothing(self, llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-        from lowmem_aim import write
+        from lowmem_aim.output import writer as write
 
         def full(self: Any, data: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -500,11 +500,11 @@ class TestKilled:
     def start(self, llama: Path, out: Path, hold: str) -> subprocess.Popen[str]:
         """A merge in a process of its own that stops for good where `hold` is called, and says so."""
         code = (
-            "import sys, time, lowmem_aim.interrupts as i; i.install()\n"
+            "import sys, time, lowmem_aim.system.interrupts as i; i.install()\n"
             f"import {hold.rpartition('.')[0]} as module\n"
             "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
             f"module.{hold.rpartition('.')[2]} = stop\n"
-            "from lowmem_aim.cli import main; main()"
+            "from lowmem_aim.cli.main import main; main()"
         )
         command = ["merge", str(out), "--method", "linear", "--expert", str(llama / "math"), "--shard-size", "40KB"]
         process = subprocess.Popen(
@@ -518,7 +518,7 @@ class TestKilled:
     def test_a_signal_before_anything_is_finished_takes_everything_back(
         self, name: str, code: int, llama: Path, tmp_path: Path
     ) -> None:
-        process = self.start(llama, tmp_path / "out", "lowmem_aim.shards.raw")
+        process = self.start(llama, tmp_path / "out", "lowmem_aim.output.shards.raw")
         process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=60)
         assert process.returncode == code
@@ -534,7 +534,7 @@ class TestKilled:
             assert run("merge", tmp_path / "out", "--method", "linear", "--expert", llama / "math").code == 2
             assert (tmp_path / "out/mine.txt").exists()
 
-    @pytest.mark.parametrize("hold", ["lowmem_aim.shards.raw", "lowmem_aim.output.sync_folder"])
+    @pytest.mark.parametrize("hold", ["lowmem_aim.output.shards.raw", "lowmem_aim.output.workspace.sync_folder"])
     def test_after_a_kill_the_same_command_does_the_job(self, hold: str, llama: Path, tmp_path: Path, run: Run) -> None:
         process = self.start(llama, tmp_path / "out", hold)
         process.kill()
@@ -551,7 +551,7 @@ class TestKilled:
         def fail(folder: Path) -> None:
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr("lowmem_aim.output.sync_folder", fail)
+        monkeypatch.setattr("lowmem_aim.output.workspace.sync_folder", fail)
         with pytest.raises(DiskError, match="Input/output error"):
             merge(recipe(llama), tmp_path / "out")
         assert not (tmp_path / "out" / "config.json").exists()

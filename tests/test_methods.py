@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.errors import UsageError
-from lowmem_aim.headers import matrix_shape
 from lowmem_aim.methods import METHODS, Rows, Subject, rounds
 from lowmem_aim.methods.masks import keep_mask
 from lowmem_aim.methods.ties import largest
+from lowmem_aim.models.headers import matrix_shape
 
 SHAPES = [(), (1,), (2,), (97,), (1, 13), (13, 1), (31, 37), (3, 5, 7), (2, 3, 1)]
 CPU = torch.device("cpu")

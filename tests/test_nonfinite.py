@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from test_merge import digests, recipe, tensors_in
 from test_resume import SHARDS, each_tensor, stop  # noqa: F401 (a fixture)
 
-from lowmem_aim import job as job_module
-from lowmem_aim import kernels
 from lowmem_aim.errors import ModelError, ResumeError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.run import Options, merge
-from lowmem_aim.slices import TensorInputs
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.merging import shares as job_module
+from lowmem_aim.merging.slices import TensorInputs
+from lowmem_aim.methods import kernels
 
 UP, EMBEDDING, NORM = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"
 HOLES = {UP: (slice(3, 9), slice(2, 5)), EMBEDDING: (slice(0, 264), slice(7, 8)), NORM: (slice(30, 32),)}

@@ -17,14 +17,16 @@ from test_merge import recipe as merge_recipe
 from test_remote import OLD, Hub, hub, sharded, weights
 from test_resume import Stopped, each_tensor, stopping_after
 
-from lowmem_aim import checkpoint, foresee
-from lowmem_aim.durable import cache_folder, locked
 from lowmem_aim.events import Planned, RunStarted
-from lowmem_aim.headers import read_header
-from lowmem_aim.output import PRIVATE
-from lowmem_aim.record import LOG, runs_in
-from lowmem_aim.remote import FIRST_BYTES
-from lowmem_aim.run import Options, merge
+from lowmem_aim.jobs import plan as plan
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.models import checkpoint
+from lowmem_aim.models.headers import read_header
+from lowmem_aim.models.stand_in import FIRST_BYTES
+from lowmem_aim.output.folder import LOG, PRIVATE
+from lowmem_aim.system.files import cache_folder
+from lowmem_aim.system.lock import locked
+from lowmem_aim.view.record import runs_in
 
 __all__ = ["each_tensor", "hub", "sharded"]
 
@@ -129,7 +131,7 @@ class TestWhatItSays:
     def test_times_where_it_may_measure(
         self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(foresee, "MEASURED_SECONDS", 0.05)
+        monkeypatch.setattr(plan, "MEASURED_SECONDS", 0.05)
         aim = {"omega": 0.4, "calibration": str(texts)}
         recipe = written(ties(llama, aim=aim, acm={"calibration": str(texts)}), tmp_path)
         done = run("plan", recipe, tmp_path / "out", "--json")
@@ -275,7 +277,7 @@ class TestItOnlyLooks:
     def test_nothing_is_left(
         self, exists: bool, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(foresee, "MEASURED_SECONDS", 0.05)
+        monkeypatch.setattr(plan, "MEASURED_SECONDS", 0.05)
         recipe = written(ties(llama), tmp_path)
         if exists:
             (tmp_path / "out").mkdir()

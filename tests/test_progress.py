@@ -19,7 +19,7 @@ from lowmem_aim.events import (
     Sampled,
     TensorDone,
 )
-from lowmem_aim.progress import Progress, seen
+from lowmem_aim.view.progress import Progress, seen
 
 MB = 1_000_000
 STARTED = RunStarted("merge", "out", "lowmem-aim merge recipe.yml out", "1.0", 1, "2026-01-01T00:00:00+00:00")

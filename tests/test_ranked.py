@@ -13,10 +13,10 @@ from conftest import Place
 from test_methods import CPU, NAME, SHAPES, assert_close, measured, merge, tensors
 
 from lowmem_aim.errors import MemoryBudgetError
+from lowmem_aim.merging.slices import Stride
 from lowmem_aim.methods import METHODS, Subject
 from lowmem_aim.methods.arcee_fusion import order_statistics
 from lowmem_aim.methods.masks import draws_of
-from lowmem_aim.slices import Stride
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lowmem_aim.errors import RecipeError
-from lowmem_aim.flags import applied, empty_recipe
-from lowmem_aim.recipe import Recipe, Setting
-from lowmem_aim.recipe_reader import read_recipe
-from lowmem_aim.yaml_tree import load_tree, parse
+from lowmem_aim.recipe.from_flags import applied, empty_recipe
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.recipe import Recipe, Setting
+from lowmem_aim.recipe.yaml_tree import load_tree, parse
 
 GOOD = """\
 merge_method: ties

@@ -11,7 +11,8 @@ import pytest
 
 from lowmem_aim import events
 from lowmem_aim.events import Notice, RunEnded, RunStarted, Sampled, TensorDone, Worked
-from lowmem_aim.record import KINDS, LOG, SCHEMA, Log, from_line, runs_in, to_line
+from lowmem_aim.output.folder import LOG
+from lowmem_aim.view.record import KINDS, SCHEMA, Log, from_line, runs_in, to_line
 
 STARTED = RunStarted("merge", "out", "lowmem-aim merge a b", "1.0", 1, "2026-01-01T00:00:00+00:00")
 SAMPLE = Sampled(0.5, "x", (2, 3), 1, 2, 3, 0.1, 0.2, 0.3, 4, 5, 6, None, None, 7)
@@ -73,8 +74,8 @@ def test_a_line_with_values_that_cannot_be_is_skipped(line: str) -> None:
 
 
 def test_a_log_that_somebody_was_at_is_told_as_far_as_it_goes(tmp_path: Path) -> None:
-    from lowmem_aim.progress import seen
-    from lowmem_aim.summary import facts
+    from lowmem_aim.view.progress import seen
+    from lowmem_aim.view.summary import facts
 
     good = [to_line(float(number), event) for number, event in enumerate(EXAMPLES)]
     (tmp_path / LOG).write_text("\n".join(["{", *good, '{"t": 1, "event": "tensor_done", "kept": ["a", "b"]}', ""]))

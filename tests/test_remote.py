@@ -22,12 +22,13 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from lowmem_aim.checkpoint import INDEX, SINGLE, Checkpoint
 from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError
 from lowmem_aim.events import silent
-from lowmem_aim.headers import MAX_HEADER_BYTES
-from lowmem_aim.hub import locate
-from lowmem_aim.remote import FIRST_BYTES, StandIn, stand_in
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.folder import INDEX, SINGLE
+from lowmem_aim.models.headers import MAX_HEADER_BYTES
+from lowmem_aim.models.hub import locate
+from lowmem_aim.models.stand_in import FIRST_BYTES, StandIn, stand_in
 
 OLD, NEW = "a" * 40, "b" * 40
 PIECE = 64 << 10

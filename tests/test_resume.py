@@ -21,17 +21,18 @@ from conftest import Run
 from safetensors.torch import load_file, save_file
 from test_merge import FLAGS, digests, recipe
 
-from lowmem_aim import durable, output, write
 from lowmem_aim.errors import DiskError, LockedError, ResumeError, UsageError, VerifyError
 from lowmem_aim.events import Event, Notice, TensorDone
-from lowmem_aim.journal import Group, Journal
-from lowmem_aim.output import FACTS, PRIVATE, SUMS, is_finished
-from lowmem_aim.record import LOG
-from lowmem_aim.run import Options, merge
-from lowmem_aim.slices import TensorInputs
-from lowmem_aim.status import status_of
-from lowmem_aim.verify import verify
-from lowmem_aim.write import Commit, ShardWriter, finished_prefix
+from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.merging.slices import TensorInputs
+from lowmem_aim.output import workspace as output
+from lowmem_aim.output import writer as write
+from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, is_finished
+from lowmem_aim.output.journal import Group, Journal
+from lowmem_aim.output.verify import verify
+from lowmem_aim.output.writer import Commit, ShardWriter, finished_prefix
+from lowmem_aim.system import lock
+from lowmem_aim.view.status import status_of
 
 SHARDS = Options(shard_bytes=40_000)
 
@@ -108,7 +109,6 @@ def test_what_is_finished_is_not_read_again(
 def test_measured_activations_are_kept_whatever_becomes_of_the_cache(
     llama: Path, texts: Path, tmp_path: Path, each_tensor: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem_aim import calibrate
 
     job = recipe(llama, "linear", omega=0.3, calibration=str(texts))
     options = Options(shard_bytes=40_000, use_cache=False)
@@ -118,7 +118,7 @@ def test_measured_activations_are_kept_whatever_becomes_of_the_cache(
     def never(*args: Any, **given: Any) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(calibrate, "calibrate", never)
+    monkeypatch.setattr("lowmem_aim.measuring.mean_activations.mean_activations", never)
     merge(job, tmp_path / "out", options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
@@ -175,7 +175,7 @@ def test_killed_at_any_step_of_the_finish_it_is_no_model_and_goes_on(
 
             return step
 
-        monkeypatch.setattr("lowmem_aim.output.os.replace", counted(replace))
+        monkeypatch.setattr("lowmem_aim.output.workspace.os.replace", counted(replace))
         monkeypatch.setattr(output, "sync_folder", counted(sync))
         try:
             merge(job, out, SHARDS)
@@ -211,13 +211,13 @@ def test_trouble_at_the_start_costs_nothing_that_is_finished(
         connect = sqlite3.connect
         monkeypatch.setattr(sqlite3, "connect", lambda *args, **given: connect(*args, timeout=0.1, **given))
     elif trouble == "lock":
-        monkeypatch.setattr("lowmem_aim.durable.FileLock.acquire", fails)
+        monkeypatch.setattr("lowmem_aim.system.lock.FileLock.acquire", fails)
     elif trouble == "foreign file":
         (out / "notes.txt").write_text("mine")
-        monkeypatch.setattr("lowmem_aim.run.check_output", lambda *args: None)  # it came after that
+        monkeypatch.setattr("lowmem_aim.output.folder.check_output", lambda *args: None)  # it came after that
         expected = UsageError
     else:
-        monkeypatch.setattr("lowmem_aim.output.Path.mkdir", fails)
+        monkeypatch.setattr("lowmem_aim.output.workspace.Path.mkdir", fails)
     with pytest.raises(expected):
         merge(job, out, SHARDS)
     monkeypatch.undo()
@@ -334,7 +334,7 @@ def test_other_versions_are_refused_or_accepted_and_told(
 ) -> None:
     job, out = recipe(models, "linear"), tmp_path / "out"
     stop(job, out, 15)
-    from lowmem_aim import resume
+    from lowmem_aim.jobs import resume
 
     monkeypatch.setattr(resume, "versions", lambda method: {"lowmem-aim": "0.1.0", "torch": "9.9"})
     with pytest.raises(ResumeError, match=r"`torch` was .* and is now `9\.9`") as caught:
@@ -394,7 +394,7 @@ def test_verify_finds_any_flipped_bit(llama: Path, tmp_path: Path, run: Run) -> 
 
 @pytest.mark.parametrize("names", [[], ["config.json", "../out/config.json"], ["config.json", "/etc/hostname"]])
 def test_a_list_of_digests_that_no_run_wrote_is_refused(names: list[str], llama: Path, tmp_path: Path) -> None:
-    from lowmem_aim.verify import sums_text
+    from lowmem_aim.output.verify import sums_text
 
     out = merge(recipe(llama, "linear"), tmp_path / "out")
     (out / PRIVATE / SUMS).write_bytes(sums_text(dict.fromkeys(names, "0")))
@@ -431,9 +431,9 @@ def test_status_tells_interrupted_from_finished(llama: Path, tmp_path: Path, eac
 def test_asking_whether_a_run_is_alive_does_not_stop_one_that_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = durable.FileLock(tmp_path / "lock")
+    asked = lock.FileLock(tmp_path / "lock")
     asked.acquire()
-    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 60)
     sleeps = 0
 
     def sleep(seconds: float) -> None:
@@ -442,23 +442,23 @@ def test_asking_whether_a_run_is_alive_does_not_stop_one_that_starts(
         asked.release()
 
     monkeypatch.setattr(time, "sleep", sleep)
-    with durable.locked(tmp_path / "lock"):
+    with lock.locked(tmp_path / "lock"):
         assert sleeps == 1
-        monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0)
-        with pytest.raises(LockedError), durable.locked(tmp_path / "lock"):
+        monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
+        with pytest.raises(LockedError), lock.locked(tmp_path / "lock"):
             pass
-    assert not durable.is_held(tmp_path / "lock")
+    assert not lock.is_held(tmp_path / "lock")
 
 
 class TestTwoRuns:
     def start(self, llama: Path, out: Path) -> subprocess.Popen[str]:
         """A run that stops for good in its first tensor."""
         code = (
-            "import time, lowmem_aim.interrupts as i; i.install()\n"
-            "import lowmem_aim.shards as module\n"
+            "import time, lowmem_aim.system.interrupts as i; i.install()\n"
+            "import lowmem_aim.output.shards as module\n"
             "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
             "module.raw = stop\n"
-            "from lowmem_aim.cli import main; main()"
+            "from lowmem_aim.cli.main import main; main()"
         )
         command = ["merge", str(out), "--method", "linear", "--expert", str(llama / "math")]
         process = subprocess.Popen(

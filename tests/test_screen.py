@@ -17,12 +17,12 @@ from rich.console import Console
 from test_progress import PLANNED, SAMPLE, STARTED, tensor
 
 from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, RunEnded
-from lowmem_aim.lines import Lines, first_lines, line_of
-from lowmem_aim.output import PRIVATE
-from lowmem_aim.progress import Progress, seen
-from lowmem_aim.record import LOG, Timed, runs_in
-from lowmem_aim.screen import screen
-from lowmem_aim.summary import lines as summary_lines
+from lowmem_aim.output.folder import LOG, PRIVATE
+from lowmem_aim.view.plain_lines import Lines, first_lines, line_of
+from lowmem_aim.view.progress import Progress, seen
+from lowmem_aim.view.record import Timed, runs_in
+from lowmem_aim.view.screen import screen
+from lowmem_aim.view.summary import lines as summary_lines
 
 DATA = Path(__file__).parent / "data"
 SCREENS = DATA / "screens"

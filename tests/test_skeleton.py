@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.errors import ModelError
-from lowmem_aim.skeleton import Skeleton, load_skeleton
-from lowmem_aim.weightmap import WeightMap
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.meta_model import MetaModel, load_meta_model
+from lowmem_aim.models.parameter_names import ParameterNames
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return model
 
 
-def skeleton_of(folder: Path, dtype: torch.dtype | None = None) -> Skeleton:
-    return load_skeleton(Checkpoint.open(folder), dtype)
+def skeleton_of(folder: Path, dtype: torch.dtype | None = None) -> MetaModel:
+    return load_meta_model(Checkpoint.open(folder), dtype)
 
 
 def copy(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -52,22 +52,22 @@ def test_values_and_buffers_are_those_of_from_pretrained(
     architecture: str, dtype: torch.dtype, models: Callable[..., Path]
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(models(architecture, dtype), dtype="auto")
-    skeleton = skeleton_of(models(architecture, dtype))
-    assert skeleton.dtype == dtype
-    state, kept = loaded.state_dict(), dict(skeleton.model.named_parameters())
+    meta_model = skeleton_of(models(architecture, dtype))
+    assert meta_model.dtype == dtype
+    state, kept = loaded.state_dict(), dict(meta_model.model.named_parameters())
     for name, value in state.items():
-        assert torch.equal(skeleton.weights.load(name).to(value.dtype), value), name
+        assert torch.equal(meta_model.weights.load(name).to(value.dtype), value), name
         assert name not in kept or (kept[name].is_meta and kept[name].dtype == value.dtype), name
-    buffers = dict(skeleton.model.named_buffers())
+    buffers = dict(meta_model.model.named_buffers())
     for name, value in loaded.named_buffers():
         assert name in state or (buffers[name].dtype == value.dtype and torch.equal(buffers[name], value)), name
 
 
 def test_another_dtype_changes_buffers_as_from_pretrained_does(models: Callable[..., Path]) -> None:
     folder = models("gemma3_text", torch.bfloat16)  # multiplies embeddings by a square root kept as a buffer
-    skeleton = skeleton_of(folder, torch.float32)
+    meta_model = skeleton_of(folder, torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    buffers = dict(skeleton.model.named_buffers())
+    buffers = dict(meta_model.model.named_buffers())
     assert any("embed_scale" in name for name in buffers)
     for name, value in loaded.named_buffers():
         assert buffers[name].dtype == value.dtype
@@ -80,9 +80,9 @@ def test_blocks_are_found_in_order(models: Callable[..., Path]) -> None:
         ("gpt2", "transformer.h.0"),
         ("opt", "model.decoder.layers.0"),
     ]:
-        skeleton = skeleton_of(models(architecture))
-        assert [path for path, _ in skeleton.blocks] == [f"{first[:-1]}{index}" for index in range(tiny.LAYERS)]
-        assert all(skeleton.model.get_submodule(path) is block for path, block in skeleton.blocks)
+        meta_model = skeleton_of(models(architecture))
+        assert [path for path, _ in meta_model.blocks] == [f"{first[:-1]}{index}" for index in range(tiny.LAYERS)]
+        assert all(meta_model.model.get_submodule(path) is block for path, block in meta_model.blocks)
 
 
 def test_tied_and_vocabulary_and_embeddings(models: Callable[..., Path]) -> None:
@@ -100,9 +100,9 @@ def test_tied_and_vocabulary_and_embeddings(models: Callable[..., Path]) -> None
 def test_a_tied_pair_of_which_the_file_holds_only_the_head(models: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny.perturbed(models("qwen2"), tmp_path / "head", scale=0)
     tiny.rename(folder, lambda name: name.replace("model.embed_tokens", "lm_head"))
-    skeleton = skeleton_of(folder)
-    assert skeleton.weights.sources("model.embed_tokens.weight") == ["lm_head.weight"]
-    assert skeleton.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    meta_model = skeleton_of(folder)
+    assert meta_model.weights.sources("model.embed_tokens.weight") == ["lm_head.weight"]
+    assert meta_model.tied == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_buffers_of_today_and_of_old_checkpoints(models: Callable[..., Path], tmp_path: Path) -> None:
@@ -116,19 +116,19 @@ def test_buffers_of_today_and_of_old_checkpoints(models: Callable[..., Path], tm
 
     folder = copy(models("gpt2"), tmp_path / "old", old)
     tiny.rename(folder, lambda name: name.removeprefix("transformer."))
-    skeleton = skeleton_of(folder)
-    assert skeleton.buffers == {"h.0.attn.bias", "h.0.attn.masked_bias"}
-    assert skeleton.weights.unused == skeleton.buffers | {"surplus.weight"}
-    assert skeleton.vocabulary == {"wte.weight", "lm_head.weight"}
-    assert skeleton.embeddings == {"wte.weight", "wpe.weight"}
+    meta_model = skeleton_of(folder)
+    assert meta_model.buffers == {"h.0.attn.bias", "h.0.attn.masked_bias"}
+    assert meta_model.weights.unused == meta_model.buffers | {"surplus.weight"}
+    assert meta_model.vocabulary == {"wte.weight", "lm_head.weight"}
+    assert meta_model.embeddings == {"wte.weight", "wpe.weight"}
 
 
 def test_a_base_models_checkpoint_has_no_head(models: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny.perturbed(models("llama"), tmp_path / "base", scale=0)
     tiny.rename(folder, lambda name: None if name.startswith("lm_head") else name.removeprefix("model."))
-    skeleton = skeleton_of(folder)
-    assert skeleton.weights.sources("model.layers.2.mlp.up_proj.weight") == ["layers.2.mlp.up_proj.weight"]
-    assert skeleton.weights.sources("lm_head.weight") == []
+    meta_model = skeleton_of(folder)
+    assert meta_model.weights.sources("model.layers.2.mlp.up_proj.weight") == ["layers.2.mlp.up_proj.weight"]
+    assert meta_model.weights.sources("lm_head.weight") == []
 
 
 def test_the_experts_of_a_layer_are_one_parameter(models: Callable[..., Path]) -> None:
@@ -146,12 +146,12 @@ def test_the_experts_of_a_layer_are_one_parameter(models: Callable[..., Path]) -
 
 def test_more_than_ten_experts_keep_their_order(tmp_path: Path) -> None:
     folder = tiny.build("qwen3_moe", tmp_path / "many", num_experts=12)
-    skeleton = skeleton_of(folder)
+    meta_model = skeleton_of(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     fused = "model.layers.0.mlp.experts.gate_up_proj"
-    assert torch.equal(skeleton.weights.load(fused), loaded[fused])
+    assert torch.equal(meta_model.weights.load(fused), loaded[fused])
     statistic = torch.arange(12.0)[:, None, None].expand(12, 1, 32)
-    spread = dict(skeleton.weights.scatter(fused, statistic))
+    spread = dict(meta_model.weights.scatter(fused, statistic))
     assert all(float(part[0, 0]) == int(name.split(".")[5]) for name, part in spread.items())
 
 
@@ -163,7 +163,7 @@ def test_one_tensor_that_makes_several_parameters_is_read_once(tmp_path: Path) -
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     checkpoint = Checkpoint.open(folder)
     with torch.device("meta"):
-        weights = WeightMap(AutoModelForCausalLM.from_config(config), checkpoint)
+        weights = ParameterNames(AutoModelForCausalLM.from_config(config), checkpoint)
     loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     reads: list[str] = []
 

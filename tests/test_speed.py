@@ -17,11 +17,11 @@ from test_catalogue import resolved
 from test_methods import PARAMETERS
 from torch import Tensor
 
-from lowmem_aim import speed
 from lowmem_aim.errors import DiskError
-from lowmem_aim.interrupts import Interrupted
+from lowmem_aim.jobs import speed
+from lowmem_aim.jobs.speed import COLUMNS, DISTINCT_SLICES, disk_speed, matmul_speed, merge_speed
 from lowmem_aim.methods import METHODS, Method, Rows, Subject
-from lowmem_aim.speed import COLUMNS, DISTINCT_SLICES, disk_speed, matmul_speed, merge_speed
+from lowmem_aim.system.interrupts import Interrupted
 
 CPU = torch.device("cpu")
 
@@ -228,11 +228,11 @@ class TestMerge:
         assert all(shrink.shape == (1, COLUMNS) for shrink in relaxed_slices)
 
     def test_slices_have_the_size_of_a_merges(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lowmem_aim import memory
+        from lowmem_aim.merging import shares
 
-        monkeypatch.setattr("lowmem_aim.kernels.available", lambda: False)
+        monkeypatch.setattr("lowmem_aim.methods.kernels.available", lambda: False)
         seen = self.seen(monkeypatch, slice_elements=None)
-        assert {rows.experts[0].numel() for rows in seen} == {memory.TORCH_SLICE_ELEMENTS}
+        assert {rows.experts[0].numel() for rows in seen} == {shares.TORCH_SLICE_ELEMENTS}
 
     def test_a_method_that_fails_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         method, parameters, experts = given("ties")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,125 +10,114 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lowmem_aim"
 
-# Lower storeys first. A module may import from storeys below its own and from its own, but nothing above.
-STOREYS = [
-    {
-        "errors",
-        "usage",
-        "completion",
-        "bugs",
-        "events",
-        "units",
-        "record",
-        "progress",
-        "heatmap",
-        "picture",
-        "terminal",
-        "survey",
-        "lines",
-        "forecast",
-        "durable",
-        "interrupts",
-        "yaml_tree",
-        "headers",
-        "config",
-        "memory",
-        "loops",
-        "kernels",
-        "pipeline",
-        "devices",
-        "journal",
-        "verify",
-    },
-    {"checkpoint", "activations", "hub", "methods", "relax", "remote"},
-    {"recipe", "weightmap", "write", "output"},
-    {"summary"},
-    {"feed"},
-    {"recipe_values", "relaxation_tables", "recipe_reader", "catalogue", "speed"},
-    {"skeleton", "texts", "observe", "shelf"},
-    {"rooms"},
-    {"offload", "outline"},
-    {"stage"},
-    {"inputs"},
-    {"plan", "drivers", "snapshots"},
-    {"calibrate"},
-    {"activation_cache", "shards", "slices", "relaxation", "mutual_information", "side_by_side"},
-    {"targets"},
-    {"merge"},
-    {"merged_weights"},
-    {"comparison"},
-    {"surveyor"},
-    {"card", "screen"},
-    {"dashboard"},
-    {"resume", "status", "doctor", "replay", "job"},
-    {"run", "flags", "demo"},
-    {"foresee"},
-    {"cli"},
-    {"__main__"},
+# In the order in which data flows. A package may import from those before its own, and from nothing after it.
+PACKAGES = [
+    "errors units events",
+    "system methods",
+    "recipe",
+    "models",
+    "planning blocks",
+    "relaxing",
+    "output",
+    "measuring",
+    "merging",
+    "view",
+    "jobs",
+    "cli demo",
+    "__main__",
 ]
 
 
-def modules() -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for file in PACKAGE.rglob("*.py"):
-        if file != PACKAGE / "__init__.py":
-            found.setdefault(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(file)
-    return found
+def dotted(file: Path) -> str:
+    """The name by which a file is imported."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {dotted(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def package_of(module: str) -> str:
+    """The package, or the file beside the packages, that a module belongs to; empty for the face of them all."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def imported(file: Path) -> set[str]:
-    """The project's modules that a file imports, anywhere in it."""
+    """The project's files that a file imports, anywhere in it, by their dotted names."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowmem_aim"):
-            parts = (node.module or "").split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide where they lead"
+            module = node.module or ""
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lowmem_aim.")}
-    return names & set(modules())
+            names |= {alias.name for alias in node.names}
+    return (names & FILES.keys()) - {dotted(file)}
 
 
-def test_every_module_has_its_storey_and_imports_from_none_above() -> None:
-    storey = {name: number for number, names in enumerate(STOREYS) for name in names}
-    assert set(modules()) == set(storey)
+IMPORTS = {name: imported(file) for name, file in FILES.items()}
+
+
+def test_every_package_imports_only_from_those_before_it() -> None:
+    place = {package: number for number, names in enumerate(PACKAGES) for package in names.split()}
+    assert set(map(package_of, FILES)) - {""} == set(place)
     wrong = [
-        f"{file.relative_to(ROOT)} imports {name}"
-        for module, files in modules().items()
-        for file in files
-        for name in imported(file)
-        if storey[name] > storey[module]
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in others
+        if package_of(name)
+        and package_of(other)
+        and place[package_of(other)] >= place[package_of(name)]
+        and package_of(other) != package_of(name)
     ]
     assert not wrong
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
-    graph = {module: set().union(*(imported(f) for f in files)) - {module} for module, files in modules().items()}
-    while leaves := [module for module, needs in graph.items() if not needs & set(graph)]:
-        for module in leaves:
-            del graph[module]
-    assert not graph
+def without_leaves(graph: dict[str, set[str]]) -> set[str]:
+    """What is left of a graph when whatever leads nowhere has been taken away: its circles, and what leads to them."""
+    left = dict(graph)
+    while leaves := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in leaves:
+            del left[name]
+    return set(left)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not without_leaves(IMPORTS)
+
+
+def test_every_package_says_what_it_is_for_and_in_which_order_to_read_its_files() -> None:
+    for face in PACKAGE.glob("*/__init__.py"):
+        said = ast.get_docstring(ast.parse(face.read_text())) or ""
+        names = {file.stem for file in face.parent.glob("*.py")} - {"__init__"}
+        lines = [line.split()[0] for line in said.splitlines()[1:] if line and not line.startswith(" ")]
+        assert names <= {line.removesuffix(".py") for line in lines}, face
 
 
 def test_the_command_line_is_imported_without_torch() -> None:
-    code = "import sys, lowmem_aim.cli; print(sorted({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, lowmem_aim.cli.main; print(sorted({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_merge_that_runs_no_model_does_without_transformers() -> None:
     """It takes seconds to import."""
-    imports = "import sys, lowmem_aim.run, lowmem_aim.catalogue, lowmem_aim.doctor"
+    imports = "import sys, lowmem_aim.jobs.merge, lowmem_aim.cli.catalogue, lowmem_aim.jobs.doctor"
     code = f"{imports}; print(sorted({{'transformers', 'accelerate'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 
-def test_the_readmes_tree_names_every_file() -> None:
-    readme = (ROOT / "README.md").read_text()
-    files = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*.py")} - {"py.typed"}
-    missing = [
-        f
-        for f in files
-        if not f.endswith("__init__.py") and not re.search(rf"^\S*.*\b{re.escape(Path(f).name)}\b", readme, re.M)
-    ]
-    assert not missing
+def test_the_tree_of_the_architecture_has_one_line_for_each_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page.partition("```tree\n")[2].partition("```")[0]
+    named, folder = [], ""
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folder = name if name.endswith("/") and depth == 1 else folder if depth > 1 else ""
+        if name.endswith(".py"):
+            named.append(f"{folder}{name}")
+    files = {file.relative_to(PACKAGE).as_posix() for file in FILES.values()}
+    assert sorted(named) == sorted(file for file in files if not file.endswith("__init__.py"))

@@ -12,8 +12,8 @@ import pytest
 
 from lowmem_aim.errors import ModelError, NetworkError, UsageError
 from lowmem_aim.events import Event, Notice, silent
-from lowmem_aim.recipe import Aim
-from lowmem_aim.texts import token_sequences
+from lowmem_aim.measuring.texts import token_sequences
+from lowmem_aim.recipe.recipe import Aim
 
 
 def encode(text: str) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Place, Ran, Run
 
-from lowmem_aim.cli import cli
+from lowmem_aim.cli.commands import cli
 
 COMMANDS = sorted(cli.commands)
 ARGUMENTS = {  # that are enough for a command to be understood
@@ -159,7 +159,7 @@ LAST = "lowmem_aim/last-error.log"
 
 class TestBugs:
     def test_before_anything_is_finished(self, place: Place, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lowmem_aim.run.merge_tensors", broken)
+        monkeypatch.setattr("lowmem_aim.jobs.merge.merge_tensors", broken)
         done = place.merge()
         place.refused(done, 1, "error: RuntimeError: all wrong\\x1b[2J\n\nhint: this is a bug", f"`{own_cache / LAST}`")
         kept = (own_cache / LAST).read_text()
@@ -168,7 +168,7 @@ class TestBugs:
         assert "in broken" in kept
 
     def test_after_something_is_finished(self, place: Place, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lowmem_aim.run._finish", broken)
+        monkeypatch.setattr("lowmem_aim.jobs.merge._finish", broken)
         done = place.merge()
         log = place.out / ".lowmem_aim/run.log"
         assert done.code == 1
@@ -182,7 +182,7 @@ class TestBugs:
     def test_in_a_command_without_an_output_folder(
         self, run: Run, own_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("lowmem_aim.catalogue.summary", broken)
+        monkeypatch.setattr("lowmem_aim.cli.catalogue.summary", broken)
         done = run("methods")
         assert done.code == 1
         assert f"`{own_cache / LAST}`" in done.err
@@ -193,7 +193,7 @@ class TestBugs:
     ) -> None:
         (tmp_path / "file").write_text("x")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        monkeypatch.setattr("lowmem_aim.catalogue.summary", broken)
+        monkeypatch.setattr("lowmem_aim.cli.catalogue.summary", broken)
         done = run("methods")
         assert done.code == 1
         assert done.err.startswith("error: RuntimeError: all wrong")
@@ -203,7 +203,7 @@ class TestBugs:
     def test_with_debug_it_is_shown_with_nothing_that_a_terminal_obeys(
         self, run: Run, own_cache: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
     ) -> None:
-        monkeypatch.setattr("lowmem_aim.catalogue.summary", broken)
+        monkeypatch.setattr("lowmem_aim.cli.catalogue.summary", broken)
         done = run(*words)
         assert "hint: this is a bug: report it with the traceback below\n\nTraceback" in done.err
         assert "in broken" in done.err

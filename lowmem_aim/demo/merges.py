@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from lowmem_aim.activations import Activations
-from lowmem_aim.checkpoint import Checkpoint
 from lowmem_aim.demo.models import CALIBRATION, Echo, Models
 from lowmem_aim.errors import LowmemAimError
-from lowmem_aim.relax.aim import shrinkage
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.relaxing.aim import shrinkage
 
 OMEGA = 0.4  # the AIM authors' default
 DENSITY = 0.5

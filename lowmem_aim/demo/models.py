@@ -16,8 +16,8 @@ from lowmem_aim.demo.settings import Settings
 from lowmem_aim.demo.skills import SKILLS, mixture
 from lowmem_aim.demo.tokenizer import build_tokenizer
 from lowmem_aim.demo.train import expert_shares, new_model, reproducible, train
-from lowmem_aim.durable import write_file
 from lowmem_aim.errors import UsageError
+from lowmem_aim.system.files import write_file
 
 Echo = Callable[[str], None]
 OWNER = ".lowmem-aim-demo"  # stands in every folder that the demo may write to and clear

@@ -6,18 +6,9 @@ from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
 from lowmem_aim.methods.counting import first_by_size
-from lowmem_aim.methods.method import (
-    Densities,
-    Fold,
-    PerExpert,
-    Rescale,
-    Script,
-    Subject,
-    Weights,
-    merge_method,
-)
+from lowmem_aim.methods.method import Densities, Fold, PerExpert, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Between
-from lowmem_aim.methods.task_vectors import consensus, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 Gammas = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 
@@ -37,7 +28,7 @@ def breadcrumbs(
     """W0 + lambda sum wi Di; the int(gamma n) largest of Di are dropped, the next int(density n) stay."""
     selections = yield from _middle(tensor, density, gamma)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
 
 
 @merge_method(
@@ -60,7 +51,7 @@ def breadcrumbs_ties(
     """As breadcrumbs, with the elements summed over the experts that agree with the elected sign."""
     selections = yield from _middle(tensor, density, gamma)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
 def _middle(tensor: Subject, density: Sequence[float], gamma: Sequence[float]) -> Generator[Fold, Any, list[Between]]:

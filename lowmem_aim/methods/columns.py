@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem_aim import kernels
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import dot
 from lowmem_aim.methods.method import Fold, Rows
 

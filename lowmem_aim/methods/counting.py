@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_aim import kernels
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Fold, Rows
 from lowmem_aim.methods.selection import ALL, EVERYWHERE, NONE, Largest, magnitude_bits
 

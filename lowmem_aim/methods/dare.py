@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lowmem_aim.methods.method import Densities, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Selection, Share
-from lowmem_aim.methods.task_vectors import consensus, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 
 @merge_method("dare_linear", source="arXiv 2311.03099", compiled=True, rounds=(0, 1))
@@ -23,7 +23,7 @@ def dare_linear(
     """W0 + lambda sum wi Di, each element of Di kept with probability density."""
     selections = at_random(tensor, density)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
 
 
 @merge_method(
@@ -42,7 +42,7 @@ def dare_ties(
     """As dare_linear, with the elements summed over the experts that agree with the elected sign."""
     selections = at_random(tensor, density)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
 def at_random(tensor: Subject, density: Sequence[float]) -> list[Selection]:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lowmem_aim import kernels
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.masks import draws_of, mask_limits
 from lowmem_aim.methods.method import Densities, PerExpert, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Everything, Selection, magnitude_bits
-from lowmem_aim.methods.task_vectors import consensus, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 SHORT = 128  # elements; torch sorts such rows as fast
@@ -45,7 +45,7 @@ def della(
     """As della_linear, with the elements summed over the experts that agree with the elected sign."""
     selections = _by_rank(tensor, density, epsilon)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
 @merge_method("della_linear", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check, rounds=(0, 1))
@@ -64,7 +64,7 @@ def della_linear(
     by magnitude among the n of its row, from 0."""
     selections = _by_rank(tensor, density, epsilon)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=False)
 
 
 def _by_rank(tensor: Subject, density: Sequence[float], epsilon: Sequence[float]) -> list[Selection]:

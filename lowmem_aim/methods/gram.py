@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowmem_aim import kernels
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import ExactSums, dot, exact_sum
 from lowmem_aim.methods.method import Rows
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowmem_aim import kernels
 from lowmem_aim.errors import UsageError
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
 ZERO_WEIGHT = 1e-8  # a sum of weights below this is no divisor

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem_aim.kernels import Kept
+from lowmem_aim.methods.kernels import Selected
 from lowmem_aim.methods.masks import SIGNED_TOP, SPAN, keep_mask, mask_keys, mask_limit
 
 EVERYWHERE = 1 << 62
@@ -22,7 +22,7 @@ class Selection(Protocol):
         """True where an element stays, of the delta's shape; None if all do. `start`: flat index of the first."""
         ...
 
-    def kept(self, start: int, count: int) -> Kept | None:
+    def kept(self, start: int, count: int) -> Selected | None:
         """The same for the compiled loops, for `count` elements from `start`; None where they cannot do it."""
         ...
 
@@ -32,7 +32,7 @@ class Everything:
     def mask(self, delta: Tensor, start: int) -> None:
         return None
 
-    def kept(self, start: int, count: int) -> Kept:
+    def kept(self, start: int, count: int) -> Selected:
         return "all", (0, 0, 0, 0)
 
 
@@ -58,7 +58,7 @@ class Share:
             device=delta.device,
         ).view(delta.shape)
 
-    def kept(self, start: int, count: int) -> Kept | None:
+    def kept(self, start: int, count: int) -> Selected | None:
         limit = mask_limit(self.density)
         if limit >= SIGNED_TOP:
             return "all", (0, 0, 0, 0)
@@ -87,7 +87,7 @@ class Largest:
         """How far into a slice equal ones still count."""
         return max(self.last_equal + 1 - start, 0)
 
-    def kept(self, start: int, count: int) -> Kept:
+    def kept(self, start: int, count: int) -> Selected:
         return "largest", (self.bits, self._equals(start), 0, 0)
 
 
@@ -108,7 +108,7 @@ class Between:
             return torch.zeros_like(delta, dtype=torch.bool)
         return ~inner if outer is None else outer & ~inner
 
-    def kept(self, start: int, count: int) -> Kept:
+    def kept(self, start: int, count: int) -> Selected:
         _, (outer, outer_equals, _, _) = self.outer.kept(start, count)
         _, (inner, inner_equals, _, _) = self.inner.kept(start, count)
         return "between", (outer, outer_equals, inner, inner_equals)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_aim import kernels
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import ExactSums, exact_sum, wide
 from lowmem_aim.methods.linear import ZERO_WEIGHT, weighted_sum
 from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
@@ -23,7 +23,7 @@ from lowmem_aim.methods.selection import Everything, Selection
 def task_arithmetic(tensor: Subject, *, weight: Weights, normalize: bool = False, lambda_: float = 1.0) -> Script:
     """W0 + lambda sum wi Di."""
     everything, unscaled = (Everything(),) * tensor.experts, (1.0,) * tensor.experts
-    return consensus(everything, weight, unscaled, normalize=normalize, lambda_=lambda_, elect=False)
+    return combine_deltas(everything, weight, unscaled, normalize=normalize, lambda_=lambda_, elect=False)
     yield  # no rounds
 
 
@@ -55,7 +55,7 @@ def _absolute_sums(rows: Rows, expert: int, selection: Selection) -> tuple[int, 
     return exact_sum(wide(delta.abs())), exact_sum(wide(stays.abs()))
 
 
-def consensus(
+def combine_deltas(
     selections: Sequence[Selection],
     weight: Sequence[float],
     factor: Sequence[float],  # from `rescale_factors`; not part of the divisor
@@ -74,7 +74,7 @@ def consensus(
         whole = [numbers for numbers in kept if numbers]
         if len(whole) < len(kept) or not kernels.usable(rows.stored_experts):
             return None
-        return kernels.consensus(
+        return kernels.combine_deltas(
             rows.stored_base,
             rows.stored_experts,
             whole,
@@ -107,7 +107,7 @@ def span(shares: Sequence[float], based: bool) -> Combine:
     """The combine of the geometric methods: W0 + sum si Di, or without a base sum si Wi."""
     if based:
         everything, ones = (Everything(),) * len(shares), (1.0,) * len(shares)
-        return consensus(everything, shares, ones, normalize=False, lambda_=1.0, elect=False)
+        return combine_deltas(everything, shares, ones, normalize=False, lambda_=1.0, elect=False)
     return lambda rows: weighted_sum(rows.stored_experts, tuple(shares))
 
 

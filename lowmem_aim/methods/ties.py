@@ -8,7 +8,7 @@ from typing import Any
 from lowmem_aim.methods.counting import first_by_size
 from lowmem_aim.methods.method import Densities, Fold, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Largest
-from lowmem_aim.methods.task_vectors import consensus, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 
 @merge_method("ties", source="arXiv 2306.01708", compiled=True, rounds=(0, 5))
@@ -25,7 +25,7 @@ def ties(
     """W0 + lambda times the weighted mean, over the experts that agree with the elected sign, of the top-k deltas."""
     selections = yield from largest(tensor, density)
     factor = yield from rescale_factors(selections, density, rescale)
-    return consensus(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
+    return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
 def largest(tensor: Subject, density: Sequence[float]) -> Generator[Fold, Any, list[Largest]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem_aim import kernels
+from lowmem_aim.methods import kernels
 from lowmem_aim.methods.columns import Columns, Panel, column_dots
 from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, merge_method

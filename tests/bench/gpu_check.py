@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowmem_aim.cli import parse_size
+from lowmem_aim.cli.flags import parse_size
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from crash.tracing import EVERY, NAMES, SYNCS, WRITES, every_call, usable
 from crash.workshop import Job, build_models, digests, emptied, is_clean
 
-from lowmem_aim import snapshots
+from lowmem_aim.measuring import snapshots
 
 KILLED = "kills"
 TROUBLES = {KILLED: "signal=SIGKILL:when={}", "EIO": "error=EIO:when={}", "ENOSPC": "error=ENOSPC:when={}+"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crash.workshop import Job, at_call, emptied, is_clean
 
-from lowmem_aim.checkpoint import Checkpoint
+from lowmem_aim.models.checkpoint import Checkpoint
 
 MOMENTS = (1, 4, 9, 14, 20, 25, 30, 36)  # checks; there are three models with a dozen tensors
 SHORT_MOMENTS = (9,)

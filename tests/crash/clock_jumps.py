@@ -10,8 +10,8 @@ from pathlib import Path
 
 from crash.workshop import Job, at_call, emptied, ended, is_clean, kill, start
 
-from lowmem_aim import run
-from lowmem_aim.journal import Journal
+from lowmem_aim.jobs import merge as run
+from lowmem_aim.output.journal import Journal
 
 DAY = 86_400
 _TIMES = re.compile(r"(-?)\b(\d+ d )?(\d+:)?(\d+):(\d\d)\b")

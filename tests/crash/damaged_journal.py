@@ -13,8 +13,8 @@ from pathlib import Path
 
 from crash.workshop import Job, emptied
 
-from lowmem_aim.journal import NAME, Journal
-from lowmem_aim.output import PRIVATE
+from lowmem_aim.output.folder import PRIVATE
+from lowmem_aim.output.journal import NAME, Journal
 
 TIMES = 140
 SHORT_TIMES = 21

@@ -8,9 +8,8 @@ from pathlib import Path
 from crash.workshop import Job, emptied, refusal
 
 from lowmem_aim.errors import VerifyError
-from lowmem_aim.output import FACTS, PRIVATE, SUMS
-from lowmem_aim.record import LOG
-from lowmem_aim.verify import verify
+from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS
+from lowmem_aim.output.verify import verify
 
 FLIPS = 200
 SHORT_FLIPS = 60

@@ -12,8 +12,9 @@ from typing import Any
 
 from crash.workshop import Job, at_call, emptied, is_clean
 
-from lowmem_aim import run, shards
-from lowmem_aim.journal import Journal
+from lowmem_aim.jobs import merge as run
+from lowmem_aim.output import shards
+from lowmem_aim.output.journal import Journal
 
 TOO_SMALL, ENOUGH = "20m", "60m"  # small files are reckoned with 50 MB
 MOMENTS: tuple[tuple[Any, str, int], ...] = (

@@ -20,10 +20,12 @@ from pathlib import Path
 
 from crash.workshop import EXPERTS, GROUP_BYTES, Job, build_models, digests, emptied, ended, start
 
-from lowmem_aim import dashboard, snapshots, write
 from lowmem_aim.events import Advanced, Event, PhaseStarted, TensorDone
-from lowmem_aim.output import PRIVATE
-from lowmem_aim.status import Status, status_of
+from lowmem_aim.measuring import snapshots
+from lowmem_aim.output import writer as write
+from lowmem_aim.output.folder import PRIVATE
+from lowmem_aim.view import dashboard
+from lowmem_aim.view.status import Status, status_of
 
 KILLS, FEW_KILLS = 60, 2
 ATTEMPTS = 400  # for one merge: none should need so many

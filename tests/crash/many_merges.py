@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crash.workshop import Job, emptied
 
-from lowmem_aim.memory import anonymous_bytes
+from lowmem_aim.system.memory import anonymous_bytes
 
 MERGES, WARM = 50, 10
 SHORT_MERGES, SHORT_WARM = 6, 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from crash.workshop import Job, build_models, digests, emptied
 
-from lowmem_aim.memory import anonymous_bytes
+from lowmem_aim.system.memory import anonymous_bytes
 
 # Three models of some 100 MB in bfloat16: one in memory would not fit.
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 2048}

@@ -17,9 +17,9 @@ from crash.recording import Named, Recording, Resize, Sync, Write, record
 from crash.tracing import usable
 from crash.workshop import Job, emptied, finished_tensors, is_clean
 
-from lowmem_aim import output
-from lowmem_aim.journal import Journal
-from lowmem_aim.output import PRIVATE, PUBLISHING, STAGING
+from lowmem_aim.output import workspace as output
+from lowmem_aim.output.folder import PRIVATE, PUBLISHING, STAGING
+from lowmem_aim.output.journal import Journal
 
 STATES = 1000
 SHORT_STATES = 45

@@ -17,7 +17,8 @@ from typing import Any
 
 from crash.workshop import Ended, Job, emptied, ended, start
 
-from lowmem_aim import run, shards
+from lowmem_aim.jobs import merge as run
+from lowmem_aim.output import shards
 
 SEGMENTS = ("start", "shard 1", "shard 2", "shard 3", "finish")
 WRITES = ("write", "pwrite64")

@@ -26,14 +26,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import tiny
 from tqdm import tqdm
 
-from lowmem_aim import write
-from lowmem_aim.cli import main
+from lowmem_aim.cli.main import main
 from lowmem_aim.errors import LowmemAimError
-from lowmem_aim.journal import Journal
-from lowmem_aim.output import PRIVATE, STAGING, SUMS, is_finished
-from lowmem_aim.status import status_of
-from lowmem_aim.verify import verify
-from lowmem_aim.write import finished_prefix
+from lowmem_aim.output import writer as write
+from lowmem_aim.output.folder import PRIVATE, STAGING, SUMS, is_finished
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.verify import verify
+from lowmem_aim.output.writer import finished_prefix
+from lowmem_aim.view.status import status_of
 
 GROUP_BYTES = write.GROUP_BYTES  # as users have it
 EXPERTS = ("math", "code")

@@ -1,0 +1,173 @@
+"""What a forward of the base meets at its blocks: to be recorded, finished, suspended, or simply given each block.
+
+RecordingForward        records each block's arguments, every block handing its input on
+TailForward        ends a forward whose last block gives a known hidden state
+SuspendedForward   an ordinary forward in a thread that stops at each block
+PagedForward       brings each block in when it is called
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.blocks.runner import BlockRunner, Call, Driver
+from lowmem_aim.system.tensor_store import Stored
+from lowmem_aim.system.tensors import digest
+
+
+class Broken(Exception):
+    """A way of running the blocks does not hold for this model; the text says why."""
+
+
+class _Handed(Tensor):
+    """The hidden state that an identity block hands on, whether the model expects a tensor or a tuple of one."""
+
+    # Any operation gives plain tensors again.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        # With more than one in front it is a stack (Gemma 3n), and means what it says.
+        taken_from_tuple = type(index) is int and index == 0 and self.shape[0] == 1
+        return self.as_subclass(Tensor) if taken_from_tuple else super().__getitem__(index)
+
+
+@dataclass
+class RecordingForward(Driver):
+    """Records what each block is called with in one sequence's forward, every block handing its input on."""
+
+    runner: BlockRunner
+    shared: dict[tuple[Any, ...], Stored]  # masks and rotary tables, which sequences of one length have in common
+    calls: list[Call]  # tensors are on the runner's store
+    state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
+
+    def block(self, index: int, call: Call) -> Any:
+        self.runner.watch.active = False  # what comes later in this forward sees an untrue hidden state
+        hidden = call.hidden
+        if index != len(self.calls):
+            raise Broken("this model does not call its blocks once each, in order")
+        if self.state is None:
+            self.state = hidden
+        if hidden.data_ptr() != self.state.data_ptr() or hidden.shape != self.state.shape:
+            raise Broken("this model works on the hidden state between blocks")
+        self.calls.append(call.having(None).mapped(self._put_away))
+        return hidden.as_subclass(_Handed)
+
+    def _put_away(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        key = (value.dtype, value.shape, value.stride(), digest(value.cpu().contiguous()))
+        if key not in self.shared:
+            self.shared[key] = self.runner.store.put(value)
+        return self.shared[key]
+
+
+@dataclass
+class TailForward(Driver):
+    """The forward that ends as it should: the last block gives the true hidden state."""
+
+    runner: BlockRunner
+    state: Tensor
+    counted: bool
+    head_input: Tensor | None = None
+
+    def block(self, index: int, call: Call) -> Any:
+        last = index == len(self.runner.blocks) - 1
+        self.runner.watch.active = last and self.counted
+        return (self.state if last else call.hidden).as_subclass(_Handed)
+
+    def head(self, x: Tensor) -> None:
+        self.head_input = x
+        self.runner.see_head(x)
+
+
+class _Closed(BaseException):
+    """Unwinds a suspended forward that is no longer wanted; no model code may catch it."""
+
+
+class SuspendedForward(Driver):
+    """An ordinary forward in a thread of its own that stops at each block, until its owner gives the block's output.
+
+    Strict hand-over: either the owner or the thread runs, never both. Blocks run in the owner, so that the thread
+    only does what lies between them.
+    """
+
+    def __init__(self, runner: BlockRunner, tokens: Tensor, *, counted: bool = False) -> None:
+        self.runner, self.tokens, self.counted = runner, tokens, counted
+        self.ended = False  # by an exception
+        self.index = -1  # of the block that it waits for; -1 when it has ended
+        self.call = Call((), {})
+        self.head_input: Tensor | None = None
+        self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._to_owner: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._body, daemon=True)
+
+    def __enter__(self) -> SuspendedForward:
+        try:
+            self._let_run(self._thread.start)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._to_thread.put(_Closed())
+        self._thread.join()
+
+    def step(self, output: Any) -> None:
+        """Go on to the next block, or to the end."""
+        self._let_run(lambda: self._to_thread.put(output))
+
+    def _let_run(self, start: Callable[[], None]) -> None:
+        if self.ended:
+            raise Broken("a suspended forward has ended before its last block")  # its thread would never answer
+        self.runner.watch.active = self.counted  # before the thread runs, not beside it
+        start()
+        arrived = self._to_owner.get()
+        self.runner.watch.active = False
+        if isinstance(arrived, BaseException):
+            self.ended = True
+            raise arrived
+        self.index, self.call = arrived
+
+    def _body(self) -> None:
+        try:
+            with torch.no_grad():  # a thread starts with gradients on
+                self.runner.forward(self.tokens, self)
+            self._to_owner.put((-1, Call((), {})))
+        except _Closed:
+            pass
+        except BaseException as error:
+            self._to_owner.put(error)
+
+    def block(self, index: int, call: Call) -> Any:
+        self._to_owner.put((index, call))
+        output = self._to_thread.get()
+        if isinstance(output, _Closed):
+            raise output
+        return output
+
+    def head(self, x: Tensor) -> None:
+        self.head_input = x
+        self.runner.see_head(x)
+
+
+@dataclass
+class PagedForward(Driver):
+    """Brings each block in when it is called."""
+
+    runner: BlockRunner
+    head_input: Tensor | None = None
+
+    def block(self, index: int, call: Call) -> Any:
+        return self.runner.with_block(index, lambda: self.runner.run_block(index, call))
+
+    def head(self, x: Tensor) -> None:
+        self.head_input = x
+        self.runner.see_head(x)

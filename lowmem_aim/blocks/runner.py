@@ -1,0 +1,367 @@
+"""A meta_model made runnable, and cut open at its blocks and its output head.
+
+What lies outside the blocks is loaded (embeddings stand for their rows in the checkpoint), each block's weights come
+and go through accelerate's offload hooks, whole or, where the room is small, module by module, and every forward meets
+a *driver* at each block and at the head, which decides what happens there. All of it is undone when the set-up ends,
+also by an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowmem_aim.blocks.observer import Watch
+from lowmem_aim.blocks.offload import ReadWhileAbsent, Source, Weights
+from lowmem_aim.blocks.shares import BOUNDLESS, SMALLEST_PAGED, Shares, owners, paged, size_of
+from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
+from lowmem_aim.events import Emit, Notice, Worked, silent
+from lowmem_aim.models.meta_model import MetaModel, embeddings_of
+from lowmem_aim.system.memory import Budget, is_allocation_failure, trim
+from lowmem_aim.system.tensor_store import Stored, TensorStore
+from lowmem_aim.units import shown
+
+R = TypeVar("R")
+SHORTER = "shorter sequences (`--block-size`) take less; close other programs, or use `--device cpu`"
+
+
+class Driver:
+    """What a forward meets at the places where the model is cut open."""
+
+    def block(self, index: int, call: Call) -> Any:
+        raise NotImplementedError
+
+    def head(self, x: Tensor) -> None:
+        """`x`: what the output head is given, (1, tokens, hidden)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a block. The hidden state is the first, by position or by keyword."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return next(iter(self.kwargs)) if "hidden_states" not in self.kwargs else "hidden_states"
+
+    @property
+    def hidden(self) -> Tensor:
+        state: Tensor = self.args[0] if self.args else self.kwargs[self.key]
+        return state
+
+    def having(self, hidden: Tensor | None) -> Call:
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, self.key: hidden})
+
+    def mapped(self, change: Callable[[Any], Any]) -> Call:
+        """With `change` done to each argument, and to each part of those that are tuples."""
+
+        def changed(value: Any) -> Any:
+            return tuple(map(changed, value)) if type(value) is tuple else change(value)
+
+        return Call(tuple(map(changed, self.args)), {key: changed(value) for key, value in self.kwargs.items()})
+
+    def slots(self) -> list[Stored]:
+        """The places of its tensors, if it is on the store."""
+        found: list[Stored] = []
+        self.mapped(lambda value: found.append(value) if isinstance(value, Stored) else None)
+        return found
+
+    def from_store(self, store: TensorStore) -> Call:
+        """With the tensors themselves instead of their places."""
+        return self.mapped(lambda value: store.get(value) if isinstance(value, Stored) else value)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """A block returns the hidden state, or a tuple that begins with it."""
+    state: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return state
+
+
+class EmbeddingRows(Tensor):
+    """Stands for an embedding's weight; looking tokens up in it reads just their rows from the checkpoint."""
+
+    fetch: Callable[[Tensor], Tensor]
+    place: torch.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding and len(args) >= 2 and isinstance(args[1], cls):
+            return args[1].fetch(args[0])
+        if func == Tensor.device.__get__ and isinstance(args[0], cls):
+            return args[0].place  # models move their inputs to where the embedding is
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class BlockRunner:
+    """The meta_model with what lies outside the blocks loaded, and blocks and head handed to the forward's driver."""
+
+    def __init__(
+        self,
+        base: Source,
+        meta_model: MetaModel,
+        device: torch.device,
+        shares: Shares = BOUNDLESS,
+        budget: Budget | None = None,
+        spill: Path | None = None,
+        emit: Emit = silent,
+    ) -> None:
+        """`shares` are those of `budget`; `spill`: a folder for hidden states that find no room in memory."""
+        self.meta_model, self.device, self._emit = meta_model, device, emit
+        self.model, self.blocks = meta_model.model, meta_model.blocks
+        self.weights = Weights(base, meta_model, device, emit)
+        self.watch = Watch()
+        self.store = TensorStore(device, device_bytes=shares.device_states, ram_bytes=shares.ram_states, folder=spill)
+        self.shares, self._room = shares, shares.weights
+        self._budget = budget
+        self._stay: set[str] = set()  # modules whose weights are read without calling them
+        self._short = False  # an allocation has failed
+        self._forwards: list[Callable[..., Any]] = []  # the blocks' own
+        self._driver = threading.local()
+
+    def forward(self, tokens: Tensor, driver: Driver) -> None:
+        """One ordinary forward of the model, unpadded; blocks and head are the driver's."""
+        self._driver.now = driver
+        self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        trim()  # what is kept of many forwards would lie between the holes that they leave
+
+    def run_block(self, index: int, call: Call) -> Any:
+        """The block itself; its weights must be loaded. What is seen of a run that fails does not count.
+
+        What is seen of one that does not counts once it is committed, by the caller or by the next run.
+        """
+        self.watch.commit()
+        if self._budget is not None and self._budget.ram_left() < self.shares.ram_work:
+            trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
+        begun = time.perf_counter()
+        try:
+            output = self._forwards[index](*call.args, **call.kwargs)
+        except BaseException:
+            self.watch.discard()
+            raise
+        self._emit(Worked("compute", 0, time.perf_counter() - begun, self.blocks[index][0]))
+        return output
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """Block `index` with its weights, or with as many as fit the room while the others come and go; watched."""
+        path, block = self.blocks[index]
+        parts = list(block.named_modules(prefix=path))
+        away = self._paged(index)
+        with contextlib.ExitStack() as undo:
+            undo.callback(trim)
+            for name, module in owners(path, block):
+                bring = self.weights.coming if name in away else self.weights.there
+                undo.enter_context(bring(name, module))
+            if index + 1 < len(self.blocks) and not away:  # else this block is read again, and needs the system's cache
+                following, after = self.blocks[index + 1]
+                self.weights.expect(name for name, _ in after.named_parameters(prefix=following))
+            with self.watch.on(parts), self.watch.experts(parts):
+                yield
+            self.watch.check(f"{path}.")
+
+    def with_block(self, index: int, work: Callable[[], R]) -> R:
+        """work() with the block loaded; once more with less in memory after each allocation that fails.
+
+        What `work` has finished it must not do again. Raises MemoryBudgetError when nothing more can be let go.
+        """
+        while True:
+            try:
+                with self.loaded(index):
+                    return work()
+            except ReadWhileAbsent as error:
+                if error.module in self._stay:
+                    raise  # never again and again
+                self._stay.add(error.module)
+            except Exception as error:
+                if not is_allocation_failure(error):
+                    raise
+                self._short = True
+            self.watch.discard()
+            if self._short:  # outside the handlers: the exceptions' frames hold tensors
+                self._short = False
+                self._lessen(index)
+
+    def with_less(self, work: Callable[[], R]) -> R:
+        """work(); once more without the hidden states on the device if an allocation fails. Not for blocks."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_allocation_failure(error):
+                raise
+        self.watch.discard()
+        if not self.store.leave_device():
+            raise MemoryBudgetError(
+                "calibration: there was no memory left for what lies beside the blocks", hint=SHORTER
+            )
+        return work()
+
+    # -- weights that come and go
+
+    def _paged(self, index: int) -> set[str]:
+        path, block = self.blocks[index]
+        sizes = {name: size_of(module) for name, module in owners(path, block)}
+        # The block's own never goes: its forward is called by its driver, past all hooks.
+        away = paged(sizes, self._room, self._stay | {path})
+        there = sum(size for name, size in sizes.items() if name not in away)
+        if self._stay & sizes.keys() and there + max((sizes[name] for name in away), default=0) > self._room:
+            raise MemoryBudgetError(
+                f"of a block of this model {shown(there)} have to stay in memory, since it reads weights past their "
+                f"modules (`{printable(min(self._stay))}`); that does not fit the budget",
+                hint="give more memory (`--ram`, `--vram`)",
+            )
+        return away
+
+    def _lessen(self, index: int) -> None:
+        """Let go of something after a failed allocation. Raises MemoryBudgetError if there is nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.store.leave_device():
+            self._emit(Notice("calibration: memory ran short: hidden states leave the device", "warning"))
+            return
+        if self._room == 0:
+            raise MemoryBudgetError(
+                f"calibration: one sequence in `{printable(self.blocks[index][0])}` does not fit the memory that is "
+                "left, even with its modules brought in one by one",
+                hint=SHORTER,
+            )
+        path, block = self.blocks[index]
+        there = min(self._room, sum(size_of(module) for _, module in owners(path, block)))
+        self._room = there // 2 if there > SMALLEST_PAGED else 0
+        self._emit(Notice("calibration: memory ran short: fewer of a block's weights stay in it at a time", "warning"))
+
+    @contextlib.contextmanager
+    def set_up(self) -> Iterator[None]:
+        """Make the model runnable; undo all of it at the end."""
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self.store)
+            self._place_buffers(undo)
+            self._place_embeddings(undo)
+            self._place_rest(undo)
+            for index, (_, block) in enumerate(self.blocks):
+                self._forwards.append(block.forward)
+                _override(undo, block, self._block_stub(index))
+            if self.meta_model.head:
+                _override(undo, self.model.get_submodule(self.meta_model.head), self._head_stub)
+            yield
+
+    def _block_stub(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._driver.now.block(index, Call(args, kwargs))
+
+        return forward
+
+    def _head_stub(self, x: Tensor) -> Tensor:
+        self._driver.now.head(x)
+        return x.new_zeros(*x.shape[:-1], 1)  # one logit, for what the model does to logits
+
+    def see_head(self, x: Tensor) -> None:
+        """Count the output head's input."""
+        head = self.model.get_submodule(self.meta_model.head)
+        self.watch.see(f"{self.meta_model.head}.weight", head.weight, x)
+
+    def _place_buffers(self, undo: contextlib.ExitStack) -> None:
+        persistent = self.model.state_dict().keys()
+        for name, value in list(self.model.named_buffers()):
+            owner, key = _owner(self.model, name)
+            undo.callback(owner._buffers.__setitem__, key, value)
+            here = self.weights[name] if name in persistent and self.weights.map.sources(name) else value
+            # A copy: some rotary embeddings rewrite theirs for long sequences.
+            owner._buffers[key] = here.to(self.device, value.dtype, copy=True)
+
+    def _place_embeddings(self, undo: contextlib.ExitStack) -> None:
+        inside = self._in_blocks()  # an embedding in a block comes and goes with it
+        for path, module in embeddings_of(self.model):
+            if id(module) in inside:
+                continue
+            weight: Any = module.weight
+            source = self.weights.map.plain(f"{path}.weight")
+            undo.callback(module._parameters.__setitem__, "weight", weight)
+            if source is None:
+                self._load(module, f"{path}.weight")
+            else:
+                module._parameters["weight"] = self._rows(source, weight)  # type: ignore[assignment]
+
+    def _rows(self, source: str, weight: Tensor) -> EmbeddingRows:
+        table = torch.empty_like(weight, device="meta").as_subclass(EmbeddingRows)
+        table.place = self.device
+
+        def fetch(ids: Tensor) -> Tensor:
+            used, places = torch.unique(ids, return_inverse=True)  # sorted: the file is read forward
+            if int(used[-1]) >= weight.shape[0]:
+                raise ModelError(
+                    f"calibration: id {int(used[-1])} is beyond the {weight.shape[0]} rows of `{printable(source)}`",
+                    hint="does the tokenizer belong to this model, and is the block size within its context?",
+                )
+            rows = torch.cat([self.weights.base.rows(source, row, row + 1) for row in used.tolist()])
+            return F.embedding(places, rows.to(self.device, weight.dtype))
+
+        table.fetch = fetch
+        return table
+
+    def _place_rest(self, undo: contextlib.ExitStack) -> None:
+        """Load what lies beside the blocks; modules outside the decoder (a vision tower) only if they are called."""
+        decoder = self.blocks[0][0].rsplit(".", 2)[0]
+        rest = list(self._beside_blocks())
+        for path, module in rest:
+            for name, value in module._parameters.items():
+                undo.callback(module._parameters.__setitem__, name, value)
+            if f"{path}.".startswith(f"{decoder}.") or f"{decoder}.".startswith(f"{path}.") or not path:
+                self._load_all(module, path)
+            else:
+                undo.callback(module.register_forward_pre_hook(self._lazily(path)).remove)
+        undo.enter_context(self.watch.on(rest))
+
+    def _beside_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules with parameters that are in no block, no embedding and not the head."""
+        taken = self._in_blocks() | {id(module) for _, module in embeddings_of(self.model)}
+        for path, module in self.model.named_modules():
+            if module._parameters and id(module) not in taken and path != self.meta_model.head:
+                yield path, module
+
+    def _in_blocks(self) -> set[int]:
+        return {id(part) for _, block in self.blocks for part in block.modules()}
+
+    def _lazily(self, path: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if any(value is not None and value.is_meta for value in module._parameters.values()):
+                self._load_all(module, path)
+
+        return hook
+
+    def _load_all(self, module: nn.Module, path: str) -> None:
+        for name, value in list(module._parameters.items()):
+            if value is not None:
+                self._load(module, f"{path}.{name}" if path else name)
+
+    def _load(self, module: nn.Module, parameter: str) -> None:
+        name = parameter.rpartition(".")[2]
+        set_module_tensor_to_device(module, name, self.device, value=self.weights[parameter])
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def _override(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give one module (not its class) another forward, until the stack unwinds."""
+    if "forward" in vars(module):
+        undo.callback(setattr, module, "forward", module.forward)
+    else:
+        undo.callback(vars(module).pop, "forward")
+    module.forward = forward

@@ -1,0 +1,217 @@
+"""What calibrating a model takes, and how a budget is divided for it. All figures are bytes.
+
+    fixed      what lies beside the blocks, and the work of one sequence in a block
+    weights    a whole block's where they fit; else a part stays and the rest is paged in module by module
+    states     hidden states, on the device, in RAM or in a file: they get what is left
+
+A block goes before the hidden states: a module that is paged is read again for every sequence, a hidden state once a
+block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set, Sized
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_aim.blocks.observer import CHUNK_NUMEL
+from lowmem_aim.errors import MemoryBudgetError, printable
+from lowmem_aim.models.meta_model import MetaModel
+from lowmem_aim.system.memory import Budget
+from lowmem_aim.units import shown
+
+# What the allocator keeps back between two uses, and what small things add up to.
+SLACK_BYTES = 32 << 20
+# Modules below this are never paged: they take nothing, and some are read by their parents without being called.
+SMALLEST_PAGED = 1 << 16
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of calibrating one model with some sequences, in the dtype of its meta_model."""
+
+    block: int  # the weights of the largest block
+    module: int  # of the largest module in it
+    module_path: str
+    read: int  # the largest tensor as stored, where reading takes memory of its own
+    beside: int  # weights beside the blocks, and the statistics
+    work: int  # what the longest sequence takes in a block, weights aside: an upper bound, as if nothing were freed
+    states: int  # the hidden states of all sequences
+
+    @property
+    def fixed(self) -> int:
+        """Of what lies beside the weights of a block, on the device where it computes."""
+        return self.work + self.beside + SLACK_BYTES
+
+    @property
+    def least(self) -> int:
+        """There, with the largest module; if that is the host, `read` comes on top."""
+        return self.fixed + self.module
+
+    @classmethod
+    def of(cls, meta_model: MetaModel, sequences: Sequence[Sized]) -> Needs:
+        blocks = [owners(path, block) for path, block in meta_model.blocks]
+        sizes = [{path: size_of(module) for path, module in parts} for parts in blocks]
+        largest = max((part for parts in sizes for part in parts.items()), key=lambda part: part[1], default=("", 0))
+        longest = max((len(tokens) for tokens in sequences), default=0)
+        hidden = _hidden_bytes(meta_model)
+        return cls(
+            block=max((sum(parts.values()) for parts in sizes), default=0),
+            module=largest[1],
+            module_path=largest[0],
+            read=_read_bytes(meta_model),
+            beside=_beside(meta_model) + _statistics(meta_model),
+            work=max((_work(meta_model, parts, longest) for parts in blocks), default=0) + 4 * longest * hidden,
+            states=sum(len(tokens) for tokens in sequences) * hidden,
+        )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The parts of a budget that a calibration lives in."""
+
+    weights: int = UNLIMITED  # of a block, at a time
+    device_states: int = UNLIMITED  # on a device with memory of its own
+    ram_states: int = UNLIMITED
+    ram_work: int = 0  # what one sequence in a block may take in RAM
+
+    def spilled(self, states: int) -> int:
+        """How much of so many bytes of hidden states goes to a file."""
+        return max(0, states - self.device_states - self.ram_states)
+
+    def suspend(self, states: int) -> bool:
+        """Whether so many bytes may stay where forwards that are suspended keep them."""
+        return states <= (self.device_states or self.ram_states)
+
+
+BOUNDLESS = Shares()
+
+
+def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
+    """Raises MemoryBudgetError with the numbers if not even one module at a time fits."""
+    work = needs.fixed
+    if budget.vram is None:
+        left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram_used())
+        weights = min(needs.block, left)
+        return Shares(weights, 0, left - weights, needs.work)
+    on_device = _after(budget.vram_left(device), work, needs, "VRAM", budget.vram - budget.vram_left(device))
+    # Weights pass through RAM one by one.
+    on_host = _after(budget.ram_left(), needs.read + SLACK_BYTES, needs, "RAM", budget.ram_used())
+    weights = min(needs.block, on_device)
+    return Shares(weights, on_device - weights, on_host - needs.module)
+
+
+def _after(left: int, fixed: int, needs: Needs, kind: Literal["RAM", "VRAM"], used: int) -> int:
+    """What is left when the fixed part is taken: at least one module."""
+    least = fixed + needs.module
+    if left < least:
+        used += used // 50  # it differs a little from process to process
+        enough = math.ceil((used + least) / 1e6)
+        raise MemoryBudgetError(
+            f"calibrating needs some {shown(least)} of {kind} (its largest module `{printable(needs.module_path)}` "
+            f"takes {shown(needs.module)}), but of the budget {shown(left)} are left",
+            hint=f"`--{kind.lower()} {enough}MB` would do; shorter sequences (`--block-size`) take less",
+        )
+    return left - fixed
+
+
+def paged(sizes: Mapping[str, int], room: int, stay: Set[str] = frozenset()) -> set[str]:
+    """Which modules of a block come and go with each sequence, so that what is there at a time fits the room.
+
+    Those that `stay` never do. Of the others the largest are kept first: what is paged is read for every sequence.
+    """
+    if sum(sizes.values()) <= room:
+        return set()
+    stay = stay | {name for name, size in sizes.items() if size < SMALLEST_PAGED}
+    held = sum(size for name, size in sizes.items() if name in stay)
+    order = sorted(sizes.keys() - stay, key=lambda name: (-sizes[name], name))
+    away: list[str] = []
+    for place, name in enumerate(order):
+        others = away or order[place + 1 :]  # the largest of those that will be paged comes first
+        coming = sizes[others[0]] if others else 0
+        if held + sizes[name] + coming <= room:
+            held += sizes[name]
+        else:
+            away.append(name)
+    return set(away)
+
+
+# --- sizes of a model -------------------------------------------------------------------------------------------------
+
+
+def owners(path: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the modules of a block that have parameters of their own."""
+    return [(name, part) for name, part in block.named_modules(prefix=path) if next(_own(part), None) is not None]
+
+
+def size_of(module: nn.Module) -> int:
+    """Of its own parameters."""
+    return sum(value.numel() * value.element_size() for value in _own(module))
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (value for value in module._parameters.values() if value is not None)
+
+
+def _hidden_bytes(meta_model: MetaModel) -> int:
+    """Of one token's hidden state; Gemma 3n has several side by side."""
+    config: Any = meta_model.model.config.get_text_config()
+    copies = getattr(config, "altup_num_inputs", 1) or 1
+    return int(config.hidden_size) * int(copies) * meta_model.dtype.itemsize
+
+
+def _read_bytes(meta_model: MetaModel) -> int:
+    """Mapped files take no memory of ours; what is read into it is there beside the weight that is made of it."""
+    checkpoint = meta_model.weights.checkpoint
+    if checkpoint.read == "mmap":
+        return 0
+    outside = meta_model.vocabulary | meta_model.embeddings  # read by row, or not at all
+    return max((info.nbytes for info in checkpoint if info.name not in outside), default=0)
+
+
+def _statistics(meta_model: MetaModel) -> int:
+    """Sums in float64 and the means made of them, of every input channel (of every expert)."""
+    channels = 0
+    for _, block in meta_model.blocks:
+        for value in block.parameters():
+            experts = value.shape[0] if value.dim() == 3 else 1
+            channels += experts * max(value.shape[-2:], default=0) if value.dim() else 0
+    return channels * 12
+
+
+def _beside(meta_model: MetaModel) -> int:
+    """What lies beside blocks and head and is loaded once: embeddings are not, they are read by row."""
+    decoder = meta_model.blocks[0][0].rsplit(".", 2)[0] if meta_model.blocks else ""
+    inside = {id(part) for _, block in meta_model.blocks for part in block.modules()}
+    return sum(
+        size_of(part)
+        for path, part in meta_model.model.named_modules()
+        if path.startswith(decoder)
+        and id(part) not in inside
+        and path != meta_model.head
+        and not isinstance(part, nn.Embedding)
+    )
+
+
+def _work(meta_model: MetaModel, parts: Sequence[tuple[str, nn.Module]], tokens: int) -> int:
+    """Everything that a block's modules take in and give out for one sequence, as if nothing were freed."""
+    size = meta_model.dtype.itemsize
+    channels = sum(_channels(value) for _, part in parts for value in _own(part))
+    config: Any = meta_model.model.config.get_text_config()
+    scores = tokens * tokens * size  # a mask
+    if config._attn_implementation == "eager":
+        scores += int(config.num_attention_heads) * tokens * tokens * (size + 4)
+    statistics = 2 * min(CHUNK_NUMEL, tokens * channels) * 8
+    return tokens * channels * size + scores + statistics
+
+
+def _channels(weight: Tensor) -> int:
+    """Numbers a token that its module holds: in and out; a norm works in float32, some four times."""
+    if weight.dim() < 2:
+        return 4 * weight.numel() * 4 // weight.element_size()
+    return weight.shape[-1] + weight.shape[-2]

@@ -1,0 +1,107 @@
+"""What a shell offers after Tab, and the script that has it ask.
+
+A shell asks while somebody waits: nothing slow is imported here. Names whose home is elsewhere are repeated; a test
+compares them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from lowmem_aim.cli.usage import PROGRAM
+
+VARIABLE = "_LOWMEM_AIM_COMPLETE"  # click's name for it
+SHELLS = ("bash", "zsh", "fish")
+METHOD_GROUP = "lowmem_aim.methods"
+METHODS = {  # with their parameters
+    "arcee_fusion": (),
+    "breadcrumbs": ("weight", "density", "gamma", "normalize", "rescale", "lambda", "int8_mask"),
+    "breadcrumbs_ties": ("weight", "density", "gamma", "normalize", "rescale", "lambda", "int8_mask"),
+    "dare_linear": ("weight", "density", "normalize", "rescale", "lambda", "int8_mask"),
+    "dare_ties": ("weight", "density", "normalize", "rescale", "lambda", "int8_mask"),
+    "della": ("weight", "density", "epsilon", "normalize", "rescale", "lambda", "int8_mask"),
+    "della_linear": ("weight", "density", "epsilon", "normalize", "rescale", "lambda", "int8_mask"),
+    "karcher": ("max_iter", "tol"),
+    "linear": ("weight", "normalize"),
+    "model_stock": ("filter_wise",),
+    "multislerp": ("weight", "normalize_weights", "eps"),
+    "nearswap": ("t",),
+    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+    "passthrough": ("scale",),
+    "ram": ("epsilon",),
+    "ramplus_tl": ("epsilon", "r", "alpha"),
+    "sce": ("select_topk", "int8_mask"),
+    "slerp": ("t",),
+    "task_arithmetic": ("weight", "normalize", "lambda"),
+    "ties": ("weight", "density", "normalize", "rescale", "lambda", "int8_mask"),
+    "widen": ("above_average_value_ratio", "score_calibration_value"),
+}
+DTYPES = ("float32", "float16", "bfloat16")
+SCALINGS = ("identity", "sqrt", "square", "rank")
+NORMALISATIONS = ("samples", "layers")
+
+Items = list[CompletionItem[str]]
+Complete = Callable[[click.Context, click.Parameter, str], Items]
+
+
+def _beginning(incomplete: str, words: Iterable[str]) -> Items:
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def words(*known: str) -> Complete:
+    """A flag whose value is one of these."""
+    return lambda context, parameter, incomplete: _beginning(incomplete, known)
+
+
+def methods(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """Those of other packages too: their names are known without importing them."""
+    from importlib.metadata import entry_points  # slow beside `--help`
+
+    return _beginning(incomplete, sorted({*METHODS, *(point.name for point in entry_points(group=METHOD_GROUP))}))
+
+
+def parameters(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """`NAME=`, of the method that is asked for, or of any."""
+    known = METHODS.get(context.params.get("method") or "") or {name for own in METHODS.values() for name in own}
+    return _beginning(incomplete, (f"{name}=" for name in sorted(known)))
+
+
+def folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """Recipes and folders; once a recipe is given, folders."""
+    given = context.params.get(parameter.name or "") or ()
+    return folders(context, parameter, incomplete) + ([] if given else _files(incomplete, ".yml", ".yaml"))
+
+
+def texts(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """What a calibration can be of."""
+    files = _files(incomplete, ".jsonl", ".txt", ".safetensors")
+    return [*folders(context, parameter, incomplete), *_beginning(incomplete, ["builtin"]), *files]
+
+
+def _files(incomplete: str, *endings: str) -> Items:
+    folder = os.path.dirname(incomplete)
+    try:
+        found = sorted(e.name for e in os.scandir(folder or ".") if e.name.endswith(endings) and e.is_file())
+    except OSError:
+        return []
+    return _beginning(incomplete, (os.path.join(folder, name) for name in found))
+
+
+def script(cli: click.Command, shell: str) -> str:
+    """What a shell reads to ask this program."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    source = kind(cli, {}, PROGRAM, VARIABLE).source()
+    if shell != "bash":
+        return source
+    # Folders beside recipes, not only in their place; and no space after the `=` of a parameter.
+    end = "    [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace\n\n    return 0\n"
+    return source.replace("compopt -o dirnames", "compopt -o filenames -o plusdirs").replace("    return 0\n", end)

@@ -1,0 +1,86 @@
+"""Carried here from cli.py."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+
+import click
+
+from lowmem_aim.cli import usage
+from lowmem_aim.cli.commands import cli
+from lowmem_aim.cli.usage import _command_line
+from lowmem_aim.errors import DiskError, LowmemAimError, printable
+from lowmem_aim.system import bugs, interrupts
+
+MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
+LONGEST_PROBLEM = 2000  # characters
+
+
+def report(error: LowmemAimError) -> None:
+    """The error on stderr, plain text: what happened, then what to do."""
+    first, *others = [printable(problem, LONGEST_PROBLEM) for problem in error.problems] or ["unknown"]
+    lines = [f"error: {first}", *(f"       {problem}" for problem in others[:MOST_PROBLEMS])]
+    if len(others) > MOST_PROBLEMS:
+        lines.append(f"       ... and {len(others) - MOST_PROBLEMS} more")
+    print("\n".join(lines) + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    # Spinning worker threads cost up to four times the CPU time on a shared machine. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _open_closed_streams()
+    sys.exit(_exit_code(usage.wanted(sys.argv)))
+
+
+def _open_closed_streams() -> None:
+    """Streams that the caller has closed (`2>&-`) lead nowhere: else the next file that is opened would be one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def _exit_code(debug: bool) -> int:
+    try:
+        cli(prog_name=usage.PROGRAM, standalone_mode=False)
+        return 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.exceptions.Abort:
+        return 130
+    except interrupts.Interrupted:
+        return _interrupted()
+    except Exception as error:
+        if interrupts.received():  # what a library made of it
+            return _interrupted()
+        told = _told(error, debug)
+        report(told)
+        if debug:
+            bugs.print_traceback(error)
+        return told.exit_code
+
+
+def _told(error: Exception, debug: bool) -> LowmemAimError:
+    """Whatever has ended a command, for the user's eyes."""
+    if isinstance(error, LowmemAimError):
+        return error
+    if isinstance(error, click.ClickException):
+        return usage.explained(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return DiskError(f"what was to be written was not: {error.strerror}", "is it the device that stdout goes to?")
+    return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, _command_line(), debug))
+
+
+def _interrupted() -> int:
+    with contextlib.suppress(OSError):  # the terminal may be gone: that is a SIGHUP
+        sys.stderr.write(interrupts.MESSAGE.decode())
+    return 128 + interrupts.received()

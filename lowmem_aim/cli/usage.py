@@ -1,0 +1,90 @@
+"""How commands take their words: flags that all of them have, and errors of usage in this tool's wording.
+
+click finds what is wrong; `explained` says it as every other error is said.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from lowmem_aim.cli import usage
+from lowmem_aim.errors import UsageError, did_you_mean, printable
+
+PROGRAM = "lowmem-aim"
+# Read from the command line itself (see `wanted`): a line that cannot be parsed is an error to debug as well.
+DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="after an error, its traceback too")
+
+
+def wanted(arguments: Sequence[str]) -> bool:
+    """Whether `--debug` is among the words of a command line."""
+    return "--debug" in arguments
+
+
+class Command(click.Command):
+    """One that has the flags of every command too."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_flag = super().get_params(ctx)
+        return [*own, DEBUG, help_flag]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # click's parser does not always say in which command
+            raise
+
+
+class Commands(Command, click.Group):
+    """The program: its commands are of the kind above."""
+
+    command_class = Command
+
+
+class Choice(click.Choice[str]):
+    """One of a few words; for another, what may have been meant."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        word, words = str(value), [str(choice) for choice in self.choices]
+        return f"`{printable(word)}` is not one of {', '.join(words)}{did_you_mean(word, words)}"
+
+
+def explained(error: click.ClickException) -> UsageError:
+    """What click found wrong with a command line, as an error of ours."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    command = context.command_path if context else PROGRAM
+    return UsageError(_what(error, command), hint=f"see `{command} --help`")
+
+
+def _what(error: click.ClickException, command: str) -> str:
+    if isinstance(error, click.NoSuchCommand):
+        return f"there is no command `{printable(error.command_name)}`{_near(error.possibilities)}"
+    if isinstance(error, click.NoSuchOption):
+        return f"`{command}` has no flag `{printable(error.option_name)}`{_near(error.possibilities)}"
+    if isinstance(error, click.BadParameter) and error.param:
+        kind = "flag" if isinstance(error.param, click.Option) else "argument"
+        name = _quoted(error.param.get_error_hint(error.ctx))
+        missing = isinstance(error, click.MissingParameter)
+        return f"the {kind} {name} is missing" if missing else f"{name}: {_quoted(error.message)}"
+    message = _quoted(error.format_message())
+    return message[:1].lower() + message[1:]
+
+
+def _near(words: Sequence[str] | None) -> str:
+    """As `did_you_mean` has it; click has looked already, the nearest comes first."""
+    return f"; did you mean `{words[0]}`?" if words else ""
+
+
+def _quoted(message: str) -> str:
+    """click's quotation marks and full stop -> backticks and none."""
+    return re.sub(r"'([^'`]*)'", r"`\1`", message).removesuffix(".")
+
+
+def _command_line() -> str:
+    return shlex.join([usage.PROGRAM, *sys.argv[1:]])

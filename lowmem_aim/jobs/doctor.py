@@ -1,0 +1,416 @@
+"""What `lowmem-aim doctor` tells: all of a machine, a disk and a terminal that a merge depends on, and what to mend.
+
+A fact that cannot be had says `unknown`, and the others are told all the same. What a machine does not have is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from huggingface_hub import constants
+from rich.console import Console
+
+import lowmem_aim
+from lowmem_aim import units
+from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.jobs.speed import disk_speed
+from lowmem_aim.methods import kernels
+from lowmem_aim.system import files as durable
+from lowmem_aim.system import memory
+
+SCHEMA = 1  # of the JSON
+UNKNOWN = "unknown"
+# Asked for by name: importing transformers takes seconds.
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numba", "rich")
+LITTLE_RAM = 2_000_000_000  # the libraries take 0.3 GB, and a merge is quick with 1
+COUNTING_SECONDS = 0.5  # for one cache's size
+_NETWORK = re.compile(r"nfs\d*|cifs|smb\w*|9p|afs|ceph|lustre|beegfs\w*|gpfs|glusterfs|fuse\..*|davfs\w*")
+_PROBE_BYTES = 1 << 20
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Advice:
+    level: Literal["hint", "warning"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Sections of facts by name: numbers of bytes and bytes per second, texts as the system has them."""
+
+    software: Facts
+    processor: Facts
+    memory: Facts
+    gpus: list[Facts] | Literal["unknown"]
+    folder: Facts
+    caches: Facts
+    terminal: Facts
+
+    @property
+    def advice(self) -> list[Advice]:
+        """What is worth mending, or knowing."""
+        return [*_about_software(self), *_about_the_machine(self), *_about_the_folder(self.folder)]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"doctor": SCHEMA, **asdict(self), "advice": [asdict(advice) for advice in self.advice]}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = [f"{heading:12}{text}" for heading, text in _paragraphs(self)]
+        advice = [f"{advice.level}: {advice.text}" for advice in self.advice]
+        return [*found, *([""] if advice else []), *advice]
+
+
+def examine(folder: Path) -> Doctor:
+    """All of it, in some seconds; `folder`'s disk is measured. Raises UsageError if there is no such folder."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"there is no folder `{printable(str(folder))}`", hint="name one that an output would lie in")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the facts say themselves: an old driver, no swap
+        return Doctor(
+            software=_software(),
+            processor=_processor(),
+            memory=_memory(),
+            gpus=_asked(_gpus),
+            folder=_folder(folder.absolute()),
+            caches=_caches(),
+            terminal=_terminal(),
+        )
+
+
+def _asked(ask: Callable[[], Any]) -> Any:
+    """The answer; no fact is worth the others."""
+    try:
+        return ask()
+    except Exception:
+        return UNKNOWN
+
+
+def _known(**asks: Callable[[], Any]) -> Facts:
+    return {name: _asked(ask) for name, ask in asks.items()}
+
+
+# --- software ---------------------------------------------------------------------------------------------------------
+
+
+def _software() -> Facts:
+    versions = {name: partial(_version, name) for name in PACKAGES}
+    return {"lowmem-aim": lowmem_aim.__version__} | _known(
+        python=platform.python_version, platform=platform.platform, **versions, nvidia_driver=_driver
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    if _DRIVER.is_file():
+        text = _DRIVER.read_text()
+    elif tool := shutil.which("nvidia-smi"):
+        ask = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        text = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=2).stdout
+    else:
+        return None
+    version = re.search(r"\d{3,}(\.\d+)+", text)
+    return version[0] if version else UNKNOWN
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _processor() -> Facts:
+    return _known(
+        model=_model,
+        cores=_cores,
+        container_cores=_container_cores,
+        threads=torch.get_num_threads,
+        instructions=torch.backends.cpu.get_cpu_capability,
+        compiled_loops=kernels.available,
+    )
+
+
+def _model() -> str:
+    with contextlib.suppress(OSError):
+        if named := re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return named[1]
+    return platform.processor() or platform.machine() or UNKNOWN
+
+
+def _cores() -> int | None:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _container_cores() -> float | None:
+    """How many cores' time the process's cgroups allow; None without a limit."""
+    limits = []
+    for folder in memory.cgroup_folders("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            quota, period = (folder / "cpu.max").read_text().split()  # version 2
+            limits.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError):
+            limit = int((folder / "cpu.cfs_quota_us").read_text())  # version 1; -1: none
+            limits += [limit / int((folder / "cpu.cfs_period_us").read_text())] * (limit > 0)
+    return min(limits, default=None)
+
+
+def _memory() -> Facts:
+    return _known(
+        total=lambda: psutil.virtual_memory().total,
+        free=memory.free_bytes,
+        container_limit=memory.container_limit,
+        swap_total=lambda: psutil.swap_memory().total,
+        swap_free=lambda: psutil.swap_memory().free,
+    )
+
+
+def _gpus() -> list[Facts]:
+    found = [_cuda(number) for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():  # it works in RAM
+        total = torch.mps.recommended_max_memory
+        found.append({"device": "mps", "name": "Apple GPU", **_known(total=total), "free": None, "capability": None})
+    return found
+
+
+def _cuda(number: int) -> Facts:
+    return {"device": f"cuda:{number}"} | _known(
+        name=lambda: torch.cuda.get_device_name(number),
+        total=lambda: torch.cuda.get_device_properties(number).total_memory,
+        free=lambda: torch.cuda.mem_get_info(number)[0],
+        capability=lambda: ".".join(map(str, torch.cuda.get_device_capability(number))),
+    )
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _folder(folder: Path) -> Facts:
+    found = {"path": str(folder)} | _known(
+        mount=lambda: _mount(folder).mountpoint,
+        filesystem=lambda: _mount(folder).fstype,
+        network=lambda: _NETWORK.fullmatch(_mount(folder).fstype.lower()) is not None,
+        free=lambda: shutil.disk_usage(folder).free,
+        preallocates=lambda: _preallocates(folder),
+        sparse=lambda: _sparse(folder),
+    )
+    return found | _speeds(folder)
+
+
+def _mount(folder: Path) -> Any:
+    """What is mounted deepest above the folder; of several in one place, the last."""
+    place = folder.resolve()
+    above = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    return max(reversed(above), key=lambda mount: len(Path(mount.mountpoint).parts))
+
+
+def _preallocates(folder: Path) -> bool:
+    """Whether a full disk shows before anything is written."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if not hasattr(os, "posix_fallocate"):
+            return False
+        try:
+            os.posix_fallocate(file.fileno(), 0, _PROBE_BYTES)
+        except OSError:
+            return False
+        return True
+
+
+def _sparse(folder: Path) -> bool:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(_PROBE_BYTES)
+        return os.fstat(file.fileno()).st_blocks * 512 < _PROBE_BYTES
+
+
+def _speeds(folder: Path) -> Facts:
+    try:
+        speed = disk_speed(folder)
+    except Exception as error:
+        return {"read": UNKNOWN, "write": UNKNOWN, "problem": str(error)}
+    return {"read": UNKNOWN if speed.read is None else speed.read, "write": speed.write, "problem": None}
+
+
+# --- caches and the terminal ------------------------------------------------------------------------------------------
+
+
+def _caches() -> Facts:
+    return _known(
+        activations=lambda: _cache(durable.cache_folder()),
+        hub=lambda: _cache(Path(constants.HF_HUB_CACHE)),
+        hf_home=lambda: constants.HF_HOME,
+        offline=lambda: bool(constants.HF_HUB_OFFLINE),
+        token=lambda: bool(os.environ.get("HF_TOKEN")),  # its value is nobody's business
+    )
+
+
+def _cache(folder: Path) -> Facts:
+    return {"path": str(folder), "bytes": _bytes_in(folder)}
+
+
+def _bytes_in(folder: Path) -> int | None:
+    """None if counting takes too long."""
+    total, end = 0, time.monotonic() + COUNTING_SECONDS
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+            if time.monotonic() > end:
+                return None
+    return total
+
+
+def _terminal() -> Facts:
+    """Of stderr, as what draws there sees it."""
+    console = partial(Console, stderr=True)
+    return _known(
+        terminal=lambda: console().is_terminal,
+        columns=lambda: console().width if console().is_terminal else None,
+        colours=lambda: None if console().no_color else console().color_system,
+        blocks=lambda: not console().options.ascii_only,
+        term=lambda: os.environ.get("TERM"),
+        no_color=lambda: bool(os.environ.get("NO_COLOR")),
+    )
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def _about_software(found: Doctor) -> Iterator[Advice]:
+    if found.software["numba"] is None:
+        yield Advice("hint", "without numba, CPU merges are several times slower: pip install 'lowmem-aim[cpu]'")
+    elif found.processor["compiled_loops"] is False:
+        why = "LOWMEM_AIM_KERNELS is 0" if os.environ.get("LOWMEM_AIM_KERNELS") == "0" else "they cannot be loaded"
+        yield Advice("warning", f"numba is installed, but its loops are not used, {why}: CPU merges are slower")
+    if found.software["nvidia_driver"] not in (None, UNKNOWN) and found.gpus == []:
+        torch_version = printable(str(found.software["torch"]))
+        yield Advice("warning", f"there is an NVIDIA driver, but no GPU that torch {torch_version} can use")
+
+
+def _about_the_machine(found: Doctor) -> Iterator[Advice]:
+    free, allowed, threads = found.memory["free"], found.processor["container_cores"], found.processor["threads"]
+    if isinstance(free, int) and free < LITTLE_RAM:
+        yield Advice("warning", f"only {units.shown(free)} of RAM are free: close other programs")
+    if isinstance(allowed, float) and isinstance(threads, int) and allowed < threads:
+        yield Advice("hint", f"this container has {allowed:g} cores' time: `--threads {max(1, round(allowed))}`")
+
+
+def _about_the_folder(folder: Facts) -> Iterator[Advice]:
+    if folder["problem"] is not None:
+        yield Advice("warning", printable(folder["problem"], 500))
+    if folder["network"] is True:
+        yield Advice(
+            "warning",
+            f"`{printable(folder['filesystem'])}` may be a network filesystem: an output is safer on a local disk, "
+            "and inputs that others may change are read with `--read pread`",
+        )
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def _paragraphs(found: Doctor) -> Iterator[tuple[str, str]]:
+    """(heading or nothing, one line)."""
+    software = found.software
+    yield "software", f"lowmem-aim {software['lowmem-aim']}, Python {_text(software['python'])}"
+    yield "", _text(software["platform"])
+    yield "", ", ".join(f"{name} {_text(software[name], 'not installed')}" for name in PACKAGES)
+    yield "processor", _processor_line(found.processor)
+    yield "memory", _memory_line(found.memory)
+    yield from _gpu_lines(found.gpus, software["nvidia_driver"])
+    yield from _folder_lines(found.folder)
+    yield from _cache_lines(found.caches)
+    yield "terminal", _terminal_line(found.terminal)
+
+
+def _text(value: Any, nothing: str = "none") -> str:
+    return nothing if value is None else printable(str(value))
+
+
+def _size(value: Any, nothing: str = "none") -> str:
+    return units.shown(int(value)) if isinstance(value, int | float) else _text(value, nothing)
+
+
+def _processor_line(facts: Facts) -> str:
+    limit = facts["container_cores"]
+    limited = f", the container has the time of {limit:g}" if isinstance(limit, float) else ""
+    loops = {True: "compiled loops", False: "no compiled loops"}.get(facts["compiled_loops"], "compiled loops unknown")
+    return f"{_text(facts['model'])}: {_text(facts['cores'])} cores{limited}, {_text(facts['instructions'])}, {loops}"
+
+
+def _memory_line(facts: Facts) -> str:
+    limit = facts["container_limit"]
+    limited = "" if limit is None else f", the container's limit is {_size(limit)}"
+    swap = f"swap {_size(facts['swap_free'])} of {_size(facts['swap_total'])}" if facts["swap_total"] else "no swap"
+    return f"{_size(facts['free'])} of {_size(facts['total'])} are free{limited}, {swap}"
+
+
+def _gpu_lines(gpus: list[Facts] | str, driver: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(gpus, str) or not gpus:
+        yield "GPU", f"{'none that torch can use' if gpus == [] else UNKNOWN}; NVIDIA driver: {_text(driver)}"
+        return
+    for number, gpu in enumerate(gpus):
+        yield "" if number else "GPU", _gpu_line(gpu, driver)
+
+
+def _gpu_line(gpu: Facts, driver: Any) -> str:
+    if gpu["device"] == "mps":
+        return f"mps: {_text(gpu['name'])}, in RAM, at most {_size(gpu['total'])}"
+    return (
+        f"{gpu['device']}: {_text(gpu['name'])}, {_size(gpu['free'])} of {_size(gpu['total'])} are free, "
+        f"compute capability {_text(gpu['capability'])}, driver {_text(driver)}"
+    )
+
+
+def _folder_lines(facts: Facts) -> Iterator[tuple[str, str]]:
+    yield "folder", f"{_text(facts['path'])}: {_text(facts['filesystem'])} on {_text(facts['mount'])}"
+    yield "", f"{_size(facts['free'])} are free, {_speed(facts['read'])} read, {_speed(facts['write'])} written"
+    yield "", f"reserves space: {_yes(facts['preallocates'])}; sparse files: {_yes(facts['sparse'])}"
+
+
+def _speed(value: Any) -> str:
+    return f"{_size(value)}/s" if isinstance(value, float) else _text(value)
+
+
+def _yes(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, UNKNOWN)
+
+
+def _cache_lines(facts: Facts) -> Iterator[tuple[str, str]]:
+    for number, name in enumerate(("activations", "hub")):
+        cache = facts[name]
+        if isinstance(cache, dict):
+            cache = f"{_text(cache['path'])} ({_size(cache['bytes'], 'too many files to count')})"
+        yield "" if number else "caches", f"{name}: {cache}"
+    token = {True: "set", False: "not set"}.get(facts["token"], UNKNOWN)
+    yield "", f"Hub offline: {_yes(facts['offline'])}; HF_TOKEN: {token}"
+
+
+def _terminal_line(facts: Facts) -> str:
+    if facts["terminal"] is not True:
+        return "stderr is not a terminal: progress is told in plain lines" if facts["terminal"] is False else UNKNOWN
+    blocks = {True: "block characters", False: "ASCII only"}.get(facts["blocks"], UNKNOWN)
+    return (
+        f"{_text(facts['columns'])} columns, colours: {_text(facts['colours'])}, {blocks}, TERM={_text(facts['term'])}"
+    )

@@ -1,0 +1,120 @@
+"""Calibration input: texts from a file, the package or the Hub -> token sequences, as METHODS of AIM take them.
+
+Texts are stripped, encoded with the tokenizer's own special tokens, joined, and cut into blocks; or, with
+`pack: false`, each runs by itself, its tokens beyond block_size dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.errors import ModelError, NetworkError, UsageError, printable
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.recipe.recipe import Aim
+from lowmem_aim.recipe.words import BUILTIN, PILE
+
+FEWEST_TOKENS = 16
+
+Encode = Callable[[str], list[int]]
+
+
+def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # each (tokens,) int64
+    """The sequences to run. Raises ModelError for an empty or malformed file, NetworkError, UsageError."""
+    encoded = [tokens for text in _texts(aim, encode) if (tokens := encode(text))]
+    if aim.pack:
+        joined = [token for tokens in encoded for token in tokens]
+        blocks = [joined[i : i + aim.block_size] for i in range(0, len(joined), aim.block_size)]
+        if len(blocks) > 1 and len(blocks[-1]) < aim.block_size:
+            blocks.pop()
+    else:
+        blocks = [tokens[: aim.block_size] for tokens in encoded]
+    count = sum(map(len, blocks))
+    source = printable(aim.calibration or PILE)
+    if count < FEWEST_TOKENS:
+        raise ModelError(f"the calibration text `{source}` has {count} token(s); at least {FEWEST_TOKENS} are needed")
+    if aim.pack and count < aim.block_size:
+        emit(Notice(f"the calibration text `{source}` fills less than one block: {count} tokens in all", "warning"))
+    return [torch.tensor(block, dtype=torch.int64) for block in blocks]
+
+
+def _texts(aim: Aim, encode: Encode) -> list[str]:
+    """At most `samples` texts, stripped, none empty."""
+    calibration = aim.calibration or PILE
+    path = Path(calibration).expanduser()
+    if calibration == BUILTIN:
+        lines = resources.files("lowmem_aim").joinpath("data", "calibration.jsonl").read_text(encoding="utf-8")
+        found = _from_jsonl(lines, BUILTIN)
+    elif path.suffix in (".jsonl", ".txt") or path.is_file():
+        found = _from_file(path)
+    else:
+        found = _from_hub(calibration, aim, encode)
+    texts = (text.strip() for text in found)
+    return [text for _, text in zip(range(aim.samples), filter(None, texts), strict=False)]
+
+
+def _from_file(path: Path) -> Iterator[str]:
+    shown = printable(str(path))
+    if path.suffix not in (".jsonl", ".txt"):
+        raise UsageError(f"`{shown}`: a calibration file ends in .jsonl, .txt or .safetensors")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"the calibration file `{shown}` cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"the calibration file `{shown}` is not UTF-8 text") from error
+    return _from_jsonl(content, shown) if path.suffix == ".jsonl" else _paragraphs(content)
+
+
+def _paragraphs(content: str) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in [*content.splitlines(), ""]:
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+
+
+def _from_jsonl(content: str, shown: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise ModelError(f"{shown}:{number}: not a JSON object with a text under `text`")
+        yield text
+
+
+def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
+    """A text dataset of the Hub in the authors' order: shuffled by `seed`, texts beyond block_size tokens skipped."""
+    shown = printable(dataset)
+    hint = "pass a text file of yours or the small text that comes along: `--calibration file.jsonl|file.txt|builtin`"
+    try:
+        from datasets import get_dataset_split_names, load_dataset
+    except ImportError:
+        raise UsageError(
+            f"the calibration dataset `{shown}` is on the Hub, which needs `pip install 'lowmem-aim[data]'`", hint
+        ) from None
+    try:
+        splits = get_dataset_split_names(dataset)
+        split = next(name for name in ("validation", "test", "train", *splits) if name in splits)
+        rows = load_dataset(dataset, split=split).shuffle(seed=aim.seed)
+    except Exception as error:  # the library raises whatever its readers and its network layer do
+        raise NetworkError(
+            f"the calibration dataset `{shown}` is not to be had: {printable(str(error))}", hint
+        ) from error
+    if "text" not in rows.column_names:
+        raise ModelError(f"the calibration dataset `{shown}` has no column `text`", hint)
+    for row in rows:
+        text = row["text"].strip()
+        if len(encode(text)) <= aim.block_size:
+            yield text

@@ -1,0 +1,247 @@
+"""Two versions of a model side by side, block by block: how much their outputs have in common, text by text.
+
+Each model goes as in `calibrate`, by the recorder with its canary: what each block is called with is recorded, then
+block by block one model's weights come in, every text goes through them, and they make way for the other model's. What
+the first makes of a text waits on the store for the second's. Each weight is read once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_aim.blocks.forwards import Broken, SuspendedForward, TailForward
+from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_calls
+from lowmem_aim.blocks.runner import BlockRunner, Call, hidden_of
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
+from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
+from lowmem_aim.relaxing.acm import EMBEDDING, HEAD, NORM
+from lowmem_aim.system.tensor_store import Stored
+
+# What a block calls the module whose output is its MLP's, by its path in the block; the first that is there counts.
+MLPS = ("mlp.down_proj", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
+HEAD_ELEMENTS = 1 << 20  # of each head, in memory at a time
+Information = dict[str, list[float]]  # group -> nats for each text
+
+
+def information_between(
+    base: BlockRunner, merged: BlockRunner, texts: Sequence[Tensor], emit: Emit, between: Callable[[], None]
+) -> Information:
+    """The mutual information of both models' outputs: of each layer's MLP, embedding, final norm and output head.
+
+    `between` is called when a block's weights are of no more use. Raises ModelError where the blocks cannot be run one
+    by one, MemoryBudgetError, DiskError.
+    """
+    emit(PhaseStarted("compare", len(base.blocks), "blocks"))
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        try:
+            sides = [_Side(runner, [*texts, texts[0][:CANARY_TOKENS]]) for runner in (base, merged)]
+            for side in sides:
+                stack.enter_context(side)
+            found = _Pairs(sides, len(texts))
+            information = {EMBEDDING: found.of(_Side.embedded)}
+            for index, (path, _) in enumerate(base.blocks):
+                information[str(index)] = found.of(partial(_Side.over_block, index=index))
+                between()
+                emit(Advanced(index + 1, path))
+            information[NORM] = found.of(_Side.finished)
+            if _has_own_head(base) and _has_own_head(merged):
+                information[HEAD] = _of_heads(sides, len(texts))
+        except Broken as reason:
+            raise ModelError(f"ACM: the blocks of this model cannot be run one by one: {reason}") from reason
+    emit(PhaseEnded("compare"))
+    return information
+
+
+Take = Callable[[int, Tensor], None]  # number of the text, output
+
+
+@dataclass
+class _Pairs:
+    """The base's outputs, kept for the merged model's."""
+
+    sides: Sequence[_Side]
+    texts: int
+    slots: list[Stored] = field(default_factory=list)
+
+    def of(self, run: Callable[[_Side, Take], None]) -> list[float]:
+        """Mutual information of what a step gives on both sides, for each text."""
+        base, merged = self.sides
+        self.slots = self.slots or [Stored() for _ in range(self.texts)]
+        found = [0.0] * self.texts
+
+        def keep(number: int, output: Tensor) -> None:
+            if number < self.texts:  # the canary comes after them
+                base.runner.store.put(output.contiguous(), self.slots[number])
+
+        def compare(number: int, output: Tensor) -> None:
+            if number < self.texts:
+                counts = PairCounts()
+                _count(counts, base.runner.store.get(self.slots[number]), output)
+                found[number] = counts.mutual_information()
+
+        run(base, keep)
+        run(merged, compare)
+        return found
+
+
+def _count(counts: PairCounts, x: Tensor, y: Tensor) -> None:
+    try:
+        counts.add(x, y)
+    except ValueError as error:
+        raise ModelError(f"ACM: {error} among the outputs that are compared", hint="are both models sound?") from error
+
+
+class _Side:
+    """One of the models, with where every text stands in it. A context manager."""
+
+    def __init__(self, runner: BlockRunner, texts: Sequence[Tensor]) -> None:
+        self.runner, self._texts = runner, texts
+        self._tapes: list[list[Call]] = []
+        self.states: list[Stored] = []
+        self._canary = SuspendedForward(runner, texts[-1])
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Side:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.runner.set_up())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def embedded(self, take: Take) -> None:
+        """Record every text; its embedding is the output."""
+        shared: dict[tuple[Any, ...], Stored] = {}
+        runner = self.runner
+        with _watching(runner.model.get_input_embeddings()) as seen:
+            for number, tokens in enumerate(self._texts):
+                calls, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, counted=False))
+                self._tapes.append(calls)
+                self.states.append(state)
+                take(number, seen[-1])
+        self._stack.enter_context(self._canary)
+
+    def over_block(self, take: Take, index: int) -> None:
+        """Every text through one block; the output of its MLP is the output."""
+        runner, store, canary = self.runner, self.runner.store, self._canary
+        path, block = runner.blocks[index]
+        true = canary.call.hidden if canary.index == index else None
+        must_be_same(true, store.get(self.states[-1]), path)
+        left = deque(range(len(self._texts)))  # what is done is not done again after a failed allocation
+
+        def drive() -> Any:
+            with _watching(_mlp_of(path, block)) as seen:
+                while left:
+                    number = left[0]
+                    call = self._tapes[number][index].from_store(store).having(store.get(self.states[number]))
+                    output = runner.run_block(index, call)
+                    if not seen:
+                        raise ModelError(f"ACM: `{printable(path)}` does not call its MLP")
+                    take(number, seen.pop())
+                    store.put(hidden_of(output), self.states[number])
+                    left.popleft()
+                return runner.run_block(index, canary.call)
+
+        runner.watch.active = False
+        canary.step(runner.with_block(index, drive))
+
+    def finished(self, take: Take) -> None:
+        """The rest of every forward; what the output head is given is the output, and the state from now on."""
+        head_inputs = []
+        for number, tokens in enumerate(self._texts):
+            tail = self.runner.with_less(partial(self._tail, tokens, number))
+            assert tail.head_input is not None
+            self.runner.store.put(tail.head_input, self.states[number])
+            take(number, tail.head_input)
+            head_inputs.append(tail.head_input if number == len(self._texts) - 1 else None)
+        must_be_same(self._canary.head_input, head_inputs[-1], "the output head")
+
+    def _tail(self, tokens: Tensor, number: int) -> TailForward:
+        tail = TailForward(self.runner, self.runner.store.get(self.states[number]), counted=False)
+        self.runner.forward(tokens, tail)
+        return tail
+
+
+@contextlib.contextmanager
+def _watching(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module gives, the last one last."""
+    seen: list[Tensor] = []
+
+    def hook(part: nn.Module, args: Any, output: Any) -> None:
+        seen[:] = [hidden_of(output)]
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _mlp_of(path: str, block: nn.Module) -> nn.Module:
+    parts: dict[str, nn.Module] = dict(block.named_modules())
+    name = next((name for name in MLPS if name in parts), None)
+    if name is None:
+        raise ModelError(
+            f"ACM: `{printable(path)}` has no MLP of a name that is known",
+            hint=f"known are {', '.join(MLPS)}",
+        )
+    return parts[name]
+
+
+# --- the output head --------------------------------------------------------------------------------------------------
+
+
+def _has_own_head(runner: BlockRunner) -> bool:
+    head = runner.meta_model.head
+    return bool(head) and f"{head}.weight" not in runner.model.all_tied_weights_keys
+
+
+def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
+    """Some rows of both heads at a time: the logits of all texts would be as many as tokens times vocabulary."""
+    store = sides[0].runner.store
+    counts = [PairCounts(store) for _ in range(texts)]
+    longest = max(store.get(state).shape[-2] for state in sides[0].states[:texts])
+    heads = [_Head(side.runner) for side in sides]
+    rows = min(head.rows for head in heads)
+    step = max(1, min(CHUNK // longest, HEAD_ELEMENTS // max(head.columns for head in heads)))
+    for start in range(0, rows, step):
+        parts = [head.part(start, min(start + step, rows)) for head in heads]
+        for number, counted in enumerate(counts):
+            logits = [
+                nn.functional.linear(side.runner.store.get(side.states[number]), *part)
+                for side, part in zip(sides, parts, strict=True)
+            ]
+            _count(counted, *logits)
+    return [counted.mutual_information() for counted in counts]
+
+
+class _Head:
+    """A model's output head, read a few rows at a time."""
+
+    def __init__(self, runner: BlockRunner) -> None:
+        self._runner, head = runner, runner.meta_model.head
+        module = runner.model.get_submodule(head)
+        self._dtype = module.weight.dtype
+        self.rows, self.columns = module.weight.shape
+        self._weight = runner.weights.map.name(f"{head}.weight")
+        self._bias = runner.weights.map.name(f"{head}.bias") if module.bias is not None else None
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        source = self._runner.weights.base
+        weight = source.rows(self._weight, start, stop)
+        bias = None if self._bias is None else self._here(source.rows(self._bias, start, stop).reshape(-1))
+        return self._here(weight), bias
+
+    def _here(self, stored: Tensor) -> Tensor:
+        # A copy: products on file mappings, at any alignment, may round differently.
+        return stored.to(self._runner.device, self._dtype, copy=True)

@@ -1,0 +1,1 @@
+"""The loop: rows read, merged, relaxed, rounded once, written."""

@@ -1,0 +1,136 @@
+"""The weights of a merged model that is not on disk: each made when it is asked for, as the output will have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.merging.slices import Stride, TensorInputs
+from lowmem_aim.merging.targets import rounded
+from lowmem_aim.methods import Rows, rounds
+from lowmem_aim.methods.method import Combine
+from lowmem_aim.models.headers import matrix_shape
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.tasks import Plan, Task
+from lowmem_aim.relaxing.relaxation import Relaxation
+from lowmem_aim.system.tensor_store import Stored, TensorStore
+from lowmem_aim.system.tensors import empty_apart
+
+ELEMENTS = 1 << 17  # of each model, in work at a time
+
+
+class MergedWeights:
+    """As a checkpoint's, for `stage.Stage`. A context manager: what is kept goes with it.
+
+    A weight that is asked for again, because its block does not fit the budget and its modules come and go, is kept in
+    a file without a name in `folder` until the next block: merging it for every text would take its time.
+    """
+
+    def __init__(self, plan: Plan, inputs: Inputs, relaxation: Relaxation, folder: Path) -> None:
+        self._plan, self._inputs, self._relaxation, self._folder = plan, inputs, relaxation, folder
+        self._tasks = {task.name: task for task in plan.tasks}
+        self._stride = Stride(ELEMENTS)
+        self._made: dict[str, Callable[[Rows], Tensor]] = {}  # what makes finished rows
+        self._opened: dict[str, TensorInputs] = {}
+        self._asked: set[str] = set()
+        self._kept: dict[str, Stored] = {}
+        self._store = self._new_store()
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in the output's dtype. Raises ModelError."""
+        if name in self._kept:
+            return self._store.get(self._kept[name])
+        task = self._tasks[name]
+        rows, columns = matrix_shape(task.shape)
+        whole = empty_apart((rows, columns), task.dtype)
+        self._fill(task, whole, 0)
+        if name in self._asked:
+            self._kept[name] = self._store.put(whole.view(task.shape))
+        self._asked.add(name)
+        return whole.view(task.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of `matrix_shape`. Raises ModelError."""
+        task = self._tasks[name]
+        if task.action == "copy":
+            return self._inputs.reference.rows(name, start, stop)
+        if task.whole:
+            return self.tensor(name).view(-1, 1)[start:stop]
+        part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype)
+        self._fill(task, part, start)
+        return part
+
+    def _fill(self, task: Task, part: Tensor, start: int) -> None:
+        """`part`: rows from `start` on; some of them are merged at a time."""
+        if task.action == "copy":
+            part.copy_(self._inputs.reference.rows(task.name, start, start + len(part)))
+            return
+        finished, read = self._finished(task), self._read(task)
+        step = len(part) if task.whole else self._stride.rows(part.shape[1])
+        for first in range(0, len(part), step):
+            stop = min(first + step, len(part))
+            part[first:stop] = finished(read.rows(start + first, start + stop))
+
+    def _read(self, task: Task) -> TensorInputs:
+        if task.name not in self._opened:
+            self._opened[task.name] = TensorInputs(task, self._inputs, True, self._stride, self._plan.nonfinite)
+        return self._opened[task.name]
+
+    def _finished(self, task: Task) -> Callable[[Rows], Tensor]:
+        if task.name not in self._made:
+            combine, relax = self._measured(task), self._relaxation.of(task)
+
+            def finished(rows: Rows) -> Tensor:
+                merged = combine(rows)
+                return rounded(merged if relax is None else relax(merged, rows), task)
+
+            self._made[task.name] = finished
+        return self._made[task.name]
+
+    def _measured(self, task: Task) -> Combine:
+        """The method's rounds over the tensor."""
+        subject = subject_of(task.name, task.shape, self._plan.recipe, self._inputs, self._plan.seed)
+        folds = rounds(self._plan.recipe.method.start(subject, task.parameters))
+        read = self._read(task)
+        cuts = [(0, matrix_shape(task.shape)[0])] if task.whole else list(self._stride.cuts(task.shape))
+        while True:
+            try:
+                fold = next(folds)
+            except StopIteration as finished:
+                combine: Combine = finished.value
+                return combine
+            for start, stop in cuts:
+                fold.add(fold.part(read.rows(start, stop)))
+
+    def forget(self) -> None:
+        """The next weights are others."""
+        self._made.clear()
+        self._opened.clear()
+        self._asked.clear()
+        if self._kept:
+            self._kept.clear()
+            self._store.__exit__(None, None, None)
+            self._store = self._new_store()
+
+    def _new_store(self) -> TensorStore:
+        return TensorStore(torch.device("cpu"), device_bytes=0, ram_bytes=0, folder=self._folder)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the disk fetch what they are made of."""
+        wanted = list(names)
+        for checkpoint in dict.fromkeys(self._inputs.checkpoints):
+            checkpoint.expect([name for name in wanted if name in checkpoint.tensors])
+
+    def check_unchanged(self) -> None:
+        for checkpoint in dict.fromkeys(self._inputs.checkpoints):
+            checkpoint.check_unchanged()
+
+    def __enter__(self) -> MergedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store.__exit__(None, None, None)

@@ -1,0 +1,272 @@
+"""The matching rows of one tensor in all models, slice by slice, as they are stored.
+
+The first pass over a tensor also checks every model's rows for NaN and Inf, and takes the digest of its bytes. An
+expert's NaN and Inf end the merge, or, if the user says so, take the base's value: there its delta is 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.methods import Rows, kernels
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.headers import matrix_shape
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.planning.tasks import NonFinite, Task
+from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.system.tensors import raw
+from lowmem_aim.units import shown
+
+R = TypeVar("R")
+
+
+class Stride:
+    """How much is in work at a time: `elements` of each model, in whole rows; `rows` overrides it.
+
+    It is halved when an allocation fails, in whatever thread.
+    """
+
+    def __init__(self, elements: int, rows: int | None = None, emit: Emit = lambda event: None) -> None:
+        self.elements = elements
+        self._rows = rows
+        self._emit = emit
+        self._lock = threading.Lock()
+
+    def rows(self, columns: int) -> int:
+        return self._rows or max(1, self.elements // max(columns, 1))
+
+    def too_large(self, count: int, columns: int, name: str, *, whole: bool = False) -> None:
+        """`count` rows of `name` were too many. Raises MemoryBudgetError if they cannot be fewer; else halves the
+        stride."""
+        if count <= 1 or whole:
+            columns = max(columns, count) if whole else columns
+            raise MemoryBudgetError(
+                f"one row of `{printable(name)}` ({columns} columns) does not fit the memory that is left",
+                hint="close other programs, give a larger `--ram` or `--vram`, or use `--device cpu`",
+            )
+        with self._lock:
+            if self.rows(columns) < count:
+                return  # another thread met the same
+            self._rows, self.elements = None, max(1, count * columns // 2)
+            size = shown(self.elements * torch.float32.itemsize)
+        self._emit(Notice(f"memory ran short: going on with slices of {size}", "warning"))
+
+    def cuts(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """(start, stop) in rows of the slices of a tensor."""
+        rows, columns = matrix_shape(shape)
+        start = 0
+        while start < rows:
+            stop = min(start + self.rows(columns), rows)
+            yield start, stop
+            start = stop
+
+
+def in_halves(work: Callable[[Rows], R], rows: Rows, failed: Callable[[Rows], None]) -> list[R]:
+    """[work(rows)], or the same for both halves where an allocation fails; `failed` is told of each such slice."""
+    try:
+        return [work(rows)]
+    except Exception as error:
+        if not is_allocation_failure(error):
+            raise
+    failed(rows)  # outside the handler: the exception's frames hold tensors
+    return [result for half in rows.halves() for result in in_halves(work, half, failed)]
+
+
+def finite(rows: Tensor) -> bool:
+    """Whether all values are finite, as float32."""
+    if kernels.usable([rows]) and rows.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return kernels.finite(rows)
+    # One reduction instead of an elementwise test: NaN and Inf always show in a sum; finite sums may overflow, so a
+    # bad sum only asks for the slow look. Sums of float16 are taken in float32 for that reason.
+    return math.isfinite(float(rows.sum(dtype=torch.float32))) or bool(rows.to(torch.float32).isfinite().all())
+
+
+def _mended(rows: Rows) -> tuple[Rows, list[int]]:
+    """The rows with the base's value where an expert's is not finite, and how many those are of each expert."""
+    base, mended, counts = rows.stored_base, [], []
+    for expert in rows.stored_experts:
+        if finite(expert):
+            mended.append(expert)
+            counts.append(0)
+            continue
+        good = expert.to(torch.float32).isfinite()
+        if expert.dtype == base.dtype:
+            mended.append(torch.where(good, expert, base))
+        else:  # float32 is what the arithmetic sees of both: the delta is exactly 0
+            mended.append(torch.where(good, expert.to(torch.float32), base.to(torch.float32)))
+        counts.append(int(good.numel() - good.sum()))
+    return Rows(base, tuple(mended), rows.start), counts
+
+
+class TensorReader:
+    """One model's rows of one tensor, and the digest of those that were seen by `digest_of`."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, row_map: Tensor | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.name = name
+        self._row_map = row_map
+        self._hash = xxhash.xxh3_128()
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, Tensor]]:
+        """Rows start:stop of the reference's numbering as (place, rows as stored), but those that are missing."""
+        if self._row_map is None:
+            return [(0, self.checkpoint.rows(self.name, start, stop))]
+        runs = _runs(self._row_map[start:stop])
+        return [
+            (place, self.checkpoint.rows(self.name, int(run[0]), int(run[0]) + len(run)))
+            for place, run in runs
+            if run[0] >= 0
+        ]
+
+    def enter_digest(self, pieces: list[tuple[int, Tensor]]) -> None:
+        for _, rows in pieces:
+            self._hash.update(raw(rows))
+
+    def assembled(self, pieces: list[tuple[int, Tensor]], count: int, fill: Tensor | None) -> Tensor:
+        """The pieces as (count, columns); missing rows are `fill`'s, or zeros."""
+        if self._row_map is None:
+            return pieces[0][1]
+        info = self.checkpoint.tensors[self.name]
+        if fill is not None and fill.dtype != info.dtype:
+            fill, dtype = fill.to(torch.float32), torch.float32
+        else:
+            dtype = info.dtype
+        rows = torch.zeros(count, info.matrix[1], dtype=dtype) if fill is None else fill.clone()
+        for place, part in pieces:
+            rows[place : place + len(part)] = part.to(dtype)
+        return rows
+
+    def digest(self) -> str:
+        return str(self._hash.hexdigest())
+
+
+def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(place, run) for each stretch of consecutive rows, or of missing ones (-1): few, as vocabularies mostly agree."""
+    before, after = wanted[:-1], wanted[1:]
+    goes_on = torch.where(before == -1, after == -1, after == before + 1)
+    breaks = (~goes_on).nonzero().flatten() + 1
+    for first, last in itertools.pairwise([0, *breaks.tolist(), len(wanted)]):
+        yield first, wanted[first:last]
+
+
+class TensorInputs:
+    """One tensor of the plan in all models that its merge reads.
+
+    `replaced`: for each expert, how many of its elements the first pass found not finite and gave the base's value.
+    """
+
+    def __init__(
+        self, task: Task, inputs: Inputs, with_base: bool, stride: Stride, nonfinite: NonFinite = "stop"
+    ) -> None:
+        self.task = task
+        self._stride = stride
+        self._mends = nonfinite == "base" and task.action == "merge"
+        self.replaced = [0] * (1 if task.action == "copy" else len(inputs.experts))
+        if task.action == "copy":
+            self._base, self._experts = None, [TensorReader(inputs.reference, task.name)]
+            return
+        self._experts = [
+            TensorReader(expert, task.name, inputs.row_map(expert, task.name)) for expert in inputs.experts
+        ]
+        # Rows that a mapped vocabulary lacks come from the base, whether the method reads it or not.
+        mapped = any(inputs.row_map(expert, task.name) is not None for expert in inputs.experts)
+        base = inputs.base or inputs.reference
+        self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base or mapped else None
+
+    @property
+    def sources(self) -> list[TensorReader]:
+        return [*([self._base] if self._base else []), *self._experts]
+
+    def replaced_of(self, source: TensorReader) -> int:
+        """How many elements of one of the `sources` took the base's value."""
+        return self.replaced[self._experts.index(source)] if source in self._experts else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows of all models, as stored."""
+        sizes = [source.checkpoint.tensors[source.name].dtype.itemsize for source in self.sources]
+        return sum(sizes) * math.prod(self.task.shape)
+
+    def slices(self, first_pass: bool) -> Iterator[Rows]:
+        """One pass over all slices. The first checks and takes digests. Raises ModelError, MemoryBudgetError."""
+        rows, columns = matrix_shape(self.task.shape)
+        start = 0
+        while start < rows:
+            stop = rows if self.task.whole else min(start + self._stride.rows(columns), rows)
+            try:
+                pieces = [source.pieces(start, stop) for source in self.sources]
+                read = self._assembled(pieces, start, stop - start, columns)
+                replaced = [0] * len(read.stored_experts)
+                if self._mends and (first_pass or any(self.replaced)):
+                    read, replaced = _mended(read)
+            except Exception as error:
+                if not is_allocation_failure(error):
+                    raise
+                read = None
+            if read is None:
+                self._stride.too_large(stop - start, columns, self.task.name, whole=self.task.whole)
+                continue
+            if first_pass:
+                self._look_at(pieces)
+                self.replaced = [before + now for before, now in zip(self.replaced, replaced, strict=True)]
+            yield read
+            del read, pieces  # before the next are read
+            start = stop
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows start:stop, uncounted. Raises ModelError for NaN and Inf, or mends them."""
+        columns = matrix_shape(self.task.shape)[1]
+        pieces = [source.pieces(start, stop) for source in self.sources]
+        self._check(pieces)
+        read = self._assembled(pieces, start, stop - start, columns)
+        return _mended(read)[0] if self._mends else read
+
+    def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
+        base = self._base.assembled(pieces[0], count, None) if self._base else None
+        parts = zip(self._experts, pieces[len(pieces) - len(self._experts) :], strict=True)
+        experts = tuple(source.assembled(part, count, base) for source, part in parts)
+        return Rows(torch.empty(0) if base is None else base, experts, start * columns)
+
+    def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
+        for source, part in zip(self.sources, pieces, strict=True):
+            source.enter_digest(part)
+        self._check(pieces)
+
+    def _check(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
+        for source, part in zip(self.sources, pieces, strict=True):
+            if source in self._strict and not all(finite(rows) for _, rows in part):
+                self._refuse()
+
+    @property
+    def _strict(self) -> list[TensorReader]:
+        """Those whose NaN and Inf end the merge: the base's always do, there is nothing to put in their place."""
+        if self.task.action == "copy":
+            return []
+        return self.sources if not self._mends else [self._base] if self._base else []
+
+    def _refuse(self) -> None:
+        counts = {source: count for source in self._strict if (count := self._bad_values(source))}
+        problems = [
+            f"`{printable(self.task.name)}` of `{printable(source.checkpoint.label)}` holds {count} value(s) that are "
+            "NaN or Inf, or beyond float32"
+            for source, count in counts.items()
+        ]
+        hint = "a broken download or a diverged fine-tune: get this model again"
+        if self._base not in counts:
+            hint += "; `--nonfinite base` takes the base's value there, if the method builds on one"
+        raise ModelError(problems, hint)
+
+    def _bad_values(self, source: TensorReader) -> int:
+        info = source.checkpoint.tensors[source.name]
+        slices = (source.checkpoint.rows(source.name, a, b) for a, b in self._stride.cuts(info.shape))
+        return sum(int((~rows.to(torch.float32).isfinite()).sum()) for rows in slices)

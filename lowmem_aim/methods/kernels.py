@@ -1,0 +1,201 @@
+"""The compiled CPU loops (`loops`, numba, the extra `[cpu]`) as functions of tensors.
+
+Each does in one pass what torch code beside its call does in several, and gives the same bytes. Callers ask `usable`
+first; without numba, or on another device, they go on in torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What a selection keeps of a delta, and the numbers that say it: see `methods.selection`.
+Selected = tuple[Literal["all", "random", "largest", "between"], tuple[int, int, int, int]]
+
+UPPER_BITS = 16  # of the 31 bits of a float32 magnitude, counted by `count_upper`
+_BINS_OF_UPPER = 1 << UPPER_BITS
+
+
+@functools.cache
+def _loops() -> Any:
+    """The compiled loops, or None: no numba, or LOWMEM_AIM_KERNELS=0 in the environment."""
+    if os.environ.get("LOWMEM_AIM_KERNELS") == "0":
+        return None
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from lowmem_aim.methods import loops  # numba: half a second, for merges on the CPU only
+
+    return loops
+
+
+def available() -> bool:
+    return _loops() is not None
+
+
+def usable(tensors: Sequence[Tensor]) -> bool:
+    return tensors[0].device.type == "cpu" and available()
+
+
+def _arrays(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Flat arrays of one type: uint16 if all are bfloat16, else float32."""
+    if all(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return tuple(tensor.reshape(-1).view(torch.uint16).numpy() for tensor in tensors)
+    return tuple(tensor.reshape(-1).to(torch.float32).numpy() for tensor in tensors)
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum wi Ti, added in model order; float32, of the tensors' shape."""
+    out = torch.empty(tensors[0].shape)
+    _loops().weighted_sum(_arrays(tensors), np.array(weights, np.float32), out.view(-1).numpy())
+    return out
+
+
+def combine_deltas(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    kept: Sequence[Selected],
+    scales: Sequence[float],
+    weights: Sequence[float],
+    *,
+    elect: bool,
+    per_element: bool,
+    factor: float,
+    lambda_: float,
+    zero_weight: float,
+) -> Tensor:
+    """`methods.task_vectors.combine_deltas` of one slice; float32, of the base's shape."""
+    loops = _loops()
+    base_array, *expert_arrays = _arrays([base, *experts])
+    kinds, numbers = _codes(kept)
+    out = torch.empty(base.shape)
+    loops.combine_deltas(
+        base_array,
+        tuple(expert_arrays),
+        kinds,
+        numbers,
+        np.array(scales, np.float32),
+        np.array(weights, np.float32),
+        elect,
+        per_element,
+        np.float32(factor),
+        np.float32(lambda_),
+        np.float32(zero_weight),
+        out.view(-1).numpy(),
+    )
+    return out
+
+
+def _codes(kept: Sequence[Selected]) -> tuple[Any, Any]:
+    """(K,) kinds and (K, 4) numbers, int64."""
+    loops = _loops()
+    kinds = {"all": loops.ALL, "random": loops.RANDOM, "largest": loops.LARGEST, "between": loops.BETWEEN}
+    return np.array([kinds[kind] for kind, _ in kept], np.int64), np.array([n for _, n in kept], np.int64)
+
+
+def relax(merged: Tensor, base: Tensor, shrink: Tensor) -> Tensor:
+    """`relax.aim.relax`, in place; `shrink` (1, columns), or as large as `merged`."""
+    (base_array,) = _arrays([base])
+    _loops().relax(merged.view(-1).numpy(), base_array, shrink.reshape(-1).numpy())
+    return merged
+
+
+def to_bfloat16(merged: Tensor) -> tuple[Tensor, bool]:
+    """`merged` rounded to bfloat16, and whether all of it is finite."""
+    out = torch.empty(merged.shape, dtype=torch.bfloat16)
+    largest = _loops().round_to_bfloat16(merged.view(-1).numpy(), out.view(-1).view(torch.uint16).numpy())
+    return out, bool(largest < 0x7F80)
+
+
+def finite(stored: Tensor) -> bool:
+    """Whether all of a 2- or 4-byte float tensor is finite, by its bits."""
+    bits = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}[stored.dtype]
+    unsigned = torch.uint16 if stored.dtype.itemsize == 2 else torch.uint32
+    return bool(_loops().largest_magnitude(stored.reshape(-1).view(unsigned).numpy()) < bits)
+
+
+def count_upper(base: Tensor, expert: Tensor) -> Tensor:  # (2^UPPER_BITS,) int64
+    """How many |expert - base| have each value in the upper UPPER_BITS of their 31 bits."""
+    counts = torch.zeros(_BINS_OF_UPPER, dtype=torch.int64)
+    _loops().count_upper(*_arrays([base, expert]), 31 - UPPER_BITS, counts.numpy())
+    return counts
+
+
+def collect(base: Tensor, expert: Tensor, upper: int, most: int) -> tuple[Tensor, Tensor]:  # (n,) int64, (n,) int32
+    """Indices in the slice and bits of those |expert - base| whose upper bits are `upper`, in order; `most` at most."""
+    places = np.empty(min(base.numel(), most), np.int32)
+    bits = np.empty(len(places), np.int32)
+    found = _loops().collect(*_arrays([base, expert]), 31 - UPPER_BITS, upper, places, bits)
+    # Copies: the buffers have room for all of the bin, what was found in this slice is a part of it.
+    return torch.from_numpy(places[:found].astype(np.int64)), torch.from_numpy(bits[:found].copy())
+
+
+def row_ranks(magnitudes: Tensor) -> Tensor:  # (rows, columns) int32
+    """The place of each of the (rows, columns) int32, none negative, in its row, from 0; equal ones in their order."""
+    ranks = torch.empty_like(magnitudes)
+    _loops().row_ranks(magnitudes.view(-1).numpy(), magnitudes.shape[1], ranks.view(-1).numpy())
+    return ranks
+
+
+def absolute_sums(base: Tensor, expert: Tensor, kept: Selected) -> tuple[int, int]:
+    """Exact sums of |expert - base|, of all and of what is kept, in the units of `methods.exact`."""
+    loops = _loops()
+    kinds, numbers = _codes([kept])
+    bins = np.zeros((2, loops.BINS), np.int64)
+    loops.absolute_sums(*_arrays([base, expert]), kinds[0], numbers[0], bins[0], bins[1])
+    return _units(bins[0]), _units(bins[1])
+
+
+def gram_sums(models: Sequence[Tensor], origin: Tensor | None) -> list[int]:
+    """Exact dot products of each pair of the models, or of their deltas against `origin`, i <= j, by rows."""
+    loops = _loops()
+    first, *arrays = _arrays([models[0] if origin is None else origin, *models])
+    bins = np.zeros((len(arrays) * (len(arrays) + 1) // 2, loops.BINS), np.int64)
+    loops.gram_sums(tuple(arrays), first[:0] if origin is None else first, bins)
+    return [_units(row) for row in bins]
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:  # (rows,) float64
+    """The dot product of each row of two (rows, columns) float32 tensors, as `methods.gram.row_dots`."""
+    out = torch.empty(left.shape[0], dtype=torch.float64)
+    _loops().row_dots(left.reshape(-1).numpy(), right.reshape(-1).numpy(), out.numpy())
+    return out
+
+
+def column_tops(origin: Tensor, others: Sequence[Tensor], deltas: bool) -> Tensor:  # (1 + K, columns) float32
+    """The largest magnitude in each column of the origin and of the others, or of their deltas against it."""
+    tops = torch.zeros(1 + len(others), origin.shape[1])
+    first, *arrays = _arrays([origin, *others])
+    _loops().column_tops(first, tuple(arrays), deltas, tops.view(torch.int32).numpy().view(np.uint32))
+    return tops
+
+
+def column_dots(origin: Tensor, others: Sequence[Tensor], deltas: bool, cutters: Tensor) -> Tensor:  # int64
+    """`methods.columns` has what this is: terms as multiples of the cutters' last bits, added up, (1 + 2K, columns)."""
+    totals = np.zeros(tuple(cutters.shape), np.int64)
+    first, *arrays = _arrays([origin, *others])
+    _loops().column_dots(first, tuple(arrays), deltas, cutters.numpy(), totals)
+    totals -= origin.shape[0] * cutters.numpy().view(np.int64)  # modulo 2^64, as the sums before
+    return torch.from_numpy(totals)
+
+
+def scaled_deltas(base: Tensor, experts: Sequence[Tensor], scales: Tensor, by_row: bool) -> Tensor:
+    """W0 + sum si Di, added in model order; float32. `scales` (K, rows) if `by_row`, else (K, columns)."""
+    out = torch.empty(base.shape)
+    first, *arrays = _arrays([base, *experts])
+    _loops().scaled_deltas(
+        first, tuple(arrays), scales.contiguous().numpy(), by_row, base.shape[1], out.view(-1).numpy()
+    )
+    return out
+
+
+def _units(bins: Any) -> int:
+    """Bins of 2^(index - BIN_ZERO) as an integer of units of 2^-1074."""
+    lowest = 1074 - _loops().BIN_ZERO
+    return sum(int(bins[index]) << (int(index) + lowest) for index in bins.nonzero()[0])

@@ -1,0 +1,1 @@
+"""Model folders: found, checked from their headers, opened, read by rows."""

@@ -1,0 +1,142 @@
+"""Carried here from checkpoint.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.models.config import load_json
+from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder in a model's that transformers looks into
+# What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
+    r"|\.quant_state\.|_proj_(blocks|scales)$"
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def _inside(folder: Path, file: Path) -> bool:
+    """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
+    if folder in target.parents:
+        return True
+    in_hub_cache = folder.parent.name == "snapshots"
+    return in_hub_cache and target.parent == folder.parent.parent / "blobs"
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder for every file that we or transformers may open; all of them at once."""
+    readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
+    links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
+    outside = [file for file in links if not _inside(folder, file)]
+    if outside:
+        raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
+
+
+def is_plain(name: Any) -> bool:
+    """Whether `name` is a file's that can only lie in the model's folder itself, on every system."""
+    return isinstance(name, str) and len(name) <= 255 and not set(name) & {"/", "\\", "\0", ":"}
+
+
+def _is_shard_name(name: Any) -> bool:
+    # The ending too: it is what `_check_links` goes by.
+    return is_plain(name) and name.endswith(".safetensors")
+
+
+def shard_names(folder: Path) -> set[str]:
+    """The files that hold the model's tensors, there or not; `open` refuses names that are not plain.
+
+    Raises ModelError for an index that cannot be read.
+    """
+    weight_map = _weight_map(folder)
+    return {SINGLE} if weight_map is None else {name for name in weight_map.values() if _is_shard_name(name)}
+
+
+def _shard(folder: Path, name: Any) -> Path:
+    """The path of a shard that an index names, or a ModelError if the name could lead out of the folder."""
+    shown = printable(repr(name))
+    if not _is_shard_name(name):
+        what = "not a plain file name that ends in .safetensors"
+        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: {what}")
+    file = folder / str(name)
+    if not file.is_file():
+        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}, which is missing")
+    return file
+
+
+def _weight_map(folder: Path) -> dict[str, Any] | None:
+    """Tensor name -> shard name, from the index; None if the folder has a single file."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return None
+    index = load_json(folder / INDEX, MAX_HEADER_BYTES)
+    table = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise ModelError(f"`{printable(str(folder / INDEX))}` has no `weight_map`")
+    return table
+
+
+def _tensors_in(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of the model in file order; every problem of every shard at once."""
+    weight_map = _weight_map(folder)
+    if weight_map is None:
+        return _usable(folder, read_header(_single_file(folder)))
+    problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    shards: dict[str, list[str]] = {}  # its name as it stands there -> tensors
+    for name, shard_name in weight_map.items():
+        shards.setdefault(repr(shard_name), []).append(name)
+    for shard_name, names in shards.items():
+        try:
+            shard = read_header(_shard(folder, weight_map[names[0]]))
+        except ModelError as error:
+            problems += error.problems
+            continue
+        missing = [name for name in names if name not in shard]
+        problems += [
+            f"shard {printable(shard_name)} of `{printable(str(folder))}` lacks `{printable(n)}`" for n in missing
+        ]
+        tensors |= {name: shard[name] for name in names if name in shard}
+    if problems:
+        raise ModelError(problems, hint="download the model again, or repair its index")
+    return _usable(folder, tensors)
+
+
+def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """In file order. Raises ModelError for tensors of which no weight can be made without dequantising."""
+    quantised = [name for name in tensors if QUANTISED.search(name)]
+    if quantised:
+        raise ModelError(
+            f"`{printable(str(folder))}` is quantised (it holds `{printable(quantised[0])}`)",
+            hint="merge the unquantised models, then quantise the result",
+        )
+    return _in_file_order(tensors)
+
+
+def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Reading in this order is reading forward."""
+    return {t.name: t for t in sorted(tensors.values(), key=lambda t: (t.file.name, t.begin, t.name))}
+
+
+def _single_file(folder: Path) -> Path:
+    single = folder / SINGLE
+    if single.is_file():
+        return single
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"`{printable(str(folder))}` has no safetensors, only pickle (`{printable(pickles[0])}`)",
+            hint="pickle can run code and is never loaded; convert it once, where you trust it: "
+            "`AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder)` in Python, or look for a safetensors revision on the Hub",
+        )
+    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}")

@@ -1,0 +1,219 @@
+"""transformers' view of a checkpoint, without its weights: the model's modules, its blocks, and who is who by name.
+
+Parameters are on the meta device, buffers are real. transformers sees the folder's config.json and nothing else: code
+that a checkpoint brings along (`auto_map`) is never executed. Where transformers knows the model type itself, its own
+class is used and `auto_map` ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
+
+transformers.utils.logging.set_verbosity_error()  # what users should know comes as a Notice
+
+# In every forward pass of this project, of calibration and of the tests: torch's own fused attention where the model
+# has it, and experts one by one in Python, the only form that shows what each expert is given.
+ATTENTION, EXPERTS = "sdpa", "eager"
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """Tensor names are the checkpoint's; a tensor that the file lacks (a tied head) has transformers' name."""
+
+    model: Any  # a PreTrainedModel for causal LM, in eval mode
+    dtype: torch.dtype  # of the parameters, but for those that the model keeps in float32
+    blocks: list[tuple[str, nn.Module]]  # ("model.layers.0", module), in the order of `num_hidden_layers`
+    weights: ParameterNames
+    head: str  # the output head's module path, "" if there is none
+    tied: dict[str, str]  # output head's weight -> embedding's weight that it shares, if the config ties them
+    vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
+    embeddings: frozenset[str]  # weights of token, position and other embeddings
+    buffers: frozenset[str]  # state that is no parameter, and leftovers of it that today's model no longer reads
+    inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
+
+
+def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> MetaModel:
+    """Build the model of `checkpoint` without weights, in `dtype` (default: the one that most of its bytes have).
+
+    Raises ModelError: a model type that transformers does not know, or knows only by code in the folder; no causal
+    LM; no list of blocks; tensors whose shapes contradict the config; missing tensors.
+    """
+    dtype = dtype or _main_dtype(checkpoint)
+    model = _build(checkpoint, dtype)
+    weights = ParameterNames(model, checkpoint)
+    _require_weights(model, weights, checkpoint)
+    head = _path_of(model, model.get_output_embeddings())
+    return MetaModel(
+        model=model,
+        dtype=dtype,
+        blocks=find_blocks(model),
+        weights=weights,
+        head=head,
+        tied=_tied(model, weights, head),
+        vocabulary=frozenset(_vocabulary(model, weights, head)),
+        embeddings=frozenset(weights.name(f"{path}.weight") for path, _ in embeddings_of(model)),
+        buffers=frozenset(_buffers(model, weights)),
+        inputs_first=frozenset(_inputs_first(model, weights)),
+    )
+
+
+def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """(module path, module) of every embedding: token, position, per-layer."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, nn.Embedding))
+
+
+def find_blocks(model: Any) -> list[tuple[str, nn.Module]]:
+    """(module path, block) of the one list as long as the config's layers whose items are declared indivisible.
+
+    Empty if there is none: such a model can be merged, but not calibrated.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    kinds = set(model._no_split_modules or ())
+    for path, module in model.named_modules():
+        fits = isinstance(module, nn.ModuleList) and len(module) == count > 0
+        if fits and all(kinds & {parent.__name__ for parent in type(item).__mro__} for item in module.children()):
+            return [(f"{path}.{index}", block) for index, block in enumerate(module.children())]
+    return []
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    totals = float_bytes(checkpoint)
+    return max(totals, key=lambda dtype: totals[dtype]) if totals else torch.float32
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    config = _config(checkpoint)
+    try:
+        model = _from_config(config, dtype)
+    except Exception as error:  # transformers raises ValueError, KeyError, ImportError, its validators' own, ...
+        raise ModelError(
+            f"transformers cannot build `{printable(checkpoint.label)}` (model type "
+            f"`{printable(str(config.model_type))}`) as a causal LM: {_short(error)}"
+        ) from error
+    _keep_float32(model, dtype)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    kind = checkpoint.config.get("model_type")
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        shown = printable(checkpoint.label)
+        if checkpoint.config.get("auto_map"):
+            raise ModelError(
+                f"`{shown}` (model type `{printable(str(kind))}`) works only with Python code from its own folder "
+                "(`auto_map`), which is never executed here",
+                hint="only model types that transformers itself knows can be merged",
+            ) from error
+        raise ModelError(
+            f"transformers does not accept the config of `{shown}` (model type `{printable(str(kind))}`): "
+            f"{_short(error)}",
+            hint="a newer transformers may know this model type",
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> Any:
+    def build(attention: str) -> Any:
+        # Fork the generator: weight initialisation may draw random numbers, which must not touch the caller's.
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config,
+                trust_remote_code=False,
+                dtype=dtype,
+                attn_implementation=attention,
+                experts_implementation=EXPERTS,
+            )
+
+    try:
+        return build(ATTENTION)
+    except ValueError:  # a model without it (gpt-oss: attention sinks)
+        return build("eager")
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Some parameters stay in float32 whatever the model's dtype, as when transformers loads it."""
+    plan = model._get_dtype_plan(dtype)
+    kept = [(re.compile(pattern.replace("*", ".*")), kind) for pattern, kind in plan.items()]
+    for path, module in model.named_modules():
+        for name, value in module._parameters.items():
+            kinds = [kind for pattern, kind in kept if pattern.search(f"{path}.{name}")]
+            if value is not None and kinds:
+                module._parameters[name] = nn.Parameter(value.to(kinds[0]), requires_grad=False)
+
+
+def _require_weights(model: Any, weights: ParameterNames, checkpoint: Checkpoint) -> None:
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    head = _path_of(model, model.get_output_embeddings())
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if not weights.sources(name)
+        and not (head and name.startswith(f"{head}."))  # a base model's checkpoint has no head; we never load it
+        and not any(pattern.search(name) for pattern in optional)
+    ]
+    if missing:
+        shown = ", ".join(f"`{name}`" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ModelError(f"`{printable(checkpoint.label)}` lacks {len(missing)} tensors of its model: {shown}")
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((path for path, module in model.named_modules() if module is wanted), "")
+
+
+def _tied(model: Any, weights: ParameterNames, head: str) -> dict[str, str]:
+    pairs = model.all_tied_weights_keys.items()
+    return {weights.name(target): weights.name(source) for target, source in pairs if target == f"{head}.weight"}
+
+
+def _vocabulary(model: Any, weights: ParameterNames, head: str) -> Iterator[str]:
+    tokens = model.get_input_embeddings()
+    for path, module in embeddings_of(model):
+        # The input's, and per-layer ones such as Gemma 3n's; not GPT-2's positions, even where they are as many.
+        if module is tokens or ("embed_tokens" in path and module.num_embeddings == tokens.num_embeddings):
+            yield weights.name(f"{path}.weight")
+    if head:
+        for name in ("weight", "bias"):
+            if getattr(model.get_submodule(head), name, None) is not None:
+                yield weights.name(f"{head}.{name}")
+
+
+def _inputs_first(model: Any, weights: ParameterNames) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | Conv1D):
+            yield weights.name(f"{path}.weight")
+        elif getattr(module, "is_transposed", False):  # how transformers says it of fused experts
+            yield from (weights.name(f"{path}.{name}") for name, p in module._parameters.items() if p is not None)
+
+
+def _buffers(model: Any, weights: ParameterNames) -> Iterator[str]:
+    """Checkpoint tensors that are buffers, or that were in the days when the checkpoint was made."""
+    names = {name for name, _ in model.named_buffers()}
+    for name in names:
+        yield from weights.sources(name)
+    prefix = f"{model.base_model_prefix}."
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored += [re.compile(r"rotary_emb\.inv_freq$"), re.compile(r"(^|\.)position_ids$"), re.compile(r"masked_bias$")]
+    for name in weights.unused:
+        leftover = any(p.search(name) for p in ignored) and not name.endswith("weight")
+        if leftover or name in names or f"{prefix}{name}" in names or name.removeprefix(prefix) in names:
+            yield name

@@ -1,0 +1,78 @@
+"""Who is who among a checkpoint's tensors, as far as merging must know it: what transformers' model says of its names.
+
+Building that model takes seconds, most of them imports; what is needed of it is four short lists. They are kept in
+the cache, one small file for each config, set of tensor names and version.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lowmem_aim.errors import DiskError
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.system.files import cache_folder, write_file
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class TensorRoles:
+    """Tensor names are the checkpoint's; a tensor that the file lacks (a tied head) has transformers' name."""
+
+    tied: dict[str, str]  # output head's weight -> embedding's weight that it shares, if the config ties them
+    vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
+    buffers: frozenset[str]  # state that is no parameter, and leftovers of it that today's model no longer reads
+    inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
+
+
+def outline_of(checkpoint: Checkpoint, use_cache: bool) -> TensorRoles:
+    """From the cache, or by building the model; raises the ModelErrors of `meta_model.load_meta_model`."""
+    cached = cache_folder() / "outlines" / f"{_key(checkpoint)}.json"
+    if use_cache and (found := _load(cached)) is not None:
+        return found
+    from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where it is needed
+
+    meta_model = load_meta_model(checkpoint)
+    roles = TensorRoles(meta_model.tied, meta_model.vocabulary, meta_model.buffers, meta_model.inputs_first)
+    if use_cache:
+        _keep(roles, cached)
+    return roles
+
+
+def _key(checkpoint: Checkpoint) -> str:
+    """All that the roles follows from. Every tensor's shape counts: the model is checked against them."""
+    versions = [importlib.metadata.version(package) for package in ("transformers", "torch")]
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    tensors = sorted((info.name, info.shape, str(info.dtype)) for info in checkpoint)
+    return xxhash.xxh3_128_hexdigest(repr((FORMAT, versions, config, tensors)).encode("utf-8", "surrogatepass"))
+
+
+def _load(file: Path) -> TensorRoles | None:
+    """None if there is no such file, or not one that `_keep` wrote."""
+    try:
+        table: Any = json.loads(file.read_text(encoding="utf-8"))
+        lists = (frozenset(table[name]) for name in ("vocabulary", "buffers", "inputs_first"))
+        return TensorRoles(dict(table["tied"]), *lists)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(roles: TensorRoles, file: Path) -> None:
+    """A cache that cannot be written costs time, nothing else."""
+    table = {
+        "tied": roles.tied,
+        "vocabulary": sorted(roles.vocabulary),
+        "buffers": sorted(roles.buffers),
+        "inputs_first": sorted(roles.inputs_first),
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(table).encode())
+    except (OSError, DiskError):
+        return

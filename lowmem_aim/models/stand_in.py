@@ -1,0 +1,146 @@
+"""Stand-ins for models on the Hugging Face Hub: all that planning reads, without the weights.
+
+A stand-in is a folder that `Checkpoint.open` takes for the model. Its small files are the model's; its shards have the
+true sizes and headers, and zeros for weights. The zeros are holes and take no room, except on filesystems without
+sparse files (FAT, exFAT; NTFS reserves them): there a stand-in is as large as its model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+from lowmem_aim.events import Emit
+from lowmem_aim.models.folder import PICKLES, SINGLE, is_plain, shard_names
+from lowmem_aim.models.headers import MAX_HEADER_BYTES
+from lowmem_aim.models.hub import WANTED, Located, downloaded, hub_errors, local_model, repository_of
+from lowmem_aim.system.files import disk_errors
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
+WEIGHTS = "*.safetensors"
+SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
+# Of a shard, in the first request: nearly every header fits, and a second one would take longer than these bytes.
+FIRST_BYTES = 100_000
+CONNECTIONS = 4  # a model may have 160 shards; each request is mostly waiting
+
+
+@dataclass(frozen=True)
+class StandIn:
+    located: Located
+    missing_bytes: int  # weights that a merge would have to download first
+
+
+def stand_in(reference: str, folder: Path, emit: Emit) -> StandIn:
+    """A model to open and to plan with; of one on the Hub, only headers and small files are fetched, all of one commit.
+
+    Models in folders here, or whole in the Hub library's cache, are taken as they are. For others a stand-in is made
+    in `folder`, which is new or empty. Raises ModelError, NetworkError or DiskError.
+    """
+    local = local_model(reference)
+    if local is not None:
+        return StandIn(local, 0)
+    snapshot = downloaded(reference, SMALL, emit)
+    shards = shard_names(snapshot)
+    if all((snapshot / name).is_file() for name in shards):
+        return StandIn(Located(snapshot, reference), 0)
+    files = _files_of(reference, snapshot.name)
+    # Where a model has both an index and a single file, a checkpoint prefers the latter.
+    sizes = {name: files[name].size for name in sorted({SINGLE, *shards} & set(files))}
+    _copy_small_files(snapshot, folder)
+    _name_pickles(files, folder)
+    _fetch_headers(reference, snapshot.name, sizes, folder)
+    return StandIn(Located(folder, reference), sum(f.size for f in files.values() if _is_missing(f, snapshot)))
+
+
+def _files_of(reference: str, commit: str) -> dict[str, RepoFile]:
+    """All that the model's repository holds, by path."""
+    from huggingface_hub import HfApi, RepoFile
+
+    repository, _ = repository_of(reference)
+    with hub_errors(reference):
+        entries = list(HfApi().list_repo_tree(repository, recursive=True, revision=commit))
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _is_missing(file: RepoFile, snapshot: Path) -> bool:
+    """Whether it is weights that the cache has not, be it from another commit with the same."""
+    blob = snapshot.parent.parent / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
+    return PurePath(file.path).match(WEIGHTS) and not (snapshot / file.path).is_file() and not blob.is_file()
+
+
+def _copy_small_files(snapshot: Path, folder: Path) -> None:
+    """Copies, since a checkpoint refuses links that lead out of its folder."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in snapshot.rglob("*"):
+            if file.is_file() and any(file.match(pattern) for pattern in SMALL):
+                copy = folder / file.relative_to(snapshot)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+
+
+def _name_pickles(files: Mapping[str, RepoFile], folder: Path) -> None:
+    """Empty files in their place: that a model has nothing else is an error which names them."""
+    for path in files:
+        if is_plain(path) and any(PurePath(path).match(pattern) for pattern in PICKLES):
+            with disk_errors(folder / path):
+                (folder / path).touch()
+
+
+def _fetch_headers(reference: str, commit: str, sizes: Mapping[str, int], folder: Path) -> None:
+    """A sparse file in `folder` for each shard: `sizes` are theirs by name."""
+    from huggingface_hub import hf_hub_url
+
+    repository, _ = repository_of(reference)
+
+    def fetch(name: str) -> None:
+        with hub_errors(reference):
+            header = _header(hf_hub_url(repository, name, revision=commit), sizes[name])
+        with disk_errors(folder / name):
+            (folder / name).write_bytes(header)
+            os.truncate(folder / name, sizes[name])
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for _ in pool.map(fetch, sizes):  # raises what a thread raised, and starts no more of them
+            pass
+
+
+def _header(url: str, size: int) -> bytes:
+    """What a safetensors file of `size` bytes has before its weights. One that cannot be right stays cut off."""
+    start = _first_bytes(url, min(size, FIRST_BYTES))
+    end = 8 + int.from_bytes(start[:8], "little")
+    if len(start) < end <= min(size, 8 + MAX_HEADER_BYTES):
+        start = _first_bytes(url, end)
+    return start[:end]
+
+
+def _first_bytes(url: str, count: int) -> bytes:
+    """Reading stops there: a server that knows no ranges would go on with all of the file."""
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    if not count:
+        return b""  # no range is that short
+    # Compressed, it would not be the file's bytes that the range counts.
+    headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+    start = bytearray()
+    with http_stream_backoff(
+        "GET",
+        url,
+        headers=headers,
+        timeout=HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_exceptions=(),  # or the library would retry for those of our reading as well, and break down
+    ) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes():
+            start += chunk
+            if len(start) >= count:
+                return bytes(start[:count])
+    raise OSError(f"the Hub sent {len(start)} of {count} bytes")

@@ -1,0 +1,34 @@
+"""Carried here from inputs.py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.models.checkpoint import Checkpoint
+
+
+def vocabulary_of(checkpoint: Checkpoint) -> dict[str, int]:
+    """Token text -> id, of the folder's tokenizer. Raises ModelError."""
+    return dict(load_tokenizer(checkpoint).get_vocab())
+
+
+def load_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # transformers has no types to name
+    """transformers' tokenizer of a model folder; never custom code. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    what = f"`{printable(checkpoint.label)}` has no tokenizer that transformers can load"
+    with tokenizer_errors(what, "put its tokenizer files into the model's folder"):
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str, hint: str) -> Iterator[None]:
+    """Whatever a tokenizer raises as a ModelError: its parsers raise anything, its compiled parts a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{what}: {printable(str(error))}", hint) from error

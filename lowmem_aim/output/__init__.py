@@ -1,0 +1,1 @@
+"""The output folder: shards, journal, card; nothing that loads until all is there."""

@@ -1,0 +1,160 @@
+"""What stands beside the weights: config and tokenizer, the model card, mergekit_config.yml, and provenance.
+
+All of it follows from the inputs alone: the same merge twice gives the same bytes in every file. Models are named by
+their folder's name or Hub id, never by a local path.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from lowmem_aim.errors import printable
+from lowmem_aim.output.heatmap import MOST_KINDS, Modules, block_map, heat_rows, joined, shares_by
+from lowmem_aim.output.portable import _calibration_label
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Setting
+from lowmem_aim.relaxing.delta_sampler import SAMPLED_ELEMENTS
+
+PICTURE = "delta-kept.png"
+
+
+def _yaml(value: Any) -> str:
+    text = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
+    return text if _is_plain(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether all is as it looks: no direction marks, no halves of a surrogate pair."""
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+# --- the recipe as others may run it --------------------------------------------------------------------------------
+
+
+# --- provenance and card --------------------------------------------------------------------------------------------
+
+
+# --- how much of the delta is left ----------------------------------------------------------------------------------
+
+
+def _left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
+    """The card's section; the heat map in it as a picture or, without one, as text."""
+    share = joined(kept.values()).share
+    if share is None:
+        return ""
+    drawn = f"![The share that is left, layers by kinds of module]({PICTURE})"
+    if not picture:
+        drawn = _fenced("".join(f"{line}\n" for line in block_map(kept)), "text")
+    outside = shares_by({key: part for key, part in kept.items() if not key[0]}, 1)
+    rows = [f"- {_inline(kind)}: {share:.1%}" for kind, share in list(outside.items())[:MOST_KINDS]]
+    parts = [drawn] * any(heat_rows(kept)) + ["Outside the layers:", "\n".join(rows)] * bool(rows)
+    return (
+        f"\n## How much of the delta is left\n\n{_relaxed_by(recipe)} left {share:.1%} of the merged delta: the sum of "
+        "the absolute values afterwards over the sum before, in the weights that are relaxed, estimated on some "
+        f"{SAMPLED_ELEMENTS // 1000 * 1000:,} elements of each, evenly spread.\n\n" + "\n\n".join(parts) + "\n"
+    )
+
+
+def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left: str) -> str:
+    models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
+    tags = (
+        ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
+    )
+    front = {"base_model": [m.partition("@")[0] for m in models], "library_name": "transformers", "tags": tags}
+    relaxed = ""
+    if recipe.aim:
+        relaxed = (
+            f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
+            f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it takes. "
+            f"Calibration: {_inline(_calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
+        )
+    if recipe.acm:
+        relaxed += _consensus(facts, recipe.acm)
+    rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in facts["inputs"]]
+    rows += [f"| {_inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
+    used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
+        f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
+        f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}{left}\n"
+        f"## Recipe\n\n{_fenced(_yaml(portable), 'yaml')}\n\n"
+        f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
+    )
+
+
+def _with(recipe: Recipe) -> str:
+    return f" with {_relaxed_by(recipe)}" if recipe.aim or recipe.acm else ""
+
+
+def _relaxed_by(recipe: Recipe) -> str:
+    return " and ".join(name for name, table in (("AIM", recipe.aim), ("ACM", recipe.acm)) if table)
+
+
+def _consensus(facts: dict[str, Any], acm: Acm) -> str:
+    """What ACM did, layer by layer."""
+    rows = [
+        f"| {group} | {found['mutual_information']:.4f} | {found['kept']:.4f} |"
+        for group, found in facts["acm"]["groups"].items()
+    ]
+    return (
+        f"\nThen each layer's delta was scaled by Activation-Guided Consensus Merging (ACM, arXiv 2505.14009), theta "
+        f"{acm.theta:g}, normalised over {acm.normalise}, by the mutual information between the base's and the "
+        f"merged model's outputs for {facts['acm']['tokens']} tokens in {facts['acm']['texts']} texts of "
+        f"{_inline(_calibration_label(acm.calibration))}.\n\n"
+        "| layer | mutual information, nats | share of the delta kept |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def _omega(aim: Aim) -> str:
+    assert isinstance(aim.omega, Setting)
+    omega = "the recipe's omegas" if aim.omega.filtered else f"omega {aim.omega.value:g}"
+    return omega if aim.scaling == "identity" else f"{omega} and the scaling {aim.scaling}"
+
+
+def _replaced(facts: dict[str, Any]) -> str:
+    """Which elements the base's stand in for, where the run was to replace what is not finite (`--nonfinite base`)."""
+    if "nonfinite" not in facts:
+        return ""
+    if not facts["nonfinite"]:
+        return "\nNo element of a model was NaN or Inf (`--nonfinite base`).\n"
+    rows = [f"| {_inline(i['model'])} | {_inline(i['tensor'])} | {i['elements']} |" for i in facts["nonfinite"]]
+    return (
+        "\n## Elements that were not finite\n\nThese elements were NaN or Inf, and the base's value stands in for them "
+        "(`--nonfinite base`): the model has no say there.\n\n| model | tensor | elements |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def _changes(facts: dict[str, Any]) -> str:
+    if "environments" not in facts:
+        return ""
+    steps = [", ".join(f"{name} {value}" for name, value in step.items()) for step in facts["environments"]]
+    listed = "\n".join(f"- {_inline(step)}" for step in steps)
+    return (
+        f"\nThe run was interrupted and went on in another environment, which may show in the low bits:\n\n{listed}\n"
+    )
+
+
+def _names(portable: dict[str, Any]) -> list[str]:
+    return [entry["model"] for entry in portable["models"]]
+
+
+def _tokens(facts: dict[str, Any]) -> str:
+    calibration = facts.get("calibration", {})
+    return f"{calibration.get('tokens', 0)} tokens in {calibration.get('sequences', 0)} sequences"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block that nothing in it can close: its fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}"
+
+
+def _inline(text: str) -> str:
+    """A name from outside as markdown code: no markup of its own, no line break."""
+    return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"

@@ -1,0 +1,124 @@
+"""Carried here from output.py, record.py, run.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import filesize
+
+from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.models.config import CONFIG
+from lowmem_aim.system.files import disk_errors
+
+PRIVATE = ".lowmem_aim"
+PUBLISHING = "publishing.json"
+STAGING = "staging"
+SUMS = "sha256.txt"
+FACTS = "run.json"
+ACTIVATIONS = "activations.safetensors"
+SNAPSHOTS = "calibration-*.bin"
+# Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
+SMALL_FILES_BYTES = 50_000_000
+
+
+def check_output(out: Path, inputs: Sequence[Path]) -> None:
+    """Raises UsageError if `out` is a file, holds anything, or overlaps an input folder; DiskError if unreadable."""
+    shown = printable(str(out))
+    with disk_errors(out):
+        place = out.resolve()
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"the output `{shown}` is a file", hint="name a new folder")
+        if any(place == folder or folder in place.parents for folder in inputs):
+            raise UsageError(f"the output `{shown}` lies inside an input model", hint="name a folder elsewhere")
+        if is_finished(out):
+            return  # by the same job? that is seen once the inputs are open
+        if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - set(_left_over(out)):
+            raise UsageError(f"the output folder `{shown}` is not empty", hint="name a new folder, or empty this one")
+
+
+def _left_over(out: Path) -> list[str]:
+    """The files in `out` that a killed run had published, in that order; others of the same names do not count.
+
+    They are known by inode and size, which a rename keeps.
+    """
+    try:
+        listed = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(listed, dict):  # not written by `publish`: then nothing in the folder is ours
+        return []
+    return [name for name, known in listed.items() if Path(name).name == name and _known(out / name) == known]
+
+
+def _known(file: Path) -> list[int] | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = file.lstat()
+        return [found.st_ino, found.st_size] if stat.S_ISREG(found.st_mode) else None
+    return None
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has come to its end there."""
+    return (out / PRIVATE / SUMS).is_file() and (out / CONFIG).is_file() and not (out / PRIVATE / PUBLISHING).exists()
+
+
+def outputs_in(out: Path) -> list[Path]:
+    """The outputs of a run: the folder itself, or, of several omegas, those in it."""
+    several = [] if (out / PRIVATE).exists() else sorted(out.glob(f"omega-*/{PRIVATE}"))
+    return [private.parent for private in several] or [out]
+
+
+def check_writable(folder: Path) -> None:
+    """Raises DiskError if no file can be made in `folder`."""
+    with disk_errors(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def existing_folder(out: Path) -> Path:
+    """The folder that is there of `out` and those that it lies in."""
+    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+
+
+def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
+    """Raises DiskError if the disk that `out` will be on has less than `needed_bytes` (and small files) free."""
+    with disk_errors(out):
+        disk = shutil.disk_usage(existing_folder(out))
+    if disk.total and needed_bytes + SMALL_FILES_BYTES > disk.free:  # a total of 0: no real disk, nothing is known
+        raise DiskError(
+            f"{what} needs {filesize.decimal(needed_bytes + SMALL_FILES_BYTES)}, "
+            f"but the disk of `{printable(str(out))}` has {filesize.decimal(disk.free)} free",
+            hint="free some space, or choose an output folder on another disk",
+        )
+
+
+def remove_snapshots(private: Path, but: str = "") -> None:
+    """Remove those of calibration, except the file of one name."""
+    for file in private.glob(SNAPSHOTS):
+        if file.name != but:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def snapshot_bytes(private: Path) -> int:
+    """What those of calibration take of the disk."""
+    return sum(file.stat().st_size for file in private.glob(SNAPSHOTS))
+
+
+LOG = "run.log"
+
+
+def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
+    """Raises UsageError for what is in the way of the output, or of the outputs in it."""
+    for folder in folders:
+        check_output(folder, inputs)
+    if out not in folders and ((out / CONFIG).exists() or (out / PRIVATE).exists()):
+        raise UsageError(
+            f"the output folder `{printable(str(out))}` holds a merge: each of several omegas needs a folder in it",
+            hint="name a new folder",
+        )

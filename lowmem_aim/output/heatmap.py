@@ -1,0 +1,113 @@
+"""How much of the delta AIM and ACM have left, layers by kinds of module: for the screen, and for the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lowmem_aim.errors import printable
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_KINDS = 60  # that are shown: a model file may name thousands
+_RULED = 10  # a layer in so many has its number written above it
+# From nothing left to all of it: dark blue to yellow, even in lightness, so that it also reads in grey.
+_RAMP = ((68, 57, 131), (59, 110, 143), (33, 149, 139), (78, 193, 107), (180, 222, 44), (253, 231, 37))
+
+
+@dataclass
+class DeltaSums:
+    """Sums of a delta's absolute values, before and after it was relaxed."""
+
+    before: float = 0.0
+    after: float = 0.0
+
+    def add(self, sums: tuple[float, float]) -> None:
+        self.before, self.after = self.before + sums[0], self.after + sums[1]
+
+    @property
+    def share(self) -> float | None:
+        """None where there was no delta."""
+        return self.after / self.before if self.before else None
+
+
+Modules = Mapping[tuple[str, str], DeltaSums]  # (layer or, outside of all, "", kind of module) -> of all its tensors
+
+
+def by_module(tensors: Iterable[tuple[int | None, str, tuple[float, float]]]) -> dict[tuple[str, str], DeltaSums]:
+    """What is kept of each kind in each layer, from (layer, kind, sums) of each tensor, in any order."""
+    parts: dict[tuple[str, str], list[DeltaSums]] = {}
+    for layer, kind, sums in tensors:
+        parts.setdefault(("" if layer is None else str(layer), kind), []).append(DeltaSums(*sums))
+    return {module: joined(several) for module, several in parts.items()}
+
+
+def joined(parts: Iterable[DeltaSums]) -> DeltaSums:
+    parts = list(parts)
+    return DeltaSums(math.fsum(part.before for part in parts), math.fsum(part.after for part in parts))
+
+
+def shares_by(kept: Modules, what: int) -> dict[str, float]:
+    """What is left in each layer (0) or of each kind (1), in the order in which they come; only where it is known."""
+    found: dict[str, list[DeltaSums]] = {}
+    for key, part in kept.items():
+        found.setdefault(key[what], []).append(part)
+    shares = {name: joined(parts).share for name, parts in found.items()}
+    return {name: share for name, share in shares.items() if share is not None}
+
+
+def inside(kept: Modules) -> Modules:
+    """Those in the layers."""
+    return {key: part for key, part in kept.items() if key[0]}
+
+
+def colour_of(share: float) -> str:
+    """The colour of a share in [0, 1], as `#rrggbb`."""
+    place = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)
+    left = min(int(place), len(_RAMP) - 2)
+    mixed = (round(a + (b - a) * (place - left)) for a, b in zip(_RAMP[left], _RAMP[left + 1], strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def block_of(share: float | None) -> str:
+    """A character whose height is the share; a dot where there is none."""
+    return "·" if share is None else BLOCKS[min(int(share * len(BLOCKS)), len(BLOCKS) - 1)]
+
+
+def heat_rows(kept: Modules) -> Iterator[tuple[str, list[float | None]]]:
+    """(kind, share left in each layer, None where it was not relaxed); outside the layers nothing."""
+    layers = layers_of(kept)
+    for kind in dict.fromkeys(kind for layer, kind in kept if layer):
+        row = [kept[layer, kind].share if (layer, kind) in kept else None for layer in layers]
+        if any(share is not None for share in row):
+            yield kind, row
+
+
+def layers_of(kept: Modules) -> Sequence[str]:
+    return [str(number) for number in sorted({int(layer) for layer, _ in kept if layer})]
+
+
+def label_of(kind: str) -> str:
+    """A kind's name for pictures and maps: every character of it one column wide, in every font."""
+    return printable(kind.encode("ascii", "backslashreplace").decode(), 40)
+
+
+def block_map(kept: Modules) -> Iterator[str]:
+    """The heat map as lines of text: some layers' numbers, then each kind with its blocks and its share over all."""
+    rows, over_all = list(heat_rows(kept)), shares_by(inside(kept), 1)
+    shown = rows[:MOST_KINDS]
+    width = max((len(label_of(kind)) for kind, _ in shown), default=0)
+    ruler = _ruler(layers_of(kept))
+    yield f"{'':<{width}}  {ruler}  all"
+    for kind, row in shown:
+        blocks = "".join(map(block_of, row))
+        yield f"{label_of(kind):<{width}}  {blocks:<{len(ruler)}}  {over_all[kind]:.0%}"
+    if len(rows) > len(shown):
+        yield f"and {len(rows) - len(shown)} more kinds"
+
+
+def _ruler(layers: Sequence[str]) -> str:
+    text = ""
+    for column in range(0, len(layers), _RULED):
+        text = text.ljust(column) + layers[column]
+    return text.ljust(len(layers))

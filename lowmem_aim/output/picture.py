@@ -1,0 +1,129 @@
+"""The heat map as a PNG, by matplotlib (the extra `[report]`), which is imported here alone, and only to draw.
+
+The bytes follow from the figures and from the versions in `drawn_with`: no date, none of the user's settings, and the
+fonts that matplotlib brings along. Nothing of pyplot, so that no window system is asked and no state is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from lowmem_aim.output.heatmap import MOST_KINDS, Modules, colour_of, heat_rows, inside, label_of, layers_of, shares_by
+from lowmem_aim.system.files import cache_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+
+DOTS = 120  # an inch
+COLUMN, ROW, CHARACTER = 0.16, 0.24, 0.078  # inches
+NARROWEST, WIDEST = 3.0, 24.0  # inches of cells: a thousand layers get three dots each
+NOT_RELAXED = "#e6e6e6"
+
+
+def drawn_with() -> dict[str, str]:
+    """The versions that a picture depends on, asked without importing anything; none where none can be drawn."""
+    if find_spec("matplotlib") is None:
+        return {}
+    try:
+        return {name: metadata.version(name) for name in ("matplotlib", "pillow")}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def heatmap_png(kept: Modules) -> bytes | None:
+    """Layers by kinds of module; None where no layer was relaxed, or matplotlib is absent or does not work here."""
+    if not drawn_with() or not any(heat_rows(kept)):
+        return None
+    try:
+        with _apart():
+            return _drawn(kept)
+    except Exception:  # whatever it is: hours of merging must not fail for a picture
+        return None
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What matplotlib says does not reach the terminal; what it writes as it is imported goes to the project's cache.
+
+    It looks for fonts then, and keeps a list of them; so does the fontconfig that it asks.
+    """
+    cache, logger = str(cache_folder()), logging.getLogger("matplotlib")
+    own = {"XDG_CACHE_HOME": cache, "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR") or os.path.join(cache, "matplotlib")}
+    before, level = {name: os.environ.get(name) for name in own}, logger.level
+    os.environ.update(own)
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _drawn(kept: Modules) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    settings = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context(settings):
+        canvas, png = FigureCanvasAgg(_figure(kept)), io.BytesIO()
+        canvas.print_png(png, metadata={"Software": None})
+    return png.getvalue()
+
+
+def _figure(kept: Modules) -> Figure:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    every, layers = list(heat_rows(kept)), layers_of(kept)
+    rows, title = every[:MOST_KINDS], "How much of the delta is left"
+    if len(rows) < len(every):
+        title += f", the first {len(rows)} of {len(every)} kinds"
+    shares = shares_by(inside(kept), 1)
+    labels = [f"{label_of(kind)}  {shares[kind]:4.0%}" for kind, _ in rows]
+    left, below, above, right = 0.3 + CHARACTER * max(map(len, labels)), 0.6, 0.45, 1.0
+    across, down = min(max(COLUMN * len(layers), NARROWEST), WIDEST), ROW * max(len(rows), 4)
+    width, height = left + across + right, below + down + above
+    figure = Figure(figsize=(width, height), dpi=DOTS)
+    cells = figure.add_axes((left / width, below / height, across / width, down / height))
+    colours = ListedColormap([colour_of(step / 255) for step in range(256)]).with_extremes(bad=NOT_RELAXED)
+    numbers = [[float("nan") if share is None else share for share in row] for _, row in rows]
+    image = cells.imshow(numbers, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    bar = figure.add_axes(((left + across + 0.2) / width, below / height, 0.15 / width, down / height))
+    figure.colorbar(image, cax=bar)
+    cells.set_title(title, fontproperties=_font("DejaVuSans.ttf"), loc="left")
+    _label(cells, bar, labels, layers)
+    return figure
+
+
+def _label(cells: Axes, bar: Axes, labels: Sequence[str], layers: Sequence[str]) -> None:
+    """All texts, in matplotlib's own fonts by file: the system may have others of the same names."""
+    text, names = _font("DejaVuSans.ttf"), _font("DejaVuSansMono.ttf")
+    each = next(step for step in (1, 5, 10, 50, 100) if len(layers) <= 20 * step or step == 100)
+    columns = range(0, len(layers), each)
+    cells.set_xlabel("layer", fontproperties=text)
+    cells.set_xticks(columns, [layers[column] for column in columns], fontproperties=text)
+    cells.set_yticks(range(len(labels)), labels, fontproperties=names, parse_math=False)  # else `$x_1$` is a formula
+    quarters = (0.0, 0.25, 0.5, 0.75, 1.0)
+    bar.set_yticks(quarters, [f"{share:.0%}" for share in quarters], fontproperties=text, parse_math=False)
+
+
+def _font(name: str) -> FontProperties:
+    import matplotlib
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(fname=os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size=9)

@@ -1,0 +1,60 @@
+"""Carried here from card.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting
+from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file
+
+
+def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The recipe as mergekit's YAML, with labels for local paths."""
+    portable: dict[str, Any] = {"merge_method": recipe.method.name}
+    if inputs.base:
+        portable["base_model"] = inputs.base.label
+    labels = [expert.label for expert in inputs.experts]
+    portable["models"] = [_model(entry, label) for entry, label in zip(recipe.models, labels, strict=True)]
+    if recipe.parameters:
+        portable["parameters"] = _settings(recipe.parameters)
+    if recipe.dtype:
+        portable["dtype"] = recipe.dtype
+    if recipe.tokenizer_source:
+        portable["tokenizer_source"] = recipe.tokenizer_source
+    if recipe.aim:
+        aim = {key: _plain(value) for key, value in vars(recipe.aim).items() if value not in ("", ())}
+        assert isinstance(recipe.aim.omega, Setting)
+        omega, calibration = _setting(recipe.aim.omega), _calibration_label(recipe.aim.calibration)
+        portable["aim"] = aim | {"omega": omega, "calibration": calibration}
+    if recipe.acm:
+        acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
+        portable["acm"] = acm | {"calibration": _calibration_label(recipe.acm.calibration)}
+    return portable
+
+
+def _calibration_label(calibration: str) -> str:
+    if calibration in ("", BUILTIN):
+        return calibration or PILE
+    local = is_activations_file(calibration) or calibration.endswith((".jsonl", ".txt"))
+    return Path(calibration).name if local else calibration
+
+
+def _model(entry: ModelEntry, label: str) -> dict[str, Any]:
+    return {"model": label} | ({"parameters": _settings(entry.parameters)} if entry.parameters else {})
+
+
+def _settings(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    return {name: _setting(setting) for name, setting in settings.items()}
+
+
+def _setting(setting: Setting) -> Any:
+    if not setting.filtered:
+        return _plain(setting.value)
+    return [({"filter": pattern} if pattern else {}) | {"value": _plain(value)} for pattern, value in setting.value]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,144 @@
+"""The shards of an output on their way: what an earlier run has finished, what is left, what becomes durable."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from torch import Tensor
+
+from lowmem_aim.events import Emit, Notice, TensorDone, Worked
+from lowmem_aim.output.journal import Group, Journal
+from lowmem_aim.output.writer import Commit, Prefix, ShardWriter, finished_prefix
+from lowmem_aim.planning.tasks import Plan, Shard, Task
+from lowmem_aim.system.files import disk_errors
+from lowmem_aim.system.tensors import raw
+from lowmem_aim.units import shown
+
+V = TypeVar("V")
+ByModel = Mapping[str, Mapping[str, V]]  # number of the model's folder -> tensor -> a fact
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was seen of tensors that were read to their end."""
+
+    digests: ByModel[str]  # xxh3-128 of the bytes as read
+    replaced: ByModel[int]  # how many elements were not finite, and took the base's value
+    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # tensor -> sums, see `relaxation.Kept`
+
+
+class Shards:
+    """The shards, each begun with its first row and closed with its last. A context manager.
+
+    What an earlier run has finished is checked first, and is not among the tasks that are `left`.
+    """
+
+    def __init__(self, plan: Plan, staging: Path, journal: Journal, emit: Emit, output: str = "") -> None:
+        """`output`: how events name it, where there are several."""
+        self._staging, self._journal, self._emit, self._output = staging, journal, emit, output
+        self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
+        self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
+        self._prefixes: dict[str, Prefix] = {}  # what was found of the shards, by file name
+        self._done = 0  # bytes of tensors that are handed on
+        self._written = 0  # bytes that have gone to the disk
+        self.kept: dict[str, tuple[float, float]] = {}  # of every tensor that was relaxed
+        self.digests: dict[str, str] = {}  # file name -> sha256
+        self.read_before: list[Read] = []  # of the tensors that were found
+        self.left = [task for shard in plan.shards for task in self._left_of(shard)]
+        self._written = self._done
+        if self._done:
+            found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
+            sizes = f"{shown(self._done)} of {shown(plan.tensor_bytes)}"
+            emit(Notice(f"resuming: {found}, {sizes}"))
+
+    def _left_of(self, shard: Shard) -> tuple[Task, ...]:
+        file = self._staging / shard.name
+        prefix, groups = finished_prefix(file, self._journal.groups(shard.name))
+        if prefix is None:
+            with disk_errors(file):
+                file.unlink(missing_ok=True)
+            return shard.tasks
+        self._prefixes[shard.name] = prefix
+        self.read_before += [Read(group.digests, group.replaced) for group in groups]
+        self.kept |= {name: (sums[0], sums[1]) for group in groups for name, sums in group.kept.items()}
+        for task in shard.tasks[: prefix.tensors]:
+            self._tell(task, earlier=True)
+        if prefix.tensors == len(shard.tasks):
+            with ShardWriter(file, shard.nbytes, prefix=prefix) as writer:  # cuts off what may have come after the end
+                self.digests[shard.name] = writer.close()
+        return shard.tasks[prefix.tensors :]
+
+    def append(self, task: Task, rows: Tensor) -> None:
+        self._writer(self._shards[task.name]).append(raw(rows))
+
+    def tensor_done(self, task: Task, read: Read) -> None:
+        shard = self._shards[task.name]
+        writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
+        writer.tensor_done(read)
+        self.kept |= read.kept
+        self._tell(task)
+        if task is shard.tasks[-1]:
+            self.digests[shard.name] = writer.close()
+            del self._writers[shard.name]
+
+    def _writer(self, shard: Shard) -> ShardWriter:
+        if shard.name not in self._writers:
+            prefix = self._prefixes.get(shard.name)
+            commit = functools.partial(self._commit, shard)
+            writer = ShardWriter(self._staging / shard.name, shard.nbytes, commit, prefix, self._worked)
+            self._writers[shard.name] = writer
+            if prefix is None:
+                writer.append(shard.header)
+        return self._writers[shard.name]
+
+    def _tell(self, task: Task, earlier: bool = False) -> None:
+        self._done += task.nbytes
+        dtype = str(task.dtype).removeprefix("torch.")
+        kept = self.kept.get(task.name)
+        self._emit(
+            TensorDone(
+                task.name,
+                task.shape,
+                dtype,
+                task.action,
+                task.layer,
+                task.kind,
+                self._done,
+                kept,
+                earlier,
+                self._output,
+            )
+        )
+
+    def _worked(self, nbytes: int, seconds: float) -> None:
+        self._written += nbytes
+        self._emit(Worked("write", nbytes, seconds, done=self._written))
+
+    def _commit(self, shard: Shard, done: Commit) -> None:
+        digests = _joined(read.digests for read in done.facts)
+        replaced = _joined(read.replaced for read in done.facts)
+        kept = {name: sums for read in done.facts for name, sums in read.kept.items()}
+        start = done.tensors - len(done.facts)
+        self._journal.put_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced, kept))
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
+
+
+def _joined(facts: Iterable[ByModel[V]]) -> dict[str, dict[str, V]]:
+    joined: dict[str, dict[str, V]] = {}
+    for by_model in facts:
+        for model, table in by_model.items():
+            joined.setdefault(model, {}).update(table)
+    return joined

@@ -1,0 +1,106 @@
+"""Carried here from card.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.config import CONFIG
+from lowmem_aim.models.folder import INDEX
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.output.card import PICTURE, _card, _is_plain, _left, _yaml
+from lowmem_aim.output.heatmap import joined
+from lowmem_aim.output.merged import Merged
+from lowmem_aim.output.picture import drawn_with, heatmap_png
+from lowmem_aim.output.portable import portable_recipe
+from lowmem_aim.output.provenance import _kept, _shares, provenance
+from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.relaxing.relaxation import Consensus
+
+# Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LARGEST_COPY = 200_000_000
+
+
+def copied_files(reference: Checkpoint) -> dict[str, bytes]:
+    """Tokenizer, chat template and the like, by name. Raises ModelError for a file that is no such thing."""
+    return {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
+
+
+def output_files(
+    plan: Plan,
+    inputs: Inputs,
+    activations: Activations | None,
+    merged: Merged,
+    copied: dict[str, bytes],
+    environments: list[dict[str, str]] | None = None,
+    consensus: Consensus | None = None,
+) -> dict[str, bytes]:
+    """Every small file of the output by name, config.json last. `copied` is from `copied_files`.
+
+    `environments`: versions and devices, where there was more than one on the way to this output.
+    """
+    files = dict(copied)
+    if len(plan.shards) > 1:
+        files[INDEX] = plan.index()
+    recipe = portable_recipe(plan.recipe, inputs)
+    facts = provenance(plan, inputs, activations, merged, recipe)
+    if consensus:
+        groups = {
+            group: {"mutual_information": math.fsum(m) / len(m), "kept": 1.0 - consensus.freezing[group]}
+            for group, m in consensus.information.items()
+        }
+        facts["acm"] = {"texts": consensus.texts, "tokens": consensus.tokens, "groups": groups}
+    kept = _kept(plan, merged)
+    if joined(kept.values()).before:
+        facts["kept"] = _shares(kept)
+    if picture := heatmap_png(kept):
+        facts["versions"] |= drawn_with()
+        files[PICTURE] = picture
+    if environments:
+        facts["environments"] = environments
+    files["mergekit_config.yml"] = _yaml(recipe).encode()
+    files["lowmem_aim.json"] = _json(facts)
+    files["README.md"] = _card(facts, recipe, plan.recipe, _left(plan.recipe, kept, picture)).encode()
+    files[CONFIG] = _json(_config(inputs.reference, plan))
+    return files
+
+
+def _json(value: Any) -> bytes:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not _is_plain(text):
+        text = json.dumps(value, indent=2)
+    return (text + "\n").encode()
+
+
+def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The reference's config.json with the dtype that most of the output has, and nothing that would run code."""
+    config = {key: value for key, value in reference.config.items() if key not in ("auto_map", "_name_or_path")}
+    sizes: dict[torch.dtype, int] = {}
+    for task in plan.tasks:
+        if task.dtype.is_floating_point:
+            sizes[task.dtype] = sizes.get(task.dtype, 0) + task.nbytes
+    if sizes:
+        name = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(keys, name)
+    return config

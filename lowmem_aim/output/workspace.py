@@ -1,0 +1,198 @@
+"""The output folder: checked before work, locked during it, filled only once everything is whole.
+
+Until `publish`, all that a run writes lies in OUT/.lowmem_aim: the shards in staging/, the journal of what is finished.
+Then files get their final names, in an order in which the folder is no loadable model until the last of them,
+config.json, is there. A run that fails or is killed leaves what it had finished for the same command to go on with; one
+that had finished nothing leaves nothing. Files that a killed run had published (a list, written first, says which) are
+taken back to staging by the next. What stays beside a finished model: the journal and sha256.txt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowmem_aim.errors import DiskError, LockedError, MemoryBudgetError, ModelError, printable
+from lowmem_aim.output.folder import (
+    ACTIVATIONS,
+    FACTS,
+    LOG,
+    PRIVATE,
+    PUBLISHING,
+    STAGING,
+    SUMS,
+    _known,
+    _left_over,
+    check_output,
+    is_finished,
+    remove_snapshots,
+)
+from lowmem_aim.output.journal import NAME as JOURNAL
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.verify import sums_text
+from lowmem_aim.system.files import disk_errors, sync_folder, write_file
+from lowmem_aim.system.lock import OWNER, locked
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The output folder while a run holds it."""
+
+    out: Path
+    journal: Journal
+    sums: dict[str, str] = field(default_factory=dict)  # of the published files: name -> sha256
+
+    @property
+    def private(self) -> Path:
+        return self.out / PRIVATE
+
+    @property
+    def staging(self) -> Path:
+        return self.private / STAGING
+
+    def take_back(self) -> None:
+        """What a killed run had published goes back to staging. Raises DiskError."""
+        _take_back(self.out)
+
+    def forget_calibration(self) -> None:
+        """Its snapshots are of no more use. Raises DiskError."""
+        if self.journal.holds("calibration"):
+            self.journal.drop("calibration")
+        remove_snapshots(self.private)
+
+    def staged_bytes(self) -> int:
+        """What earlier runs have already taken of the disk."""
+        with contextlib.suppress(OSError):
+            return sum(file.stat().st_size for file in self.staging.iterdir())
+        return 0
+
+
+@contextlib.contextmanager
+def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
+    """Make `out` if need be and lock it against other runs; `take_back` then puts what is finished into staging.
+
+    `fresh` discards what an interrupted run has left. On an exception what this run made is removed again, unless there
+    is something finished for the same command to go on with. Raises DiskError, LockedError, UsageError.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    private = out / PRIVATE
+    keep = private.exists()  # what is there is another's until its journal, once read, says that nothing is finished
+    try:
+        with disk_errors(out):
+            private.mkdir(parents=True, exist_ok=True)
+            for folder in (private, *made):
+                sync_folder(folder.parent)  # what becomes durable in a folder is worth as much as the folder
+        with locked(private / "lock"):
+            check_output(out, [])  # again: another run may have been here in the meantime
+            finished = is_finished(out)
+            if fresh and not finished:
+                _take_back(out)
+                with disk_errors(private):
+                    shutil.rmtree(private / STAGING)
+                    Journal.remove(private)
+                    for name in (LOG, FACTS):
+                        (private / name).unlink(missing_ok=True)
+                remove_snapshots(private)
+            with Journal(private, read_only=finished) as journal:
+                space = Workspace(out, journal)
+                try:
+                    yield space
+                finally:
+                    keep = True
+                    keep = finished or any(map(journal.holds, ("group", "activations", "calibration", "acm")))
+            if space.sums:
+                _seal(out, space.sums)
+    except BaseException as error:
+        if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
+            error.hint += f"{'; ' * bool(error.hint)}what is finished stays: the same command goes on from there"
+        if not keep and not isinstance(error, LockedError):  # then the folder is another run's
+            _clear(private)
+            _remove_empty([private, *made])
+        raise
+
+
+def discard(out: Path) -> None:
+    """Remove what runs have left in `out`, and the folder if that was all. Not while a run holds it."""
+    _clear(out / PRIVATE)
+    _remove_empty([out / PRIVATE, out])
+
+
+def _clear(private: Path) -> None:
+    """Remove what runs put there, and nothing else."""
+    shutil.rmtree(private / STAGING, ignore_errors=True)
+    _remove_half_written(private)
+    with contextlib.suppress(OSError):
+        Journal.remove(private)
+        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, OWNER, "lock"):
+            (private / name).unlink(missing_ok=True)
+
+
+def _remove_half_written(private: Path) -> None:
+    """What a kill may have left of small files and snapshots."""
+    remove_snapshots(private)
+    for file in private.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _take_back(out: Path) -> None:
+    """Published files of a killed run go back to staging, config.json first: half a model is never one that loads."""
+    staging = out / PRIVATE / STAGING
+    with disk_errors(staging):
+        staging.mkdir(exist_ok=True)
+        for name in reversed(_left_over(out)):
+            os.replace(out / name, staging / name)
+        for folder in (staging, staging.parent, out):
+            sync_folder(folder)  # a power loss must not keep the list's end and lose a renaming: whose were the files?
+        (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty: not ours any more
+            folder.rmdir()
+
+
+def publish(space: Workspace, shards: dict[str, str], files: dict[str, bytes]) -> None:
+    """Give the staged shards and then `files` (in their order, config.json last) their final names, durably.
+
+    `shards`: name -> sha256. Can be done again after it was interrupted at any point. Raises DiskError.
+    """
+    out, staging = space.out, space.staging
+    for name, content in files.items():
+        write_file(staging / name, content)
+    names = [*shards, *files]
+    there = [name for name in names if os.path.lexists(out / name)]
+    if there:  # it was not when the run began
+        raise DiskError(
+            f"`{printable(str(out / there[0]))}` has been put into the output folder meanwhile",
+            hint="move it away, and give the same command again",
+        )
+    write_file(space.private / PUBLISHING, json.dumps({name: _known(staging / name) for name in names}).encode())
+    with disk_errors(out):
+        for name in names[:-1]:
+            os.replace(staging / name, out / name)
+        sync_folder(out)  # before config.json: a power loss must not keep that and lose another
+        os.replace(staging / names[-1], out / names[-1])
+        sync_folder(out)
+    space.sums.update(shards)
+    space.sums.update({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def _seal(out: Path, sums: dict[str, str]) -> None:
+    """The list of digests, the closed journal's with them; with it the run is finished."""
+    private = out / PRIVATE
+    with disk_errors(private):
+        own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256((private / JOURNAL).read_bytes()).hexdigest()}
+        write_file(private / SUMS, sums_text(sums | own))
+        (private / PUBLISHING).unlink(missing_ok=True)
+        sync_folder(private)  # finished, whatever happens after the run has said so
+        shutil.rmtree(private / STAGING, ignore_errors=True)
+        _remove_half_written(private)
+        (private / ACTIVATIONS).unlink(missing_ok=True)

@@ -1,0 +1,246 @@
+"""Output shards: preallocated, written front to back under a temporary name, hashed as they are written.
+
+Hashing, writing and syncing have threads of their own: who appends waits only when they are behind. Finished tensors
+are committed in groups: a group is told of only after its bytes are durable (fdatasync), and `close` returns after all
+are. Nothing here gives a file its final name. A full disk shows when the shard is begun (posix_fallocate), where the
+filesystem can reserve space.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lowmem_aim.output.journal import Group
+from lowmem_aim.system.files import disk_errors, sync_folder
+
+# Appended pieces that may wait to be written.
+WAITING = 4
+# The disk is told to write so much at a time while the shard still grows; else all of it would wait for the fsync.
+SYNC_BYTES = 64 << 20
+# Tensors are committed together up to so many bytes: a commit costs some 16 ms, on many disks more. While one group is
+# made durable the next is filled; a kill costs both.
+GROUP_BYTES = 32_000_000
+CHUNK = 8 << 20
+
+Data = bytes | memoryview
+Facts = Any  # what the journal is told of a tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The finished front of a shard's file, as it was found."""
+
+    tensors: int
+    end: int  # bytes
+    state: Any  # hashlib's, of those bytes
+
+
+@dataclass(frozen=True)
+class _Done:
+    """In the queue: a tensor has been appended whole."""
+
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Tensors that have become durable; `tensors`, `end` and `sha256` are of the whole file so far."""
+
+    tensors: int
+    end: int
+    sha256: str
+    facts: tuple[Facts, ...]  # of the tensors since the last commit
+
+
+class ShardWriter:
+    """One file of a known size. A context manager: leaving it without `close` drops the descriptor, nothing more."""
+
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        commit: Callable[[Commit], None] = lambda done: None,
+        prefix: Prefix | None = None,
+        worked: Callable[[int, float], None] = lambda nbytes, seconds: None,
+    ) -> None:
+        """Create `path` with `size` bytes (it must not exist), or go on after its `prefix`. Raises DiskError.
+
+        Called in other threads: `commit` with what has become durable, `worked` with bytes that were written, and how
+        long that took.
+        """
+        self._path, self._size, self._commit, self._worked = path, size, commit, worked
+        self._tensors, self._written, self._hash = 0, 0, hashlib.sha256()
+        if prefix:
+            self._tensors, self._written, self._hash = prefix.tensors, prefix.end, prefix.state
+        self._committed = self._synced = self._written
+        self._facts: list[Facts] = []  # of the tensors that are not committed yet
+        self._error: BaseException | None = None
+        with disk_errors(path):
+            mode = 0 if prefix else os.O_CREAT | os.O_EXCL
+            flags = os.O_RDWR | mode | getattr(os, "O_BINARY", 0)
+            self._descriptor: int | None = os.open(path, flags, 0o666)  # less the umask, as for any file
+            try:
+                os.lseek(self._descriptor, self._written, os.SEEK_SET)
+                _reserve(self._descriptor, size)
+                if not prefix:
+                    sync_folder(path.parent)  # else a power loss could keep the rows and lose the file
+            except BaseException:
+                self._drop()
+                raise
+        self._waiting: queue.Queue[Data | _Done | None] = queue.Queue(WAITING)
+        self._to_sync: queue.Queue[Commit | bool] = queue.Queue()  # True: only sync; False: the end
+        self._threads = [
+            threading.Thread(target=body, daemon=True, name=name)
+            for body, name in ((self._write_all, "write"), (self._sync_all, "sync"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def append(self, data: Data) -> None:
+        """The next bytes of the file; they must not change from now on. Raises DiskError, perhaps of earlier ones."""
+        self._put(data)
+
+    def tensor_done(self, facts: Facts = None) -> None:
+        """What was appended since the last time, or since the header, is a whole tensor. Raises as `append`."""
+        self._put(_Done(facts))
+
+    def close(self) -> str:
+        """Make the file durable; its sha256 in hex. Raises DiskError."""
+        self._stop()
+        if self._error:
+            raise self._error
+        if self._written != self._size:
+            raise AssertionError(f"{self._path.name}: {self._written} bytes written of {self._size}")
+        assert self._descriptor is not None, "the shard is closed"
+        with disk_errors(self._path):
+            os.fsync(self._descriptor)
+        self._drop()
+        return str(self._hash.hexdigest())
+
+    def _put(self, item: Data | _Done) -> None:
+        assert self._threads, "the shard is closed"
+        if self._error:
+            raise self._error
+        self._waiting.put(item)
+
+    # -- the threads
+
+    def _write_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._error:
+                continue  # take the rest, so that nobody waits for this thread
+            try:
+                if isinstance(item, _Done):
+                    self._count(item)
+                else:
+                    self._write(memoryview(item).cast("B"))
+            except BaseException as error:
+                self._error = error
+
+    def _write(self, view: memoryview) -> None:
+        assert self._descriptor is not None
+        begun, nbytes = time.perf_counter(), len(view)
+        self._hash.update(view)
+        with disk_errors(self._path):
+            while view:
+                count = os.write(self._descriptor, view)
+                view = view[count:]
+                self._written += count
+        self._worked(nbytes, time.perf_counter() - begun)
+        if self._written - self._synced >= SYNC_BYTES:
+            self._synced = self._written
+            self._to_sync.put(True)
+
+    def _count(self, done: _Done) -> None:
+        self._tensors += 1
+        self._facts.append(done.facts)
+        if self._written - self._committed >= GROUP_BYTES or self._written == self._size:
+            self._to_sync.join()  # no more than one group is ever on its way
+            self._to_sync.put(Commit(self._tensors, self._written, self._hash.hexdigest(), tuple(self._facts)))
+            self._committed = self._synced = self._written
+            self._facts.clear()
+
+    def _sync_all(self) -> None:
+        while (item := self._to_sync.get()) is not False:
+            try:
+                if not self._error:
+                    self._make_durable(item)
+            except BaseException as error:
+                self._error = self._error or error
+            finally:
+                self._to_sync.task_done()
+
+    def _make_durable(self, item: Commit | bool) -> None:
+        assert self._descriptor is not None
+        with disk_errors(self._path):
+            getattr(os, "fdatasync", os.fsync)(self._descriptor)
+        if isinstance(item, Commit):
+            self._commit(item)
+
+    def _stop(self) -> None:
+        threads, self._threads = self._threads, []
+        if threads:
+            self._waiting.put(None)
+            threads[0].join()
+            self._to_sync.put(False)
+            threads[1].join()
+
+    def _drop(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._error = self._error or error  # what still waits need not be written
+        self._stop()
+        self._drop()
+
+
+def finished_prefix(path: Path, groups: Sequence[Group]) -> tuple[Prefix | None, list[Group]]:
+    """How far a shard's file is what the journal says, by reading it; and the groups that are. Raises DiskError.
+
+    `groups` in file order; what comes after the first that differs does not count.
+    """
+    state, good, position = hashlib.sha256(), [], 0
+    prefix = None
+    if not groups or not path.is_file():
+        return None, []
+    with disk_errors(path), path.open("rb", buffering=0) as stream:
+        for group in groups:
+            while position < group.end and (data := stream.read(min(CHUNK, group.end - position))):
+                state.update(data)
+                position += len(data)
+            begun = prefix.tensors if prefix else 0  # what a lost row said of its tensors is lost with it
+            if group.start != begun or position < group.end or state.hexdigest() != group.sha256:
+                break
+            good.append(group)
+            prefix = Prefix(group.tensors, group.end, state.copy())
+    return prefix, good
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if os.fstat(descriptor).st_size > size:
+        os.ftruncate(descriptor, size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)

@@ -1,0 +1,116 @@
+"""Recipe + headers -> what to do, in which order, and where every byte of the output goes. Pure: nothing is read.
+
+Shards are laid out as `safetensors.save_file` would: by falling alignment of the dtype, then by name. Tasks come in
+that order, so that a shard is written front to back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lowmem_aim.errors import RecipeError, UsageError
+from lowmem_aim.methods import Subject
+from lowmem_aim.models.headers import DTYPES, TensorInfo
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.planning.layers import depth, layer_count, layer_of
+from lowmem_aim.planning.tasks import NonFinite, Plan, Shard, Task
+from lowmem_aim.recipe.recipe import Recipe
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The order in which the safetensors library writes dtypes, the last first.
+_DTYPE_ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+SMALLEST_SHARD = 1_000
+
+
+def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, nonfinite: NonFinite = "stop") -> Plan:
+    """Lay out the output.
+
+    Raises RecipeError if a parameter has no value for some tensor, UsageError for flags that do not fit the recipe.
+    """
+    if nonfinite == "base" and not recipe.builds_on_base:
+        raise UsageError(
+            f"`--nonfinite base` needs a method that builds on a base, which `{recipe.method.name}` does not",
+            hint="mend or replace the model that holds NaN or Inf, or leave the flag out",
+        )
+    if shard_bytes < SMALLEST_SHARD:
+        raise UsageError(f"a shard size of {shard_bytes} bytes is too small", hint="the default is 5GB")
+    layers = layer_count(inputs.reference.config)
+    tasks = [_task(info, recipe, inputs, layers) for info in inputs.reference if info.name not in inputs.dropped]
+    _check(tasks, recipe, inputs, seed)
+    groups = _grouped(tasks, shard_bytes)
+    return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed, nonfinite)
+
+
+def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task:
+    t, layer = depth(info.name, layers), layer_of(info.name, layers)
+    if not info.dtype.is_floating_point or info.name in inputs.roles.buffers or info.numel == 0:
+        return Task(info.name, info.shape, info.dtype, "copy", {}, layer=layer)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else info.dtype
+    whole = recipe.method.whole_rows and len(info.shape) < 2
+    omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
+    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
+
+
+def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:
+    """The tensor as the method sees it."""
+    return Subject(
+        name,
+        shape,
+        math.prod(shape),
+        len(inputs.experts),
+        seed,
+        based=recipe.builds_on_base,
+        input_dim=-2 if name in inputs.roles.inputs_first else -1,
+    )
+
+
+def _check(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs, seed: int) -> None:
+    """Raises RecipeError with what the method refuses, each once: most parameters are the same for all tensors."""
+    problems = [
+        recipe.method.check(subject_of(task.name, task.shape, recipe, inputs, seed), task.parameters)
+        for task in tasks
+        if task.action == "merge"
+    ]
+    if found := [problem for problem in dict.fromkeys(problems) if problem]:
+        raise RecipeError([f"{recipe.where}: {problem}" for problem in found])
+
+
+# --- depth: where on a gradient a tensor lies -------------------------------------------------------------------------
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def _grouped(tasks: Sequence[Task], shard_bytes: int) -> list[list[Task]]:
+    """Fill shards in the reference's order; a tensor larger than a shard has one to itself."""
+    groups: list[list[Task]] = [[]]
+    filled = 0
+    for task in tasks:
+        if groups[-1] and filled + task.nbytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(task)
+        filled += task.nbytes
+    return groups
+
+
+def _shard(tasks: Sequence[Task], number: int, count: int) -> Shard:
+    name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+    ordered = sorted(tasks, key=lambda t: (-_DTYPE_ORDER.index(_DTYPE_NAMES[t.dtype]), t.name))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for task in ordered:
+        offsets = [offset, offset + task.nbytes]
+        table[task.name] = {"dtype": _DTYPE_NAMES[task.dtype], "shape": list(task.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    header = len(text).to_bytes(8, "little") + text
+    placed = [replace(t, begin=len(header) + table[t.name]["data_offsets"][0]) for t in ordered]
+    return Shard(name, header, tuple(placed))

@@ -1,0 +1,202 @@
+"""A Survey of a merge, from its plan and its inputs. Nothing is read for it but the models' cards."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowmem_aim.errors import printable
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.inputs import Inputs, vocabulary_rows
+from lowmem_aim.planning.layers import layer_count
+from lowmem_aim.planning.tasks import Plan, Task
+from lowmem_aim.recipe.recipe import Acm, Aim, Setting
+
+LARGEST_CARD = 1_000_000  # bytes of a README.md that is looked into
+_LICENCE = re.compile(r"^license:\s*(\S[^\n]{0,100})$", re.MULTILINE)
+
+
+def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int] | None = None) -> Survey:
+    """`plans` by output folder ("" for the only one); `missing`: bytes to download, by label."""
+    first = next(iter(plans.values()))
+    recipe, tasks = first.recipe, first.tasks
+    common = _common(tasks)
+    names = [name for name in plans if name]
+    return Survey(
+        title=recipe.title,
+        source=recipe.method.source,
+        models=tuple(_models(inputs, missing or {})),
+        outputs=tuple(names),
+        settings={key: text for key, text in common.items() if key != "omega" or len(names) < 2},  # else AIM's line
+        aim=_aim(recipe.aim, names) if recipe.aim else None,
+        acm=_acm(recipe.acm) if recipe.acm else None,
+        kinds=tuple(_kinds(tasks, common)),
+        left_out=_left_out(tasks, inputs),
+        shards=len(first.shards),
+        read_bytes=sum(_read_bytes(task, inputs, recipe.builds_on_base or recipe.relaxed) for task in tasks),
+        write_bytes=sum(plan.output_bytes for plan in plans.values()),
+    )
+
+
+def _models(inputs: Inputs, missing: Mapping[str, int]) -> Iterator[Model]:
+    for checkpoint in dict.fromkeys(inputs.checkpoints):
+        yield Model(
+            label=checkpoint.label,
+            role="base" if checkpoint is inputs.base else "expert",
+            parameters=sum(info.numel for info in checkpoint),
+            nbytes=sum(info.nbytes for info in checkpoint),
+            dtypes=tuple(sorted({_short(info.dtype) for info in checkpoint})),
+            layers=layer_count(checkpoint.config),
+            vocabulary=vocabulary_rows(inputs.roles, checkpoint),
+            tied=bool(inputs.roles.tied),
+            licence=_licence(checkpoint),
+            missing_bytes=missing.get(checkpoint.label, 0),
+        )
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _licence(checkpoint: Checkpoint) -> str:
+    """From the front matter of the model's card."""
+    card = (checkpoint.small_file("README.md", LARGEST_CARD) or b"").decode("utf-8", "replace")
+    front = card.split("\n---", 1)[0] if card.startswith("---") else ""
+    found = _LICENCE.search(front)
+    return printable(found[1].strip().strip("'\""), 100) if found else ""
+
+
+def _read_bytes(task: Task, inputs: Inputs, with_base: bool) -> int:
+    if task.action == "copy":
+        return inputs.reference.tensors[task.name].nbytes
+    readers = [*inputs.experts, *([inputs.base] if with_base and inputs.base else [])]
+    return sum(checkpoint.tensors[task.name].nbytes for checkpoint in readers if task.name in checkpoint.tensors)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _values(task: Task) -> dict[str, str]:
+    """The method's parameters for a tensor, and AIM's omega, as texts; an expert's own only where they differ."""
+    found = {name: _told(value) for name, value in task.parameters.items()}
+    return found | ({"omega": f"{task.omega:g}"} if task.omega != 1.0 else {})
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, tuple):
+        parts = [_told(part) for part in value]
+        return parts[0] if len(set(parts)) == 1 else "/".join(parts)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _common(tasks: Sequence[Task]) -> dict[str, str]:
+    merged = [_values(task) for task in tasks if task.action == "merge"]
+    return {name: text for name, text in (merged[0] if merged else {}).items() if _all_have(merged, name, text)}
+
+
+def _all_have(all_values: Iterable[Mapping[str, str]], name: str, text: str) -> bool:
+    return all(values.get(name) == text for values in all_values)
+
+
+def _kinds(tasks: Sequence[Task], common: Mapping[str, str]) -> Iterator[Kind]:
+    groups: dict[tuple[str, str], list[Task]] = {}
+    for task in tasks:
+        groups.setdefault((task.kind, task.action), []).append(task)
+    for (kind, action), group in groups.items():
+        own: dict[str, list[str]] = {}
+        for task in group:
+            for name, text in _values(task).items():
+                if name not in common:
+                    own.setdefault(name, []).append(text)
+        settings = {name: _span(texts) for name, texts in own.items()}
+        yield Kind(kind, action, len(group), sum(task.numel for task in group), settings)
+
+
+def _span(texts: Sequence[str]) -> str:
+    """The values over a gradient: the first, the last."""
+    distinct = list(dict.fromkeys(texts))
+    return distinct[0] if len(distinct) == 1 else f"{distinct[0]} ... {distinct[-1]}"
+
+
+def _aim(aim: Aim, outputs: Sequence[str]) -> dict[str, Any]:
+    omega = aim.omega.value if isinstance(aim.omega, Setting) and not aim.omega.filtered else "by tensor"
+    return {
+        "omega": [name.removeprefix("omega-") for name in outputs] or omega,
+        "scaling": aim.scaling,
+        "exclude": list(aim.exclude),
+        "calibration": aim.calibration,
+        "samples": aim.samples,
+        "block_size": aim.block_size,
+    }
+
+
+def _acm(acm: Acm) -> dict[str, Any]:
+    return {key: getattr(acm, key) for key in ("theta", "normalise", "calibration", "samples")}
+
+
+def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...]]:
+    """Why a tensor is copied or left away -> its name."""
+    reasons: dict[str, list[str]] = {}
+    for task in tasks:
+        if task.action == "copy":
+            reasons.setdefault(_why_copied(task, inputs), []).append(task.name)
+    if inputs.dropped:
+        reasons["left away: tied, it repeats its embedding"] = sorted(inputs.dropped)
+    return {why: tuple(names) for why, names in reasons.items()}
+
+
+def _why_copied(task: Task, inputs: Inputs) -> str:
+    if task.name in inputs.roles.buffers:
+        return "copied: state of the model that is no weight"
+    return "copied: it is empty" if task.numel == 0 else "copied: no floating-point numbers"
+
+
+@dataclass(frozen=True)
+class Model:
+    label: str
+    role: str  # `base` or `expert`
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+    layers: int
+    vocabulary: int  # rows of the embedding
+    tied: bool
+    licence: str  # as its card says; "" where it does not
+    missing_bytes: int = 0  # to download
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors that stand for the same in each layer."""
+
+    kind: str
+    action: str  # merge or copy
+    tensors: int
+    parameters: int
+    settings: Mapping[str, str]  # the method's parameters, and AIM's omega, where they are not all tensors'
+
+
+@dataclass(frozen=True)
+class Survey:
+    title: str
+    source: str  # of the method
+    models: tuple[Model, ...]
+    outputs: tuple[str, ...]  # folders, where there are several
+    settings: Mapping[str, str]  # the same for all tensors
+    aim: Mapping[str, Any] | None
+    acm: Mapping[str, Any] | None
+    kinds: tuple[Kind, ...]
+    left_out: Mapping[str, tuple[str, ...]]  # why -> tensors that are not merged
+    shards: int
+    read_bytes: int  # each byte once
+    write_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As it comes back from JSON: lists for tuples."""
+        same: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return same

@@ -1,0 +1,210 @@
+"""Command-line flags as edits of the recipe's tree, so that a wrong flag is reported as a wrong line would be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from lowmem_aim.errors import RecipeError, UsageError, printable
+from lowmem_aim.methods import Method, find_method
+from lowmem_aim.recipe.reader import read_aim
+from lowmem_aim.recipe.recipe import Aim, same_reference
+from lowmem_aim.recipe.yaml_tree import Node, parse
+
+COMMAND_LINE = "command line"
+AIM_FLAGS = {
+    "omega": "omega",
+    "scaling": "scaling",
+    "exclude": "exclude",
+    "calibration": "calibration",
+    "samples": "samples",
+    "block_size": "block_size",
+    "calibration_seed": "seed",
+    "pack": "pack",
+    "tied": "tied",
+    "calibration_dtype": "dtype",
+}
+
+
+ACM_FLAGS = {
+    "theta": "theta",
+    "normalise": "normalise",
+    "calibration": "calibration",
+    "samples": "samples",
+    "calibration_dtype": "dtype",
+}
+RELAXATIONS = {"aim": ("aim",), "acm": ("acm",), "both": ("aim", "acm")}
+
+
+def empty_recipe() -> Node:
+    return Node({}, COMMAND_LINE)
+
+
+def applied(tree: Node, flags: dict[str, Any]) -> Node:
+    """The tree with every given flag in it. Raises RecipeError for flags that contradict each other."""
+    for flag, key in (("method", "merge_method"), ("base", "base_model"), ("tokenizer_source", "tokenizer_source")):
+        if flags.get(flag) is not None:
+            tree = tree.with_item(key, _node(flags[flag], flag))
+    if flags.get("dtype") is not None:
+        # Arithmetic is float32 whatever the recipe says; the flag is what the output is written in.
+        tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
+    tree = _with_models(tree, flags)
+    tree = _with_parameters(tree, flags.get("parameter", ()))
+    if tree.get("acm") is not None:
+        tree, flags = _with_acm(tree, flags)
+    elif own := [flag for flag in ("theta", "normalise") if flags.get(flag) is not None]:
+        raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
+    return _with_aim(tree, flags)
+
+
+def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
+    """AIM, ACM or both on a finished model: one expert passed through, relaxed against the base; the authors' defaults.
+
+    Raises RecipeError.
+    """
+    ways = RELAXATIONS[flags.get("relaxations") or "aim"]
+    models = Node([Node({"model": Node(merged, COMMAND_LINE)}, COMMAND_LINE)], COMMAND_LINE)
+    tree = empty_recipe().with_item("merge_method", Node("passthrough", COMMAND_LINE)).with_item("models", models)
+    for way in ways:
+        tree = tree.with_item(way, empty_recipe())
+    if "aim" not in ways and (own := [flag for flag in ("omega", "scaling", "exclude", "tied") if flags.get(flag)]):
+        raise RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` is AIM, and then ACM")
+    return applied(tree, flags)
+
+
+def _with_acm(tree: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
+    """With ACM's flags in it; and what is left of them for AIM."""
+    table = tree.get("acm")
+    assert table is not None
+    if not isinstance(table.value, dict):
+        return tree, flags  # the recipe's reader says so
+    with_aim = tree.get("aim") is not None or flags.get("omega") is not None
+    for flag, key in ACM_FLAGS.items():
+        value = flags.get(flag)
+        # Activations are AIM's alone.
+        if value is not None and not (with_aim and str(value).endswith(".safetensors")):
+            table = table.with_item(key, _node(value, flag))
+    return tree.with_item("acm", table), flags if with_aim else flags | dict.fromkeys(ACM_FLAGS)
+
+
+def calibration_settings(flags: dict[str, Any]) -> Aim:
+    """The calibration flags alone. Raises RecipeError."""
+    table = _with_aim(empty_recipe().with_item("aim", empty_recipe()), flags).get("aim")
+    assert table is not None
+    return read_aim(table)
+
+
+def _node(value: Any, flag: str) -> Node:
+    return Node(value, f"--{flag.replace('_', '-')}")
+
+
+def _with_models(tree: Node, flags: dict[str, Any]) -> Node:
+    experts: Sequence[str] = flags.get("expert", ())
+    if experts:
+        listed = [empty_recipe().with_item("model", _node(expert, "expert")) for expert in experts]
+        tree = tree.with_item("models", _node(listed, "expert"))
+        if not flags.get("weight") and not _top_level(tree, "weight") and _takes_weight(tree):
+            flags = flags | {"weight": ("1",)}
+    for name in ("weight", "density"):
+        tree = _with_values(tree, name, flags.get(name, ()))
+    return tree
+
+
+def _takes_weight(tree: Node) -> bool:
+    method = _method(tree)
+    return method is not None and "weight" in method.parameters
+
+
+def _method(tree: Node) -> Method | None:
+    """None for one that the recipe's reader will name as unknown."""
+    node = tree.get("merge_method")
+    try:
+        return find_method(node.value) if node is not None and isinstance(node.value, str) else None
+    except UsageError:
+        return None
+
+
+def _top_level(tree: Node, name: str) -> bool:
+    parameters = tree.get("parameters")
+    return parameters is not None and parameters.get(name) is not None
+
+
+def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
+    """A value for all experts, or one for each in order; the base, where it is listed, is no expert."""
+    models = tree.get("models")
+    if not values or models is None or not isinstance(models.value, list):
+        return tree
+    base = tree.get("base_model")
+    method = _method(tree)
+    counts_base = method is not None and method.base == "listed"
+    is_expert = [counts_base or not _is_base(model, base) for model in models.value]
+    if len(values) not in (1, sum(is_expert)):
+        raise RecipeError(
+            f"--{name}: {len(values)} values for {sum(is_expert)} expert(s)", hint="give one, or one for each"
+        )
+    rest = list(values) * (sum(is_expert) if len(values) == 1 else 1)
+    edited = [
+        _with_parameter(m, name, rest.pop(0)) if expert else m
+        for m, expert in zip(models.value, is_expert, strict=True)
+    ]
+    return tree.with_item("models", Node(edited, models.where))
+
+
+def _is_base(model: Node, base: Node | None) -> bool:
+    reference = model.get("model")
+    if base is None or reference is None or not isinstance(reference.value, str) or not isinstance(base.value, str):
+        return False
+    return same_reference(reference.value, base.value)
+
+
+def _with_parameter(table: Node, name: str, text: str) -> Node:
+    parameters = table.get("parameters") or empty_recipe()
+    return table.with_item("parameters", parameters.with_item(name, Node(_scalar(text), f"--{name}")))
+
+
+def _with_parameters(tree: Node, assignments: Sequence[str]) -> Node:
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE")
+        parameters = tree.get("parameters") or empty_recipe()
+        value = Node(_scalar(text), f"--parameter {printable(name)}")
+        tree = tree.with_item("parameters", parameters.with_item(name, value))
+    return tree
+
+
+def _scalar(text: str) -> Any:
+    """A flag's value as YAML reads it: a number, true or false, or a text."""
+    try:
+        value = parse(text, COMMAND_LINE).value
+    except (RecipeError, yaml.YAMLError):
+        return text
+    return text if isinstance(value, list | dict) else value
+
+
+def _omegas(given: Any) -> Any:
+    """`--omega 0.4`, or several with commas between them."""
+    if given is None:
+        return None
+    values = [_scalar(part.strip()) for part in str(given).split(",")]
+    return values if len(values) > 1 else values[0]
+
+
+def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
+    """Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`."""
+    aim = tree.get("aim")
+    flags = flags | {"omega": _omegas(flags.get("omega")), "exclude": list(flags.get("exclude", ())) or None}
+    given = {key: flag for flag, key in AIM_FLAGS.items() if flags.get(flag) is not None}
+    if aim is None and "omega" not in given:
+        if given:
+            flag = next(iter(given.values())).replace("_", "-")
+            raise RecipeError(f"--{flag} has no meaning without AIM", hint="add `--omega 0.4`, or `aim:` to the recipe")
+        return tree
+    table = aim if aim is not None and isinstance(aim.value, dict) else empty_recipe()
+    for key, flag in given.items():
+        value = flags[flag]
+        items = [_node(item, flag) for item in value] if isinstance(value, list) else value
+        table = table.with_item(key, _node(items, flag))
+    return tree.with_item("aim", table)

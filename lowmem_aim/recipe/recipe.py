@@ -1,0 +1,154 @@
+"""What a recipe is: mergekit's YAML, read and checked (`recipe_reader`), as frozen dataclasses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lowmem_aim.errors import RecipeError, printable
+from lowmem_aim.methods import Method, Parameter
+from lowmem_aim.recipe.words import Normalise
+
+DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter's value as the recipe gives it: a scalar, a gradient over the layers, or filters on tensor names."""
+
+    value: Any  # a scalar, a tuple of numbers, or a tuple of (filter, scalar or tuple of numbers)
+    filtered: bool = False
+    where: str = field(default="", compare=False)
+
+    def at(self, tensor: str, t: float) -> Any:
+        """The value for a tensor at depth t in [0, 1]; None if no filter matches."""
+        if not self.filtered:
+            return _on_gradient(self.value, t)
+        for pattern, value in self.value:
+            if pattern in ("", "*") or pattern in tensor:
+                return _on_gradient(value, t)
+        return None
+
+
+def _on_gradient(value: Any, t: float) -> Any:
+    """Piecewise linear through the values of a list, evenly spread over [0, 1]."""
+    if not isinstance(value, tuple):
+        return value
+    place = t * (len(value) - 1)
+    left = min(int(place), max(len(value) - 2, 0))
+    right = min(left + 1, len(value) - 1)
+    return value[left] + (value[right] - value[left]) * (place - left)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of the recipe: a local folder or a Hub id with `@revision`."""
+
+    reference: str
+    parameters: Mapping[str, Setting]
+    where: str
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The `aim:` key. `calibration` "" is the authors' Pile set."""
+
+    omega: Setting | tuple[float, ...] = Setting(DEFAULT_OMEGA)  # several: an output for each
+    scaling: str = "identity"
+    exclude: tuple[str, ...] = ()  # parts of the names of weights that are not relaxed
+    calibration: str = ""
+    samples: int = 256
+    block_size: int = 512
+    seed: int = 42
+    pack: bool = True
+    tied: str = "relax"
+    dtype: str = ""  # of the calibration's forward; "" is the checkpoint's
+
+    def omega_at(self, tensor: str, t: float) -> float:
+        """For a tensor at depth t in [0, 1]; the default where no filter matches."""
+        assert isinstance(self.omega, Setting)
+        value = self.omega.at(tensor, t)
+        return DEFAULT_OMEGA if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Acm:
+    """The `acm:` key. `calibration` "" is that of `aim`, or else the authors' Pile set."""
+
+    theta: float = 0.7  # the authors' for most sizes; 1.2 for 14B
+    normalise: Normalise = "samples"
+    calibration: str = ""
+    samples: int = 100
+    dtype: str = ""  # of both forwards; "" is AIM's, or else the base's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge. `models` are the experts, and the base only where the method merges it as one of them."""
+
+    method: Method
+    base: str | None
+    models: tuple[ModelEntry, ...]
+    parameters: Mapping[str, Setting]
+    dtype: str | None
+    tokenizer_source: str | None
+    aim: Aim | None
+    acm: Acm | None
+    where: str
+    notices: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def builds_on_base(self) -> bool:
+        return self.method.builds_on(self.base)
+
+    @property
+    def relaxed(self) -> bool:
+        return self.aim is not None or self.acm is not None
+
+    @property
+    def title(self) -> str:
+        """`ties + AIM + ACM`."""
+        return " + ".join([self.method.name, *(["AIM"] if self.aim else []), *(["ACM"] if self.acm else [])])
+
+    def resolve(self, tensor: str, t: float) -> dict[str, Any]:
+        """The method's parameters for one tensor at depth t: model > top level > default, by recipe name."""
+        resolved: dict[str, Any] = {}
+        for name, parameter in self.method.parameters.items():
+            if parameter.per_expert:
+                resolved[name] = tuple(self._lookup(parameter, tensor, t, model.parameters) for model in self.models)
+            else:
+                resolved[name] = self._lookup(parameter, tensor, t, {})
+        return resolved
+
+    def _lookup(self, parameter: Parameter, tensor: str, t: float, own: Mapping[str, Setting]) -> Any:
+        where = self.where
+        for settings in (own, self.parameters):
+            setting = settings.get(parameter.name)
+            where = setting.where if setting else where
+            value = setting.at(tensor, t) if setting else None
+            if value is not None:
+                return float(value) if parameter.kind == "number" else value
+        if parameter.required:
+            raise RecipeError(
+                f"{where}: `{parameter.name}` has no value for `{printable(tensor)}`",
+                hint="end its list of filters with a plain `- value: ...`",
+            )
+        return parameter.default
+
+
+def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
+    """Folder within the output -> the recipe of what goes there. "" is the output itself, if there is one omega."""
+    if recipe.aim is None or isinstance(recipe.aim.omega, Setting):
+        return {"": recipe}
+    return {
+        f"omega-{omega!r}".removesuffix(".0"): replace(recipe, aim=replace(recipe.aim, omega=Setting(omega)))
+        for omega in recipe.aim.omega
+    }
+
+
+def same_reference(a: str, b: str) -> bool:
+    """Whether two references mean one model, however written: `./base/`, `base`, `/models/base` or a link to it."""
+    paths = [os.path.realpath(os.path.expanduser(reference)) for reference in (a, b)]
+    return paths[0] == paths[1]

@@ -1,0 +1,105 @@
+"""The recipe's tables `aim:` and `acm:` -> Aim and Acm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lowmem_aim.errors import did_you_mean, printable
+from lowmem_aim.methods import Parameter
+from lowmem_aim.recipe.recipe import DEFAULT_OMEGA, Acm, Aim, Setting
+from lowmem_aim.recipe.values import Values, no_name
+from lowmem_aim.recipe.words import DTYPES, NORMALISATIONS, SCALINGS
+from lowmem_aim.recipe.yaml_tree import Node
+
+AIM_KEYS = ("omega", "scaling", "exclude", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
+ACM_KEYS = ("theta", "normalise", "calibration", "samples", "dtype")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "scaling": SCALINGS,
+    "tied": ("relax", "keep"),
+    "dtype": DTYPES,
+    "normalise": NORMALISATIONS,
+}
+_OMEGA = Parameter("aim.omega", per_expert=False, kind="number", default=DEFAULT_OMEGA, low=0.0, high=1.0)
+_THETA = Parameter("acm.theta", per_expert=False, kind="number", default=0.7, low=0.0, high=100.0)
+
+
+def aim_table(read: Values, node: Node) -> Aim:
+    """The values of an `aim` table; problems are collected, and their keys left at the defaults."""
+    read.check_keys(node, AIM_KEYS, {})
+    keys = {key: item for key, item in node.value.items() if key in AIM_KEYS}
+    readers: dict[str, Callable[[Values, Node], Any]] = {"omega": _omega, "exclude": _exclude}
+    checked: dict[str, Any] = {
+        key: readers[key](read, item) if key in readers else _plain(read, key, item) for key, item in keys.items()
+    }
+    return Aim(**{key: value for key, value in checked.items() if value is not None})
+
+
+def acm_table(read: Values, node: Node, aim: Aim | None) -> Acm:
+    """The values of an `acm` table, likewise; some are `aim`'s where they are left out."""
+    read.check_keys(node, ACM_KEYS, {})
+    checked = {key: _acm_value(read, key, item) for key, item in node.value.items() if key in ACM_KEYS}
+    acm = Acm(**{key: value for key, value in checked.items() if value is not None})
+    if aim is None:
+        return acm
+    texts = "" if aim.calibration.endswith(".safetensors") else aim.calibration
+    return replace(acm, calibration=acm.calibration or texts, dtype=acm.dtype or aim.dtype)
+
+
+def _omega(read: Values, node: Node) -> Setting | tuple[float, ...] | None:
+    """A number, filters, or several numbers: an output for each; None after a problem."""
+    if not isinstance(node.value, list) or any(isinstance(item.value, dict) for item in node.value):
+        return read.setting(node, _OMEGA)
+    values = [read.value(item, _OMEGA) for item in node.value]
+    if not values:
+        read.problem(node, "`aim.omega` is an empty list")
+    for value, item in zip(values, node.value, strict=True):
+        if value is not None and not isinstance(value, int | float):
+            read.problem(item, "`aim.omega`: a gradient is `- value: [...]`, as in a filter; a list is several merges")
+        elif values.count(value) > 1:
+            read.problem(item, f"`aim.omega` has {value:g} twice")
+    right = all(isinstance(value, int | float) for value in values)
+    return tuple(float(value) + 0.0 for value in values) if right else None  # -0.0 would have a folder of its own
+
+
+def _exclude(read: Values, node: Node) -> tuple[str, ...] | None:
+    items = node.value if isinstance(node.value, list) else [node]
+    wrong = [item for item in items if not isinstance(item.value, str) or not item.value]
+    for item in wrong:
+        read.problem(item, "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`")
+    return None if wrong else tuple(item.value for item in items)
+
+
+def _acm_value(read: Values, key: str, node: Node) -> Any:
+    """One value of the `acm` table, checked; None after a problem."""
+    if key == "theta":
+        if not isinstance(node.value, list):
+            return read.value(node, _THETA)
+        read.problem(node, "`acm.theta` must be a number: it is the same for all layers")
+        return None
+    return _plain(read, key, node, "acm")
+
+
+def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
+    """One value of the `aim` table, or one that `acm` has too, checked; None after a problem."""
+    value = node.value
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    correct = {
+        **{name: (value in known, f"one of {', '.join(known)}") for name, known in _WORDS.items()},
+        "calibration": (
+            isinstance(value, str) and bool(value) and not no_name(value),
+            "a file, `builtin`, or a Hub dataset id",
+        ),
+        "samples": (whole and value > 0, "a whole number above 0"),
+        "block_size": (whole and value >= 16, "a whole number, 16 or more"),
+        "seed": (whole and 0 <= value < 1 << 32, "a whole number in [0, 2^32)"),
+        "pack": (isinstance(value, bool), "true or false"),
+    }
+    right, what = correct[key]
+    if not right:
+        shown = "a list" if isinstance(value, list) else f"`{printable(str(value))}`"
+        near = did_you_mean(value, _WORDS.get(key, ())) if isinstance(value, str) else ""
+        read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")
+        return None
+    return value

@@ -1,0 +1,105 @@
+"""The values in a recipe's tree, checked one by one. Problems are collected, so that all of them are told at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowmem_aim.errors import did_you_mean, printable
+from lowmem_aim.methods import Parameter
+from lowmem_aim.recipe.recipe import Setting
+from lowmem_aim.recipe.yaml_tree import Node
+
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; what systems take
+
+
+class Values:
+    """Reads values from nodes and collects what is wrong with them, each problem with its node's place."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notices: list[str] = []
+
+    def problem(self, node: Node, text: str) -> None:
+        self.problems.append(f"{node.where}: {text}")
+
+    def check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, str]) -> None:
+        for key, node in table.value.items():
+            if key in unsupported:
+                self.problem(node, f"`{key}` is not supported: {unsupported[key]}")
+            elif key not in known:
+                self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}")
+
+    def text(self, node: Node | None, what: str) -> str | None:
+        if node is None or node.value is None:
+            return None
+        value = node.value
+        if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
+            value = value["path"].value
+        if not isinstance(value, str) or not value.strip():
+            self.problem(node, f"`{what}` must be a text")
+            return None
+        if wrong := no_name(value.strip()):
+            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
+            return None
+        return value.strip()
+
+    def setting(self, node: Node, parameter: Parameter) -> Setting | None:
+        filtered = isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value)
+        if not filtered:
+            value = self.value(node, parameter)
+            return None if value is None else Setting(value)
+        rules = []
+        for item in node.value:
+            rule = item if isinstance(item.value, dict) else item.with_item("value", item)
+            self.check_keys(rule, ("filter", "value"), {})
+            pattern, value_node = rule.get("filter"), rule.get("value")
+            if value_node is None:
+                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`")
+                continue
+            if pattern is not None and not (isinstance(pattern.value, str) and pattern.value):
+                self.problem(pattern, f"a filter of `{parameter.name}` must be a part of tensor names, or `*`")
+                continue
+            rules.append((pattern.value if pattern else "", self.value(value_node, parameter)))
+        return Setting(tuple(rules), filtered=True, where=node.where)
+
+    def value(self, node: Node, parameter: Parameter) -> Any:
+        """A scalar or a gradient, checked; None after a problem."""
+        if isinstance(node.value, list):
+            values = [self.value(item, parameter) for item in node.value]
+            if parameter.kind != "number" or not values or not all(isinstance(v, int | float) for v in values):
+                self.problem(node, f"`{parameter.name}` cannot be this list")
+                return None
+            return tuple(values)
+        value = _number(node.value) if parameter.kind == "number" else node.value
+        wrong = parameter.problem(value)
+        if wrong:
+            self.problem(node, wrong)
+            return None
+        return value
+
+
+def no_name(text: str) -> str:
+    """Why a text can be no path and no Hub id; empty if it can."""
+    try:
+        parts = text.encode("utf-8").split(b"/")
+    except UnicodeEncodeError:
+        return "is not Unicode"
+    if "\0" in text:
+        return "holds a NUL character"
+    if len(text) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in parts):
+        return "is too long for a path"
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        return "is of a user who is not known here"
+    return ""
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` as a text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

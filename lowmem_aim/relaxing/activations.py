@@ -1,0 +1,88 @@
+"""The activation statistics of a base model, as a small safetensors file: what `calibrate` writes and `relax` reads.
+
+One float32 tensor per scaled weight, under the weight's name in the checkpoint: the mean |x| of each input channel of
+its module, shaped to broadcast against the weight: (1, in) for a linear's (out, in), (in, 1) for a transposed one,
+(n,) for a norm, (experts, 1, in) or (experts, in, 1) for fused experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.system.files import write_file
+
+FORMAT = "lowmem-aim activations 1"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`means`: see the module. `tied`: head's weight name -> the embedding's weight name it shares."""
+
+    means: Mapping[str, Tensor]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    # Identity of what was measured: a merge on another base is refused.
+    base_digests: Mapping[str, str] = field(default_factory=dict)  # tensor name -> xxh3-128 of its bytes
+    tokens_digest: str = ""  # xxh3-128 over all sequences
+    sequences: int = 0
+    tokens: int = 0
+    dtype: str = ""  # of the forward passes
+    unreached_experts: Mapping[str, int] = field(default_factory=dict)  # weight name -> experts that saw no token
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        facts = {key: value for key, value in asdict(_facts(self)).items() if key != "means"}
+        header = json.dumps({"format": FORMAT} | facts, sort_keys=True)
+        # One metadata key only: with more, the library's order differs from process to process.
+        write_file(path, save(dict(self.means), metadata={"lowmem_aim": header}))
+
+    @classmethod
+    def load(cls, path: Path) -> Activations:
+        """Raises ModelError when the file is missing, damaged or something else."""
+        shown = printable(os.fspath(path))
+        if not path.is_file():
+            raise ModelError(f"there is no activations file `{shown}`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("lowmem_aim", "{}"))
+                means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"`{shown}` is not an activations file: {printable(str(error))}") from error
+        if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
+            raise ModelError(
+                f"`{shown}` is a safetensors file, but not of activations",
+                hint="make one with `lowmem-aim calibrate`",
+            )
+        if not _well_formed(facts):
+            raise ModelError(f"`{shown}` was written by another version of lowmem-aim", hint="calibrate again")
+        bad = [n for n, t in means.items() if t.dtype != torch.float32 or not t.isfinite().all() or (t < 0).any()]
+        if bad:
+            raise ModelError([f"`{shown}`: the statistic of `{printable(n)}` is not a mean of magnitudes" for n in bad])
+        return cls(means, **facts)
+
+
+def _well_formed(facts: dict[str, Any]) -> bool:
+    """Whether the facts of a file have the names and kinds that `save` gives them."""
+    values = {"tied": str, "base_digests": str, "unreached_experts": int}  # of the tables
+    known = {f.name for f in fields(Activations)} - {"means"}
+    return set(facts) == known and all(
+        isinstance(fact, dict) and all(isinstance(value, values[name]) for value in fact.values())
+        if name in values
+        else isinstance(fact, str if name in ("tokens_digest", "dtype") else int)
+        for name, fact in facts.items()
+    )
+
+
+def _facts(activations: Activations) -> Activations:
+    """The same without tensors, which asdict would copy."""
+    return Activations({}, **{k: v for k, v in vars(activations).items() if k != "means"})

@@ -1,0 +1,79 @@
+"""AIM, Activation-Informed Merging (arXiv 2502.02421, NeurIPS 2025): the more active an input channel of the base
+model is, the less of the merged delta it takes:
+
+    W = W0 + (Wm - W0) * (1 - s_j),    s_j = f(a_j / max_k a_k) * (1 - omega)
+
+a_j is the mean |x_j| over the calibration tokens, the maximum is over the module's channels. f is the identity, unless
+another scaling is asked for (the paper leaves room for one that is not linear): the square root relaxes all but the
+least active channels, the square few, and `rank` spreads them evenly, whatever their activations' distribution.
+omega = 1 changes nothing, omega = 0 freezes the most active channel at the base; both hold to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods import kernels
+from lowmem_aim.recipe.words import SCALINGS
+
+FEW_COLUMNS = 256  # a compiled loop over fewer has nothing to be fast with
+
+
+def shrinkage(
+    means: Tensor,  # (1, in), (in, 1), (n,), (experts, 1, in) or (experts, in, 1) float32, see `activations`
+    omega: float,
+    scaling: str = "identity",  # one of SCALINGS
+) -> Tensor:  # the same shape, float32 in [0, 1 - omega]
+    """s of the formula. A module whose statistics are all zero is not shrunk; fused experts are modules each."""
+    means = means.to(torch.float64)
+    inner = tuple(range(1, means.ndim)) if means.ndim == 3 else tuple(range(means.ndim))
+    top = means.amax(dim=inner, keepdim=True)
+    shares = torch.where(top == 0.0, 0.0, _SCALINGS[scaling](means / top.masked_fill(top == 0.0, 1.0)))
+    return (shares * (1.0 - omega)).to(torch.float32)
+
+
+def _rank(shares: Tensor) -> Tensor:
+    """The place of each channel of its module, from 0 to 1; equal ones in the order in which they stand."""
+    modules = shares.reshape(shares.shape[0] if shares.ndim == 3 else 1, -1)
+    order = modules.argsort(dim=-1, stable=True)
+    last = modules.shape[-1] - 1
+    places = torch.linspace(0, last, last + 1, dtype=torch.float64) / last if last else torch.ones(1)
+    return torch.empty_like(modules).scatter_(-1, order, places.to(modules).expand(modules.shape)).reshape(shares.shape)
+
+
+_SCALINGS = {"identity": lambda x: x, "sqrt": torch.sqrt, "square": torch.square, "rank": _rank}
+assert tuple(_SCALINGS) == SCALINGS
+
+
+def shrinkage_rows(
+    shrink: Tensor,  # of a whole weight, broadcastable against `shape`
+    shape: tuple[int, ...],
+    start: int,
+    stop: int,
+) -> Tensor:  # (1 or stop - start, 1 or columns)
+    """The part of `shrink` that applies to rows start:stop of the weight seen as rows (`checkpoint.matrix_shape`)."""
+    if len(shape) < 2:
+        return shrink.reshape(-1, 1)[start:stop]
+    by_row = shrink.reshape(-1, shrink.shape[-1])
+    if by_row.shape[0] == 1:
+        return by_row
+    # Which row of `shrink` each row of the weight takes: leading dimensions of length 1 are broadcast.
+    row = torch.arange(by_row.shape[0]).reshape(shrink.shape[:-1]).expand(shape[:-1]).reshape(-1)
+    return by_row[row[start:stop].to(by_row.device)]
+
+
+def relax(
+    merged: Tensor,  # (rows, columns) float32; overwritten
+    base: Tensor,  # (rows, columns), in any float dtype
+    shrink: Tensor,  # broadcastable against them, float32 in [0, 1]
+) -> Tensor:  # (rows, columns) float32
+    """W0 + (Wm - W0)(1 - s), computed from the nearer end, so that s = 0 gives Wm and s = 1 gives W0 exactly."""
+    if kernels.usable([merged]) and merged.is_contiguous():
+        by_column = shrink.shape == (1, merged.shape[1]) and merged.shape[1] >= FEW_COLUMNS
+        return kernels.relax(merged, base, shrink if by_column else shrink.expand(merged.shape).contiguous())
+    base = base.to(torch.float32)
+    from_base = shrink > 0.5
+    delta = merged - base
+    delta *= torch.where(from_base, 1.0 - shrink, -shrink)
+    return delta.add_(torch.where(from_base, base, merged))

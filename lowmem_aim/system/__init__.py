@@ -1,0 +1,1 @@
+"""The machine: memory, files, locks, devices, signals."""

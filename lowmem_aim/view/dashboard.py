@@ -1,0 +1,186 @@
+"""What a run looks like: a live dashboard on a terminal; elsewhere what `lines` has. All of it draws events only."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from lowmem_aim.errors import printable
+from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, Planned, RunStarted
+from lowmem_aim.system import interrupts
+from lowmem_aim.view import terminal
+from lowmem_aim.view.plain_lines import JsonLines, Lines, Quiet, View, first_lines, line_of
+from lowmem_aim.view.screen import screen
+
+REFRESH_SECONDS = 1.0  # as often as there is news; a picture takes up to 10 ms to draw
+Style = Literal["auto", "lines", "json", "quiet"]
+
+
+@contextlib.contextmanager
+def showing(style: Style) -> Iterator[View]:
+    """The View for this process's terminal, or pipe."""
+    clock_ = _seconds_since(time.monotonic())
+    if style == "quiet":
+        yield Quiet(clock_)
+    elif style == "json":
+        yield JsonLines(clock_)
+    elif style == "auto" and terminal.is_interactive():
+        with _live(clock_) as dashboard:
+            yield dashboard
+    else:
+        lines = Lines(clock_)
+        with interrupts.telling(lines.tell):
+            yield lines
+
+
+def _seconds_since(began: float) -> Callable[[], float]:
+    return lambda: time.monotonic() - began
+
+
+# --- the dashboard ----------------------------------------------------------------------------------------------------
+
+
+class Dashboard(Quiet):
+    """Draws the screen once a second, in a thread of its own, below what is printed meanwhile."""
+
+    def __init__(
+        self, clock: Callable[[], float], console: Console, foreground: Callable[[], bool] = lambda: True
+    ) -> None:
+        super().__init__(clock)
+        self.console = console
+        self.keys = False
+        self._lock = threading.RLock()
+        self._size = console.size
+        self._live: Live | None = None
+        self._drawn: list[int] = []  # columns of each line of the last picture
+        self._away = False
+        self._foreground = foreground
+        self._stop = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            super().__call__(event)
+        with contextlib.suppress(OSError):  # the terminal is gone; the run is worth more than being seen
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
+        if isinstance(event, Notice) and event.level == "info":
+            # As a Text: in a str, names would be taken for markup and emoji.
+            self.console.print(Text(printable(event.text, 500), style="dim"))
+        elif isinstance(event, Planned):
+            self.console.print(Text("\n".join(first_lines(event)), no_wrap=True, overflow="ellipsis"))
+        elif isinstance(event, PhaseStarted | RunStarted | Paused):
+            self.draw()
+
+    def picture(self) -> Text:
+        with self._lock:
+            self.progress.now = max(self.progress.now, self.clock())
+            width, height = self.console.size
+            # A column and a line less than there are: a full last line would scroll.
+            drawn = screen(self.progress, width - 1, height - 1, self.keys and terminal.listens())
+            self._drawn = [cell_len(line) for line in drawn.plain.split("\n")]
+            return drawn
+
+    def start(self) -> None:
+        with self._lock:
+            self._live = Live(
+                get_renderable=self.picture,
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                vertical_overflow="crop",
+                redirect_stdout=False,
+            )
+            self._live.start()
+            self.console.show_cursor(True)  # or a process that is killed would leave a terminal without one
+
+    def stop(self) -> None:
+        with self._lock:
+            live, self._live = self._live, None
+            if live:
+                live.stop()
+
+    def draw(self) -> None:
+        """Only where the terminal is ours: in the background the shell's prompt stands there."""
+        with self._lock:
+            if self._away or self._stop.is_set():
+                return
+            if not self._foreground():
+                self.stop()
+            elif self._live is None:
+                self.start()
+            elif self.console.size != self._size:
+                self._draw_anew()
+            else:
+                self._live.refresh()
+            self._size = self.console.size
+
+    def _draw_anew(self) -> None:
+        """In a window of another size, in which the lines of the last picture may have been wrapped."""
+        width = max(self.console.size.width, 1)
+        rows = sum(max(1, -(-cells // width)) for cells in self._drawn)
+        self.console.file.write(f"\r\x1b[{max(rows - 1, 0)}A\x1b[J" if rows > 1 else "\r\x1b[J")
+        assert self._live is not None
+        self._live._live_render._shape = None  # else it would go up by as many lines as there were
+        self._live.refresh()
+
+    def leave(self) -> None:
+        """Until `come_back`, the terminal is somebody else's."""
+        self._away = True
+        self.stop()
+
+    def come_back(self) -> None:
+        self._away = False
+        self.draw()
+
+    def tell(self) -> None:
+        self.console.print(Text(line_of(self.progress)))
+
+    def draw_on(self) -> None:
+        """Until `end`."""
+        while not self._stop.wait(REFRESH_SECONDS):
+            try:
+                self.draw()
+            except OSError:  # the terminal is gone; the run is not
+                return
+            except RuntimeError:  # a signal's handler is drawing
+                continue
+
+    def end(self) -> None:
+        self._stop.set()
+        with self._lock, contextlib.suppress(OSError):
+            self.stop()
+
+
+@contextlib.contextmanager
+def playing(clock: Callable[[], float]) -> Iterator[Dashboard]:
+    """A dashboard by another clock, for a run that is over."""
+    dashboard = Dashboard(clock, Console(stderr=True))
+    with interrupts.restoring(dashboard.end):
+        dashboard.start()
+        threading.Thread(target=dashboard.draw_on, daemon=True, name="draw").start()
+        yield dashboard
+
+
+@contextlib.contextmanager
+def _live(clock: Callable[[], float]) -> Iterator[Dashboard]:
+    dashboard = Dashboard(clock, Console(stderr=True), terminal.in_foreground)
+    drawing = threading.Thread(target=dashboard.draw_on, daemon=True, name="draw")
+    actions = {"q": terminal.stop_run, "p": interrupts.toggle_pause}
+    with (
+        interrupts.restoring(dashboard.end),
+        terminal.keys(actions) as dashboard.keys,
+        terminal.suspendable(dashboard.leave, dashboard.come_back),
+        interrupts.telling(dashboard.tell),
+    ):
+        dashboard.draw()
+        drawing.start()
+        yield dashboard

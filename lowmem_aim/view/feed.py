@@ -1,0 +1,201 @@
+"""Where a run's events go: to whoever shows them, and into the run's log. Once a second it adds how things stand.
+
+with reported("merge", out, emit) as feed:     RunStarted
+    feed(Notice(...))                          shown and recorded
+    feed.record_in([out/.lowmem_aim])          from here on in its log, with all that came before
+                                               RunEnded, with what went wrong if anything did
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import lowmem_aim
+from lowmem_aim.errors import LowmemAimError
+from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
+from lowmem_aim.output.folder import LOG
+from lowmem_aim.system import interrupts
+from lowmem_aim.system.bugs import note_log
+from lowmem_aim.view.record import Log
+from lowmem_aim.view.summary import write_facts
+
+SAMPLE_SECONDS = 1.0
+PEAK_SECONDS = 0.1  # how often memory is looked at, for its peak
+
+
+class Feed:
+    """An Emit, for any thread."""
+
+    def __init__(self, out: Path, emit: Emit, log: Log) -> None:
+        self._emit, self._log = emit, log
+        self.recorded: list[Path] = []  # the folders whose logs this run writes to
+        self._began = time.monotonic()
+        self._lock = threading.RLock()
+        self.meters = Meters(out)
+
+    def record_in(self, folders: Sequence[Path]) -> None:
+        """Write to the log in each of them from now on, beginning with what has been told already."""
+        with self._lock:
+            self._log.open(folders)
+            self.recorded += folders
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Worked):
+            self.meters.add(event)
+            self._emit(event)  # where a pause holds the thread: no lock is held
+            return
+        with self._lock:
+            if isinstance(event, Planned):
+                self.meters.device = event.device
+            if isinstance(event, PhaseStarted):
+                self.meters.begin(event.done)
+            self._log.add(time.monotonic() - self._began, event)
+            self._emit(event)
+
+
+class Meters:
+    """Sums of what the stages did, and looks at memory and disk."""
+
+    def __init__(self, out: Path) -> None:
+        self.device = "cpu"
+        self._out = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        self._lock = threading.Lock()
+        self._bytes: dict[Stage, int] = {"read": 0, "compute": 0, "write": 0}
+        self._seconds: dict[Stage, float] = {"read": 0.0, "compute": 0.0, "write": 0.0}
+        self._item, self._done = "", 0.0
+        self._shape: tuple[int, ...] = ()
+        self._ram_peak = 0
+
+    def begin(self, done: float) -> None:
+        """A phase; what was at work in the one before is not at work in it."""
+        with self._lock:
+            self._item, self._shape, self._done = "", (), done
+
+    def add(self, worked: Worked) -> None:
+        with self._lock:
+            self._bytes[worked.stage] += worked.nbytes
+            self._seconds[worked.stage] += worked.seconds
+            if worked.item:
+                self._item, self._shape = worked.item, worked.shape
+            if worked.done is not None:
+                self._done = worked.done
+
+    def look(self) -> int:
+        """Anonymous memory now; its peak is kept."""
+        from lowmem_aim.system.memory import anonymous_bytes  # torch: not where only files are read
+
+        ram = anonymous_bytes()
+        self._ram_peak = max(self._ram_peak, ram)
+        return ram
+
+    def sample(self) -> Sampled:
+        from lowmem_aim.system.memory import file_cache_bytes, vram_bytes
+
+        vram, vram_peak = vram_bytes(self.device)
+        ram = self.look()
+        with self._lock:
+            return Sampled(
+                done=self._done,
+                item=self._item,
+                shape=self._shape,
+                read_bytes=self._bytes["read"],
+                compute_bytes=self._bytes["compute"],
+                write_bytes=self._bytes["write"],
+                read_seconds=round(self._seconds["read"], 3),
+                compute_seconds=round(self._seconds["compute"], 3),
+                write_seconds=round(self._seconds["write"], 3),
+                ram=ram,
+                ram_peak=self._ram_peak,
+                file_cache=file_cache_bytes(),
+                vram=vram,
+                vram_peak=vram_peak,
+                disk_free=self._disk_free(),
+            )
+
+    def _disk_free(self) -> int | None:
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(self._out).free
+        return None
+
+
+@contextlib.contextmanager
+def _sampling(feed: Feed) -> Iterator[None]:
+    """A sample a second, and one at the end."""
+    stop = threading.Event()
+
+    def body() -> None:
+        due = time.monotonic() + SAMPLE_SECONDS
+        paused = False
+        while not stop.wait(PEAK_SECONDS):
+            with contextlib.suppress(Exception):  # a look that fails is no reason to look no more
+                feed.meters.look()
+            if interrupts.paused() != paused:
+                paused = not paused
+                feed(Paused(paused))
+            if time.monotonic() >= due:
+                due += SAMPLE_SECONDS
+                with contextlib.suppress(Exception):
+                    feed(feed.meters.sample())
+
+    thread = threading.Thread(target=body, daemon=True, name="sample")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(Exception):
+            feed(feed.meters.sample())
+
+
+@contextlib.contextmanager
+def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command: str = "") -> Iterator[Feed]:
+    """The span of a run: tells its beginning and its end, and in between, once a second, how things stand.
+
+    `command` is what to type to go on with it, should it be interrupted.
+    """
+    log = Log()
+    feed = Feed(out, emit, log)
+    feed(started(job, out, command))
+    try:
+        with _sampling(feed):
+            yield feed
+    except BaseException as error:
+        feed(ended(error))
+        for private in feed.recorded[:1]:
+            if (private / LOG).is_file():  # else nothing was finished, and nothing is left
+                note_log(error, private / LOG)
+        raise
+    else:
+        feed(RunEnded("finished", 0))
+    finally:
+        log.close()
+        for private in feed.recorded:
+            # Else nothing was finished, and nothing is left. What is told of a run must never be what ends it.
+            with contextlib.suppress(Exception):
+                if private.is_dir():
+                    write_facts(private)
+
+
+def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") -> RunStarted:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return RunStarted(job, str(out), command, lowmem_aim.__version__, os.getpid(), now)
+
+
+def ended(error: BaseException) -> RunEnded:
+    """How a run ends by an exception, with all that can be told of it."""
+    if interrupts.received() or isinstance(error, interrupts.Interrupted | KeyboardInterrupt):
+        return RunEnded("interrupted", 128 + (interrupts.received() or 2))
+    text = "".join(traceback.format_exception(error))
+    if isinstance(error, LowmemAimError):
+        return RunEnded("failed", error.exit_code, error.problems, error.hint, text)
+    return RunEnded("failed", 1, (f"{type(error).__name__}: {error}",), "", text)

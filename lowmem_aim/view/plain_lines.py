@@ -1,0 +1,115 @@
+"""A run in plain lines, without escape bytes, for logs and pipes; and as JSON lines, for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from lowmem_aim.errors import printable
+from lowmem_aim.events import Event, Notice, Paused, PhaseEnded, PhaseStarted, Planned, Sampled, Stage, Worked
+from lowmem_aim.units import clock, shown
+from lowmem_aim.view import plan_lines as survey
+from lowmem_aim.view.progress import PhaseSeen, Progress
+from lowmem_aim.view.record import to_line
+
+SECONDS_BETWEEN_LINES = 30.0
+RATES: tuple[Stage, ...] = ("read", "write")
+
+
+class View(Protocol):
+    """An Emit that shows what it is told; `progress` is what it has been told."""
+
+    progress: Progress
+
+    def __call__(self, event: Event) -> None: ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.progress, self.clock = Progress(), clock
+
+    def __call__(self, event: Event) -> None:
+        self.progress.see(self.clock(), event)
+
+
+class JsonLines(Quiet):
+    """Every event but the frequent ones on stdout, as `record` writes them."""
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if not isinstance(event, Worked):
+            with contextlib.suppress(OSError):
+                print(to_line(self.clock(), event), flush=True)
+
+
+class Lines(Quiet):
+    """Phase changes, notices, and a line at most every SECONDS_BETWEEN_LINES. No escape bytes."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self._last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        now = self.progress.now
+        if isinstance(event, Planned):
+            _print("\n".join(first_lines(event)))
+        elif isinstance(event, Paused):
+            _print("paused" if event.paused else "going on")
+        elif isinstance(event, PhaseStarted):
+            self._last = now
+            _print(f"{event.phase}: {_amount(self.progress.phases[event.phase])}")
+        elif isinstance(event, PhaseEnded):
+            seen = self.progress.phases.get(event.phase)
+            _print(f"{event.phase}: done in {clock(now - seen.begun if seen else 0.0)}")
+        elif isinstance(event, Notice):
+            _print(f"{'warning: ' * (event.level == 'warning')}{printable(event.text, 500)}")
+        elif isinstance(event, Sampled) and now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            _print(line_of(self.progress))
+
+    def tell(self) -> None:
+        """Now, because somebody asks (SIGUSR1)."""
+        _print(line_of(self.progress))
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more; the run is worth more than being seen
+        print(line, file=sys.stderr, flush=True)
+
+
+def _amount(seen: PhaseSeen) -> str:
+    if seen.unit == "bytes":
+        return f"{shown(seen.done)} of {shown(seen.total)}"
+    return f"{seen.done:.0f} of {seen.total} {seen.unit}"
+
+
+def line_of(run: Progress) -> str:
+    """How a run stands, in a line."""
+    current, latest = run.current, run.latest
+    if current is None:
+        state = run.ended.outcome if run.ended else "planning" if not run.phases else "between two phases"
+        return f"{state}, {clock(run.now)}"
+    left = run.left()
+    parts = [f"{current.phase}: {_amount(current)}"]
+    parts += ["paused" if run.paused else f"{clock(left)} left" if left is not None else ""]
+    if latest:
+        rates = [f"{stage} {shown(rate)}/s" for stage in RATES if (rate := run.rate(stage))]
+        budget = f" of {shown(run.planned.ram_budget)}" if run.planned else ""
+        parts += [", ".join(rates), f"RAM {shown(latest.ram)}{budget}"]
+        parts += [f"VRAM {shown(latest.vram)}"] if latest.vram is not None else []
+    return "; ".join(part for part in [*parts, printable(run.item, 80)] if part)
+
+
+def first_lines(planned: Planned) -> Iterator[str]:
+    """What a run is going to do, before it begins."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of another version
+        yield from list(survey.survey_lines(planned.about)) if planned.about else ()
+    vram = f", VRAM {shown(planned.vram_budget)}" if planned.vram_budget else ""
+    where = f"{printable(planned.device)} with {planned.threads} threads"
+    yield f"budget    RAM {shown(planned.ram_budget)}{vram}; on {where}"
+    yield ""

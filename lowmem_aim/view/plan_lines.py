@@ -1,0 +1,114 @@
+"""What a merge is going to do, told before it is done: models, method, tensors by kind, bytes.
+
+A Survey is plain data (`surveyor` makes it), which is also what the event Planned carries and `plan --json` prints;
+`lines` tells it to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lowmem_aim.errors import printable
+from lowmem_aim.units import clock, shown
+
+MOST_KINDS = 40  # told; a model of many different modules has more
+MOST_LEFT_OUT = 5  # of one reason, told by name
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
+    """A Survey as JSON has it, for people."""
+    yield f"method    {printable(survey['title'])} ({printable(survey['source'])})"
+    if survey["settings"]:
+        yield f"          {printable(_listed(survey['settings']), 1000)}"
+    if aim := survey["aim"]:
+        yield f"AIM       omega {_listed(aim['omega'])}, scaling {aim['scaling']}, {_texts(aim)}"
+    if acm := survey["acm"]:
+        yield f"ACM       theta {acm['theta']:g}, normalised by {acm['normalise']}, {_texts(acm)}"
+    for model in survey["models"]:
+        yield f"{printable(model['role']):<10}{_model(model)}"
+    yield from _kind_lines(survey["kinds"])
+    for why, names in survey["left_out"].items():
+        more = f" and {len(names) - MOST_LEFT_OUT} more" if len(names) > MOST_LEFT_OUT else ""
+        yield f"          {why}: {', '.join(printable(name) for name in names[:MOST_LEFT_OUT])}{more}"
+    files = f" in {survey['shards']} files" if survey["shards"] > 1 else ""
+    outputs = f", {len(survey['outputs'])} outputs" if survey["outputs"] else ""
+    yield f"bytes     {shown(survey['read_bytes'])} to read, {shown(survey['write_bytes'])} to write{files}{outputs}"
+
+
+def _listed(values: Any) -> str:
+    if isinstance(values, Mapping):
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(map(str, values)) if isinstance(values, list | tuple) else f"{values}"
+
+
+def _texts(table: Mapping[str, Any]) -> str:
+    source = printable(table["calibration"]) or "the authors' Pile set"
+    if source.endswith(".safetensors"):
+        return f"activations from {source}"
+    length = f" of {table['block_size']} tokens" if "block_size" in table else ""
+    return f"{table['samples']} texts{length} of {source}"
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    parts = [
+        f"{printable(model['label'])}: {count(model['parameters'])} parameters",
+        printable("/".join(model["dtypes"])),
+        f"{model['layers']} layers",
+        f"{model['vocabulary']} tokens{', tied' if model['tied'] else ''}",
+        f"licence {printable(model['licence'], 100)}" if model["licence"] else "",
+        f"{shown(model['missing_bytes'])} to download" if model["missing_bytes"] else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def count(number: float) -> str:
+    """`13.0 B`, `161 M`."""
+    if number >= 1e9:
+        return f"{number / 1e9:.1f} B"
+    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:.0f}"
+
+
+def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for number, kind in enumerate(kinds[:MOST_KINDS]):
+        own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
+        name = printable(kind["kind"], 40)
+        told = f"{name:<40} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
+        yield f"{'tensors' if not number else '':<10}{told}"
+    if len(kinds) > MOST_KINDS:
+        yield f"          ... and {len(kinds) - MOST_KINDS} more kinds"
+
+
+STARTING_SECONDS = 3.0  # importing torch, opening the models
+
+
+def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
+    """A Forecast as JSON has it, for people; the survey's lines are `survey.lines`."""
+    for need in forecast["needs"]:
+        verdict = "fits" if need["fits"] else "DOES NOT FIT"
+        amounts = f"{shown(need['least'])} at least, {shown(need['there'])} there"
+        yield f"{need['what']:<10}{amounts}: {verdict} ({need['why']})"
+    if forecast["steps"]:
+        parts = [f"{step['phase']} {clock(step['seconds'])}{_slowest(step)}" for step in forecast["steps"]]
+        total = STARTING_SECONDS + sum(step["seconds"] for step in forecast["steps"])
+        yield f"time      about {clock(total)} on {forecast['device']}: {', '.join(parts)}"
+        yield f"          measured: {', '.join(_speed(name, value) for name, value in forecast['speeds'].items())}"
+    for note in forecast["notes"]:
+        yield f"note      {note}"
+    yield f"verdict   {'it fits' if forecast['fits'] else 'it would not run: see below'}"
+
+
+def _slowest(step: Mapping[str, Any]) -> str:
+    limits = step["limits"]
+    return f" (limit: {max(limits, key=limits.__getitem__)})" if len(limits) > 1 else ""
+
+
+def _speed(name: str, value: float) -> str:
+    if name == "compute":
+        return f"computing {value / 1e6:.0f} M elements/s"
+    if name.startswith("forward"):
+        return f"{name} {value / 1e9:.0f} GFLOP/s"
+    return f"{name} {shown(value)}/s"

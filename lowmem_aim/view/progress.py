@@ -1,0 +1,224 @@
+"""A run as its events tell it so far: what every screen, `status`, the summary and run.json are made from.
+
+`Progress` is a fold: `see(t, event)` for each event, `t` in seconds since the run began. It asks no clock and no
+system, so that a recorded run gives the same picture as a live one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lowmem_aim.events import (
+    Advanced,
+    Event,
+    Notice,
+    Paused,
+    Phase,
+    PhaseEnded,
+    PhaseStarted,
+    Planned,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Stage,
+    TensorDone,
+    Unit,
+    Worked,
+)
+from lowmem_aim.output.heatmap import DeltaSums, joined, shares_by
+
+STAGES: tuple[Stage, ...] = ("read", "compute", "write")
+WINDOW_SECONDS = 5.0  # over which rates are told
+HISTORY = 120  # samples kept for the rates' history
+# What is left is told by the last minute, or by the last third of the phase if that is longer.
+ETA_SECONDS, ETA_SHARE = 60.0, 1 / 3
+
+
+@dataclass
+class PhaseSeen:
+    phase: Phase
+    total: int
+    unit: Unit
+    begun: float
+    done: float  # of `total`
+    ended: float | None = None
+    marks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))  # (working time, done)
+
+
+@dataclass
+class Progress:
+    """What has been seen of one run."""
+
+    now: float = 0.0  # seconds since it began
+    started: RunStarted | None = None
+    planned: Planned | None = None
+    phases: dict[Phase, PhaseSeen] = field(default_factory=dict)
+    samples: deque[tuple[float, Sampled]] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    notices: list[Notice] = field(default_factory=list)
+    item: str = ""  # what is at work, or was finished last
+    shape: tuple[int, ...] = ()
+    tensors: int = 0  # finished, of all outputs
+    earlier: int = 0  # of them by earlier runs
+    layers: Counter[str] = field(default_factory=Counter)  # finished tensors of each layer
+    kept: dict[tuple[str, str], DeltaSums] = field(default_factory=dict)  # (layer, kind) -> of the first output
+    kept_by_output: dict[str, DeltaSums] = field(default_factory=dict)
+    paused: bool = False
+    idle: float = 0.0  # seconds that the run was paused, until it last went on
+    ended: RunEnded | None = None
+    _paused_at: float = 0.0
+
+    # -- the fold
+
+    def see(self, t: float, event: Event) -> None:
+        self.now = max(self.now, t)
+        match event:
+            case RunStarted():
+                self.started = event
+            case Planned():
+                self.planned = event
+            case PhaseStarted():
+                seen = PhaseSeen(event.phase, event.total, event.unit, t, event.done)
+                seen.marks.append((self.working, event.done))
+                self.phases[event.phase] = seen
+                self.item, self.shape = "", ()
+            case PhaseEnded():
+                self._end(event.phase, t)
+            case Advanced():
+                self._advance(event.done)
+                self.item, self.shape = event.item or self.item, ()
+            case TensorDone():
+                self._tensor(event)
+            case Sampled():
+                self._sample(t, event)
+            case Paused():
+                self._pause(t, event.paused)
+            case Notice():
+                self.notices.append(event)
+            case RunEnded():
+                self.ended = event
+            case Worked():
+                pass
+
+    def _end(self, phase: Phase, t: float) -> None:
+        seen = self.phases.get(phase)
+        if seen:
+            seen.ended, seen.done = t, seen.total
+
+    def _advance(self, done: float) -> None:
+        current = self.current
+        if current and done > current.done:
+            current.done = min(done, current.total)
+            current.marks.append((self.working, current.done))
+
+    def _tensor(self, event: TensorDone) -> None:
+        self.tensors += 1
+        self.earlier += event.earlier
+        layer = "" if event.layer is None else str(event.layer)
+        self.layers[layer] += 1
+        if event.kept:
+            self.kept_by_output.setdefault(event.output, DeltaSums()).add(event.kept)
+            if event.output == next(iter(self.kept_by_output)):
+                self.kept.setdefault((layer, event.kind), DeltaSums()).add(event.kept)
+        if event.earlier and self.current:
+            self.current.done = event.done  # no progress of this run's
+            self.current.marks.clear()
+            self.current.marks.append((self.working, event.done))
+        else:
+            self._advance(event.done)
+            self.item, self.shape = event.name, event.shape
+
+    def _sample(self, t: float, sample: Sampled) -> None:
+        self.samples.append((t, sample))
+        current = self.current
+        if current and current.phase in ("calibrate", "compare", "merge") and sample.item:
+            self._advance(sample.done)
+            self.item, self.shape = sample.item, sample.shape
+
+    def _pause(self, t: float, paused: bool) -> None:
+        if self.paused and not paused:
+            self.idle += t - self._paused_at
+        self.paused, self._paused_at = paused, t
+
+    # -- what is told of it
+
+    @property
+    def working(self) -> float:
+        """Seconds since the run began in which it was not paused."""
+        return self.now - self.idle - (self.now - self._paused_at if self.paused else 0.0)
+
+    @property
+    def current(self) -> PhaseSeen | None:
+        """The phase that is under way; None before the first and after the last."""
+        seen = next(reversed(self.phases.values()), None)
+        return seen if seen and seen.ended is None else None
+
+    @property
+    def latest(self) -> Sampled | None:
+        return self.samples[-1][1] if self.samples else None
+
+    @property
+    def warnings(self) -> list[str]:
+        return [notice.text for notice in self.notices if notice.level == "warning"]
+
+    def left(self) -> float | None:
+        """Seconds until the current phase ends, if it goes on as in its last part; None where nothing is known."""
+        current = self.current
+        if current is None or not current.marks or not current.total:
+            return None
+        begun = current.marks[0][0]
+        since = self.working - max(ETA_SECONDS, (self.working - begun) * ETA_SHARE)
+        then, done = next(mark for mark in reversed(current.marks) if mark[0] <= since or mark == current.marks[0])
+        progress, took = current.done - done, self.working - then
+        if progress <= 0 or took <= 0:
+            return None
+        return (current.total - current.done) / progress * took
+
+    def rate(self, stage: Stage) -> float:
+        """Bytes a second over the last WINDOW_SECONDS."""
+        return self._mean(f"{stage}_bytes", self._window())
+
+    def busy(self, stage: Stage) -> float:
+        """The share of the last WINDOW_SECONDS in which a stage was at work, in [0, 1]."""
+        return min(1.0, self._mean(f"{stage}_seconds", self._window()))
+
+    def bottleneck(self) -> Stage | None:
+        """The stage that the others wait for: the busiest, if it is busy at all."""
+        busiest = max(STAGES, key=self.busy)
+        return busiest if not self.paused and self.busy(busiest) >= 0.3 else None
+
+    def history(self, stage: Stage, count: int) -> list[float]:
+        """The last rates between samples, bytes a second; `count` of them at most."""
+        pairs = list(self.samples)[-count - 1 :]
+        return [self._mean(f"{stage}_bytes", [a, b]) for a, b in itertools.pairwise(pairs)]
+
+    def _window(self) -> list[tuple[float, Sampled]]:
+        since = self.samples[-1][0] - WINDOW_SECONDS if self.samples else 0.0
+        begun = self.current.begun if self.current else 0.0
+        kept = [pair for pair in self.samples if pair[0] >= max(since, begun - 1.0)]
+        return kept if len(kept) > 1 else list(self.samples)[-2:]
+
+    @staticmethod
+    def _mean(name: str, window: list[tuple[float, Sampled]]) -> float:
+        if len(window) < 2 or window[-1][0] <= window[0][0]:
+            return 0.0
+        (t0, first), (t1, last) = window[0], window[-1]
+        return float(getattr(last, name) - getattr(first, name)) / (t1 - t0)
+
+    def kept_share(self) -> float | None:
+        """Of the first output's delta, how much AIM and ACM have left."""
+        return joined(self.kept.values()).share
+
+    def kept_by(self, what: int) -> dict[str, float]:
+        """The same for each layer (0) or kind of module (1), in the order in which they were first seen."""
+        return shares_by(self.kept, what)
+
+
+def seen(run: Iterable[tuple[float, Event]]) -> Progress:
+    """A recorded run, whole."""
+    progress = Progress()
+    for t, event in run:
+        progress.see(t, event)
+    return progress

@@ -1,0 +1,80 @@
+"""A recorded run, seen again: as it was, only faster, or one picture of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.output.folder import LOG, PRIVATE, outputs_in
+from lowmem_aim.system.files import write_file
+from lowmem_aim.view.dashboard import playing
+from lowmem_aim.view.plain_lines import Lines
+from lowmem_aim.view.progress import Progress
+from lowmem_aim.view.record import Timed, runs_in
+from lowmem_aim.view.screen import screen
+from lowmem_aim.view.terminal import is_interactive
+
+LONGEST_WAIT = 2.0  # seconds between two events
+
+
+def run_of(out: Path, number: int = -1) -> list[Timed]:
+    """One of the runs that an output's log holds, counted from 1, or from -1 backwards. Raises UsageError."""
+    log = outputs_in(out)[0] / PRIVATE / LOG
+    runs = runs_in(log)
+    if not runs:
+        raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint="merges leave one in OUT/.lowmem_aim")
+    if not 1 <= abs(number) <= len(runs):
+        raise UsageError(f"there is no run {number}: `{printable(str(log))}` has {len(runs)}")
+    return runs[number - 1 if number > 0 else number]
+
+
+def play(run: Sequence[Timed], speed: float) -> None:
+    """On a terminal the dashboard, `speed` times as fast; elsewhere plain lines, at once."""
+    now = 0.0
+    if not is_interactive():
+        lines = Lines(lambda: now)
+        for now, event in run:  # noqa: B007  # the lines' clock
+            lines(event)
+        return
+    with playing(lambda: now) as dashboard:
+        for t, event in run:
+            time.sleep(min(max(t - now, 0.0) / speed, LONGEST_WAIT))
+            now = t
+            dashboard(event)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`80x24` -> (columns, rows)."""
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if not match or not 20 <= int(match[1]) <= 500 or not 1 <= int(match[2]) <= 200:
+        raise UsageError(f"`{printable(text)}` is no size of a screen", hint="write columns x rows, such as 80x24")
+    return int(match[1]), int(match[2])
+
+
+def picture(run: Sequence[Timed], second: float | None, size: tuple[int, int], svg: Path | None = None) -> None:
+    """The screen at a second of the run, or at its last event, on stdout or as an SVG file."""
+    if svg is not None and os.path.lexists(svg):
+        raise UsageError(f"`{printable(str(svg))}` exists already", hint="name a new file")
+    progress = Progress()
+    for t, event in run:
+        if second is not None and t > second:
+            break
+        progress.see(t, event)
+    progress.now = max(progress.now, second or 0.0)
+    drawn = screen(progress, *size, keys=True)
+    if svg is None:
+        console = Console(file=sys.stdout, width=size[0], force_terminal=is_interactive() and sys.stdout.isatty())
+        console.print(drawn)
+        return
+    console = Console(record=True, width=size[0], file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(drawn)
+    drawing = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="lowmem-aim"), flags=re.DOTALL)
+    write_file(svg, drawing.encode())  # without the fonts that rich would have a browser fetch

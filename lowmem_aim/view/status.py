@@ -1,0 +1,90 @@
+"""What a run has come to, told from its journal and lock: alive, interrupted or finished.
+
+Nothing is changed, but that a commit which a kill has cut short is taken back, as the next run would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, is_finished
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.system.lock import is_held, owner_of
+from lowmem_aim.units import shown
+from lowmem_aim.view.plain_lines import line_of
+from lowmem_aim.view.progress import seen
+from lowmem_aim.view.record import runs_in
+
+
+@dataclass(frozen=True)
+class Status:
+    state: Literal["running", "interrupted", "finished"]
+    owner: str  # who is, or was last, at work; "" where that is not known
+    blocks: int  # calibrated, and kept to go on from
+    blocks_total: int  # 0 where nothing is known of calibration
+    activations: bool  # measured and kept
+    tensors: int  # finished
+    tensors_total: int
+    bytes: int
+    bytes_total: int
+    now: str = ""  # of one that is running: how it stands, as its log says
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        by = f" by {self.owner}" if self.owner else ""
+        if self.state == "finished":
+            return ["finished; `lowmem-aim verify` reads it all again"]
+        heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
+        if self.state == "interrupted" and not (self.tensors or self.activations or self.blocks):
+            return ["interrupted before anything was finished: the same command starts again"]
+        return [heading, *self._done(), *([self.now] if self.now else [])]
+
+    def _done(self) -> Iterator[str]:
+        if self.tensors_total:  # else it is only a calibration
+            sizes = f"{shown(self.bytes)} of {shown(self.bytes_total)}"
+            yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
+        if self.activations:
+            yield "activations are measured"
+        elif self.blocks:
+            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated"
+
+
+def status_of(out: Path) -> Status:
+    """Raises UsageError if no run has been here."""
+    private = out / PRIVATE
+    if not private.is_dir():
+        raise UsageError(f"no run of this tool has been in `{printable(str(out))}`")
+    if not os.access(private, os.R_OK | os.X_OK):
+        raise DiskError(f"`{printable(str(private))}` cannot be read: no permission")
+    finished = is_finished(out)
+    running = not finished and is_held(private / "lock")
+    with Journal(private, read_only=True) as journal:
+        plan: dict[str, Any] = journal.get("plan") or {"tensors": 0, "bytes": 0, "shards": []}
+        calibration: dict[str, Any] = journal.get("calibration") or {"blocks": 0, "of": 0}
+        last = [groups[-1] for name in plan["shards"] if (groups := journal.groups(name))]
+        owner = owner_of(private / "lock")
+        return Status(
+            state="finished" if finished else "running" if running else "interrupted",
+            owner=str(owner) if owner and running else "",
+            blocks=calibration["blocks"],
+            blocks_total=calibration["of"],
+            activations=(private / ACTIVATIONS).is_file() and journal.get("activations") is not None,
+            tensors=sum(group.tensors for group in last),
+            tensors_total=plan["tensors"],
+            bytes=sum(group.end for group in last),
+            bytes_total=plan["bytes"],
+            now=_now(private / LOG) if running else "",
+        )
+
+
+def _now(log: Path) -> str:
+    runs = runs_in(log)
+    return line_of(seen(runs[-1])) if runs else ""

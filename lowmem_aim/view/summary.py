@@ -1,0 +1,145 @@
+"""What is told of a run when it has ended: the closing lines, the next commands, and run.json.
+
+run.json holds what differs from run to run (times, rates, peaks, warnings), for each run that wrote to the log of an
+output, those that were killed included. It follows from the log alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.errors import DiskError, printable
+from lowmem_aim.events import RunEnded, Sampled
+from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, outputs_in
+from lowmem_aim.output.heatmap import block_of, inside, shares_by
+from lowmem_aim.system.files import write_file
+from lowmem_aim.units import clock, shown
+from lowmem_aim.view.progress import STAGES, Progress, seen
+from lowmem_aim.view.record import runs_in
+
+FORMAT = "lowmem-aim run 1"
+MOST_WARNINGS = 10
+INDENT = " " * 12
+
+
+def write_facts(private: Path) -> None:
+    """run.json beside a run's log; a disk that has no room for it is no failure of the run."""
+    runs = [facts(seen(run)) for run in runs_in(private / LOG)]
+    if runs:
+        try:
+            write_file(private / FACTS, (json.dumps({"format": FORMAT, "runs": runs}, indent=2) + "\n").encode())
+        except DiskError:
+            return
+
+
+def facts(run: Progress) -> dict[str, Any]:
+    """One run, as run.json has it."""
+    started, planned, latest = run.started, run.planned, run.latest
+    ended = run.ended or RunEnded("interrupted", -1)  # -1: killed, nobody knows by what
+    found: dict[str, Any] = {
+        "job": started.job if started else "",
+        "started": started.started if started else "",
+        "version": started.version if started else "",
+        "command": started.command if started else "",
+        "outcome": ended.outcome,
+        "exit_code": ended.exit_code,
+        "problems": list(ended.problems),
+        "seconds": round(run.now, 3),
+        "paused_seconds": round(run.idle, 3),
+        "phases": {name: round((s.ended or run.now) - s.begun, 3) for name, s in run.phases.items()},
+        "tensors": {"finished": run.tensors, "earlier": run.earlier},
+        "warnings": run.warnings,
+    }
+    if planned:
+        found |= {"title": planned.title, "device": planned.device, "threads": planned.threads}
+    if planned and latest:
+        found["ram"] = {"peak": latest.ram_peak, "budget": planned.ram_budget}
+        if latest.vram_peak is not None:
+            found["vram"] = {"peak": latest.vram_peak, "budget": planned.vram_budget}
+    if latest:
+        found["bytes"] = {stage: getattr(latest, f"{stage}_bytes") for stage in STAGES}
+        found["busy_seconds"] = {stage: getattr(latest, f"{stage}_seconds") for stage in STAGES}
+    if (share := run.kept_share()) is not None:
+        outputs = {name: kept.share for name, kept in run.kept_by_output.items() if name}
+        found["kept"] = {"delta": share, "layers": run.kept_by(0), "kinds": run.kept_by(1), "outputs": outputs}
+    return found
+
+
+def lines(run: Progress, width: int = 100) -> Iterator[str]:
+    """The closing summary, for people, in so many columns where it can be broken."""
+    yield _outcome(run)
+    latest, planned = run.latest, run.planned
+    if latest and latest.write_bytes:
+        yield f"  moved     {', '.join(_moved(run, latest))}"
+    if latest and planned:
+        peaks = [f"RAM {shown(latest.ram_peak)} of {shown(planned.ram_budget)}"]
+        if latest.vram_peak is not None:
+            peaks.append(f"VRAM {shown(latest.vram_peak)} of {shown(planned.vram_budget or 0)}")
+        yield f"  peaks     {', '.join(peaks)} (the budget)"
+    for text in _kept(run):
+        yield from textwrap.wrap(text, width, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
+    for text in run.warnings[:MOST_WARNINGS]:
+        yield f"  warning   {printable(text, 500)}"
+    if len(run.warnings) > MOST_WARNINGS:
+        yield f"  warning   ... and {len(run.warnings) - MOST_WARNINGS} more, in the log"
+
+
+def _outcome(run: Progress) -> str:
+    phases = ", ".join(f"{name} {clock((s.ended or run.now) - s.begun)}" for name, s in run.phases.items())
+    earlier = f", {run.earlier} of {run.tensors} tensors by earlier runs" if run.earlier else ""
+    return f"finished in {clock(run.now)} ({phases}){earlier}"
+
+
+def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
+    """Bytes, and how fast, on the mean, in the phases that move them."""
+    for name, nbytes, phases in (
+        ("read", latest.read_bytes, ("calibrate", "compare", "merge")),
+        ("written", latest.write_bytes, ("merge",)),
+    ):
+        took = sum((s.ended or run.now) - s.begun for phase, s in run.phases.items() if phase in phases)
+        yield f"{name} {shown(nbytes)} ({shown(nbytes / max(took, 0.001))}/s)"
+
+
+def _kept(run: Progress) -> Iterator[str]:
+    """How much of the delta is left: of all of it, by kind of module, and by layer."""
+    share = run.kept_share()
+    if share is None:
+        return
+    several = {name: kept.share for name, kept in run.kept_by_output.items() if name}
+    if len(several) > 1:
+        yield "  kept      " + ", ".join(f"{name} {part:.1%}" for name, part in several.items() if part is not None)
+    else:
+        yield f"  kept      {share:.1%} of the delta"
+    kinds = shares_by(inside(run.kept), 1)
+    if kinds:
+        yield "  by kind   " + ", ".join(f"{printable(kind, 40)} {part:.0%}" for kind, part in kinds.items())
+    layers = {name: part for name, part in run.kept_by(0).items() if name}
+    if layers:
+        least, most = min(layers, key=lambda name: layers[name]), max(layers, key=lambda name: layers[name])
+        strip = "".join(block_of(layers[name]) for name in sorted(layers, key=int))
+        yield f"  by layer  {strip} least in {least} ({layers[least]:.0%}), most in {most} ({layers[most]:.0%})"
+
+
+def next_commands(made: Path) -> Iterator[str]:
+    """What people do with a merged model: evaluate it, convert it, upload it; of several outputs the first."""
+    out, *others = outputs_in(made)
+    folder, name = quoted(out), quoted(Path(out.resolve().name), inside=True)
+    yield f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
+    yield f"  evaluate  lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"
+    yield f"  convert   python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
+    yield f"  upload    hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"  # what is in there is nobody else's
+    if others:
+        yield f"            and likewise {', '.join(printable(other.name) for other in others)}"
+
+
+def quoted(path: Path, inside: bool = False) -> str:
+    """A path for a shell, whatever is in it; one that looks like a flag is told as `./-x`, unless it is `inside`."""
+    text = str(path)
+    if not text.isprintable():
+        return "$'" + text.encode("unicode_escape").decode().replace("'", "\\'") + "'"
+    return shlex.quote(f"./{text}" if text.startswith("-") and not inside else text)
