@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from lowmem_aim.errors import UsageError, did_you_mean, printable
-from lowmem_aim.methods import Method, Parameter, find_method
-from lowmem_aim.methods.extensions import names
+from lowmem_aim.methods.method import Method, Parameter
+from lowmem_aim.methods.registry import find_method, names
 
 BASES = {
     "required": "on a base",

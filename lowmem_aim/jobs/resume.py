@@ -22,7 +22,7 @@ from lowmem_aim.errors import ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging.slices import Stride, TensorInputs
-from lowmem_aim.methods import Method
+from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.journal import Journal

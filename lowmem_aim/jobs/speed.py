@@ -23,8 +23,8 @@ from torch.nn.functional import linear
 
 from lowmem_aim.merging.pipeline import Job, Pass, Workers
 from lowmem_aim.merging.shares import CPU_SLICE_ELEMENTS, GPU_SLICE_ELEMENTS, TORCH_SLICE_ELEMENTS
-from lowmem_aim.methods import Method, Rows, Subject, kernels, rounds
-from lowmem_aim.methods.method import Combine, Script
+from lowmem_aim.methods import kernels
+from lowmem_aim.methods.method import Combine, Method, Rounds, Rows, Script, Subject
 from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
 from lowmem_aim.system.files import disk_errors
@@ -182,15 +182,11 @@ class _Sample:
             yield self.job()
 
     def job(self) -> Job:
-        folds = rounds(self.script())
-        while True:
-            try:
-                fold = next(folds)
-            except StopIteration as stopped:
-                combine: Combine = stopped.value
-                break
+        rounds = Rounds(self.script())
+        for fold in rounds:
             yield Pass(self.slices, partial(self._in_lane, fold.part), fold.add, last=False)
-        yield Pass(self.slices, partial(self._in_lane, partial(self._finished, combine)), self._count, last=True)
+        finished = partial(self._finished, rounds.combine)
+        yield Pass(self.slices, partial(self._in_lane, finished), self._count, last=True)
 
     def _in_lane(self, work: Callable[[Rows], Any], rows: Rows) -> Any:
         with self.streams.lane():

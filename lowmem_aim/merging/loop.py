@@ -26,8 +26,7 @@ from lowmem_aim.merging.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.merging.shares import Shares
 from lowmem_aim.merging.slices import Stride, TensorInputs, in_halves
 from lowmem_aim.merging.targets import Finished, Output, Part, SummedProgress, Target
-from lowmem_aim.methods import Rows, rounds
-from lowmem_aim.methods.method import Combine, Fold
+from lowmem_aim.methods.method import Fold, Rounds, Rows
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.shards import Read, Shards
@@ -183,7 +182,10 @@ class _Loop:
         """The measure rounds; returns what makes finished rows for each output: combine, relax, round."""
         method = self.plan.recipe.method
         subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
-        combine = yield from self._rounds(rounds(method.start(subject, task.parameters)), passes)
+        rounds = Rounds(method.start(subject, task.parameters))
+        for fold in rounds:
+            yield passes.make(self._on_device(fold.part), functools.partial(_add_all, fold), last=False)
+        combine = rounds.combine
 
         def finished(rows: Rows) -> list[Finished]:
             merged = combine(rows)
@@ -191,15 +193,6 @@ class _Loop:
             return [part.finish(mine, rows, self.streams) for part, mine in zip(parts, own, strict=True)]
 
         return self._on_device(finished)
-
-    def _rounds(self, folds: Generator[Fold, None, Combine], passes: _Passes) -> Generator[Pass, None, Combine]:
-        while True:
-            try:
-                fold = next(folds)
-            except StopIteration as stopped:
-                combine: Combine = stopped.value
-                return combine
-            yield passes.make(self._on_device(fold.part), functools.partial(_add_all, fold), last=False)
 
     def _on_device(self, work: Callable[[Rows], R]) -> Callable[[Rows], R]:
         """`work` for slices as they were read: copied to the device, and computed in a lane of its own."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.merging.targets import rounded
-from lowmem_aim.methods import Rows, rounds
-from lowmem_aim.methods.method import Combine
+from lowmem_aim.methods.method import Combine, Rounds, Rows
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
@@ -94,17 +93,13 @@ class MergedWeights:
     def _measured(self, task: Task) -> Combine:
         """The method's rounds over the tensor."""
         subject = subject_of(task.name, task.shape, self._plan.recipe, self._inputs, self._plan.seed)
-        folds = rounds(self._plan.recipe.method.start(subject, task.parameters))
+        rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
         cuts = [(0, matrix_shape(task.shape)[0])] if task.whole else list(self._stride.cuts(task.shape))
-        while True:
-            try:
-                fold = next(folds)
-            except StopIteration as finished:
-                combine: Combine = finished.value
-                return combine
+        for fold in rounds:
             for start, stop in cuts:
                 fold.add(fold.part(read.rows(start, stop)))
+        return rounds.combine
 
     def forget(self) -> None:
         """The next weights are others."""

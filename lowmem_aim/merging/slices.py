@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
-from lowmem_aim.methods import Rows, kernels
+from lowmem_aim.methods import kernels
+from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs

@@ -12,7 +12,8 @@ from torch import Tensor
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
 from lowmem_aim.merging.slices import finite
-from lowmem_aim.methods import Rows, kernels
+from lowmem_aim.methods import kernels
+from lowmem_aim.methods.method import Rows
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.shards import Read, Shards
 from lowmem_aim.planning.tasks import Plan, Task

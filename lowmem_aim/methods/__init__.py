@@ -1,49 +1,29 @@
-"""Weight-space merge methods: pure functions of row slices, one file a family. Importing this registers them all."""
+"""Merge methods in weight space: pure functions of row slices, one file a family.
 
-from lowmem_aim.methods import (
-    arcee_fusion,
-    breadcrumbs,
-    dare,
-    della,
-    karcher,
-    linear,
-    model_stock,
-    multislerp,
-    nearswap,
-    nuslerp,
-    ram,
-    sce,
-    slerp,
-    task_vectors,
-    ties,
-    widen,
-)
-from lowmem_aim.methods.extensions import find_method
-from lowmem_aim.methods.method import METHODS, Method, Parameter, PerExpert, Rows, Subject, rounds
-
-__all__ = [
-    "METHODS",
-    "Method",
-    "Parameter",
-    "PerExpert",
-    "Rows",
-    "Subject",
-    "arcee_fusion",
-    "breadcrumbs",
-    "dare",
-    "della",
-    "find_method",
-    "karcher",
-    "linear",
-    "model_stock",
-    "multislerp",
-    "nearswap",
-    "nuslerp",
-    "ram",
-    "rounds",
-    "sce",
-    "slerp",
-    "task_vectors",
-    "ties",
-    "widen",
-]
+method.py         what a method is: a script of rounds that ends in a combine; parameters; `@merge_method`
+registry.py       all methods by name, those of other packages included
+exact.py          sums that do not depend on the order of their terms
+masks.py          random masks from a counter
+selection.py      which elements of a delta stay
+counting.py       exact thresholds by counting magnitudes
+gram.py           dot products between whole tensors
+columns.py        dot products between columns
+kernels.py        the compiled loops as functions of tensors
+loops.py          the loops that numba compiles for the CPU
+linear.py         linear, passthrough
+slerp.py          slerp
+nuslerp.py        nuslerp
+multislerp.py     multislerp
+karcher.py        karcher
+model_stock.py    model_stock
+task_vectors.py   task_arithmetic, and the combine of its whole family
+ties.py           ties
+dare.py           dare_linear, dare_ties
+della.py          della, della_linear
+breadcrumbs.py    breadcrumbs, breadcrumbs_ties
+sce.py            sce
+ram.py            ram, ramplus_tl
+nearswap.py       nearswap
+arcee_fusion.py   arcee_fusion
+widen.py          widen
+"""

@@ -30,7 +30,7 @@ def _loops() -> Any:
         return None
     if importlib.util.find_spec("numba") is None:
         return None
-    from lowmem_aim.methods import loops  # numba: half a second, for merges on the CPU only
+    from lowmem_aim.methods import loops  # compiled merges only: numba takes half a second to import
 
     return loops
 

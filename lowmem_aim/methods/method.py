@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -261,13 +261,26 @@ def merge_method(
     return register
 
 
-def rounds(script: Script) -> Generator[Fold, None, Combine]:
-    """The folds of a script, one after the other; each must have been given all parts before the next is asked for."""
-    try:
-        fold = next(script)
-        while True:
-            yield fold
-            fold = script.send(fold.finish())
-    except StopIteration as finished:
-        combine: Combine = finished.value
-        return combine
+class Rounds:
+    """The rounds of a script over one tensor, driven by whoever has the slices:
+
+    rounds = Rounds(method.start(subject, parameters))
+    for fold in rounds:
+        ...                         # give `fold` the parts of every slice, in order
+    merged = rounds.combine(rows)   # once the loop has ended
+    """
+
+    combine: Combine
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+
+    def __iter__(self) -> Iterator[Fold]:
+        """The folds, one after another; each must have been given all its parts before the next is asked for."""
+        try:
+            fold = next(self._script)
+            while True:
+                yield fold
+                fold = self._script.send(fold.finish())
+        except StopIteration as ended:
+            self.combine = ended.value

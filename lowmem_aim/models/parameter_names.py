@@ -4,7 +4,7 @@ A checkpoint may lack the base model's prefix (the public gpt2), use older names
 model holds as one parameter (the experts of a Mixtral layer are stacked and concatenated on loading). transformers
 keeps the rules (`conversion_mapping`, `core_model_loading`); this module asks them for names, runs its converters
 lazily on the tensors that a parameter needs, and takes statistics of a parameter back to the checkpoint's tensors.
-Those two modules of transformers are not a stable interface: tests/test_skeleton.py guards what is used of them.
+Those two modules of transformers are not a stable interface: tests/inputs/test_meta_model.py guards what is used of them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import lowmem_aim
-from lowmem_aim.methods import Method
+from lowmem_aim.methods.method import Method
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.heatmap import Modules, by_module, inside, joined, shares_by
 from lowmem_aim.output.merged import Merged

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lowmem_aim.errors import RecipeError, UsageError
-from lowmem_aim.methods import Subject
+from lowmem_aim.methods.method import Subject
 from lowmem_aim.models.headers import DTYPES, TensorInfo
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layers import depth, layer_count, layer_of

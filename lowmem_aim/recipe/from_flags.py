@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from lowmem_aim.errors import RecipeError, UsageError, printable
-from lowmem_aim.methods import Method, find_method
+from lowmem_aim.methods.method import Method
+from lowmem_aim.methods.registry import find_method
 from lowmem_aim.recipe.reader import read_aim
 from lowmem_aim.recipe.recipe import Aim, same_reference
 from lowmem_aim.recipe.yaml_tree import Node, parse

@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from lowmem_aim.errors import RecipeError, UsageError, did_you_mean, printable
-from lowmem_aim.methods import METHODS, Method, find_method
-from lowmem_aim.methods.extensions import names
+from lowmem_aim.methods.method import Method
+from lowmem_aim.methods.registry import METHODS, find_method, names
 from lowmem_aim.recipe.recipe import Acm, Aim, ModelEntry, Recipe, Setting, same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
 from lowmem_aim.recipe.values import Values

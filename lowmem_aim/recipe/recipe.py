@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, printable
-from lowmem_aim.methods import Method, Parameter
+from lowmem_aim.methods.method import Method, Parameter
 from lowmem_aim.recipe.words import Normalise
 
 DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6

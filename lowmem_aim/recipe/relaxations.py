@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_aim.errors import did_you_mean, printable
-from lowmem_aim.methods import Parameter
+from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import DEFAULT_OMEGA, Acm, Aim, Setting
 from lowmem_aim.recipe.values import Values, no_name
 from lowmem_aim.recipe.words import DTYPES, NORMALISATIONS, SCALINGS

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem_aim.errors import did_you_mean, printable
-from lowmem_aim.methods import Parameter
+from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import Setting
 from lowmem_aim.recipe.yaml_tree import Node
 

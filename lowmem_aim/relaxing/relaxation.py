@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.methods import Rows
+from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layers import layer_count, layer_of
 from lowmem_aim.planning.tasks import Task

@@ -12,7 +12,7 @@ import yaml
 from measure import Cost, cost_of
 from models import EXPERTS
 
-from lowmem_aim.methods import METHODS as KNOWN
+from lowmem_aim.methods.registry import METHODS as KNOWN
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

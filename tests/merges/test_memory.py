@@ -17,8 +17,8 @@ from lowmem_aim.jobs.merge import Options, merge
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.pipeline import Ahead
 from lowmem_aim.merging.shares import Shares, share_out
-from lowmem_aim.methods import Rows
 from lowmem_aim.methods.linear import weighted_sum
+from lowmem_aim.methods.method import Rows
 from lowmem_aim.system import memory
 from lowmem_aim.system.memory import Budget, is_allocation_failure, make_budget
 from lowmem_aim.units import shown

@@ -20,7 +20,8 @@ from torch import Tensor
 from lowmem_aim.errors import DiskError
 from lowmem_aim.jobs import speed
 from lowmem_aim.jobs.speed import COLUMNS, DISTINCT_SLICES, disk_speed, matmul_speed, merge_speed
-from lowmem_aim.methods import METHODS, Method, Rows, Subject
+from lowmem_aim.methods.method import Method, Rows, Subject
+from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.system.interrupts import Interrupted
 
 CPU = torch.device("cpu")

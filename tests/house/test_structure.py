@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lowmem_aim"
 
 # In the order in which data flows. A package may import from those before its own, and from nothing after it.
@@ -23,7 +23,8 @@ PACKAGES = [
     "merging",
     "view",
     "jobs",
-    "cli demo",
+    "demo",
+    "cli",
     "__main__",
 ]
 

@@ -35,7 +35,7 @@ from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.view.progress import Progress
 
 PICTURE, SECTION = "delta-kept.png", "\n## How much of the delta is left\n"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def facts_of(out: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lowmem_aim.events import (
     Sampled,
     TensorDone,
 )
-from lowmem_aim.methods import METHODS
+from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.recipe.reader import TOP_KEYS, UNSUPPORTED_KEYS
 from lowmem_aim.recipe.relaxations import ACM_KEYS, AIM_KEYS
 from lowmem_aim.system import interrupts
@@ -36,7 +36,7 @@ from lowmem_aim.view.progress import seen
 from lowmem_aim.view.record import KINDS, SCHEMA, from_line, to_line
 from lowmem_aim.view.summary import FORMAT, facts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 

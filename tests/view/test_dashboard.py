@@ -21,7 +21,7 @@ from conftest import Run
 
 pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # A run without work: its events come until the test has seen what it wants.
 RUN = """

@@ -14,8 +14,8 @@ import yaml
 from conftest import Place, Run
 from safetensors.torch import load_file, save_file
 from test_merge import recipe as merge_recipe
-from test_remote import OLD, Hub, hub, sharded, weights
 from test_resume import Stopped, each_tensor, stopping_after
+from test_stand_in import OLD, Hub, hub, sharded, weights
 
 from lowmem_aim.events import Planned, RunStarted
 from lowmem_aim.jobs import plan as plan

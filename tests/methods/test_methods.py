@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.errors import UsageError
-from lowmem_aim.methods import METHODS, Rows, Subject, rounds
 from lowmem_aim.methods.masks import keep_mask
+from lowmem_aim.methods.method import Rounds, Rows, Subject
+from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.methods.ties import largest
 from lowmem_aim.models.headers import matrix_shape
 
@@ -42,14 +43,11 @@ def slices(base: Tensor, experts: list[Tensor], step: int) -> Iterator[Rows]:
 
 def measured(script: Any, base: Tensor, experts: list[Tensor], step: int) -> Any:
     """What a script returns after all of its rounds."""
-    folds = rounds(script)
-    while True:
-        try:
-            fold = next(folds)
-        except StopIteration as finished:
-            return finished.value
+    rounds = Rounds(script)
+    for fold in rounds:
         for rows in slices(base, experts, step):
             fold.add(fold.part(rows))
+    return rounds.combine
 
 
 def merge(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).parent / "bench" / "bench.py"
+BENCH = Path(__file__).parents[1] / "bench" / "bench.py"
 
 
 def test_it_measures_and_draws(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Pictures of a recorded run, kept as text: a merge of 1.1 B models with AIM, at each phase, in windows of four sizes.
 
-`LOWMEM_AIM_SNAPSHOTS=write pytest tests/test_screen.py` draws them anew; look at what has changed.
+`LOWMEM_AIM_SNAPSHOTS=write pytest tests/view/test_screen.py` draws them anew; look at what has changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowmem_aim.view.record import Timed, runs_in
 from lowmem_aim.view.screen import screen
 from lowmem_aim.view.summary import lines as summary_lines
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SCREENS = DATA / "screens"
 WINDOWS = [(60, 20), (80, 24), (120, 40), (200, 50)]
 MOMENTS = {"plan": 3.0, "calibrate": 40.0, "merge-begins": 77.5, "merge": 97.0, "end": 1000.0}

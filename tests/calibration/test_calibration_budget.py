@@ -154,7 +154,7 @@ def test_weights_that_are_read_past_their_modules_stay(
 def test_the_fallback_that_holds_all_states_is_passed_over_where_they_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_calibrate import llama_forward
+    from test_mean_activations import llama_forward
     from transformers.models.llama.modeling_llama import LlamaModel
 
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
@@ -269,7 +269,7 @@ def test_outside_the_blocks_states_leave_the_device_once(llama: Path, monkeypatc
 def test_suspended_forwards_that_find_no_memory_give_way_to_paging(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_calibrate import llama_forward
+    from test_mean_activations import llama_forward
     from transformers.models.llama.modeling_llama import LlamaModel
 
     from lowmem_aim.measuring import mean_activations as module
@@ -462,7 +462,7 @@ def test_the_real_peak_stays_below_the_smallest_budget_that_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the whole process, sampled from outside: fat layers, more hidden states than there is room for."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import measure
     from measure import cost_of
     from models import save_texts

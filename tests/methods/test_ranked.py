@@ -14,9 +14,10 @@ from test_methods import CPU, NAME, SHAPES, assert_close, measured, merge, tenso
 
 from lowmem_aim.errors import MemoryBudgetError
 from lowmem_aim.merging.slices import Stride
-from lowmem_aim.methods import METHODS, Subject
 from lowmem_aim.methods.arcee_fusion import order_statistics
 from lowmem_aim.methods.masks import draws_of
+from lowmem_aim.methods.method import Subject
+from lowmem_aim.methods.registry import METHODS
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SUITES = Path(__file__).parent / "crash" / "everything.py"
+SUITES = Path(__file__).parents[1] / "crash" / "everything.py"
 NAMES = re.findall(r'^    "(\w+)",', SUITES.read_text(), re.M)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, strace and /proc are Linux's")

@@ -11,7 +11,9 @@ import torch
 from test_methods import NAME, PARAMETERS, measured
 from torch import Tensor
 
-from lowmem_aim.methods import METHODS, Rows, Subject, kernels
+from lowmem_aim.methods import kernels
+from lowmem_aim.methods.method import Rows, Subject
+from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.methods.selection import ALL, NONE, Everything, Largest, Share
 from lowmem_aim.relaxing.aim import relax
 

@@ -17,11 +17,12 @@ from test_methods import NAME, PARAMETERS, WHOLE, merge, slices, tensors
 
 from lowmem_aim.cli.catalogue import example, facts, formula
 from lowmem_aim.errors import RecipeError
-from lowmem_aim.methods import METHODS, Subject, rounds
+from lowmem_aim.methods.method import Rounds, Subject
+from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import parse
 
-PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
 
 class TestMethods:
@@ -79,7 +80,7 @@ def count_rounds(name: str, given: dict[str, Any], base: torch.Tensor, experts: 
         Subject(NAME, tuple(base.shape), base.numel(), len(experts)), resolved(name, given, experts)
     )
     made = 0
-    for fold in rounds(script):
+    for fold in Rounds(script):
         for rows in slices(base, experts, WHOLE):
             fold.add(fold.part(rows))
         made += 1

@@ -1,6 +1,7 @@
-"""Merge methods that other packages bring, by the entry points of the group `lowmem_aim.methods`.
+"""All merge methods by name: importing this file registers the package's own.
 
-A package is imported only when its method is asked for, or all are listed.
+Other packages bring theirs by entry points of the group `lowmem_aim.methods`. Such a package is imported only when its
+method is asked for, or when all methods are listed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,27 @@ import dataclasses
 from importlib.metadata import EntryPoint, entry_points
 
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.methods import (  # noqa: F401  (imported for what they register)
+    arcee_fusion,
+    breadcrumbs,
+    dare,
+    della,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
+    ram,
+    sce,
+    slerp,
+    task_vectors,
+    ties,
+    widen,
+)
 from lowmem_aim.methods.method import METHODS, Method
+
+__all__ = ["METHODS", "find_method", "names"]
 
 GROUP = "lowmem_aim.methods"
 

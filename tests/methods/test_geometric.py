@@ -12,7 +12,8 @@ import torch
 from test_methods import SHAPES, assert_close, merge, tensors
 
 from lowmem_aim.errors import UsageError
-from lowmem_aim.methods import METHODS, Subject
+from lowmem_aim.methods.method import Subject
+from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.roles import outline_of
 
