@@ -1,4 +1,4 @@
-"""The one exception tree. Every error carries what happened, what to do next, and the process's exit code.
+"""The exception tree: every error carries what happened, what to do next and the exit code of the process.
 
     LowmemAimError               1  a bug of ours, when nothing below fits
     ├── UsageError               2  a flag or the output folder is wrong
@@ -7,7 +7,7 @@
     ├── DiskError                4  too little space, not writable, a write failed
     ├── MemoryBudgetError        5  something does not fit the memory
     ├── LockedError              6  another run owns the output folder
-    ├── ResumeError              7  an interrupted run was another one
+    ├── ResumeError              7  the interrupted run in the output folder was a different one
     ├── VerifyError              8  a finished output is not what was written
     └── NetworkError             9  the Hub cannot be reached
 
@@ -22,10 +22,10 @@ from collections.abc import Iterable, Iterator
 
 
 class LowmemAimError(Exception):
-    """Base of all errors that are meant for the user's eyes."""
+    """Base of all errors that are written for the user: `problems`, one line each, and a `hint`."""
 
     exit_code = 1
-    usual_hint = "this is a bug: report it, with the command that led here"  # where there is nothing better to say
+    usual_hint = "this is a bug: report it, with the command that led here"  # used if no hint is given
 
     def __init__(self, problems: str | Iterable[str], hint: str = "") -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -34,6 +34,8 @@ class LowmemAimError(Exception):
 
 
 class UsageError(LowmemAimError):
+    """A flag or the output folder is wrong."""
+
     exit_code = 2
     usual_hint = "see `lowmem-aim --help`"
 
@@ -41,47 +43,61 @@ class UsageError(LowmemAimError):
 class RecipeError(UsageError):
     """The recipe is wrong; each problem starts with `file:line:`."""
 
-    usual_hint = "mend what is named here; docs/recipe.md has every key"
+    usual_hint = "mend what is named here; docs/recipe.md describes every key"
 
 
 class ModelError(LowmemAimError):
+    """An input model or a calibration input is wrong."""
+
     exit_code = 3
     usual_hint = "mend or replace what is named here"
 
 
 class DiskError(LowmemAimError):
+    """The disk has too little space, cannot be written to, or failed."""
+
     exit_code = 4
-    usual_hint = "see to the disk and to its permissions"
+    usual_hint = "check the disk and its permissions"
 
 
 class MemoryBudgetError(LowmemAimError):
+    """Something does not fit the memory budget."""
+
     exit_code = 5
-    usual_hint = "give it more with `--ram` or `--vram`"
+    usual_hint = "allow more with `--ram` or `--vram`"
 
 
 class LockedError(LowmemAimError):
+    """Another run owns the output folder."""
+
     exit_code = 6
     usual_hint = "wait for the other run, or stop it"
 
 
 class ResumeError(LowmemAimError):
+    """The interrupted run in the output folder was a different one."""
+
     exit_code = 7
     usual_hint = "`--fresh` starts over; another output folder leaves the interrupted run as it is"
 
 
 class VerifyError(LowmemAimError):
+    """A finished output is not what was written."""
+
     exit_code = 8
     usual_hint = "make the output again"
 
 
 class NetworkError(LowmemAimError):
+    """The Hub cannot be reached."""
+
     exit_code = 9
     usual_hint = "try again later, or give a local folder"
 
 
 @contextlib.contextmanager
 def noted(errors: list[LowmemAimError]) -> Iterator[None]:
-    """Keep an error for `raise_all`, so that what comes next is checked as well."""
+    """Append a LowmemAimError raised in the block to `errors`, so that later checks still run; see `raise_all`."""
     try:
         yield
     except LowmemAimError as error:
@@ -89,24 +105,30 @@ def noted(errors: list[LowmemAimError]) -> Iterator[None]:
 
 
 def raise_all(errors: list[LowmemAimError]) -> None:
-    """One error with all problems and hints, of the first one's kind; none if there are none."""
+    """Raise `errors` as one error (see `joined`); nothing if there are none."""
     if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        hints = dict.fromkeys(error.hint for error in errors if error.hint != error.usual_hint)
-        raise type(errors[0])(dict.fromkeys(problems), hint="; ".join(hints))
+        raise joined(errors)
+
+
+def joined(errors: list[LowmemAimError]) -> LowmemAimError:
+    """One error of the first one's class, with the problems and hints of all; `errors` must not be empty."""
+    problems = [problem for error in errors for problem in error.problems]
+    hints = dict.fromkeys(error.hint for error in errors if error.hint != error.usual_hint)
+    return type(errors[0])(dict.fromkeys(problems), hint="; ".join(hints))
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """`text` safe for a terminal, a log or a card: control and direction characters escaped, length cut.
+    """Return `text` safe for a terminal, a log or a card, with control and direction characters escaped.
 
-    Names that come from files reach people only through here: a tensor may be called `\\x1b[2J`.
+    Text of more than `limit` characters is cut and ends with `...`. Every name that comes from a file passes through
+    here before people read it: a tensor may be called `\\x1b[2J`.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing if no known word is near."""
+    """Return `; did you mean ...?` with the known word nearest to `word`, or an empty string if none is near."""
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), names, n=1)
     return f"; did you mean `{names[near[0]]}`?" if near else ""

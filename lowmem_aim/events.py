@@ -1,7 +1,7 @@
-"""All that a user interface may see of a run: frozen dataclasses, emitted by the work, drawn and recorded by others.
+"""Events of a run, as frozen dataclasses: all that a user interface learns about it.
 
-The same events are the lines of `--json` and of OUT/.lowmem_aim/run.log (see `record` and docs/events.md). Sizes are
-bytes, times are seconds.
+The work emits events; others draw and record them. The same events are the lines of `--json` and of
+OUT/.lowmem_aim/run.log (see `view.record` and docs/events.md). Sizes are bytes, times are seconds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Outcome = Literal["finished", "interrupted", "failed"]
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A command begins, or goes on with what an earlier one has left."""
+    """A command has started, or has resumed what an earlier one left unfinished."""
 
     job: Literal["merge", "calibrate"]
     out: str
-    command: str  # what to type to go on with it; "" where it was not typed
+    command: str  # what to type to resume the run; "" if it was not started from the command line
     version: str
     pid: int
     started: str  # ISO 8601, UTC
@@ -30,7 +30,10 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class Planned:
-    """Everything is checked; this is what will be done. `about` is for people and for run.json (see `survey`)."""
+    """All checks have passed; the event says what the run will do.
+
+    `about` holds details for people and for run.json (see `planning.survey`).
+    """
 
     title: str  # `ties + AIM`
     phases: tuple[Phase, ...]  # those to come, in order
@@ -45,7 +48,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase begins; `total` is its amount of work in `unit`s, `done` what earlier runs have done of it."""
+    """A phase has started: `total` is its amount of work in `unit`, `done` the part that earlier runs have finished."""
 
     phase: Phase
     total: int
@@ -55,7 +58,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class Advanced:
-    """`done` of the current phase's units are finished so far; `item` names the last one."""
+    """The current phase has advanced: `done` of its units are finished, and `item` names the last one."""
 
     done: float
     item: str = ""
@@ -63,7 +66,7 @@ class Advanced:
 
 @dataclass(frozen=True)
 class TensorDone:
-    """A tensor is merged and handed to the disk; `done` as in Advanced."""
+    """A tensor is merged and handed to the disk; `done` is the same as in Advanced."""
 
     name: str
     shape: tuple[int, ...]
@@ -72,35 +75,37 @@ class TensorDone:
     layer: int | None  # None: outside the layers
     kind: str  # the module's name within its layer, or in the model: `self_attn.q_proj`
     done: float
-    # How much of the delta is left by AIM and ACM: sums of absolute values before and after; None: not relaxed.
+    # Sums of the delta's absolute values before and after AIM and ACM; None: the tensor is not relaxed.
     kept: tuple[float, float] | None = None
     earlier: bool = False  # found finished when the run began
-    output: str = ""  # of several omegas: the folder
+    output: str = ""  # the folder of this output, if there are several omegas
 
 
 @dataclass(frozen=True)
 class PhaseEnded:
+    """A phase has ended."""
+
     phase: Phase
 
 
 @dataclass(frozen=True)
 class Worked:
-    """One stage has been at work on something for so long. Frequent: these are added up, and never recorded."""
+    """A stage has worked on something for `seconds`. These frequent events are added up and never recorded."""
 
     stage: Stage
     nbytes: int
-    seconds: float  # of the stage: where several threads share it, their mean
+    seconds: float  # of the stage; the mean of its threads, if several share it
     item: str = ""
     shape: tuple[int, ...] = ()
-    done: float | None = None  # of the phase, where it is known more finely than by Advanced
+    done: float | None = None  # of the phase, if it is known more finely than from Advanced
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """How things stand, about once a second. Bytes and seconds of the stages are sums since the run began."""
+    """The state of the run, about once a second. Bytes and seconds of the stages are sums since the run began."""
 
     done: float  # of the phase
-    item: str  # what is at work
+    item: str  # what is being worked on
     shape: tuple[int, ...]
     read_bytes: int
     compute_bytes: int
@@ -113,19 +118,19 @@ class Sampled:
     file_cache: int  # pages of mapped files that the process has in memory; the system takes them back when it likes
     vram: int | None
     vram_peak: int | None
-    disk_free: int | None  # where the output goes
+    disk_free: int | None  # on the filesystem of the output
 
 
 @dataclass(frozen=True)
 class Paused:
-    """The user has paused the run, or lets it go on."""
+    """The user has paused the run, or has let it go on."""
 
     paused: bool
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the user should know and that stops nothing."""
+    """Something that the user should know and that does not stop the run."""
 
     text: str
     level: Literal["info", "warning"] = "info"
@@ -133,7 +138,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class RunEnded:
-    """The last event, whatever happened."""
+    """The run has ended, whatever the reason: always the last event."""
 
     outcome: Outcome
     exit_code: int
@@ -159,4 +164,4 @@ Emit = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The Emit of callers that show nothing."""
+    """Ignore `event`: the Emit of callers that show nothing."""

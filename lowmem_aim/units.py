@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, in powers of ten, and times."""
+"""Numbers as people read them: sizes in bytes with decimal units (powers of ten), and times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _SIZES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 def shown(count: float) -> str:
-    """A number of bytes: `1.2 GB`."""
+    """`count` bytes as text: `1.2 GB`."""
     for unit, one in _SIZES:
         if count >= one:
             return f"{count / one:.1f} {unit}"
@@ -14,7 +14,7 @@ def shown(count: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """`0:07`, `12:30`, `3:05:00`, `2 d 03:05`."""
+    """`seconds` as text: `0:07`, `12:30`, `3:05:00` or `2 d 03:05`."""
     whole = max(0, round(seconds))
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)

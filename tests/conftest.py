@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -17,7 +17,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve shared cores
 
-import tiny
+# Torch and transformers are imported by the fixtures that need them: whoever only hands out tests needs neither.
+pytest.register_assert_rewrite("calibrating", "cards", "merge_cases", "method_cases", "stopping")
+
+if TYPE_CHECKING:
+    from hub_server import Hub
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +63,41 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama `base` and the experts `math`, `code` and `chat`, float32. Read only."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("llama")
     base = tiny.build("llama", folder / "base")
     for seed, name in enumerate(("math", "code", "chat"), start=1):
         tiny.perturbed(base, folder / name, scale=0.05, seed=seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def measured(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The activations of the tiny Llama `base`, measured once. Read only."""
+    from calibrating import activations_of
+
+    folder = tmp_path_factory.mktemp("measured")
+    file = folder / "texts.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog\n\n" * 3)
+    return activations_of(llama / "base", file, folder / "activations.safetensors")
+
+
+@pytest.fixture
+def known(llama: Path, tmp_path: Path, run: Run) -> None:
+    """The models' structure is in the cache: another process need not import transformers for it, which takes seconds.
+
+    All of the tiny Llamas have the same.
+    """
+    assert run("merge", tmp_path / "known", "--method", "linear", "--expert", llama / "math").code == 0
+
+
+@pytest.fixture
+def each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor is a commit of its own."""
+    from lowmem_aim.output import writer
+
+    monkeypatch.setattr(writer, "GROUP_BYTES", 1)
 
 
 @pytest.fixture
@@ -101,6 +135,42 @@ class Place(NamedTuple):
 
 @pytest.fixture
 def place(llama: Path, tmp_path: Path, run: Run) -> Place:
+    import tiny
+
     for name in ("base", "math", "code"):
         tiny.perturbed(llama / name, tmp_path / name, scale=0.0)
     return Place(tmp_path, run)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The Hub, played by a server on this machine, with a cache of its own; the test says what it holds."""
+    from hub_server import Handler, Hub, Server
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    state = Hub()
+    handler = type("Playing", (Handler,), {"hub": state})
+    site, cdn = Server("hub", handler), Server("cdn", handler)
+    state.cdn = cdn.address
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", site.address)
+    template = site.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield state
+    close_session()
+    for server in (site, cdn):
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three shards, each many times as large as the first request for a header. Read only."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    tiny.build("llama", folder, shard_size="2MB", intermediate_size=4096)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder

@@ -194,11 +194,11 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
     from lowmem_aim.system.files import partial_folder
 
     _refuse_if_running(partial_folder(output))
-    from lowmem_aim.jobs.calibrate import calibrate_base
+    from lowmem_aim.jobs.calibrate import calibrate as work
     from lowmem_aim.recipe import from_flags as overrides
 
     aim = overrides.calibration_settings(flags)
-    _run(lambda emit: calibrate_base(base, aim, output, _job(flags), emit), flags)
+    _run(lambda emit: work(base, aim, output, _job(flags), emit), flags)
 
 
 @cli.command()

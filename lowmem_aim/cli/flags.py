@@ -15,7 +15,7 @@ from lowmem_aim.cli.usage import Choice, _command_line
 from lowmem_aim.errors import printable
 
 if TYPE_CHECKING:
-    from lowmem_aim.jobs.options import Options
+    from lowmem_aim.system.options import Options
 
 
 LONGEST_NAME = 255  # bytes
@@ -151,7 +151,7 @@ _OUTPUT = _options(
 
 
 def _job(flags: dict[str, Any]) -> Options:
-    from lowmem_aim.jobs.options import Options
+    from lowmem_aim.system.options import Options
 
     return Options(
         seed=flags.get("seed", 0),

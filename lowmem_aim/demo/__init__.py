@@ -17,7 +17,10 @@ from pathlib import Path
 
 
 def run(folder: Path, echo: Callable[[str], None]) -> None:
-    """Make the models in `folder` or reuse them, merge, compare, print. Raises UsageError for a folder of others."""
+    """Make the models in `folder` or reuse them, merge, compare, print.
+
+    Raises UsageError if `folder` holds anything that is not the demo's.
+    """
     # Here and not above: everything below imports torch, and `lowmem-aim --help` must not.
     from lowmem_aim.demo.report import show
     from lowmem_aim.demo.settings import Settings

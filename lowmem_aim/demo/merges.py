@@ -1,4 +1,4 @@
-"""The demo's merges as a user would make them: recipes in files, and commands in processes of their own."""
+"""The demo's merges, made as a user would make them: recipes in files, and commands in processes of their own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS = "activations.safetensors"
 
 
 def write_recipe(folder: Path, name: str, models: Models, *, aim: bool, scale: float = 1.0) -> str:
-    """A TIES recipe in `folder`, its paths relative to it; returns the file's name."""
+    """Write a TIES recipe to `folder`, with paths relative to it; returns the file's name. `scale` is its lambda."""
     recipe = {
         "merge_method": "ties",
         "base_model": f"./{models.base}",
@@ -44,20 +44,21 @@ def write_recipe(folder: Path, name: str, models: Models, *, aim: bool, scale: f
 
 
 def calibrate(folder: Path, models: Models, echo: Echo) -> None:
+    """Measure the base's activations on the demo's texts, each by itself, with `lowmem-aim calibrate`."""
     (folder / ACTIVATIONS).unlink(missing_ok=True)
     texts = ["--calibration", CALIBRATION, "--no-pack"]
     command(folder, ["calibrate", models.base, "-o", ACTIVATIONS, *texts], echo)
 
 
 def merge(folder: Path, recipe: str, out: str, echo: Echo) -> Path:
-    """Merge by `recipe` into the folder `out`, which is the demo's to clear."""
+    """Merge by `recipe` into the folder `out`, which is the demo's to clear; returns its path."""
     shutil.rmtree(folder / out, ignore_errors=True)
     command(folder, ["merge", recipe, out], echo)
     return folder / out
 
 
 def command(folder: Path, arguments: Sequence[str], echo: Echo) -> None:
-    """Run `lowmem-aim` in `folder` and say so. Raises LowmemAimError with what it printed if it fails."""
+    """Run `lowmem-aim` in `folder`, and echo the command. Raises LowmemAimError with its stderr if it fails."""
     echo(f"$ lowmem-aim {shlex.join(arguments)}")
     done = subprocess.run(
         [sys.executable, "-m", "lowmem_aim", *arguments, "--quiet"],
@@ -68,11 +69,11 @@ def command(folder: Path, arguments: Sequence[str], echo: Echo) -> None:
     )
     if done.returncode != 0:
         command = f"lowmem-aim {shlex.join(arguments)}"
-        raise LowmemAimError(f"`{command}` failed: {done.stderr.strip()}", hint="that command by itself tells more")
+        raise LowmemAimError(f"`{command}` failed: {done.stderr.strip()}", hint="run that command by itself to see why")
 
 
 def mean_factor(folder: Path, models: Models) -> float:
-    """The mean of what AIM multiplies the delta's elements by, over all elements of the model."""
+    """The mean factor by which AIM multiplies the delta, over all elements of the model."""
     activations = Activations.load(folder / ACTIVATIONS)
     with Checkpoint.open(folder / models.base) as base:
         kept, elements = 0.0, 0

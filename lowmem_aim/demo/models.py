@@ -1,4 +1,4 @@
-"""The demo's models as ordinary checkpoint folders: made whole or not at all, reused while the settings are equal."""
+"""The demo's models as ordinary checkpoint folders: made whole or not at all, reused if the settings are the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALIBRATION = "calibration.jsonl"
 
 @dataclass(frozen=True)
 class Models:
-    """Folder names inside the demo's folder."""
+    """The names of the models' folders inside the demo's folder."""
 
     base: str
     experts: dict[str, str]  # skill -> folder
@@ -41,13 +41,13 @@ def own(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"`{folder}` is a file", hint="name a new folder for the demo")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / OWNER).exists():
-        raise UsageError(f"`{folder}` is not empty and no demo's", hint="name a new folder for the demo")
+        raise UsageError(f"`{folder}` is not empty and not the demo's", hint="name a new folder for the demo")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / OWNER).touch()
 
 
 def make(folder: Path, settings: Settings, echo: Echo) -> Models:
-    """Train base and experts into `folder`, or find that they are there already."""
+    """Train the base and the experts into `folder`, or reuse them if they are there. Raises UsageError as `own`."""
     own(folder)
     digest = settings.digest()  # before the training: sources edited meanwhile are not what it was made with
     if _made_with(folder) == digest:

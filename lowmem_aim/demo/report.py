@@ -1,4 +1,4 @@
-"""The demo from end to end: make, merge, compare, answer; the table shows what comes out, whatever it is."""
+"""The demo from end to end: make, merge, compare, answer. The table shows what comes out, whatever it is."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ANSWERS = 2  # of each skill, shown at the end
 
 
 def show(folder: Path, settings: Settings, echo: Echo) -> None:
-    """Everything `lowmem-aim demo FOLDER` does. Raises UsageError for a folder that is no demo's."""
-    transformers.utils.logging.disable_progress_bar()  # the library's, for every file that it writes
+    """Do everything that `lowmem-aim demo FOLDER` does. Raises UsageError if `folder` is not the demo's."""
+    transformers.utils.logging.disable_progress_bar()  # transformers shows one for every file that it writes
     models = make(folder, settings, echo)
     echo("")
     merged, factor = _merge(folder, models, echo)
@@ -55,7 +55,7 @@ def _merge(folder: Path, models: Models, echo: Echo) -> tuple[dict[str, str], fl
 
 
 def table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """Model -> skill -> share, as a table in percent with the mean of each row."""
+    """A table in percent, with the mean of each row, from model -> skill -> share."""
     skills = list(next(iter(scores.values())))
     drawn = Table("model")
     for skill in (*skills, "mean"):

@@ -1,7 +1,7 @@
 """Three tiny skills as questions and answers, drawn from a seeded generator.
 
-Whether a question is held out for the evaluation follows from its text alone. So training and evaluation cannot
-overlap, whatever their seeds and lengths, and no list of what was seen has to be kept.
+Whether a question is held out for the evaluation follows from its text alone. Training and evaluation therefore cannot
+overlap, whatever their seeds and lengths, and no list of the questions used has to be kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ MOST_DRAWS = 50  # for each evaluation question asked for
 
 @dataclass(frozen=True)
 class Example:
+    """A question and its answer."""
+
     prompt: str
     answer: str
 
     @property
     def text(self) -> str:
+        """The question and the answer as one text."""
         return self.prompt + self.answer
 
 
@@ -49,11 +52,12 @@ SKILLS: Mapping[str, Callable[[Random], Example]] = {"add": _add, "sort": _sort,
 
 
 def is_held_out(example: Example) -> bool:
+    """Whether a question is for the evaluation, and never trained on."""
     return zlib.crc32(example.prompt.encode()) % HELD_OUT_SHARE == 0
 
 
 def draw(skill: str, random: Random, held_out: bool = False) -> Example:
-    """One question of the training part, or of the held-out part."""
+    """One question of a skill, from the training part or from the held-out part."""
     while True:
         example = SKILLS[skill](random)
         if is_held_out(example) == held_out:
@@ -61,12 +65,15 @@ def draw(skill: str, random: Random, held_out: bool = False) -> Example:
 
 
 def mixture(shares: Mapping[str, float], count: int, random: Random) -> list[Example]:
-    """`count` training questions; each one's skill is drawn by its share."""
+    """`count` training questions; the skill of each is drawn by `shares`."""
     return [draw(skill, random) for skill in random.choices(list(shares), list(shares.values()), k=count)]
 
 
 def evaluation(skill: str, count: int, seed: int) -> list[Example]:
-    """`count` different held-out questions, the same ones for every model."""
+    """`count` different held-out questions of a skill, the same for every model.
+
+    Raises ValueError if the skill has fewer.
+    """
     # A string seeds through SHA-512: the same on every machine, and no two skills share a stream.
     random = Random(f"evaluation {skill} {seed}")
     found: dict[str, Example] = {}

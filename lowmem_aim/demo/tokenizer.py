@@ -11,10 +11,10 @@ BEGIN, END, PAD = "<s>", "</s>", "<pad>"
 
 
 def build_tokenizer(skills: Iterable[str]) -> PreTrainedTokenizerFast:
-    """256 bytes, three special tokens, and the skills' names such as `sort:` as one token each.
+    """A tokenizer of 256 bytes, three special tokens, and the skills' names such as `sort:` as one token each.
 
-    The names are learned, as BPE merges; what follows them is split into characters, since a sum or a reversal of
-    chunks that depend on the neighbours would be far harder to learn.
+    The names are learned as BPE merges. The text after a name is split into characters: a sum or a reversal of chunks
+    that depend on their neighbours would be far harder to learn.
     """
     tokenizer = Tokenizer(models.BPE())
     characters = pre_tokenizers.Split(Regex(r"[a-z]+:|[\s\S]"), "isolated")

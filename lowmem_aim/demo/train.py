@@ -1,4 +1,4 @@
-"""The base and its experts, trained in memory. Same settings, machine and versions: same weights."""
+"""The base and its experts, trained in memory. The same settings, machine and versions give the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @contextlib.contextmanager
 def reproducible(seed: int, threads: int) -> Iterator[None]:
-    """torch's generator seeded and its thread count fixed, both as before afterwards: the caller's are its own."""
+    """Seed torch's generator and fix its number of threads during the block; afterwards both are as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -37,6 +37,7 @@ def reproducible(seed: int, threads: int) -> Iterator[None]:
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama model with random weights, in the sizes of `settings`."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -55,13 +56,16 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 
 
 def expert_shares(skill: str, settings: Settings) -> dict[str, float]:
-    """Mostly `skill`, and the rest as the base had it."""
+    """The share of each skill in an expert's texts: mostly `skill`, and the rest as the base had it."""
     kept = settings.kept_mixture / len(SKILLS)
     return {name: kept + (1 - settings.kept_mixture) * (name == skill) for name in SKILLS}
 
 
 def as_batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """-> tokens and labels, both (examples, longest). Only the answer and its end are labels: questions are random."""
+    """Tokens and labels of some examples, both (examples, longest).
+
+    Only the answer and its end are labels: questions are random.
+    """
     prompts = tokenizer([example.prompt for example in examples])["input_ids"]
     answers = tokenizer([example.answer + END for example in examples], add_special_tokens=False)["input_ids"]
     pairs = list(zip(prompts, answers, strict=True))
@@ -75,7 +79,7 @@ def as_batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) ->
 
 
 def _rate(step: int, plan: Training) -> float:
-    """Linear warm-up, then a cosine."""
+    """The learning rate at a step: a linear warm-up, then a cosine."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
     return plan.peak_rate * min(1.0, (step + 1) / plan.warmup) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 

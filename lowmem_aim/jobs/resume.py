@@ -8,19 +8,17 @@ is still what it gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from lowmem_aim.errors import ResumeError, UsageError, printable
-from lowmem_aim.events import Emit, Notice
-from lowmem_aim.measuring.calibration import Calibration
+from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.measuring.calibration import Calibration, Measurement
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -29,7 +27,18 @@ from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.picture import drawn_with
 from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
+from lowmem_aim.output.records import (
+    PROGRESS,
+    AcceptedEnvironments,
+    CalibrationSnapshot,
+    Identity,
+    KeptActivations,
+    KeptComparison,
+)
 from lowmem_aim.planning.tasks import Plan
+
+if TYPE_CHECKING:
+    from lowmem_aim.measuring.comparison import Comparison
 
 REREAD_ELEMENTS = 1 << 20
 # What shows in the low bits of matrix products on a CPU.
@@ -37,55 +46,40 @@ _THREADS, _INSTRUCTIONS = "threads of calibration", "instructions of calibration
 _SHOWN = 200  # characters of a value in a message
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a run is of. All JSON values."""
+def identity_of_merge(
+    plan: Plan,
+    inputs: Inputs,
+    copied: Mapping[str, bytes],
+    calibration: Calibration | None,
+    comparison: Comparison | None,
+    device: torch.device,
+) -> Identity:
+    """What the merge of one output is of. `copied`: the small files that the output takes from the reference."""
+    job: dict[str, Any] = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
+    job |= {
+        "seed": plan.seed,
+        "nonfinite": plan.nonfinite,
+        "parameters": _digest(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
+        "shards": _digest(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
+        "tokenizer and other small files": {name: _digest(content) for name, content in sorted(copied.items())},
+        "config.json": _digest(repr(sorted(inputs.reference.config.items())).encode()),
+    }
+    if calibration is not None:
+        job["calibration"] = calibration.digest()
+    if comparison is not None:
+        job["texts of ACM"] = comparison.digest()
+    checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
+    measures = comparison is not None or isinstance(calibration, Measurement)
+    environment = _environment(device, measures, plan.recipe.method)
+    if plan.recipe.aim or plan.recipe.acm:
+        environment |= drawn_with()  # the card has a picture, or has none
+    return Identity(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
 
-    job: Mapping[str, Any]  # recipe, seed, layout, small files: any difference is another output
-    inputs: list[Mapping[str, Any]]  # of each model's folder: label, tensors, and the files' sizes, times, inodes
-    environment: Mapping[str, str]  # versions, device: another may give other bytes
 
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        inputs: Inputs,
-        copied: Mapping[str, bytes],
-        calibration: Calibration | None,
-        device: torch.device,
-        compared: str = "",
-    ) -> Identity:
-        """`compared`: the digest of what ACM compares."""
-        job = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
-        job |= {
-            "seed": plan.seed,
-            "nonfinite": plan.nonfinite,
-            "parameters": _digest(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
-            "shards": _digest(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
-            "tokenizer and other small files": {name: _digest(content) for name, content in sorted(copied.items())},
-            "config.json": _digest(repr(sorted(inputs.reference.config.items())).encode()),
-        }
-        if calibration is not None:
-            job["calibration"] = calibration.digest()
-        if compared:
-            job["texts of ACM"] = compared
-        checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-        measures = bool(compared) or (calibration is not None and calibration.given is None)
-        environment = _environment(device, measures, plan.recipe.method)
-        if plan.recipe.aim or plan.recipe.acm:
-            environment |= drawn_with()  # the card has a picture, or has none
-        return cls(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
-
-    @classmethod
-    def of_calibration(cls, calibration: Calibration, device: torch.device) -> Identity:
-        """Of one that is all there is to do."""
-        return cls({"calibration": calibration.digest()}, [_of_input(calibration.base)], _environment(device, True))
-
-    def as_json(self) -> dict[str, Any]:
-        """As it comes back from the journal: lists for tuples."""
-        fields = {"job": dict(self.job), "inputs": list(self.inputs), "environment": dict(self.environment)}
-        same: dict[str, Any] = json.loads(json.dumps(fields))
-        return same
+def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
+    """What a calibration is of that is all there is to do."""
+    job = {"calibration": measurement.digest()}
+    return Identity(job, [_of_input(measurement.base)], _environment(device, True))
 
 
 def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -118,19 +112,40 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
 
     Raises ResumeError with every difference.
     """
-    before = journal.get("identity")
+    before = journal.kept(Identity)
     if before is None:  # new; or what it was of is lost, and with it what the rest is worth
-        for kind in ("group", "accepted", "activations", "calibration", "acm"):
-            journal.drop(kind)
-        journal.put("identity", "", now.as_json())
+        journal.forget(AcceptedEnvironments, *PROGRESS)
+        journal.keep(now)
         return
-    then, now = Identity(**before), Identity(**now.as_json())
-    problems = [*_differences(then.job, now.job)]
-    if len(then.inputs) == len(now.inputs):
-        for number, (old, new) in enumerate(zip(then.inputs, now.inputs, strict=True)):
-            problems += _changed(old, new, partial(reread, number), emit)
-    known, found = _compared(then, journal), _compared(now, journal)
-    elsewhere = list(_differences(known, found))
+    now = _as_kept(now)
+    changed = list(_changed_inputs(before, now, reread, emit))
+    elsewhere = _refuse_differences(journal, before, now, changed, accept_environment)
+    if elsewhere:
+        for difference in elsewhere:
+            emit(Notice(f"going on although {difference}", "warning"))
+        accepted = journal.kept(AcceptedEnvironments) or AcceptedEnvironments([_compared(before, journal)])
+        journal.keep(AcceptedEnvironments([*accepted.environments, _compared(now, journal)]))
+    journal.keep(now)
+
+
+def check_same_job(journal: Journal, now: Identity, *, accept_environment: bool) -> None:
+    """Raise ResumeError if an interrupted run is certain to be another one. Nothing is read of the models."""
+    before = journal.kept(Identity)
+    if before is not None:
+        now = _as_kept(now)
+        changed = list(_changed_inputs(before, now, lambda number: iter(()), silent))
+        _refuse_differences(journal, before, now, changed, accept_environment)
+
+
+def _refuse_differences(
+    journal: Journal, before: Identity, now: Identity, changed: list[str], accept_environment: bool
+) -> list[str]:
+    """Raise ResumeError for another job, changed inputs, or another environment that the user does not accept.
+
+    Returns the differences of the environment that are accepted.
+    """
+    problems = [*_differences(before.job, now.job), *changed]
+    elsewhere = list(_differences(_compared(before, journal), _compared(now, journal)))
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
@@ -139,44 +154,28 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
             ["the interrupted run in this folder was another one:", *problems],
             hint=f"`--fresh` starts over{only}; or give the run back what it had",
         )
-    if elsewhere:
-        for difference in elsewhere:
-            emit(Notice(f"going on although {difference}", "warning"))
-        journal.put("accepted", "", [*(journal.get("accepted") or [known]), found])
-    journal.put("identity", "", now.as_json())
-
-
-def check_same_job(journal: Journal, now: Identity, *, accept_environment: bool) -> None:
-    """Raises ResumeError where an interrupted run is certain to be another one. Nothing is read, nothing is kept."""
-    before = journal.get("identity")
-    if before is None:
-        return
-    then, now = Identity(**before), Identity(**now.as_json())
-    problems = [*_differences(then.job, now.job)]
-    if not accept_environment:
-        problems += _differences(_compared(then, journal), _compared(now, journal))
-    if problems:
-        raise ResumeError(
-            ["the interrupted run in this folder was another one:", *problems],
-            hint="`--fresh` starts over; or give the run back what it had",
-        )
+    return elsewhere
 
 
 def check_same(journal: Journal, now: Identity, out: Path) -> None:
-    """Raises UsageError if the finished output in `out` is not of this very job."""
-    then = journal.get("identity")
-    if then is None or _content(then) != _content(now.as_json()):
-        why = "its journal is damaged" if then is None else "it holds another merge, or one of other inputs"
+    """Raise UsageError if the finished output in `out` is not of this very job."""
+    before = journal.kept(Identity)
+    if before is None or _content(before) != _content(_as_kept(now)):
+        why = "its journal is damaged" if before is None else "it holds another merge, or one of other inputs"
         raise UsageError(
             f"the output folder `{printable(str(out))}` is not empty: {why}",
             hint="name a new folder, or empty this one",
         )
 
 
-def _content(identity: Mapping[str, Any]) -> Any:
+def _as_kept(identity: Identity) -> Identity:
+    return Identity(**identity.as_json())
+
+
+def _content(identity: Identity) -> Any:
     """The job and the inputs, whenever and wherever their files were made."""
-    models = [(model["label"], model["tensors"], _sizes(model)) for model in identity["inputs"]]
-    return identity["job"], models
+    models = [(model["label"], model["tensors"], _sizes(model)) for model in identity.inputs]
+    return identity.job, models
 
 
 def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
@@ -186,10 +185,9 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
 def _compared(identity: Identity, journal: Journal) -> dict[str, str]:
     """Of the environment, what still makes a difference."""
     job = identity.job
-    wanted = [kind for kind, key in (("activations", "calibration"), ("acm", "texts of ACM")) if key in job]
-    measured = all(map(journal.holds, wanted))
-    begun = any(map(journal.holds, ("calibration", "activations", "acm", "group")))
-    dropped = () if begun and not measured else (_THREADS, _INSTRUCTIONS)
+    needed = ((KeptActivations, "calibration"), (KeptComparison, "texts of ACM"))
+    measured = all(journal.holds(kind) for kind, key in needed if key in job)
+    dropped = () if journal.holds(*PROGRESS) and not measured else (_THREADS, _INSTRUCTIONS)
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 
@@ -201,6 +199,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
 
 def _shown(value: Any) -> str:
     return f"`{printable(str(value), _SHOWN)}`" if value is not None else "absent"
+
+
+def _changed_inputs(before: Identity, now: Identity, reread: Reread, emit: Emit) -> Iterator[str]:
+    """Why models are not what they were."""
+    if len(before.inputs) == len(now.inputs):
+        for number, (old, new) in enumerate(zip(before.inputs, now.inputs, strict=True)):
+            yield from _changed(old, new, partial(reread, number), emit)
 
 
 def _changed(
@@ -229,16 +234,16 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     stride = Stride(REREAD_ELEMENTS)
     for task in (task for task in plan.tasks if task.name in known):
         tensor = TensorInputs(task, inputs, True, stride)
-        for source in (source for source in tensor.sources if source.checkpoint.folder == folder):
+        for reader in (reader for reader in tensor.readers if reader.checkpoint.folder == folder):
             for start, stop in stride.cuts(task.shape):
-                source.enter_digest(source.pieces(start, stop))
-            if source.digest() != known[task.name]:
+                reader.enter_digest(reader.pieces(start, stop))
+            if reader.digest() != known[task.name]:
                 yield task.name
 
 
 def differing_weights(base: Checkpoint, journal: Journal, number: int = 0) -> Iterator[str]:
     """Tensors of the base that do not give what they gave to an interrupted calibration."""
-    row = journal.get("activations") or journal.get("calibration") or {"weights": {}}
-    for name, known in row["weights"].items():
+    seen = journal.kept(KeptActivations) or journal.kept(CalibrationSnapshot)
+    for name, known in seen.weights.items() if seen else ():
         if base.digest(name) != known:
             yield name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -26,82 +26,87 @@ from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.relaxing.activations import FORMAT, Activations
 from lowmem_aim.system.files import cache_folder
-from lowmem_aim.system.memory import Budget
-from lowmem_aim.system.tensors import digest
+from lowmem_aim.system.run import Run
+from lowmem_aim.system.tensors import digest, dtype_named
 
 if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What is to be measured, checked and tokenised before any work; or the file that already holds it."""
+class GivenActivations:
+    """Activations that a file already holds, for a base; checked before any work."""
 
     aim: Aim
     base: Checkpoint
-    meta_model: MetaModel | None  # of the base, in the forward's dtype; None if nothing is to be measured
-    sequences: Sequence[Tensor]  # each (tokens,) int64
-    given: Activations | None
+    activations: Activations
 
     def digest(self) -> str:
-        """Of what is to be measured, or of what is given."""
-        if self.given:
-            facts: Any = [(name, digest(value)) for name, value in sorted(self.given.means.items())]
-        else:
-            config = sorted(self.base.config.items())
-            facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences], config)
+        """xxh3-128 of the statistics."""
+        facts = [(name, digest(value)) for name, value in sorted(self.activations.means.items())]
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
-    def activations(
-        self, *, device: torch.device, budget: Budget, folder: Path, journal: Journal, use_cache: bool, emit: Emit
-    ) -> Activations:
-        """Load or measure; see `measure`. Raises ModelError."""
-        if self.given:
-            return self.given
-        cached = self.cached(device)
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement of a base's activations: texts read and tokenised, the model checked, before any work."""
+
+    aim: Aim
+    base: Checkpoint
+    meta_model: MetaModel  # of the base, in the forward's dtype
+    sequences: Sequence[Tensor]  # each (tokens,) int64
+
+    def digest(self) -> str:
+        """xxh3-128 of what is to be measured: the texts' tokens, the forward's dtype, the base's config."""
+        config = sorted(self.base.config.items())
+        facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences], config)
+        return xxhash.xxh3_128_hexdigest(repr(facts).encode())
+
+    def activations(self, run: Run, folder: Path, journal: Journal, *, use_cache: bool) -> Activations:
+        """Load the activations from the cache, or measure them (see `measure`). Raises ModelError."""
+        cached = self.cached(run.device)
         if use_cache and cached.is_file():
             try:
                 found = Activations.load(cached)
             except LowmemAimError:
-                emit(Notice(f"the cached activations `{cached}` are damaged and are measured again", "warning"))
+                run.emit(Notice(f"the cached activations `{cached}` are damaged and are measured again", "warning"))
             else:
-                emit(Notice(f"activations measured before are reused: `{cached}`"))
+                run.emit(Notice(f"activations measured before are reused: `{cached}`"))
                 return found
-        measured = self.measure(device=device, budget=budget, folder=folder, journal=journal, emit=emit)
+        measured = self.measure(run, folder, journal)
         if use_cache:
-            _keep(measured, cached, emit)
+            _keep(measured, cached, run.emit)
         return measured
 
     def cached(self, device: torch.device) -> Path:
-        """Where the cache has them, if it has."""
+        """The file in which the cache has these activations, if it has them."""
         return cache_folder() / f"{self._key(str(device))}.safetensors"
 
-    def measure(
-        self, *, device: torch.device, budget: Budget, folder: Path, journal: Journal, emit: Emit
-    ) -> Activations:
-        """Measure now, whatever the cache holds, within `budget`.
+    def measure(self, run: Run, folder: Path, journal: Journal) -> Activations:
+        """Measure now, whatever the cache holds, within the budget.
 
-        `folder` takes what does not fit it and, with a row in the journal, what an interrupted run goes on from.
+        `folder` takes what does not fit it and, with a record in the journal, what an interrupted run resumes from.
+        Raises ModelError, MemoryBudgetError, DiskError.
         """
         from lowmem_aim.measuring.mean_activations import mean_activations
         from lowmem_aim.measuring.snapshots import Snapshots
 
-        assert self.meta_model is not None
-        self.tell_if_slow(device, emit)
+        self.warn_if_slow(run)
         return mean_activations(
             self.base,
             self.meta_model,
             self.sequences,
-            device=str(device),
-            budget=budget,
+            device=str(run.device),
+            budget=run.budget,
             spill=folder,
             snapshots=Snapshots(folder, journal),
-            emit=emit,
+            emit=run.emit,
         )
 
-    def tell_if_slow(self, device: torch.device, emit: Emit) -> None:
-        if self.meta_model is not None and device.type == "cpu" and self._is_slow_here(self.meta_model.dtype):
-            emit(
+    def warn_if_slow(self, run: Run) -> None:
+        """Give a notice if this processor is slow at the forward's dtype."""
+        if run.device.type == "cpu" and self._is_slow_here():
+            run.emit(
                 Notice(
                     "this processor has no instructions for 16-bit floats: `--calibration-dtype float32` is several "
                     "times faster, for twice the memory of one block",
@@ -110,14 +115,13 @@ class Calibration:
             )
 
     def weights(self, measured: Activations) -> dict[str, str]:
-        """Tensor name -> xxh3-128 of its bytes, of all that the measuring depends on in the base's files."""
-        assert self.meta_model is not None
+        """Tensor name -> xxh3-128 of its bytes, for all that the measurement depends on in the base's files."""
         rows = {name: self.base.digest(name) for name in self.meta_model.embeddings if name in self.base.tensors}
         return {**measured.base_digests, **rows}
 
-    @staticmethod
-    def _is_slow_here(dtype: torch.dtype) -> bool:
-        return dtype in (torch.bfloat16, torch.float16) and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    def _is_slow_here(self) -> bool:
+        narrow = self.meta_model.dtype in (torch.bfloat16, torch.float16)
+        return narrow and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
     def _key(self, device: str) -> str:
         versions = (torch.__version__, metadata.version("transformers"), FORMAT)
@@ -127,16 +131,27 @@ class Calibration:
         return xxhash.xxh3_128_hexdigest(repr(what).encode())
 
 
-def prepare(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
-    """Read and tokenise the texts, or load the activations file. Raises ModelError, NetworkError, UsageError.
+Calibration = GivenActivations | Measurement
 
-    Blocks are no longer than the base's context.
+
+def calibration_of(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
+    """Load the activations file that the recipe names, or prepare a measurement with its texts.
+
+    Raises ModelError, NetworkError, UsageError.
     """
     if is_activations_file(aim.calibration):
-        return Calibration(aim, base, None, (), Activations.load(Path(aim.calibration).expanduser()))
+        return GivenActivations(aim, base, Activations.load(Path(aim.calibration).expanduser()))
+    return measurement_of(aim, base, emit)
+
+
+def measurement_of(aim: Aim, base: Checkpoint, emit: Emit) -> Measurement:
+    """Read and tokenise the texts. Blocks are no longer than the base's context.
+
+    Raises ModelError, NetworkError, UsageError.
+    """
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where texts are to be read
 
-    meta_model = load_meta_model(base, getattr(torch, aim.dtype) if aim.dtype else None)
+    meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
     if not meta_model.blocks:
         raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
     context = getattr(meta_model.model.config.get_text_config(), "max_position_embeddings", None)
@@ -150,7 +165,7 @@ def prepare(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
         with tokenizer_errors(what, "is it the model's own?"):
             return list(tokenizer(text, verbose=False)["input_ids"])
 
-    return Calibration(aim, base, meta_model, token_sequences(aim, encode, emit), None)
+    return Measurement(aim, base, meta_model, token_sequences(aim, encode, emit))
 
 
 def _keep(measured: Activations, path: Path, emit: Emit) -> None:

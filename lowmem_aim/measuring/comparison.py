@@ -8,29 +8,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import xxhash
 
 from lowmem_aim.blocks.offload import Source
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import Shares
 from lowmem_aim.errors import ResumeError, UsageError
-from lowmem_aim.events import Emit, Notice
-from lowmem_aim.measuring.calibration import Calibration, prepare
+from lowmem_aim.events import Notice
+from lowmem_aim.measuring.calibration import Measurement, measurement_of
 from lowmem_aim.measuring.mean_activations import shares_for
 from lowmem_aim.measuring.two_models import information_between
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.meta_model import MetaModel, load_meta_model
+from lowmem_aim.output.records import Group, KeptComparison
 from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Acm, Aim
+from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.relaxing.acm import EMBEDDING, HEAD, NORM, freezing
 from lowmem_aim.relaxing.relaxation import Consensus
-from lowmem_aim.system.memory import Budget
+from lowmem_aim.system.run import Run
 
 LONGEST_TEXT = 512  # tokens; more are cut off
-KIND = "acm"  # of the journal's row
 WORK_BYTES = 96 << 20  # what counting pairs, parts of the heads and slices of merged weights take
 
 
@@ -42,90 +42,76 @@ class Merged(Source, contextlib.AbstractContextManager["Merged"], Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Checked and tokenised before any work."""
+    """A comparison of base and merged model, for ACM: its texts read and tokenised before any work."""
 
     acm: Acm
-    calibration: Calibration  # of the base
+    measurement: Measurement  # of the base
 
     @classmethod
-    def prepare(cls, acm: Acm, base: Checkpoint, device: torch.device, emit: Emit) -> Comparison:
-        """Raises ModelError, NetworkError, UsageError."""
-        calibration = prepare(texts_of(acm), base, emit)
-        calibration.tell_if_slow(device, emit)
-        if calibration.given:
+    def of(cls, acm: Acm, base: Checkpoint, run: Run) -> Comparison:
+        """Read and tokenise the texts. Raises ModelError, NetworkError, UsageError."""
+        if is_activations_file(acm.calibration):
             raise UsageError(
                 "`acm.calibration` must be texts: ACM compares outputs, which an activations file does not hold"
             )
-        return cls(acm, calibration)
+        measurement = measurement_of(texts_of(acm), base, run.emit)
+        measurement.warn_if_slow(run)
+        return cls(acm, measurement)
 
     def digest(self) -> str:
-        return self.calibration.digest()
+        """xxh3-128 of the texts' tokens, the forward's dtype and the base's config."""
+        return self.measurement.digest()
 
     def consensus(
         self,
         plan: Plan,
         inputs: Inputs,
         merged: Callable[[Path], Merged],  # the merged model's weights; the folder takes what does not fit
-        *,
-        device: torch.device,
-        budget: Budget,
+        run: Run,
         space: Workspace,
-        emit: Emit,
     ) -> Consensus:
         """The coefficients of one output's groups: from its journal if an interrupted run had them, else measured."""
         stamp = _stamp(inputs)
-        row: dict[str, Any] = space.journal.get(KIND) or {}
-        information = row.get("information", {})
-        if row.get("stamp") != stamp:
-            information = self._measure(plan, inputs, merged, device, budget, space, emit)
-            if row and row["information"] != information and space.journal.holds("group"):
+        before = space.journal.kept(KeptComparison)
+        if before is not None and before.stamp == stamp:
+            run.emit(Notice("resuming: ACM's comparison is done"))
+            measured = before.information
+        else:
+            measured = self._measure(plan, inputs, merged, run, space)
+            if before and before.information != measured and space.journal.holds(Group):
                 raise ResumeError(
                     "the models now differ by other amounts than when this merge began (ACM)",
                     hint="`--fresh` starts over",
                 )
-            space.journal.put(KIND, "", {"stamp": stamp, "information": information})
-        else:
-            emit(Notice("resuming: ACM's comparison is done"))
-        information = {
-            group: information[group] for group in sorted(information, key=_place)
-        }  # the journal has its own
-        frozen = freezing(information, self.acm.theta, self.acm.normalise)
-        sequences = self.calibration.sequences
+            space.journal.keep(KeptComparison(stamp, measured))
+        # In the order of the model: the journal's records have an order of their own.
+        information = {group: measured[group] for group in sorted(measured, key=_place)}
+        sequences = self.measurement.sequences
         return Consensus(
             information,
-            frozen,
-            _named(self.calibration.meta_model, information),
+            freezing(information, self.acm.theta, self.acm.normalise),
+            _named(self.measurement.meta_model, information),
             texts=len(sequences),
             tokens=sum(map(len, sequences)),
         )
 
     def _measure(
-        self,
-        plan: Plan,
-        inputs: Inputs,
-        merged: Callable[[Path], Merged],
-        device: torch.device,
-        budget: Budget,
-        space: Workspace,
-        emit: Emit,
+        self, plan: Plan, inputs: Inputs, merged: Callable[[Path], Merged], run: Run, space: Workspace
     ) -> dict[str, list[float]]:
-        base, meta_model = inputs.base, self.calibration.meta_model
-        assert base is not None
-        assert meta_model is not None
-        texts = list(self.calibration.sequences)
+        base, meta_model = self.measurement.base, self.measurement.meta_model
+        texts = list(self.measurement.sequences)
         # Hidden states of both models, and what of the one waits for the other; one block of weights at a time.
         # The merged weight that is being made is there beside the one that the block gets.
         largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.roles.vocabulary), default=0)
         three = [*texts, *texts, *texts]
-        shares = shares_for(meta_model, three, budget, device, space.private, beside=WORK_BYTES + largest)
-        of_base, of_merged = _part(shares, 2), _part(shares, 1)
+        shares = shares_for(meta_model, three, run.budget, run.device, space.private, beside=WORK_BYTES + largest)
         merged_meta_model = load_meta_model(inputs.reference, meta_model.dtype)
         with merged(space.private) as weights:
-            runners = [
-                BlockRunner(source, of, device, share, budget, space.private, emit)
-                for source, of, share in ((base, meta_model, of_base), (weights, merged_meta_model, of_merged))
-            ]
-            found = information_between(runners[0], runners[1], texts, emit, between=weights.forget)
+            of_base, of_merged = (
+                BlockRunner(source, of, run.device, _part(shares, thirds), run.budget, space.private, run.emit)
+                for source, of, thirds in ((base, meta_model, 2), (weights, merged_meta_model, 1))
+            )
+            found = information_between(of_base, of_merged, texts, run.emit, between=weights.forget)
             weights.check_unchanged()  # a change between reading and computing would count
         return found
 
@@ -156,9 +142,8 @@ def _stamp(inputs: Inputs) -> str:
     return xxhash.xxh3_128_hexdigest(repr(stats).encode("utf-8", "surrogatepass"))
 
 
-def _named(meta_model: MetaModel | None, information: Mapping[str, Any]) -> dict[str, str]:
+def _named(meta_model: MetaModel, information: Mapping[str, Any]) -> dict[str, str]:
     """Tensor -> group, of those outside the layers."""
-    assert meta_model is not None
     model, weights = meta_model.model, meta_model.weights
     embeddings = model.get_input_embeddings()
     paths = dict(model.named_modules())

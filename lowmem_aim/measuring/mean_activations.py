@@ -48,6 +48,7 @@ from lowmem_aim.output.folder import check_disk, snapshot_bytes
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.memory import Budget, is_allocation_failure
 from lowmem_aim.system.tensor_store import Stored
+from lowmem_aim.system.tensors import dtype_name
 
 
 def mean_activations(
@@ -326,7 +327,7 @@ def _gather(runner: BlockRunner, sequences: Sequence[Tensor], emit: Emit) -> Act
         tokens_digest=_tokens_digest(sequences),
         sequences=len(sequences),
         tokens=sum(len(tokens) for tokens in sequences),
-        dtype=str(runner.meta_model.dtype).removeprefix("torch."),
+        dtype=dtype_name(runner.meta_model.dtype),
         unreached_experts=unreached,
     )
 

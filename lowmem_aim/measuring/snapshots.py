@@ -25,13 +25,13 @@ from lowmem_aim.blocks.runner import BlockRunner, Call
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import CalibrationSnapshot
 from lowmem_aim.system.files import disk_errors, sync_folder
 from lowmem_aim.system.tensor_store import Stored
-from lowmem_aim.system.tensors import raw
+from lowmem_aim.system.tensors import dtype_name, dtype_named, raw
 
 # Rarer than blocks where those are quick: a snapshot of a 13B model's hidden states has some 600 MB.
 SECONDS = 60.0
-KIND = "calibration"  # of the journal's row
 
 
 @dataclass
@@ -91,21 +91,25 @@ class Snapshots:
         store, tallies = runner.store, runner.watch.tallies
         with disk_errors(file), _whole_or_absent(file) as stream:
             out = _Out(stream)
-            row = {
-                "recorded": self._recorded,
-                "file": file.name,
-                "blocks": so_far.blocks,
-                "of": len(runner.blocks),
-                "states": [out.put(store.get(slot)) for slot in so_far.states],
-                "outputs": [out.put(call.from_store(store).args[0]) for call in so_far.outputs],
-                "tallies": [(name, out.put(t.total), t.calls, t.shape) for name, t in tallies.items()],
-                "stacks": sorted(runner.watch.stacks),
-                "weights": runner.weights.digests,
-            }
+            states = [out.put(store.get(stored)) for stored in so_far.states]
+            outputs = [out.put(call.from_store(store).args[0]) for call in so_far.outputs]
+            sums = [(name, out.put(t.total), t.calls, t.shape) for name, t in tallies.items()]
             stream.flush()
             os.fsync(stream.fileno())
             sync_folder(self._folder)
-        self._journal.put(KIND, "", row | {"digest": out.digest()})
+        snapshot = CalibrationSnapshot(
+            recorded=self._recorded,
+            file=file.name,
+            blocks=so_far.blocks,
+            of=len(runner.blocks),
+            states=states,
+            outputs=outputs,
+            tallies=sums,
+            stacks=sorted(runner.watch.stacks),
+            weights=runner.weights.digests,
+            digest=out.digest(),
+        )
+        self._journal.keep(snapshot)
         remove_snapshots(self._folder, but=file.name)
 
     def restore(self, runner: BlockRunner, so_far: BlockProgress) -> None:
@@ -114,26 +118,28 @@ class Snapshots:
         One that is damaged counts as none, and so does one of other embeddings or masks, which the so_far begins with.
         """
         self._recorded = _digest_of(so_far, runner)
-        row = self._journal.get(KIND) or {"file": "", "recorded": ""}
-        remove_snapshots(self._folder, but=row["file"])
-        file = self._folder / row["file"]
-        if row["recorded"] != self._recorded or _digest_of_file(file) != row["digest"]:
+        last = self._journal.kept(CalibrationSnapshot)
+        remove_snapshots(self._folder, but=last.file if last else "")
+        if last is None:
+            return
+        file = self._folder / last.file
+        if last.recorded != self._recorded or _digest_of_file(file) != last.digest:
             return
         with disk_errors(file), file.open("rb") as stream:
-            for slot, stored in zip(so_far.states, row["states"], strict=True):
+            for slot, stored in zip(so_far.states, last.states, strict=True):
                 runner.store.put(_taken(stream, stored), slot)
-            outputs = [_taken(stream, stored) for stored in row["outputs"]]
+            outputs = [_taken(stream, stored) for stored in last.outputs]
             tallies = {
                 name: Tally(_taken(stream, stored), calls, tuple(shape))
-                for name, stored, calls, shape in row["tallies"]  # in the file's order
+                for name, stored, calls, shape in last.tallies  # in the file's order
             }
         so_far.outputs[:] = [in_store(output, runner) for output in outputs]
-        runner.watch.tallies, runner.watch.stacks = tallies, set(row["stacks"])
-        runner.weights.digests.update(row["weights"])
+        runner.watch.tallies, runner.watch.stacks = tallies, set(last.stacks)
+        runner.weights.digests.update(last.weights)
 
     def forget(self) -> None:
         """There is nothing to go on with."""
-        self._journal.drop(KIND)
+        self._journal.forget(CalibrationSnapshot)
         remove_snapshots(self._folder)
 
 
@@ -160,7 +166,7 @@ class _Out:
         data = raw(value.cpu().contiguous())
         self._stream.write(data)
         self._state.update(data)
-        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        return {"dtype": dtype_name(value.dtype), "shape": list(value.shape)}
 
     def digest(self) -> str:
         return str(self._state.hexdigest())
@@ -172,7 +178,7 @@ def _taken(stream: IO[bytes], stored: Any) -> Any:
         return tuple(_taken(stream, part) for part in stored)
     if not isinstance(stored, dict):
         return stored
-    value = torch.empty(stored["shape"], dtype=getattr(torch, stored["dtype"]))
+    value = torch.empty(stored["shape"], dtype=dtype_named(stored["dtype"]))
     stream.readinto(raw(value))  # type: ignore[attr-defined]
     return value
 

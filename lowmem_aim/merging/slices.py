@@ -23,8 +23,9 @@ from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.planning.tasks import NonFinite, Task
+from lowmem_aim.planning.tasks import Task
 from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.system.options import NonFinite
 from lowmem_aim.system.tensors import raw
 from lowmem_aim.units import shown
 
@@ -185,17 +186,17 @@ class TensorInputs:
         self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base or mapped else None
 
     @property
-    def sources(self) -> list[TensorReader]:
+    def readers(self) -> list[TensorReader]:
         return [*([self._base] if self._base else []), *self._experts]
 
-    def replaced_of(self, source: TensorReader) -> int:
-        """How many elements of one of the `sources` took the base's value."""
-        return self.replaced[self._experts.index(source)] if source in self._experts else 0
+    def replaced_of(self, reader: TensorReader) -> int:
+        """How many elements of one of the `readers` took the base's value."""
+        return self.replaced[self._experts.index(reader)] if reader in self._experts else 0
 
     @property
     def nbytes(self) -> int:
         """Of the rows of all models, as stored."""
-        sizes = [source.checkpoint.tensors[source.name].dtype.itemsize for source in self.sources]
+        sizes = [reader.checkpoint.tensors[reader.name].dtype.itemsize for reader in self.readers]
         return sum(sizes) * math.prod(self.task.shape)
 
     def slices(self, first_pass: bool) -> Iterator[Rows]:
@@ -205,7 +206,7 @@ class TensorInputs:
         while start < rows:
             stop = rows if self.task.whole else min(start + self._stride.rows(columns), rows)
             try:
-                pieces = [source.pieces(start, stop) for source in self.sources]
+                pieces = [reader.pieces(start, stop) for reader in self.readers]
                 read = self._assembled(pieces, start, stop - start, columns)
                 replaced = [0] * len(read.stored_experts)
                 if self._mends and (first_pass or any(self.replaced)):
@@ -227,7 +228,7 @@ class TensorInputs:
     def rows(self, start: int, stop: int) -> Rows:
         """Rows start:stop, uncounted. Raises ModelError for NaN and Inf, or mends them."""
         columns = matrix_shape(self.task.shape)[1]
-        pieces = [source.pieces(start, stop) for source in self.sources]
+        pieces = [reader.pieces(start, stop) for reader in self.readers]
         self._check(pieces)
         read = self._assembled(pieces, start, stop - start, columns)
         return _mended(read)[0] if self._mends else read
@@ -235,17 +236,17 @@ class TensorInputs:
     def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
         base = self._base.assembled(pieces[0], count, None) if self._base else None
         parts = zip(self._experts, pieces[len(pieces) - len(self._experts) :], strict=True)
-        experts = tuple(source.assembled(part, count, base) for source, part in parts)
+        experts = tuple(reader.assembled(part, count, base) for reader, part in parts)
         return Rows(torch.empty(0) if base is None else base, experts, start * columns)
 
     def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
-        for source, part in zip(self.sources, pieces, strict=True):
-            source.enter_digest(part)
+        for reader, part in zip(self.readers, pieces, strict=True):
+            reader.enter_digest(part)
         self._check(pieces)
 
     def _check(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
-        for source, part in zip(self.sources, pieces, strict=True):
-            if source in self._strict and not all(finite(rows) for _, rows in part):
+        for reader, part in zip(self.readers, pieces, strict=True):
+            if reader in self._strict and not all(finite(rows) for _, rows in part):
                 self._refuse()
 
     @property
@@ -253,21 +254,21 @@ class TensorInputs:
         """Those whose NaN and Inf end the merge: the base's always do, there is nothing to put in their place."""
         if self.task.action == "copy":
             return []
-        return self.sources if not self._mends else [self._base] if self._base else []
+        return self.readers if not self._mends else [self._base] if self._base else []
 
     def _refuse(self) -> None:
-        counts = {source: count for source in self._strict if (count := self._bad_values(source))}
+        counts = {reader: count for reader in self._strict if (count := self._bad_values(reader))}
         problems = [
-            f"`{printable(self.task.name)}` of `{printable(source.checkpoint.label)}` holds {count} value(s) that are "
+            f"`{printable(self.task.name)}` of `{printable(reader.checkpoint.label)}` holds {count} value(s) that are "
             "NaN or Inf, or beyond float32"
-            for source, count in counts.items()
+            for reader, count in counts.items()
         ]
         hint = "a broken download or a diverged fine-tune: get this model again"
         if self._base not in counts:
             hint += "; `--nonfinite base` takes the base's value there, if the method builds on one"
         raise ModelError(problems, hint)
 
-    def _bad_values(self, source: TensorReader) -> int:
-        info = source.checkpoint.tensors[source.name]
-        slices = (source.checkpoint.rows(source.name, a, b) for a, b in self._stride.cuts(info.shape))
+    def _bad_values(self, reader: TensorReader) -> int:
+        info = reader.checkpoint.tensors[reader.name]
+        slices = (reader.checkpoint.rows(reader.name, a, b) for a, b in self._stride.cuts(info.shape))
         return sum(int((~rows.to(torch.float32).isfinite()).sum()) for rows in slices)

@@ -1,10 +1,10 @@
-"""The outputs of a merge at work: what each does to merged rows (relax, round once), and where it puts them."""
+"""The outputs of a merge: what each does to merged rows (relax, round once), and where it puts them."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,47 +14,44 @@ from lowmem_aim.events import Emit, Event, TensorDone, Worked
 from lowmem_aim.merging.slices import finite
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows
-from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.merged import DeltaKept, Merged, Replaced
 from lowmem_aim.output.shards import Read, Shards
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.delta_sampler import DeltaSampler
-from lowmem_aim.relaxing.relaxation import Consensus, Relax, Relaxation
+from lowmem_aim.relaxing.relaxation import Relax, Relaxation
 from lowmem_aim.system.devices import DeviceStreams
+from lowmem_aim.system.tensors import dtype_name
 
 
 @dataclass(frozen=True)
 class Target:
-    """One output: its plan, where its shards are made, and what is known of them."""
+    """One output: what is to be written, where, and what becomes of merged rows on the way."""
 
     plan: Plan
-    staging: Path
-    journal: Journal
-    consensus: Consensus | None = None
-    name: str = ""  # of its folder, where there are several
-
-
-@dataclass(frozen=True)
-class Output:
-    """A target at work."""
-
-    plan: Plan
-    shards: Shards
+    shards: Shards  # entered by the loop
     relaxation: Relaxation
 
     @functools.cached_property
     def left(self) -> dict[str, Task]:
+        """The tasks that no earlier run has finished, by tensor; known once the shards are entered."""
         return {task.name: task for task in self.shards.left}
+
+    def merged(self, models: Sequence[tuple[str, str]], replaced: Sequence[Replaced]) -> Merged:
+        """What was written, in the plan's order, with what was read for all targets."""
+        shards = {shard.name: self.shards.digests[shard.name] for shard in self.plan.shards}
+        kept = {task.name: self.shards.kept[task.name] for task in self.plan.tasks if task.name in self.shards.kept}
+        return Merged(shards, models, replaced, kept)
 
 
 class SummedProgress:
-    """Several outputs' progress as one."""
+    """The progress of several targets as one."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._done: dict[tuple[int, type[Event]], float] = {}
 
     def of(self, number: int) -> Emit:
-        """What one of them emits to."""
+        """The function that target `number` emits to: `done` of its events becomes the sum over all targets."""
 
         def summed(event: Event) -> None:
             if isinstance(event, TensorDone | Worked) and event.done is not None:
@@ -67,8 +64,8 @@ class SummedProgress:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A slice of an output's tensor, and its part of the sums that `DeltaSampler` takes."""
+class FinishedRows:
+    """A slice of a target's tensor, and the slice's part of the sums that `DeltaSampler` takes."""
 
     rows: Tensor
     before: int = 0
@@ -76,34 +73,42 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one output does to the merged rows of one tensor."""
+class TargetTensor:
+    """What one target does to the merged rows of one tensor."""
 
-    output: Output
+    target: Target
     task: Task
     relax: Relax | None
-    kept: DeltaSampler
+    sampler: DeltaSampler
 
-    def finish(self, merged: Tensor, rows: Rows, streams: DeviceStreams) -> Finished:
+    @classmethod
+    def of(cls, target: Target, task: Task) -> TargetTensor:
+        """A tensor that the target lacks."""
+        return cls(target, task, target.relaxation.of(task), DeltaSampler(task))
+
+    def finish(self, merged: Tensor, rows: Rows, streams: DeviceStreams) -> FinishedRows:
+        """Relax and round a merged slice, (rows, columns) float32, which is overwritten; the result is on the CPU."""
         if self.relax is None:
-            return Finished(streams.down(rounded(merged, self.task)))
-        before = self.kept.of(merged, rows.stored_base, rows.start)
+            return FinishedRows(streams.down(rounded(merged, self.task)))
+        before = self.sampler.of(merged, rows.stored_base, rows.start)
         relaxed = self.relax(merged, rows)
-        after = self.kept.of(relaxed, rows.stored_base, rows.start)
-        return Finished(streams.down(rounded(relaxed, self.task)), before, after)
+        after = self.sampler.of(relaxed, rows.stored_base, rows.start)
+        return FinishedRows(streams.down(rounded(relaxed, self.task)), before, after)
 
-    def append(self, finished: Finished) -> None:
-        self.kept.add(finished.before, finished.after)  # here: a slice that fails is computed again
-        self.output.shards.append(self.task, finished.rows)
+    def append(self, finished: FinishedRows) -> None:
+        """Write the next rows. Raises DiskError."""
+        self.sampler.add(finished.before, finished.after)  # not in `finish`: a slice that fails is computed again
+        self.target.shards.append(self.task, finished.rows)
 
     def done(self, read: Read) -> None:
+        """All rows are written; `read` is what was seen of the models' tensors."""
         if self.relax is not None:
-            read = replace(read, kept={self.task.name: self.kept.sums()})
-        self.output.shards.tensor_done(self.task, read)
+            read = replace(read, kept={self.task.name: DeltaKept(*self.sampler.sums())})
+        self.target.shards.tensor_done(self.task, read)
 
 
 def rounded(merged: Tensor, task: Task) -> Tensor:
-    """The one rounding, to the output's dtype. A finite result that the dtype cannot hold is an error."""
+    """The one rounding, to the output's dtype. Raises ModelError for a finite result that the dtype cannot hold."""
     if task.dtype == torch.bfloat16 and kernels.usable([merged]):
         rounded, good = kernels.to_bfloat16(merged)
     else:
@@ -111,7 +116,7 @@ def rounded(merged: Tensor, task: Task) -> Tensor:
         good = finite(rounded)
     if not good:
         raise ModelError(
-            f"the merged `{printable(task.name)}` leaves the range of {str(task.dtype).removeprefix('torch.')}",
+            f"the merged `{printable(task.name)}` leaves the range of {dtype_name(task.dtype)}",
             hint="choose `out_dtype: bfloat16` or `float32`, or smaller weights",
         )
     return rounded

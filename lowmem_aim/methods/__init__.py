@@ -4,9 +4,9 @@ method.py         what a method is: a script of rounds that ends in a combine; p
 registry.py       all methods by name, those of other packages included
 exact.py          sums that do not depend on the order of their terms
 masks.py          random masks from a counter
-selection.py      which elements of a delta stay
-counting.py       exact thresholds by counting magnitudes
-gram.py           dot products between whole tensors
+selection.py      the elements of a delta that stay
+counting.py       the k largest magnitudes, exactly, by counting
+gram.py           dot products between whole tensors, and of rows
 columns.py        dot products between columns
 kernels.py        the compiled loops as functions of tensors
 loops.py          the loops that numba compiles for the CPU

@@ -1,4 +1,4 @@
-"""arcee_fusion: the expert's elements where they matter most, the base's elsewhere."""
+"""arcee_fusion: the expert's elements where they matter most, and the base's elsewhere."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def _chosen(importance: Callable[[Rows], Tensor], threshold: float) -> Combine:
 
 
 class _Divergences:
-    """A fold: KL(softmax W1 || softmax W0) of each row, (rows,) float64."""
+    """A fold of KL(softmax W1 || softmax W0) of each row, (rows,) float64."""
 
     def __init__(self, row: int) -> None:
         self._row = row
         self._parts: list[Tensor] = []
 
     def part(self, rows: Rows) -> Tensor:
+        # In float64: the divergence of nearly equal rows is noise in float32, and often negative.
         p, q = (_softmax(t.cpu().view(-1, self._row)) + SMALLEST for t in (rows.experts[0], rows.base))
-        # numpy's functions treat an element alike wherever in an array it stands, torch's do not.
+        # numpy's functions give an element the same result wherever it stands in an array; torch's do not.
         return row_sums(torch.from_numpy(p * (np.log(p) - np.log(q))))
 
     def add(self, part: Tensor) -> None:
@@ -79,9 +80,9 @@ def order_statistics(
     values: Callable[[Rows], Tensor],  # (n,) float64 of a slice
     places: Sequence[int],  # in all values sorted, from 0
 ) -> Generator[Fold, Any, list[float]]:
-    """The values at these places, exactly: their bits are found from the top, a digit a round."""
-    known = [0] * len(places)  # the digits so far, as numbers
-    left = list(places)  # the place among the values that begin with them
+    """The values at these places of the sorted tensor, exactly: their bits are found from the top, a digit a round."""
+    known = [0] * len(places)  # the digits found so far, as numbers
+    left = list(places)  # the places among the values that begin with these digits
     for digit in range(DIGITS):
         counts = yield _DigitCounts(values, known, digit)
         for i, k in enumerate(known):
@@ -93,7 +94,7 @@ def order_statistics(
 
 
 class _DigitCounts:
-    """A fold: for each prefix, how many of the values that begin with it go on with each digit."""
+    """A fold that counts, for each prefix, the values that begin with it by their next digit."""
 
     def __init__(self, values: Callable[[Rows], Tensor], prefixes: Sequence[int], digit: int) -> None:
         self._values = values
@@ -107,7 +108,7 @@ class _DigitCounts:
         for prefix in self._prefixes:
             inside = ordered
             if self._shift + DIGIT < 64:
-                # The first digit of a prefix has the sign, turned.
+                # The first digit of a prefix holds the sign bit, turned.
                 begin = prefix - (1 << (64 - self._shift - DIGIT - 1))
                 inside = ordered[ordered >> (self._shift + DIGIT) == begin]
             digits = inside >> self._shift
@@ -124,12 +125,12 @@ class _DigitCounts:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Signed integers that order as the float64 values do; a negative zero is a zero."""
+    """Signed integers that order as the float64 values do; a negative zero counts as zero."""
     bits = (values + 0.0).view(torch.int64)
     return torch.where(bits < 0, bits ^ ((1 << 63) - 1), bits)
 
 
 def _value(digits: int) -> float:
-    """From all digits of `_ordered`, the sign turned."""
+    """The float64 value of all digits of `_ordered`, with the sign turned."""
     ordered = torch.tensor(digits - (1 << 63), dtype=torch.int64)
     return float(torch.where(ordered < 0, ordered ^ ((1 << 63) - 1), ordered).view(torch.float64))

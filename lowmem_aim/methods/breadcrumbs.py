@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: of each delta neither the largest elements, taken for outliers, nor the smallest stay."""
+"""Model Breadcrumbs: drop the largest elements of each delta, taken for outliers, and the smallest."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def breadcrumbs_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
 ) -> Script:
-    """As breadcrumbs, with the elements summed over the experts that agree with the elected sign."""
+    """breadcrumbs with the elements summed over the experts that agree with the elected sign."""
     selections = yield from _middle(tensor, density, gamma)
     factor = yield from rescale_factors(selections, density, rescale)
     return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
 def _middle(tensor: Subject, density: Sequence[float], gamma: Sequence[float]) -> Generator[Fold, Any, list[Between]]:
-    """Up to four rounds, mostly two."""
+    """The selections of the middle magnitudes. Up to four rounds, mostly two."""
     n = tensor.numel
     stay = [int(d * n) for d in density]
-    # Fewer are taken for outliers where the density leaves no room for so many.
+    # Fewer are dropped if density and gamma together exceed 1.
     dropped = [min(int(g * n), n - k) for g, k in zip(gamma, stay, strict=True)]
     outer = [(i, top + k) for i, (top, k) in enumerate(zip(dropped, stay, strict=True))]
     found = yield from first_by_size(n, [*outer, *enumerate(dropped)])

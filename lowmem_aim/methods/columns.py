@@ -1,8 +1,8 @@
-"""Dot products of columns, whose elements lie in many slices: order-free, as every sum here, in 64 bits a column.
+"""Dot products of columns, whose elements lie in many slices: independent of order, with 64 bits a column.
 
-A first round finds the largest magnitudes of each column. They give a power of two for each of its products, so that
-the terms, rounded to multiples of it, add up as integers without overflow in any order: 2^50 of them make up the
-largest term that there can be (fewer in columns of more than 2^11 elements). That is float64's own accuracy, nearly.
+A first round finds the largest magnitude of each column. These give a power of two for each product, so that the terms,
+rounded to multiples of it, add up as integers without overflow in any order: the largest possible term is 2^50 such
+multiples (fewer in columns of more than 2^11 elements), which is nearly float64's own accuracy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUM_BITS = 62
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of a slice: rows of `width` columns, of which the first is column `place` among all that are summed."""
+    """A part of a slice: `width` columns, of which the first is column `place` of all that are summed."""
 
     place: int
     first: Tensor  # (rows, width)
@@ -35,7 +35,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Columns:
-    """Sums over each column of the products of a, the first vector, and of the others d: float64."""
+    """Sums over each column, float64, of the products of the first vector a and the others d."""
 
     aa: Tensor  # (columns,)
     dd: Tensor  # (K, columns)
@@ -50,7 +50,7 @@ def column_dots(
     *,
     deltas: bool,  # d are not the others themselves but what they differ from the first by
 ) -> Generator[Fold, Any, Columns]:
-    """Two rounds."""
+    """The sums of a a, d d and a d over each column, in two rounds."""
     tops = yield _Tops(panels, columns, others, deltas)
     exponents = torch.frexp(tops).exponent.to(torch.int64)  # each magnitude is below 2^exponent
     pairs = [exponents[0] * 2]
@@ -64,12 +64,12 @@ def column_dots(
 
 
 def _ldexp(values: Tensor, exponents: Tensor) -> Tensor:
-    """values 2^exponents in float64; torch's own goes by way of float32 powers."""
+    """values * 2^exponents in float64; torch's own function goes through float32 powers."""
     return torch.from_numpy(np.ldexp(values.to(torch.float64).numpy(), exponents.numpy()))
 
 
 class _ByPlace:
-    """A fold: something for every column, from the parts of it that the slices have."""
+    """A fold that joins values for every column from the panels of the slices."""
 
     def __init__(self, whole: Tensor) -> None:
         self._whole = whole
@@ -87,7 +87,7 @@ class _ByPlace:
 
 
 class _Tops(_ByPlace):
-    """The largest magnitudes, (1 + K, columns) float32."""
+    """A fold of the largest magnitudes, (1 + K, columns) float32."""
 
     def __init__(self, panels: Callable[[Rows], Iterator[Panel]], columns: int, others: int, deltas: bool) -> None:
         super().__init__(torch.zeros(1 + others, columns))
@@ -106,10 +106,10 @@ class _Tops(_ByPlace):
 
 
 class _Totals(_ByPlace):
-    """The sums in units, (1 + 2K, columns) int64: of a a, and for each other of d d and a d."""
+    """A fold of the sums in units, (1 + 2K, columns) int64: of a a, and for each other of d d and a d."""
 
     def __init__(self, panels: Callable[[Rows], Iterator[Panel]], cutters: Tensor, deltas: bool) -> None:
-        """Adding a cutter, 1.5 * 2^52 units, to a term rounds it to units, which its bits then count."""
+        """Sum up the terms that `cutters`, 1.5 * 2^52 units each, round to units."""
         super().__init__(torch.zeros(cutters.shape, dtype=torch.int64))
         self._panels, self._cutters, self._deltas = panels, cutters, deltas
 

@@ -1,9 +1,10 @@
 """The k largest magnitudes of a tensor, exactly k, without sorting and without the tensor in memory.
 
 The bits of a non-negative float32 order as its values do, so one round counts the magnitudes by their upper 16 bits. A
-second collects the few that lie in the same bin as the k-th, which give the threshold, and where those equal to it end
-that still count: equal magnitudes (frequent in bfloat16 models) are kept from the lowest flat index on until there are
-k. A bin too full to be collected is counted by the lower 15 bits instead, and a third round looks for that end.
+second round collects the few that lie in the same bin as the k-th. They give the threshold, and the last place at which
+a magnitude equal to it still counts: equal magnitudes (frequent in bfloat16 models) are kept from the lowest flat index
+on until there are k. A bin too full to be collected is counted by the lower 15 bits instead, and a third round finds
+that place.
 """
 
 from __future__ import annotations
@@ -20,38 +21,42 @@ from lowmem_aim.methods.method import Fold, Rows
 from lowmem_aim.methods.selection import ALL, EVERYWHERE, NONE, Largest, magnitude_bits
 
 LOW_BITS = 31 - kernels.UPPER_BITS
-COLLECTED = 1 << 20  # so many magnitudes of a bin, 12 MB, are collected at most
+COLLECTED = 1 << 20  # most magnitudes of a bin that are collected: 12 MB
 
 
 class Magnitudes:
-    """What is counted: non-negative float32 numbers, several of each element perhaps, told apart by `which`."""
+    """Numbers to be counted: non-negative float32, perhaps several for each element, told apart by `which`."""
 
     def bits(self, rows: Rows, which: int) -> Tensor:  # (n,) int32, which order as the numbers do
+        """The bits of a slice's numbers, flat."""
         raise NotImplementedError
 
     def count_upper(self, rows: Rows, which: int) -> Tensor:  # (2^UPPER_BITS,) int64
-        """How many have each value in their upper bits."""
+        """Count the numbers of a slice by their upper UPPER_BITS bits."""
         return torch.bincount(self.bits(rows, which) >> LOW_BITS, minlength=1 << kernels.UPPER_BITS).cpu()
 
     def collect(self, rows: Rows, which: int, number: int, most: int) -> tuple[Tensor, Tensor]:
-        """Indices in the slice, int64, and bits of those whose upper bits are `number`, `most` at most."""
+        """Indices in the slice (int64) and bits (int32) of numbers whose upper bits are `number`, `most` at most."""
         bits = self.bits(rows, which)
         places = (bits >> LOW_BITS == number).nonzero().flatten()
         return places.cpu(), bits[places].cpu()
 
 
 class Deltas(Magnitudes):
-    """|Di|, `which` being the expert."""
+    """The magnitudes |Di|, where `which` is the expert i."""
 
     def bits(self, rows: Rows, which: int) -> Tensor:
+        """The bits of |Di| in a slice, flat."""
         return magnitude_bits(rows.stored_experts[which].to(torch.float32) - rows.base).view(-1)
 
     def count_upper(self, rows: Rows, which: int) -> Tensor:
+        """Count |Di| by the upper UPPER_BITS bits, in compiled code if there is any."""
         if kernels.usable(rows.stored_experts):
             return kernels.count_upper(rows.stored_base, rows.stored_experts[which])
         return super().count_upper(rows, which)
 
     def collect(self, rows: Rows, which: int, number: int, most: int) -> tuple[Tensor, Tensor]:
+        """Indices and bits of |Di| whose upper bits are `number`, in compiled code if there is any."""
         if kernels.usable(rows.stored_experts):
             return kernels.collect(rows.stored_base, rows.stored_experts[which], number, most)
         return super().collect(rows, which, number, most)
@@ -65,7 +70,10 @@ def first_by_size(
     asked: Sequence[tuple[int, int]],  # (which, k), the same magnitudes perhaps several times
     magnitudes: Magnitudes = DELTAS,
 ) -> Generator[Fold, Any, list[Largest]]:
-    """For each, the selection of the k largest, equal ones from the lowest flat index on."""
+    """The selection of the k largest for each (which, k) asked; equal magnitudes from the lowest flat index on.
+
+    Up to four rounds, mostly two.
+    """
     known = {i: ALL if k else NONE for i, (_, k) in enumerate(asked) if k == 0 or k >= numel}
     left = {i: ask for i, ask in enumerate(asked) if i not in known}
     if left:
@@ -85,7 +93,7 @@ class _Bin:
     """A bin of a histogram of magnitudes, in which the k-th largest lies."""
 
     number: int
-    wanted: int  # how many of it stay: its largest
+    wanted: int  # how many of its largest stay
     size: int
     which: int  # of the magnitudes
 
@@ -99,7 +107,7 @@ def _bin_of(counts: Tensor, k: int, which: int) -> _Bin:
 
 
 class _UpperCounts:
-    """A fold: histograms of the upper bits, by `which`."""
+    """A fold of histograms of the upper bits, by `which`."""
 
     def __init__(self, wanted: Sequence[int], magnitudes: Magnitudes) -> None:
         self._wanted = wanted
@@ -122,7 +130,7 @@ def _add_counts(totals: dict[int, Tensor], part: dict[int, Tensor]) -> None:
 
 
 class _Collected:
-    """A fold: the selections, each from all that lies in one bin, with its places."""
+    """A fold that makes each selection from all that lies in its bin, with the places."""
 
     def __init__(self, bins: dict[int, _Bin], magnitudes: Magnitudes) -> None:
         self._bins = bins
@@ -151,7 +159,7 @@ class _Collected:
         return Largest(threshold, int(equal[still - 1]) if still < len(equal) else EVERYWHERE)
 
 
-# --- the way of a full bin --------------------------------------------------------------------------------------------
+# --- bins too full to be collected ------------------------------------------------------------------------------------
 
 
 def _counted(upper: dict[int, _Bin], magnitudes: Magnitudes) -> Generator[Fold, Any, dict[int, Largest]]:
@@ -167,7 +175,7 @@ def _counted(upper: dict[int, _Bin], magnitudes: Magnitudes) -> Generator[Fold, 
 
 
 class _LowerCounts:
-    """A fold: histograms of the lower bits of those magnitudes that lie in the given bins."""
+    """A fold of histograms of the lower bits of those magnitudes that lie in the given bins."""
 
     def __init__(self, upper: dict[int, _Bin], magnitudes: Magnitudes) -> None:
         self._upper = upper
@@ -190,7 +198,7 @@ class _LowerCounts:
 
 
 class _NthEqual:
-    """A fold: the flat index of the last element that a bin of equal magnitudes, of these bits, is asked for."""
+    """A fold that finds the flat index of the last element kept among equal magnitudes of these bits."""
 
     def __init__(self, sought: dict[int, _Bin], bits: Mapping[int, int], magnitudes: Magnitudes) -> None:
         self._sought = sought

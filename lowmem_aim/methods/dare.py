@@ -39,12 +39,12 @@ def dare_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
 ) -> Script:
-    """As dare_linear, with the elements summed over the experts that agree with the elected sign."""
+    """dare_linear with the elements summed over the experts that agree with the elected sign."""
     selections = at_random(tensor, density)
     factor = yield from rescale_factors(selections, density, rescale)
     return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
 def at_random(tensor: Subject, density: Sequence[float]) -> list[Selection]:
-    """Each element of expert i's delta with probability density_i."""
+    """The selections that keep each element of expert i's delta with probability density_i."""
     return [Share(d, tensor.seed, tensor.name, position) for position, d in enumerate(density)]

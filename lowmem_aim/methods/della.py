@@ -16,7 +16,7 @@ from lowmem_aim.methods.selection import Everything, Selection, magnitude_bits
 from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
-SHORT = 128  # elements; torch sorts such rows as fast
+SHORT = 128  # elements; shorter rows are sorted as fast by torch
 SCRATCH = 40  # bytes an element: ranks, probabilities and draws of one expert
 
 
@@ -42,7 +42,7 @@ def della(
     lambda_: float = 1.0,
     int8_mask: bool = False,  # mergekit's memory saver; has no effect on the result
 ) -> Script:
-    """As della_linear, with the elements summed over the experts that agree with the elected sign."""
+    """della_linear with the elements summed over the experts that agree with the elected sign."""
     selections = _by_rank(tensor, density, epsilon)
     factor = yield from rescale_factors(selections, density, rescale)
     return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
@@ -77,19 +77,21 @@ def _by_rank(tensor: Subject, density: Sequence[float], epsilon: Sequence[float]
 
 @dataclass(frozen=True)
 class ByRank:
-    """Each element with a probability that rises from density - epsilon to density + epsilon with its rank in its row.
+    """A random share in which larger elements stay more often.
 
-    Slices must hold whole rows.
+    The probability rises from density - epsilon to density + epsilon with the element's rank in its row. Slices must
+    hold whole rows.
     """
 
     density: float
     epsilon: float
-    row: int  # elements of one
+    row: int  # elements of a row
     seed: int
     name: str  # of the tensor
     position: int  # of the expert
 
     def mask(self, delta: Tensor, start: int) -> Tensor:
+        """True where an element is drawn, of the delta's shape."""
         ranks = _ranks(magnitude_bits(delta).view(-1, self.row))
         if self.row > 1:
             chances = (
@@ -108,11 +110,11 @@ class ByRank:
         return (draws < mask_limits(chances.view(-1))).view(delta.shape)
 
     def kept(self, start: int, count: int) -> None:
-        return None
+        """None: the compiled loops do not rank."""
 
 
 def _ranks(bits: Tensor) -> Tensor:  # (rows, row) integers
-    """Each element's place in its row by magnitude, from 0; equal ones in the order in which they stand."""
+    """The place of each element in its row by magnitude, from 0; equal ones in the order in which they stand."""
     if kernels.usable([bits]) and bits.shape[1] >= SHORT:
         return kernels.row_ranks(bits)
     order = bits.argsort(dim=-1, stable=True)

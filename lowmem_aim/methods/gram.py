@@ -1,4 +1,4 @@
-"""Dot products between models or deltas: what the geometric methods know of a tensor."""
+"""Dot products between models or deltas: all that the geometric methods need of a tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Gram = tuple[tuple[float, ...], ...]  # K x K dot products
 
 
 def vectors(rows: Rows, deltas: bool) -> list[Tensor]:
-    """The experts, or their deltas, float32."""
+    """A slice's experts, or their deltas, as float32."""
     if not deltas:
         return list(rows.experts)
     base = rows.base
@@ -23,7 +23,7 @@ def vectors(rows: Rows, deltas: bool) -> list[Tensor]:
 
 
 def gram_sums(rows: Rows, deltas: bool) -> list[int]:
-    """Exact sums, as `exact.ExactSums` takes them: the dot products of the experts or deltas, i <= j, by rows."""
+    """The dot products of a slice's experts or deltas, i <= j, by rows: exact, in the units of `exact.exact_sum`."""
     if kernels.usable(rows.stored_experts):
         return kernels.gram_sums(rows.stored_experts, rows.stored_base if deltas else None)
     found = vectors(rows, deltas)
@@ -31,31 +31,31 @@ def gram_sums(rows: Rows, deltas: bool) -> list[int]:
 
 
 def gram_round(deltas: bool) -> ExactSums:
-    """The measure round whose answer `square` takes."""
+    """The measure round whose result `square` takes."""
     return ExactSums(lambda rows: gram_sums(rows, deltas))
 
 
 def square(sums: Sequence[float], count: int) -> Gram:
-    """The symmetric table of what `gram_sums` of `count` vectors came to."""
+    """The symmetric table of dot products, from the result of `gram_round` for `count` vectors."""
     found = iter(sums)
     half = {(i, j): next(found) for i in range(count) for j in range(i, count)}
     return tuple(tuple(half[min(i, j), max(i, j)] for j in range(count)) for i in range(count))
 
 
 def cosine(gram: Gram, i: int, j: int) -> float:
-    """In [-1, 1]; 0 where a norm is 0."""
+    """The cosine between two vectors of the table, in [-1, 1]; 0 if a norm is 0."""
     norms = math.sqrt(gram[i][i]) * math.sqrt(gram[j][j])
     return max(-1.0, min(1.0, gram[i][j] / norms)) if norms else 0.0
 
 
 def unit_gram(gram: Gram) -> Gram:
-    """The cosines of those vectors that have a length."""
+    """The cosines between those vectors whose norm is not 0."""
     long = [i for i in range(len(gram)) if gram[i][i] > 0.0]
     return tuple(tuple(1.0 if i == j else cosine(gram, i, j) for j in long) for i in long)
 
 
 def length(gram: Gram, c: Sequence[float]) -> float:
-    """Of sum ci ui, ui the vectors of the table."""
+    """The length of sum ci ui, where ui are the vectors of the table."""
     products = (a * b * gram[i][j] for i, a in enumerate(c) for j, b in enumerate(c))
     return math.sqrt(max(math.fsum(products), 0.0))
 
@@ -77,5 +77,5 @@ def row_sums(terms: Tensor) -> Tensor:  # (rows,)
         half = (columns + 1) // 2
         terms[:, : columns - half] += terms[:, half:]
         terms = terms[:, :half]
-    # A copy: a view of them would keep all the terms.
+    # A copy: a view would keep all the terms in memory.
     return terms[:, 0].clone() if terms.shape[1] else terms.new_zeros(len(terms))

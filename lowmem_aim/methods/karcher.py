@@ -10,7 +10,7 @@ from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.method import Script, Subject, Within, merge_method
 from lowmem_aim.methods.task_vectors import span
 
-CANCELLED = 1e-7  # a length below this is what rounding has left of 0
+CANCELLED = 1e-7  # a length below this is 0 but for rounding
 
 
 @merge_method(
@@ -24,15 +24,15 @@ def karcher(
 ) -> Script:
     """The Riemannian mean of the unit vectors Wi/|Wi|, a base among them, times the mean of |Wi|.
 
-    Every iterate is a sum of the models, so all of it happens in K dimensions. Models of norm 0 do not count; where the
-    others cancel each other, it is the first of them.
+    Every iterate is a sum of the models, so all of it happens in K dimensions. Models of norm 0 do not count; if the
+    others cancel each other, the result is the first of them.
     """
     gram = square((yield gram_round(deltas=False)), tensor.experts)
     return span(mean_shares(gram, int(max_iter), tol), based=False)
 
 
 def mean_shares(gram: Gram, max_iter: int, tol: float) -> tuple[float, ...]:
-    """What each model is multiplied by."""
+    """The factor of each model."""
     shares = [0.0] * len(gram)
     long = [i for i in range(len(gram)) if gram[i][i] > 0.0]
     if not long:
@@ -56,13 +56,13 @@ def mean_shares(gram: Gram, max_iter: int, tol: float) -> tuple[float, ...]:
 
 
 def _unit(cosines: Gram, c: Sequence[float], smallest: float) -> list[float] | None:
-    """c at length 1; None where it has as good as none."""
+    """c scaled to length 1; None if its length is not above `smallest`."""
     size = length(cosines, c)
     return [x / size for x in c] if size > smallest else None
 
 
 def _tangent(cosines: Gram, mean: Sequence[float], tol: float) -> list[float]:
-    """The mean of the logarithms of the directions at `mean`: which way, and how far, it has to go."""
+    """The mean of the directions' logarithms at `mean`: the direction and the length of the next step."""
     step = [0.0] * len(mean)
     for i, row in enumerate(cosines):
         across = max(-1.0, min(1.0, math.fsum(c * m for c, m in zip(row, mean, strict=True))))

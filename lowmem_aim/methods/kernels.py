@@ -1,7 +1,7 @@
 """The compiled CPU loops (`loops`, numba, the extra `[cpu]`) as functions of tensors.
 
-Each does in one pass what torch code beside its call does in several, and gives the same bytes. Callers ask `usable`
-first; without numba, or on another device, they go on in torch.
+Each function does in one pass what the torch code beside its call does in several, and gives the same bytes. Callers
+ask `usable` first; without numba, or on another device, they go on in torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a selection keeps of a delta, and the numbers that say it: see `methods.selection`.
+# The kind of a selection, and its numbers: see `methods.selection`.
 Selected = tuple[Literal["all", "random", "largest", "between"], tuple[int, int, int, int]]
 
 UPPER_BITS = 16  # of the 31 bits of a float32 magnitude, counted by `count_upper`
@@ -30,16 +30,18 @@ def _loops() -> Any:
         return None
     if importlib.util.find_spec("numba") is None:
         return None
-    from lowmem_aim.methods import loops  # compiled merges only: numba takes half a second to import
+    from lowmem_aim.methods import loops  # here and not above: numba takes half a second to import
 
     return loops
 
 
 def available() -> bool:
+    """Whether numba is installed and LOWMEM_AIM_KERNELS=0 is not set."""
     return _loops() is not None
 
 
 def usable(tensors: Sequence[Tensor]) -> bool:
+    """Whether the loops can take these tensors: they are on the CPU, and the loops are available."""
     return tensors[0].device.type == "cpu" and available()
 
 
@@ -70,7 +72,7 @@ def combine_deltas(
     lambda_: float,
     zero_weight: float,
 ) -> Tensor:
-    """`methods.task_vectors.combine_deltas` of one slice; float32, of the base's shape."""
+    """One slice of `methods.task_vectors.combine_deltas`; float32, of the base's shape."""
     loops = _loops()
     base_array, *expert_arrays = _arrays([base, *experts])
     kinds, numbers = _codes(kept)
@@ -100,28 +102,28 @@ def _codes(kept: Sequence[Selected]) -> tuple[Any, Any]:
 
 
 def relax(merged: Tensor, base: Tensor, shrink: Tensor) -> Tensor:
-    """`relax.aim.relax`, in place; `shrink` (1, columns), or as large as `merged`."""
+    """Apply `relaxing.aim.relax` to `merged` in place; `shrink` is (1, columns), or as large as `merged`."""
     (base_array,) = _arrays([base])
     _loops().relax(merged.view(-1).numpy(), base_array, shrink.reshape(-1).numpy())
     return merged
 
 
 def to_bfloat16(merged: Tensor) -> tuple[Tensor, bool]:
-    """`merged` rounded to bfloat16, and whether all of it is finite."""
+    """`merged` rounded to bfloat16, and whether all of the result is finite."""
     out = torch.empty(merged.shape, dtype=torch.bfloat16)
     largest = _loops().round_to_bfloat16(merged.view(-1).numpy(), out.view(-1).view(torch.uint16).numpy())
-    return out, bool(largest < 0x7F80)
+    return out, bool(largest < 0x7F80)  # the bits of infinity
 
 
 def finite(stored: Tensor) -> bool:
-    """Whether all of a 2- or 4-byte float tensor is finite, by its bits."""
+    """Whether all of a bfloat16, float16 or float32 tensor is finite, by its bits."""
     bits = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}[stored.dtype]
     unsigned = torch.uint16 if stored.dtype.itemsize == 2 else torch.uint32
     return bool(_loops().largest_magnitude(stored.reshape(-1).view(unsigned).numpy()) < bits)
 
 
 def count_upper(base: Tensor, expert: Tensor) -> Tensor:  # (2^UPPER_BITS,) int64
-    """How many |expert - base| have each value in the upper UPPER_BITS of their 31 bits."""
+    """Count |expert - base| by the upper UPPER_BITS of its 31 bits."""
     counts = torch.zeros(_BINS_OF_UPPER, dtype=torch.int64)
     _loops().count_upper(*_arrays([base, expert]), 31 - UPPER_BITS, counts.numpy())
     return counts
@@ -132,19 +134,19 @@ def collect(base: Tensor, expert: Tensor, upper: int, most: int) -> tuple[Tensor
     places = np.empty(min(base.numel(), most), np.int32)
     bits = np.empty(len(places), np.int32)
     found = _loops().collect(*_arrays([base, expert]), 31 - UPPER_BITS, upper, places, bits)
-    # Copies: the buffers have room for all of the bin, what was found in this slice is a part of it.
+    # Copies: the buffers are as large as the whole bin, of which this slice may hold little.
     return torch.from_numpy(places[:found].astype(np.int64)), torch.from_numpy(bits[:found].copy())
 
 
 def row_ranks(magnitudes: Tensor) -> Tensor:  # (rows, columns) int32
-    """The place of each of the (rows, columns) int32, none negative, in its row, from 0; equal ones in their order."""
+    """The rank of each non-negative int32 of (rows, columns) in its row, from 0; equal ones in their order."""
     ranks = torch.empty_like(magnitudes)
     _loops().row_ranks(magnitudes.view(-1).numpy(), magnitudes.shape[1], ranks.view(-1).numpy())
     return ranks
 
 
 def absolute_sums(base: Tensor, expert: Tensor, kept: Selected) -> tuple[int, int]:
-    """Exact sums of |expert - base|, of all and of what is kept, in the units of `methods.exact`."""
+    """Exact sums of |expert - base|, of all elements and of those kept, in the units of `methods.exact`."""
     loops = _loops()
     kinds, numbers = _codes([kept])
     bins = np.zeros((2, loops.BINS), np.int64)
@@ -177,16 +179,16 @@ def column_tops(origin: Tensor, others: Sequence[Tensor], deltas: bool) -> Tenso
 
 
 def column_dots(origin: Tensor, others: Sequence[Tensor], deltas: bool, cutters: Tensor) -> Tensor:  # int64
-    """`methods.columns` has what this is: terms as multiples of the cutters' last bits, added up, (1 + 2K, columns)."""
+    """The totals of `methods.columns`, (1 + 2K, columns): sums of the terms in units of the cutters' last bits."""
     totals = np.zeros(tuple(cutters.shape), np.int64)
     first, *arrays = _arrays([origin, *others])
     _loops().column_dots(first, tuple(arrays), deltas, cutters.numpy(), totals)
-    totals -= origin.shape[0] * cutters.numpy().view(np.int64)  # modulo 2^64, as the sums before
+    totals -= origin.shape[0] * cutters.numpy().view(np.int64)  # modulo 2^64, like the sums themselves
     return torch.from_numpy(totals)
 
 
 def scaled_deltas(base: Tensor, experts: Sequence[Tensor], scales: Tensor, by_row: bool) -> Tensor:
-    """W0 + sum si Di, added in model order; float32. `scales` (K, rows) if `by_row`, else (K, columns)."""
+    """W0 + sum si Di, added in model order; float32. `scales` is (K, rows) if `by_row`, else (K, columns)."""
     out = torch.empty(base.shape)
     first, *arrays = _arrays([base, *experts])
     _loops().scaled_deltas(
@@ -196,6 +198,6 @@ def scaled_deltas(base: Tensor, experts: Sequence[Tensor], scales: Tensor, by_ro
 
 
 def _units(bins: Any) -> int:
-    """Bins of 2^(index - BIN_ZERO) as an integer of units of 2^-1074."""
+    """The sum of bins of 2^(index - BIN_ZERO) as an integer in units of 2^-1074."""
     lowest = 1074 - _loops().BIN_ZERO
     return sum(int(bins[index]) << (int(index) + lowest) for index in bins.nonzero()[0])

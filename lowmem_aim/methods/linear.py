@@ -1,4 +1,4 @@
-"""Weighted means of whole weights: linear; and passthrough, one model's weights as they are."""
+"""Weighted means of whole weights (linear), and one model's weights unchanged (passthrough)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lowmem_aim.errors import UsageError
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
-ZERO_WEIGHT = 1e-8  # a sum of weights below this is no divisor
+ZERO_WEIGHT = 1e-8  # a sum of weights below this counts as 0
 
 
 def weighted_sum(stored: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
-    """sum wi Ti in float32, added in model order; a fresh tensor."""
+    """sum wi Ti in float32, added in model order; a new tensor."""
     if kernels.usable(stored):
         return kernels.weighted_sum(stored, weights)
     total = stored[0].to(torch.float32) * weights[0]

@@ -4,9 +4,9 @@ Arrays are flat and contiguous; weights come as stored, float32 or the 16 bits o
 operation is rounded as torch rounds it, in the same order (no contraction, no reassociation), and integer sums do not
 depend on order, so that the bytes are those of the torch functions which call these through `kernels`.
 
-Two habits here are for the compiler's vectors. Indices run from 0 over array slices: `array[first + j]` could be
-negative for all it knows. And what is kept or dropped is never stored over its own array: that becomes a masked store,
-which costs some processors ten times as much.
+Two habits here let the compiler use vector instructions. Indices run from 0 over array slices: for all the compiler can
+prove, the index in `array[first + j]` might be negative. And what is kept or dropped is never stored over its own
+array: that becomes a masked store, which costs some processors ten times as much.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 1024  # elements; three experts' parts, signs and sums of a block take s
 # A bin of an exact sum counts units of 2^(index - BIN_ZERO): products of two float32 reach from 2^-298 to 2^256.
 BINS = 720
 BIN_ZERO = 440
-# What stays of a delta: everything, a random share, the largest magnitudes, or between two such. `kernels.Selected`.
+# Kinds of `kernels.Selected`: everything, a random share, the largest magnitudes, or those between two thresholds.
 ALL, RANDOM, LARGEST, BETWEEN = 0, 1, 2, 3
 
 U32, I32, I64, F32, F64 = np.uint32, np.int32, np.int64, np.float32, np.float64
@@ -31,7 +31,7 @@ _HALF = 31  # bits of the lower half of a block's sum
 _LOWEST = _TERM_BITS - BIN_ZERO  # below this exponent there is no bin
 _DIGIT_BITS = 11  # three digits hold the 31 bits of a magnitude
 _DIGITS = 1 << _DIGIT_BITS
-COLUMNS = 1024  # at a time, so that their sums stay in the processor's cache
+COLUMNS = 1024  # in work at a time, so that their sums stay in the processor's cache
 
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 inner: Any = njit(nogil=True, error_model="numpy")
@@ -56,7 +56,7 @@ def _magnitude(x):
 
 @inner
 def _mix(x):
-    """`masks._mix`."""
+    """A 32-bit word mixed as in `masks._mix`."""
     x = U32(x ^ (x >> U32(16)))
     x = U32(x * U32(0x7FEB352D))
     x = U32(x ^ (x >> U32(15)))
@@ -66,7 +66,7 @@ def _mix(x):
 
 @inner
 def _draw(counter, key0, key1):
-    """`masks._draws`, for one counter."""
+    """The draw for one counter, as in `masks._draws`."""
     return I32(_mix(U32(_mix(U32(counter ^ key0)) + key1)))
 
 
@@ -98,7 +98,7 @@ def weighted_sum(models, weights, out):
 
 @inner
 def _part(base, expert, scale, kind, keep, offset, out):
-    """out = delta * scale where it is kept, else 0. `keep` are the numbers of `kernels.Selected`."""
+    """out = delta * scale where the element is kept, else 0. `keep` are the numbers of `kernels.Selected`."""
     if kind == ALL:
         for j in range(out.size):
             out[j] = (_wide(expert[j]) - _wide(base[j])) * scale
@@ -125,7 +125,10 @@ def _part_above(base, expert, scale, threshold, out):
 
 @inner
 def _part_between(base, expert, scale, keep, offset, out):
-    """keep[0] and keep[1] as for the largest; keep[2] and keep[3] likewise of those too large to stay."""
+    """out = delta * scale between two thresholds, else 0.
+
+    keep[0] and keep[1] are those of the largest that stay, keep[2] and keep[3] those of the ones too large to stay.
+    """
     for j in range(out.size):
         delta = _wide(expert[j]) - _wide(base[j])
         magnitude, place = I64(_magnitude(delta)), I64(j) + offset
@@ -136,7 +139,10 @@ def _part_between(base, expert, scale, keep, offset, out):
 
 @inner
 def _elect(parts, weights, total, sign, divisor):
-    """`total` and `divisor` of the parts that have the sign of their sum, which `total` holds before."""
+    """total, divisor = sums over the parts that have the elected sign: of the parts, and of their weights.
+
+    The elected sign is that of the sum of all parts, which `total` holds before; + where the sum is 0.
+    """
     for j in range(total.size):
         sign[j] = F32(1) if total[j] >= F32(0) else F32(-1)
     for j in range(total.size):
@@ -153,10 +159,10 @@ def _elect(parts, weights, total, sign, divisor):
 
 @compiled
 def combine_deltas(base, experts, kinds, keeps, scales, weights, elect, per_element, factor, lambda_, zero_weight, out):
-    """The combine of the task-vector family, `task_vectors.combine_deltas`.
+    """out = one slice of `task_vectors.combine_deltas`, the combine of the task-vector family.
 
     For K experts: kinds (K,) and keeps (K, 4) int64, scales and weights (K,) float32. `elect`: signs are elected;
-    `per_element`: then divide by the weights that took part; else multiply by `factor`.
+    `per_element`: then divide by the weights that took part; without it, multiply by `factor`.
     """
     count = len(experts)
     all_parts = np.empty((count, BLOCK), F32)
@@ -190,7 +196,7 @@ def combine_deltas(base, experts, kinds, keeps, scales, weights, elect, per_elem
 
 @compiled
 def relax(merged, base, shrink):
-    """merged = `relax.aim.relax` of it, in place; `shrink` repeats after its length."""
+    """merged = `relaxing.aim.relax` of it, in place; `shrink` repeats after its length."""
     period = shrink.size
     for first in range(0, merged.size, period):
         stop = min(first + period, merged.size)
@@ -208,7 +214,10 @@ def _relax(merged, base, shrink):
 
 @compiled
 def round_to_bfloat16(merged, out):
-    """To the nearest, ties to even; returns the largest magnitude's bits: 0x7F80 and above is no finite number."""
+    """out = `merged` rounded to the nearest bfloat16, ties to even.
+
+    Returns the largest magnitude's bits: 0x7F80 and above is not finite.
+    """
     largest = np.uint16(0)
     for j in range(merged.size):
         bits = F32(merged[j]).view(np.uint32)
@@ -246,7 +255,10 @@ def count_upper(base, expert, low_bits, counts):
 
 @compiled
 def collect(base, expert, low_bits, upper, places, bits):
-    """The elements whose |delta| bits >> low_bits are `upper`: their indices and bits, in order. Returns how many."""
+    """places, bits = indices and bits of the elements whose |delta| bits >> low_bits are `upper`, in order.
+
+    Returns how many there are.
+    """
     block = np.empty(BLOCK, F32)
     wanted = U32(upper)
     found = 0
@@ -272,7 +284,10 @@ def collect(base, expert, low_bits, upper, places, bits):
 
 @compiled
 def row_ranks(magnitudes, columns, ranks):
-    """ranks = each element's place in its row, sorted, from 0; equal ones in their order. The lowest digits first."""
+    """ranks = the place of each element in its sorted row, from 0; equal ones in their order.
+
+    A radix sort, from the lowest digit on.
+    """
     keys, moved_keys = np.empty(columns, I32), np.empty(columns, I32)
     order, moved_order = np.empty(columns, I32), np.empty(columns, I32)
     starts = np.empty(_DIGITS, I32)
@@ -304,26 +319,26 @@ def row_ranks(magnitudes, columns, ranks):
 
 @inner
 def _exponent(magnitude_bits):
-    """e such that a float32 of these bits is below 2^e."""
+    """An e such that a float32 of these bits is below 2^e; the smallest, unless it is subnormal."""
     return max(I64(magnitude_bits >> U32(23)), 1) - 126
 
 
 @inner
 def _add_to_bins(bins, unit, total):
-    """bins += total * 2^unit, in two halves so that neither ever overflows."""
+    """bins += total * 2^unit, in two halves so that no bin ever overflows."""
     bins[unit + BIN_ZERO] += total & ((1 << _HALF) - 1)
     bins[unit + _HALF + BIN_ZERO] += total >> _HALF
 
 
 @inner
 def _add_exactly(terms, exponent, bins):
-    """bins += sum of the float64 `terms`, each below 2^exponent in magnitude; they are overwritten.
+    """bins += sum of the float64 `terms`, each below 2^exponent in magnitude; the terms are overwritten.
 
-    As `exact`: adding and subtracting 1.5 * 2^(52 + unit) cuts off a term's bits from 2^unit up, and the sum's own bits
-    count them as an integer. Almost always one round takes all there is.
+    The method is that of `exact`: adding and subtracting 1.5 * 2^(52 + unit) cuts off a term's bits from 2^unit up, and
+    the sum's own bits count them as an integer. Almost always one round takes all there is.
     """
     left = I64(1)
-    while left != 0 and exponent >= _LOWEST:  # what is not finite would be left over for ever
+    while left != 0 and exponent >= _LOWEST:  # the exponent ends the loop for terms that are not finite
         unit = exponent - _TERM_BITS
         cutter = np.ldexp(F64(1.5), 52 + unit)
         zero = F64(cutter).view(np.int64)
@@ -353,7 +368,10 @@ def absolute_sums(base, expert, kind, keep, whole, kept):
 
 @inner
 def _add_both_exactly(deltas, stay, whole, kept):
-    """`_add_exactly` of |deltas|, all of them and those that are not zero in `stay`; `deltas` are overwritten."""
+    """bins += exact sums of |deltas|: `whole` of all, `kept` of those that are not zero in `stay`.
+
+    `deltas` are overwritten. The method is that of `_add_exactly`.
+    """
     largest = U32(0)
     for j in range(deltas.size):
         deltas[j] = abs(deltas[j])
@@ -381,9 +399,9 @@ def _add_both_exactly(deltas, stay, whole, kept):
 
 @compiled
 def gram_sums(models, origin, bins):
-    """bins[p] += the dot product of the p-th pair of `models`, i <= j by rows; float64 holds each product exactly.
+    """bins[p] += the dot product of the p-th pair of vectors, i <= j by rows; float64 holds each product exactly.
 
-    Of the models, or, unless `origin` is empty, of what they differ from it by.
+    The vectors are the models, or, unless `origin` is empty, their differences from it.
     """
     count = len(models)
     all_vectors, all_products = np.empty((count, BLOCK), F32), np.empty(BLOCK, F64)
@@ -426,8 +444,10 @@ def _products(left, right, out):
 
 @compiled
 def row_dots(left, right, out):
-    """out[r] = the dot product of the r-th rows of two float32 arrays: halves are added to halves, as `gram.row_sums`
-    does."""
+    """out[r] = the dot product of the r-th rows of two float32 arrays.
+
+    Halves are added to halves, in the order of `gram.row_sums`.
+    """
     columns = left.size // out.size
     terms = np.empty(columns, F64)
     for row in range(out.size):
@@ -445,7 +465,7 @@ def row_dots(left, right, out):
 
 @inner
 def _other(origin, model, deltas, out):
-    """The model, or what it differs from `origin` by."""
+    """out = the model, or its difference from `origin`."""
     if deltas:
         _delta(origin, model, out)
     else:
@@ -474,9 +494,9 @@ def _raise(tops, vector):
 
 @compiled
 def column_dots(origin, models, deltas, cutters, totals):
-    """totals (1 + 2K, columns) += the bits of term + cutter, of a a, and of d d and a d for each model d; a the origin.
+    """totals (1 + 2K, columns) += the bits of term + cutter, for the terms a a, and d d and a d for each model d.
 
-    See `methods.columns`.
+    a is the origin. See `methods.columns`.
     """
     columns = totals.shape[1]
     all_origin, all_other = np.empty(COLUMNS, F32), np.empty(COLUMNS, F32)

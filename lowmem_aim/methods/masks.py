@@ -1,9 +1,9 @@
 """Random masks from a counter: each element's draw is a hash of (seed, tensor, model, flat index) and of nothing else.
 
-So a slice draws what the whole tensor would, a resumed run what the first would, and a GPU what the CPU would: all of
-it is integer arithmetic modulo 2^32. The hash is two rounds of a 32-bit finaliser (xor-shift and multiply; constants
-of the `lowbias32` mixer found by C. Wellons' hash prospector) with a fresh key in front of each; one round alone would
-make the masks of two models shuffles of each other.
+A slice therefore draws what the whole tensor would, a resumed run what the first would, and a GPU what the CPU would:
+all of it is integer arithmetic modulo 2^32. The hash is two rounds of a 32-bit finaliser (xor-shift and multiply;
+constants of the `lowbias32` mixer found by C. Wellons' hash prospector) with a fresh key before each; one round alone
+would make the masks of two models shuffles of each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def keep_mask(
 ) -> Tensor:  # (count,) bool
     """True with probability `density` (to 2^-32) for the elements start ... start + count - 1 of tensor `name`.
 
-    `position` counts the models without the base.
+    `position` is the number of the expert, from 0; the base has none.
     """
     limit = mask_limit(density)
     if limit >= SIGNED_TOP:
@@ -31,7 +31,7 @@ def keep_mask(
 
 
 def draws_of(*, seed: int, name: str, position: int, start: int, count: int, device: torch.device) -> Tensor:
-    """(count,) int32 uniform draws for the elements start ... start + count - 1; see `keep_mask`."""
+    """(count,) int32 uniform draws for the elements start ... start + count - 1; arguments as in `keep_mask`."""
     parts = []
     while count > 0:  # a piece ends where the counter's low word wraps
         low = start % SPAN
@@ -42,12 +42,12 @@ def draws_of(*, seed: int, name: str, position: int, start: int, count: int, dev
 
 
 def mask_limit(density: float) -> int:
-    """An element stays if its draw lies below this."""
+    """The limit below which a draw lies with probability `density`, to 2^-32."""
     return round(density * SPAN) - SIGNED_TOP
 
 
 def mask_limits(chances: Tensor) -> Tensor:  # int64
-    """`mask_limit` of each of the float64 probabilities, which are overwritten."""
+    """`mask_limit` of each float64 probability in `chances`, which is overwritten."""
     return chances.mul_(float(SPAN)).round_().to(torch.int64).sub_(SIGNED_TOP)
 
 
@@ -69,14 +69,14 @@ def _draws(low: int, length: int, keys: tuple[int, int], device: torch.device) -
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers in which every input bit flips every output bit about half the time. In place."""
+    """Mix 32-bit integers by a bijection in which every input bit flips every output bit half the time. In place."""
     for shift, multiplier in ((16, 0x7FEB352D), (15, _signed(0x846CA68B)), (16, 1)):
-        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # torch shifts in the sign; the mask takes it out
+        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # torch shifts the sign in; the mask takes it out
         if multiplier != 1:
             x *= multiplier
     return x
 
 
 def _signed(word: int) -> int:
-    """A 32-bit word as int32 holds it."""
+    """A 32-bit word as the int32 of the same bits."""
     return (word + (1 << 31)) % SPAN - (1 << 31)

@@ -1,6 +1,6 @@
-"""What a merge method is: a script over row slices of one tensor.
+"""The contract of merge methods: a method is a script over row slices of one tensor.
 
-A method is a generator function. It yields *folds* (measure rounds), each of which sees every slice of the tensor
+A method is a generator function. It yields *folds* (measure rounds), each of which is given every slice of the tensor
 once, in order, and is answered with the fold's result; it returns *combine*, which turns one slice of the inputs into
 the same slice of the result:
 
@@ -10,8 +10,8 @@ the same slice of the result:
         def combine(rows: Rows) -> Tensor: ...
         return combine
 
-Everything in it is a pure function of tensors: no I/O, no device moves, no global state. The bytes of a result must
-not depend on how the tensor is sliced, so:
+Everything in a script is a pure function of tensors: no I/O, no device moves, no global state. The bytes of a result
+must not depend on the slices that a tensor is cut into. Therefore:
 
 - sums over elements go through `exact.ExactSums`;
 - combine is row-local, and elementwise it uses only operations that IEEE 754 rounds correctly (+ - * / sqrt, compare,
@@ -37,22 +37,22 @@ from lowmem_aim.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Subject:
-    """The tensor that is being merged, as far as a method may know it."""
+    """The facts about the tensor being merged that a method may use."""
 
     name: str
     shape: tuple[int, ...]
     numel: int
     experts: int  # K, the number of models in `Rows.experts`
     seed: int = 0  # of the random masks
-    based: bool = True  # whether the result builds on the base: else `Rows` holds none, or one for AIM alone
-    input_dim: int = -1  # which dimension runs over the module's input channels; -2: an embedding's tokens, GPT-2's
+    based: bool = True  # whether the result builds on the base; if not, `Rows` has none, or one for AIM alone
+    input_dim: int = -1  # the dimension of the module's input channels; -2: embeddings (their tokens), GPT-2's linears
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The same rows of one tensor in all models; none of them may be written to. Compute with `base` and `experts`.
+    """The same rows of one tensor in all models. Compute with `base` and `experts`, and write to none of them.
 
-    `stored_base` is empty where the method has no base and must not be looked at.
+    `stored_base` is empty if the method has no base, and must not be used then.
     """
 
     stored_base: Tensor  # (rows, columns), in the dtype of the file
@@ -61,20 +61,21 @@ class Rows:
 
     @property
     def base(self) -> Tensor:
-        """float32; a copy, unless it is stored so."""
+        """The base's rows as float32, (rows, columns): a copy, unless they are stored in float32."""
         return self.stored_base.to(torch.float32)
 
     @property
     def experts(self) -> tuple[Tensor, ...]:
-        """float32; copies, unless they are stored so."""
+        """The experts' rows as float32, K x (rows, columns): copies, unless they are stored in float32."""
         return tuple(expert.to(torch.float32) for expert in self.stored_experts)
 
     @property
     def count(self) -> int:
+        """The number of rows."""
         return self.stored_experts[0].shape[0]
 
     def halves(self) -> tuple[Rows, Rows]:
-        """The upper and the lower half of the rows; there must be two at least."""
+        """The upper and the lower half of the rows, of which there must be at least two."""
         middle = self.count // 2
         columns = self.stored_experts[0].shape[1]
         return (
@@ -88,14 +89,19 @@ class Rows:
 
 
 class Fold(Protocol):
-    """One round. `part`, a pure function, measures each slice, several at once perhaps; `add` takes the parts in the
-    order of the slices (a slice may come as several parts); `finish` gives what was measured."""
+    """One measure round over all slices of a tensor."""
 
-    def part(self, rows: Rows) -> Any: ...
+    def part(self, rows: Rows) -> Any:
+        """Measure one slice. A pure function, which may run for several slices at once."""
+        ...
 
-    def add(self, part: Any) -> None: ...
+    def add(self, part: Any) -> None:
+        """Take what `part` gave. Parts come in the order of the slices; a slice may come as several parts."""
+        ...
 
-    def finish(self) -> Any: ...
+    def finish(self) -> Any:
+        """The result of the round, once every part has been added."""
+        ...
 
 
 Combine = Callable[[Rows], Tensor]  # -> (rows, columns) float32
@@ -107,7 +113,7 @@ Script = Generator[Fold, Any, Combine]
 
 @dataclass(frozen=True)
 class PerExpert:
-    """Marks a parameter that has one value for each expert; inclusive bounds."""
+    """The mark of a parameter with one value for each expert, within inclusive bounds."""
 
     low: float | None = None
     high: float | None = None
@@ -115,7 +121,7 @@ class PerExpert:
 
 @dataclass(frozen=True)
 class Within:
-    """Bounds of a number, inclusive."""
+    """The mark of a number with inclusive bounds."""
 
     low: float | None = None
     high: float | None = None
@@ -123,7 +129,7 @@ class Within:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The values that a parameter may take."""
+    """The mark of a parameter that takes one of these values."""
 
     values: tuple[bool | str, ...]
 
@@ -139,7 +145,7 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter as recipes see it; `default` is REQUIRED if there is none."""
+    """One parameter as recipes have it; `default` is REQUIRED if there is none."""
 
     name: str
     per_expert: bool
@@ -151,10 +157,11 @@ class Parameter:
 
     @property
     def required(self) -> bool:
+        """Whether a recipe must give a value."""
         return self.default is REQUIRED
 
     def problem(self, value: Any) -> str:
-        """What is wrong with `value` for this parameter, or an empty string."""
+        """The text of what is wrong with `value` for this parameter; empty if nothing is."""
         if self.kind == "switch":
             return "" if isinstance(value, bool) else f"`{self.name}` must be true or false"
         if self.kind == "choice":
@@ -187,21 +194,21 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
     return Parameter(name, False, "switch" if hint is bool else "number", default)
 
 
-# --- the registry -------------------------------------------------------------------------------------------------
+# --- methods ------------------------------------------------------------------------------------------------------
 
-# What a recipe's `base_model` is to a method:
+# The part that a recipe's `base_model` has in a method:
 # required: the result builds on it; it is no expert.
 # optional: the same where there is one; without, the method takes the models' whole weights.
 # listed: it is merged only where it is listed among the models; elsewhere it is the reference that AIM needs.
 # averaged: it is one more of the models.
 BaseUse = Literal["required", "optional", "listed", "averaged"]
-# What is wrong with a tensor or its parameters, or an empty text; asked before any work.
+# Gives what is wrong with a tensor or its parameters, or an empty text; called before any work.
 Check = Callable[[Subject, Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method and what recipes need to know of it."""
+    """A merge method, with all that recipes and plans need of it."""
 
     name: str
     script: Callable[..., Script]
@@ -210,19 +217,22 @@ class Method:
     most: int | None
     source: str
     parameters: Mapping[str, Parameter]
-    compiled: bool  # all of it has compiled loops, which need less memory at a time
+    compiled: bool  # all of it has compiled loops, which need less memory at a time than torch
     scratch: int  # bytes an element that it needs beyond float32 copies of the models
-    whole_rows: bool  # 1-D tensors are one row to it, and come whole
-    rounds: tuple[int, int]  # how many folds it yields, at least and at most, by its parameters and the tensor
+    whole_rows: bool  # a 1-D tensor counts as one row, and comes in one slice
+    rounds: tuple[int, int]  # folds that it yields, at least and at most, depending on parameters and tensor
     check: Check
-    package: str = ""  # which other than this brings it, with its version
+    package: str = ""  # the other package that brings it, with its version
 
     def builds_on(self, base: str | None) -> bool:
         """Whether the result is the recipe's base and something added to it."""
         return self.base == "required" or (self.base == "optional" and base is not None)
 
     def start(self, tensor: Subject, parameters: Mapping[str, Any]) -> Script:
-        """The script for one tensor; `parameters` by recipe name, one tuple entry per expert where that applies."""
+        """Start the script for one tensor.
+
+        `parameters` are by recipe name; those of the experts are tuples with one value for each.
+        """
         keywords = {name + "_" * (name == "lambda"): value for name, value in parameters.items()}
         return self.script(tensor, **keywords)
 
@@ -243,8 +253,11 @@ def merge_method(
     rounds: tuple[int, int] = (0, 0),
     check: Check = lambda tensor, parameters: "",
 ) -> Callable[[Callable[..., Script]], Callable[..., Script]]:
-    """Register a script under its recipe name. `fewest` and `most` count the experts. Its docstring begins with the
-    formula. ValueError where another script has the name."""
+    """Register a script under its recipe name. Raises ValueError if another script has the name.
+
+    `fewest` and `most` count the experts; the other arguments are as in Method. The first paragraph of the script's
+    docstring is its formula, which `lowmem-aim methods` prints.
+    """
 
     def register(script: Callable[..., Script]) -> Callable[..., Script]:
         if name in METHODS:
@@ -262,12 +275,14 @@ def merge_method(
 
 
 class Rounds:
-    """The rounds of a script over one tensor, driven by whoever has the slices:
+    """The rounds of a script over one tensor, driven by the code that has the slices.
 
-    rounds = Rounds(method.start(subject, parameters))
-    for fold in rounds:
-        ...                         # give `fold` the parts of every slice, in order
-    merged = rounds.combine(rows)   # once the loop has ended
+        rounds = Rounds(method.start(subject, parameters))
+        for fold in rounds:
+            ...                         # give `fold` the parts of every slice, in order
+        merged = rounds.combine(rows)
+
+    `combine` is set once the loop has ended.
     """
 
     combine: Combine
@@ -276,7 +291,7 @@ class Rounds:
         self._script = script
 
     def __iter__(self) -> Iterator[Fold]:
-        """The folds, one after another; each must have been given all its parts before the next is asked for."""
+        """The folds, one after another. Give each all of its parts before asking for the next."""
         try:
             fold = next(self._script)
             while True:

@@ -1,4 +1,4 @@
-"""Model Stock: the more the experts' deltas differ in direction, the nearer to the base their mean is drawn."""
+"""Model Stock: the mean of the experts, drawn nearer to the base the more their deltas differ in direction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowmem_aim.methods.gram import cosine, gram_round, row_dots, square, vector
 from lowmem_aim.methods.method import Rows, Script, Subject, merge_method
 from lowmem_aim.methods.task_vectors import span
 
-OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and the base it is
+OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and t is 0
 
 
 @merge_method("model_stock", fewest=2, source="arXiv 2403.19522", rounds=(0, 1))

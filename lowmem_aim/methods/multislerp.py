@@ -12,7 +12,7 @@ from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Script, Subject, Weights, Within, merge_method
 from lowmem_aim.methods.task_vectors import span
 
-CANCELLED = 1e-7  # a length below this is what rounding has left of 0
+CANCELLED = 1e-7  # a length below this is 0 but for rounding
 
 
 @merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1))
@@ -27,8 +27,8 @@ def multislerp(
     there is a base, which is then added.
 
     mergekit writes m cos|tau| + tau sin|tau|/|tau| for m, with the step tau = sum wi (ui - (ui.m) m) in the tangent
-    space at m. As m lies along sum wi ui, that step is zero. xi of norm 0 do not count; where the others cancel each
-    other (to `eps`), it is the first of them.
+    space at m. As m lies along sum wi ui, that step is zero. xi of norm 0 do not count; if the others cancel each other
+    (to `eps`), the result is the first of them.
     """
     if not tensor.based and not any(weight):
         raise UsageError(f"`{tensor.name}`: all weights are zero")
@@ -37,7 +37,7 @@ def multislerp(
 
 
 def mean_shares(gram: Gram, weight: Sequence[float], normalize: bool, eps: float) -> tuple[float, ...]:
-    """What each xi is multiplied by."""
+    """The factor of each xi."""
     shares = [0.0] * len(gram)
     long = [i for i in range(len(gram)) if gram[i][i] > 0.0]
     if not long:

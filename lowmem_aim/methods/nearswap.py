@@ -1,4 +1,4 @@
-"""nearswap: the expert where it is near the base, less of it the further off it is."""
+"""nearswap: the expert where it is near the base, and the less of it the further away it is."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
 
-SMALLEST_DISTANCE = 1e-6  # below it the expert counts as this near
+SMALLEST_DISTANCE = 1e-6  # a smaller distance counts as this one
 
 
 @merge_method("nearswap", most=1, source="mergekit")
 def nearswap(tensor: Subject, *, t: Annotated[float, Within(0.0)]) -> Script:
-    """w W1 + (1-w) W0, w = t / max(|W0 - W1|, 1e-6) up to 1."""
+    """w W1 + (1-w) W0, w = t / max(|W0 - W1|, 1e-6), at most 1."""
 
     def combine(rows: Rows) -> Tensor:
         base, expert = rows.base, rows.experts[0]

@@ -1,4 +1,4 @@
-"""nuslerp: slerp between two models, or their deltas, by their weights; by tensor, by row or by column."""
+"""nuslerp: slerp between two models or their deltas, by their weights; for each tensor, row or column."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def nuslerp(
 
 
 def _shares(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
-    """The factors of a and b. A zero norm gives cosine 0."""
+    """The factors of a and b, from their squared norms aa, bb and dot product ab. A zero norm gives cosine 0."""
     norms = math.sqrt(aa) * math.sqrt(bb)
     angle = math.acos(max(-1.0, min(1.0, ab / norms))) if norms else math.pi / 2
     if math.sin(angle) < FLAT:
@@ -66,7 +66,7 @@ def _shares(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
 
 
 def _all_shares(t: float, aa: Tensor, bb: Tensor, ab: Tensor) -> Tensor:  # (2, n) float32
-    """One by one: a vector's sines would depend on where in it they stand."""
+    """`_shares` of many pairs, one pair at a time: the sines of a vector would depend on their place in it."""
     triples = zip(aa.tolist(), bb.tolist(), ab.tolist(), strict=True)
     return torch.tensor([_shares(t, *triple) for triple in triples], dtype=torch.float32).reshape(-1, 2).T
 
@@ -86,7 +86,7 @@ def _joined(rows: Rows, a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, based:
 
 
 def _across(tensor: Subject, rows: Rows, x: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """The rows as parts of (first dimension, all the others): (its first column, its rows of each x)."""
+    """The parts of a slice seen as (first dimension, all the others): (its first column, its rows of each x)."""
     width = tensor.shape[-1]
     inner = math.prod(tensor.shape[1:-1])  # rows that make up one row of that view
     if inner == 1:

@@ -1,6 +1,7 @@
-"""RAM, for experts trained by reinforcement learning (Behavior Knowledge Merge in Reinforced Agentic Models, 2026): a
-delta that one expert alone has stays as it is, deltas that several have are averaged over those. `ramplus_tl`
-strengthens the lone ones of an expert by how much it shares.
+"""RAM, for experts trained by reinforcement learning (Behavior Knowledge Merge in Reinforced Agentic Models, 2026).
+
+A delta that one expert alone has stays unchanged; deltas that several experts have are averaged over these.
+`ramplus_tl` strengthens the deltas that an expert alone has, by how much it shares with others.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ def ramplus_tl(
     r: float = 0.1,
     alpha: Annotated[float, Within(0.0)] = 0.2,
 ) -> Script:
-    """As ram; what expert i alone changes is multiplied by 1 + r min(shared/unique, alpha), counts of its elements."""
+    """ram, but what expert i alone changes is multiplied by 1 + r min(shared/unique, alpha).
+
+    shared and unique count the elements that the expert changes together with others, and alone.
+    """
     counts = yield ExactSums(lambda rows: _counts(rows, epsilon))
     pairs = zip(counts[::2], counts[1::2], strict=True)
-    # An expert that changes nothing alone has no use for its factor.
+    # The factor of an expert that changes nothing alone is not used.
     return _mean_of_changes([1.0 + r * min(shared / max(lone, 1.0), alpha) for shared, lone in pairs], epsilon)
 
 
 def _counts(rows: Rows, epsilon: float) -> list[int]:
-    """Of each expert, how many elements it changes with others, and how many alone."""
+    """The number of elements that each expert changes together with others, and alone; in the units of `exact`."""
     base = rows.base
     changed = [(expert - base).abs() > epsilon for expert in rows.experts]
     alone = _times(changed) == 1
@@ -52,7 +56,7 @@ def _counts(rows: Rows, epsilon: float) -> list[int]:
 
 
 def _times(changed: Sequence[Tensor]) -> Tensor:
-    """By how many experts each element is changed."""
+    """The number of experts that change each element."""
     total = changed[0].to(torch.int16)
     for mask in changed[1:]:
         total += mask

@@ -36,14 +36,17 @@ GROUP = "lowmem_aim.methods"
 
 
 def find_method(name: str) -> Method | None:
-    """The method of that name, this package's own or another's. Raises UsageError where another fails to bring it."""
+    """The method of that name, from this package or another; None if there is none.
+
+    Raises UsageError if another package offers the method but fails to register it, or if several packages offer it.
+    """
     if name not in METHODS and (offers := list(entry_points(group=GROUP, name=name))):
         _load(name, offers)
     return METHODS.get(name)
 
 
 def names() -> list[str]:
-    """Of all methods; nothing is imported for it."""
+    """The names of all methods, sorted. No other package is imported for this."""
     return sorted({*METHODS, *(point.name for point in entry_points(group=GROUP))})
 
 

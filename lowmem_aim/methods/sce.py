@@ -1,4 +1,4 @@
-"""SCE (Select, Calculate, Erase): the experts' weights follow from how much of the selected change is theirs."""
+"""SCE (Select, Calculate, Erase): experts weighted by their share of the selected change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowmem_aim.methods.gram import vectors
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Within, merge_method
 from lowmem_aim.methods.selection import ALL, NONE, Largest
 
-LEAST = 1e-6  # smaller sums of weights are none
+LEAST = 1e-6  # smaller sums of weights count as 0
 
 
 @merge_method("sce", source="arXiv 2408.07990", scratch=24, rounds=(1, 6))
@@ -26,14 +26,15 @@ def sce(
 ) -> Script:
     """W0 + sum wi Di / sum wi over the experts that have the elected sign, wi the mean of Di^2 as a share of all.
 
-    Of each Di only the positions count where the experts differ most: the int(select_topk times the number of positions
-    at which they differ at all) largest variances over the experts. None is the base.
+    Only those positions of each Di count at which the experts differ most: the int(select_topk times the number of
+    positions at which they differ at all) largest variances over the experts. If there are none, the result is the
+    base.
     """
     selection = ALL
     if select_topk < 1.0:
         (differing,) = yield ExactSums(lambda rows: [int((_variance(rows) > 0.0).sum()) * UNITS])
         k = int(select_topk * int(differing))
-        # Those of variance 0 are the smallest, so that k of the differing are the k largest of all.
+        # Variances of 0 are the smallest, so the k largest of those that differ are the k largest of all.
         (selection,) = yield from first_by_size(tensor.numel, [(0, k)], _Variance())
     if selection == NONE:
         return lambda rows: rows.base.clone()
@@ -42,7 +43,7 @@ def sce(
 
 
 def _variance(rows: Rows) -> Tensor:  # float32
-    """Biased, over the experts, of each element. In float64 equal deltas have one of exactly 0."""
+    """The biased variance over the experts of each element. In float64, equal deltas have one of exactly 0."""
     deltas = [wide(delta) for delta in vectors(rows, deltas=True)]
     mean = deltas[0].clone()
     for delta in deltas[1:]:
@@ -60,7 +61,7 @@ class _Variance(Magnitudes):
 
 
 def _selected(rows: Rows, selection: Largest) -> list[Tensor]:
-    """The deltas where they count, 0 elsewhere."""
+    """The deltas at the selected positions, 0 elsewhere."""
     deltas = vectors(rows, deltas=True)
     if selection == ALL:
         return deltas

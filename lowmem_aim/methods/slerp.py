@@ -1,4 +1,4 @@
-"""Interpolation along the great circle between the base and one expert, each tensor seen as one vector: slerp."""
+"""slerp: interpolation along the great circle between the base and one expert, each tensor taken as one vector."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _gram(rows: Rows) -> list[int]:
 
 
 def great_circle(t: float, aa: float, bb: float, ab: float) -> tuple[float, float]:
-    """The factors of a and b, from their squared norms and dot product. A zero norm gives cosine 0, then lerp."""
+    """The factors of a and b, from their squared norms aa, bb and dot product ab. A zero norm gives lerp."""
     norms = math.sqrt(aa) * math.sqrt(bb)
     if norms == 0.0:
         return 1.0 - t, t

@@ -30,7 +30,7 @@ def task_arithmetic(tensor: Subject, *, weight: Weights, normalize: bool = False
 def rescale_factors(
     selections: Sequence[Selection], density: Sequence[float], rescale: Rescale
 ) -> Generator[Fold, Any, tuple[float, ...]]:
-    """What each sparsified delta is multiplied by: |D|_1 / |kept|_1 (one round), 1 / density, or 1."""
+    """The factor of each sparsified delta: |D|_1 / |kept|_1 (one round), 1 / density, or 1."""
     if rescale is False or all(d >= 1.0 for d in density):
         return (1.0,) * len(density)
     if rescale == "density":
@@ -64,9 +64,9 @@ def combine_deltas(
     lambda_: float,
     elect: bool,
 ) -> Combine:
-    """The combine of the whole family."""
+    """The combine of the whole family: W0 + lambda times the sum of the sparsified, weighted deltas."""
     scales = [w * f for w, f in zip(weight, factor, strict=True)]
-    # Where signs are elected the divisor is the element's own, else it is one number.
+    # With an election each element has its own divisor; without one the divisor is a single number.
     share = 1.0 / _safe(sum(weight)) if normalize and not elect else 1.0
 
     def compiled(rows: Rows) -> Tensor | None:
@@ -112,7 +112,7 @@ def span(shares: Sequence[float], based: bool) -> Combine:
 
 
 def _part(delta: Tensor, selection: Selection, scale: float, rows: Rows) -> Tensor:
-    """What an expert adds: the elements of its delta (overwritten) that stay, scaled; zero elsewhere."""
+    """An expert's part of the sum: the elements of its delta (overwritten) that stay, scaled; zero elsewhere."""
     mask = selection.mask(delta, rows.start)
     return _masked(delta.mul_(scale), mask)
 
@@ -122,7 +122,7 @@ def _masked(delta: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """V1 + V2 + ..., in model order; fresh."""
+    """V1 + V2 + ..., in model order; a new tensor."""
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
@@ -130,7 +130,10 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _elected(parts: Sequence[Tensor], total: Tensor, weight: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Per element: the sum of the Vi whose sign is that of their `total` (+ where it is 0), and of their weights."""
+    """Per element, the sum of the Vi with the elected sign, and the sum of their weights.
+
+    The elected sign is that of `total`, + where that is 0.
+    """
     positive = total >= 0.0
     elected = torch.zeros_like(total)
     divisor = torch.zeros_like(total)

@@ -1,4 +1,4 @@
-"""WIDEN: each expert's delta, column by column, by how much its magnitude and its direction stand out."""
+"""WIDEN: each expert's delta scaled column by column, by how much its magnitude and its direction stand out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_cali
     columns, in [0, 1); where that is more than `above_average_value_ratio` times the mean rank, it is
     `score_calibration_value`. 1-D tensors: the same of abs(Di), element by element, without ranks.
 
-    Embeddings have a column for each token. Stacks of experts are matrices each.
+    Embeddings have a column for each token. In a stack of experts each matrix is taken by itself.
     """
     by_row = tensor.input_dim == -2 or len(tensor.shape) < 2
 
@@ -47,7 +47,7 @@ def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_cali
             tensor.experts,
             deltas=True,
         )
-    # A rank's mean is known; summed up, it would decide by its rounding about the column in the middle.
+    # The mean rank is known; a sum's rounding would decide whether the column in the middle is above it.
     both = [scores(_ranks(changes, length), (length - 1) / 2 / length) for changes in _changes(found)]
     return _combine((both[0] + both[1]) / 2, by_row, tensor)
 
@@ -56,7 +56,7 @@ def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_cali
 
 
 class _Rows:
-    """A fold: (n, rows) of what a function gives for each slice, put together."""
+    """A fold of what a function measures for each row of the slices: (n, rows)."""
 
     def __init__(self, measure: Any) -> None:
         self.part = measure
@@ -85,14 +85,14 @@ def _row_products(rows: Rows) -> Tensor:  # (1 + 2K, rows) float64: a a, all d d
 
 
 def _panels(tensor: Subject, rows: Rows) -> Iterator[Panel]:
-    """Each matrix of a stack has columns of its own."""
+    """The panels of a slice; each matrix of a stack has columns of its own."""
     for matrix, start, stop in _matrices(tensor, rows):
         experts = tuple(expert[start:stop] for expert in rows.stored_experts)
         yield Panel(matrix * tensor.shape[-1], rows.stored_base[start:stop], experts)
 
 
 def _matrices(tensor: Subject, rows: Rows) -> Iterator[tuple[int, int, int]]:
-    """(number of the matrix, start, stop) of the parts of a slice that lie in different ones."""
+    """(number of the matrix, start, stop) of the parts of a slice that lie in different matrices."""
     height = tensor.shape[-2]
     first, start = rows.start // tensor.shape[-1], 0
     while start < rows.count:
@@ -103,10 +103,11 @@ def _matrices(tensor: Subject, rows: Rows) -> Iterator[tuple[int, int, int]]:
 
 
 # --- what follows from it, on the host in float64 ---------------------------------------------------------------------
+# In bfloat16 most changes would tie, and their ranks would be the order of the columns.
 
 
 def _changes(sums: Columns) -> tuple[Tensor, Tensor]:  # (K, columns) each
-    """How much each expert changes the norm of a column, and 1 - cosine between the two.
+    """The change that each expert makes to the norm of a column, and 1 - cosine between the two columns.
 
     From a and d, not from a and a + d, whose nearly equal norms would leave few digits of their difference.
     """
@@ -122,7 +123,7 @@ def _changes(sums: Columns) -> tuple[Tensor, Tensor]:  # (K, columns) each
 
 
 def _ranks(changes: Tensor, length: int) -> Tensor:
-    """Each among the `length` columns of its matrix and model, as a share of them in [0, 1); equal ones in order."""
+    """The ranks among the `length` columns of a matrix and model, as shares in [0, 1); equal changes in order."""
     each = changes.reshape(len(changes), -1, length)
     order = each.argsort(dim=-1, stable=True)
     ranks = torch.empty_like(each)
@@ -131,7 +132,7 @@ def _ranks(changes: Tensor, length: int) -> Tensor:
 
 
 def _scores(values: Any, tops: Any, calibrated: float) -> Tensor:  # (K, n) float64
-    """The softmax over the K rows; `calibrated` where a value is more than its row's top."""
+    """The softmax over the K rows; `calibrated` where a value is above its row's top."""
     powers = np.exp(values - values.max(axis=0, keepdims=True))
     shares = powers / sum(powers)
     return torch.from_numpy(np.where(values > tops, calibrated, shares))

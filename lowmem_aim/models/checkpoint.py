@@ -1,13 +1,13 @@
 """The only reader of model files: a folder with config.json and safetensors shards, never pickle, never code.
 
-`Checkpoint.open` checks every header and name before a byte of tensor data is read and lists all problems at once.
+`Checkpoint.open` checks every header and name before a byte of tensor data is read, and lists all problems at once.
 `rows` then gives any rows of any tensor, through a small sliding memory map or by positional reads: the memory in
 use does not grow with the tensor. Inputs are opened for reading only.
 
-Guarantee: bytes come from the file that `open` saw. A file whose size or mtime changed since is an error
-(ModelError), checked before each read, and by `check_unchanged` when what was read has been used. A truncation between
-a check and the use of a window is SIGBUS (see `interrupts`). An in-place edit within the mtime's granularity is not
-noticed.
+Guarantee: bytes come from the file that `open` saw. A file whose size or mtime has changed since is an error
+(ModelError), checked before each read, and by `check_unchanged` once the bytes have been used. Limits: a truncation
+between a check and the use of a window is SIGBUS (see `system.interrupts`), and an in-place edit within the mtime's
+granularity is not noticed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -31,9 +31,8 @@ from lowmem_aim.models.config import config_of
 from lowmem_aim.models.folder import _check_links, _tensors_in
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.system.options import ReadMode
 from lowmem_aim.system.tensors import digest, raw
-
-ReadMode = Literal["mmap", "pread"]
 
 # What one mapping covers: large enough that its cost (a few microseconds) vanishes, small enough that the resident
 # size stays small however large the tensor is.
@@ -42,7 +41,7 @@ WINDOW_BYTES = 32 << 20
 
 @dataclass
 class _File:
-    """An open shard, and the window of it that is mapped."""
+    """An open shard, and the part of it that is mapped."""
 
     descriptor: int
     identity: tuple[int, int]  # size, mtime_ns
@@ -51,11 +50,11 @@ class _File:
     window_start: int = 0
 
 
-@dataclass(eq=False)  # two are the same only if they are one
+@dataclass(eq=False)  # compared and hashed by identity
 class Checkpoint:
     """One model on disk. Make it with `open`; use it as a context manager, or `close` it.
 
-    `label` is how messages, the card and mergekit_config.yml call the model (never a local path).
+    `label` names the model in messages, the card and mergekit_config.yml; it is never a local path.
     """
 
     folder: Path
@@ -68,7 +67,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
-        """Check all headers of the model in `folder`; raises ModelError with every problem found."""
+        """Check all headers of the model in `folder`. Raises ModelError with every problem found."""
         if not folder.is_dir():
             raise ModelError(f"there is no model folder `{printable(str(folder))}`")
         resolved = folder.resolve()
@@ -90,12 +89,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """A cheap identity of the files as they lie here: names, sizes, mtimes, headers, samples of their bytes.
+        """A cheap identity of the files as they are on disk: names, sizes, mtimes, headers, samples of their bytes.
 
-        32 hex digits. The samples tell apart models whose files have equal times, as in unpacked archives.
+        32 hex digits. The samples distinguish models whose files have equal times, as in unpacked archives.
         """
         parts = [(f.name, *self._identities[f]) for f in self.files]
         parts += [(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in self.tensors.values()]  # type: ignore[misc]
@@ -108,14 +108,15 @@ class Checkpoint:
         return digest(self.rows(info.name, middle, min(middle + 1, rows)).contiguous())
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor in its own shape and dtype."""
+        """A whole tensor in its own shape and dtype. Raises ModelError if its file has changed."""
         info = self.tensors[name]
         return self._read(info, info.begin, info.end).view(info.dtype).reshape(info.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop of `matrix_shape`, in the storage dtype, (stop - start, columns).
+        """Rows start:stop of the tensor as a matrix (see `matrix_shape`), in its stored dtype: (stop - start, columns).
 
-        The result may be a view of the file: do not write to it, and let go of it soon.
+        The result may be a view of the file: do not write to it, and let go of it soon. Raises ModelError if the file
+        has changed.
         """
         info = self.tensors[name]
         columns = info.matrix[1]
@@ -124,8 +125,12 @@ class Checkpoint:
         return data.view(info.dtype).reshape(stop - start, columns)
 
     def digest(self, name: str) -> str:
-        """As `digest`, of a whole tensor's bytes, some of its rows at a time; fewer where memory runs short."""
+        """The digest of a whole tensor's bytes, as `system.tensors.digest`, read some rows at a time.
+
+        Fewer rows are read at a time when memory runs short. Raises ModelError if the file has changed.
+        """
         rows, columns = self.tensors[name].matrix
+        # No dtype has more than 8 bytes, so a step of rows fits one window.
         step, start, state = max(1, WINDOW_BYTES // 8 // max(columns, 1)), 0, xxhash.xxh3_128()
         while start < rows:
             try:
@@ -140,7 +145,7 @@ class Checkpoint:
         return str(state.hexdigest())
 
     def expect(self, names: Iterable[str]) -> None:
-        """Tensors that are read soon: the system may fetch them from the disk meanwhile. Takes no memory of ours."""
+        """Announce tensors that are read soon, so that the system may fetch them meanwhile. Takes no memory of ours."""
         if hasattr(os, "posix_fadvise"):
             for info in (info for name in names if (info := self.tensors[name]).nbytes):  # 0 would mean: to the end
                 with suppress(OSError):  # a filesystem that takes no advice
@@ -174,7 +179,7 @@ class Checkpoint:
         return data
 
     def _let_go_of_all_but(self, file: _File) -> None:
-        """One window a model, not one a shard: thirty shards would be a gigabyte that `top` shows."""
+        """Keep one window a model, not one a shard: thirty shards would be a gigabyte that `top` shows."""
         for other in list(self._files.values()):
             if other is not file and other.window is not None and other.lock.acquire(blocking=False):
                 other.window = None
@@ -194,20 +199,20 @@ class Checkpoint:
             self._changed(path)
 
     def check_unchanged(self) -> None:
-        """Raises ModelError if a file changed since `open`: what was read of it may be of before and after."""
+        """Raise ModelError if a file has changed since `open`: what was read may mix the old and the new content."""
         for path, file in list(self._files.items()):
             self._check_unchanged(path, file)
 
     def _changed(self, path: Path) -> NoReturn:
         raise ModelError(
             f"`{printable(str(path))}` changed while it was being read",
-            hint="let it settle, then start again",
+            hint="wait until it no longer changes, then start again",
         )
 
     def small_file(self, name: str, limit_bytes: int) -> bytes | None:
         """The content of a file beside the weights, such as the tokenizer's; None if there is none.
 
-        Raises ModelError for one that leads out of the folder or has more than `limit_bytes`.
+        Raises ModelError for a file of more than `limit_bytes`.
         """
         file = self.folder / name
         if not file.is_file():
@@ -217,6 +222,7 @@ class Checkpoint:
         return file.read_bytes()
 
     def close(self) -> None:
+        """Close all files, and let go of their windows."""
         for file in self._files.values():
             file.window = None
             os.close(file.descriptor)
@@ -239,7 +245,7 @@ def _identity(stat: os.stat_result) -> tuple[int, int]:
 
 
 def _mapped(file: _File, begin: int, end: int, tensor_end: int) -> Tensor:
-    """Bytes [begin, end) out of the file's window, which moves (never beyond this tensor) when they are not in it."""
+    """Bytes [begin, end) from the file's window, which moves (never beyond this tensor) if they are not in it."""
     window = file.window
     if window is None or begin < file.window_start or end > file.window_start + window.numel():
         start = begin - begin % mmap.ALLOCATIONGRANULARITY
@@ -255,7 +261,7 @@ def _mapped(file: _File, begin: int, end: int, tensor_end: int) -> Tensor:
 def _read_into(descriptor: int, view: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [view], offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows: safe, each file's reads hold its lock
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows; safe, because each read of a file holds its lock
     data = os.read(descriptor, len(view))
     view[: len(data)] = data
     return len(data)

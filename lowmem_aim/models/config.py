@@ -1,6 +1,6 @@
-"""JSON of a model folder, and its config.json: of sane size, depth and values, and not of a quantised model.
+"""The JSON of a model folder, above all config.json: checked for size, depth, values and quantisation.
 
-Others build a model from the config, layer by layer: a number that no model has would take hours and all memory there.
+transformers builds a model from the config, layer by layer: a number that no model has would take hours and all memory.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from lowmem_aim.errors import ModelError, printable
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 10_000_000  # a quantised model's may list every module; others have 2 kB
-# Brackets, braces and commas of a header: about eight a tensor. It bounds the time and memory that decoding takes: a
+# Brackets, braces and commas of a header: about eight a tensor. The limit bounds the time and memory of decoding: a
 # header of 100 MB could hold 30 million empty lists, in 2 GB. The largest models have 90,000 tensors in 160 files.
 MAX_MARKS = 500_000
-MAX_DEPTH = 50  # json, copy and repr give up, or end the process, at some hundreds; real ones have five
+MAX_DEPTH = 50  # json, copy and repr fail, or crash the process, at some hundreds; real configs have five
 MAX_LAYERS = 1_000  # the largest public models have 126
 MAX_SIZE = 1 << 24
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-# 0 and null are what other architectures' keys have; lists are of one entry a layer.
+# Keys that an architecture does not use are 0 or null; lists have one entry a layer.
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels")
 
 
 def too_many_values(text: bytes) -> bool:
-    """Whether JSON would take long, and much memory, to decode."""
+    """Whether JSON holds more values than MAX_MARKS, which would take long, and much memory, to decode."""
     return sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS
 
 
 def load_json(file: Path, limit_bytes: int) -> Any:
-    """Raises ModelError for a file that is larger, cannot be read, or is no JSON of a sane depth."""
+    """The value in a JSON file.
+
+    Raises ModelError for a file that has more than `limit_bytes`, cannot be read, is not JSON, or is nested too deep.
+    """
     shown = printable(str(file))
     try:
         with file.open("rb") as stream:
@@ -57,7 +60,7 @@ def _deeper(value: Any, depth: int) -> bool:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder. Raises ModelError with all that is wrong with it."""
+    """The config.json of a model folder. Raises ModelError with everything that is wrong with it."""
     file, shown = folder / CONFIG, printable(str(folder))
     if not file.is_file():
         raise ModelError(f"`{shown}` has no {CONFIG}: not a Hugging Face model folder")
@@ -78,7 +81,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def _quantisation(table: Mapping[str, Any]) -> str:
-    """How the config says that the weights are quantised; empty if it does not."""
+    """The quantisation that the config declares, for a message; empty if it declares none."""
     for key in ("quantization_config", "compression_config"):
         found = table.get(key)
         if found:
@@ -88,7 +91,7 @@ def _quantisation(table: Mapping[str, Any]) -> str:
 
 
 def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers that no model can have, and texts that are none."""
+    """The numbers that no model can have and the values of a wrong type, each as a message."""
     limits = {**dict.fromkeys(LAYERS, MAX_LAYERS), **dict.fromkeys(SIZES, MAX_SIZE), **dict.fromkeys(EXPERTS, 100_000)}
     for key, limit in limits.items():
         value = table.get(key)

@@ -1,4 +1,8 @@
-"""Carried here from checkpoint.py."""
+"""The files of a model folder: which of them hold tensors, and which are refused.
+
+A model is model.safetensors, or the shards that model.safetensors.index.json names. Links out of the folder, names
+with a path, pickle and quantised weights are each a ModelError.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHAT_TEMPLATES = "additional_chat_templates"  # the one folder in a model's that transformers looks into
+CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 # What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
@@ -34,7 +38,7 @@ def _inside(folder: Path, file: Path) -> bool:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse links out of the folder for every file that we or transformers may open; all of them at once."""
+    """Raise ModelError for links out of the folder, all at once, among the files that we or transformers may open."""
     readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
     files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
     links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
@@ -44,26 +48,26 @@ def _check_links(folder: Path) -> None:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether `name` is a file's that can only lie in the model's folder itself, on every system."""
+    """Whether `name` is a file name that can only lie in the model's folder itself, on every system."""
     return isinstance(name, str) and len(name) <= 255 and not set(name) & {"/", "\\", "\0", ":"}
 
 
 def _is_shard_name(name: Any) -> bool:
-    # The ending too: it is what `_check_links` goes by.
+    # The ending counts too: `_check_links` selects files by it.
     return is_plain(name) and name.endswith(".safetensors")
 
 
 def shard_names(folder: Path) -> set[str]:
-    """The files that hold the model's tensors, there or not; `open` refuses names that are not plain.
+    """The names of the files that hold the model's tensors, whether or not they are there.
 
-    Raises ModelError for an index that cannot be read.
+    Names that are not plain are left out; `Checkpoint.open` refuses them. Raises ModelError for an unreadable index.
     """
     weight_map = _weight_map(folder)
     return {SINGLE} if weight_map is None else {name for name in weight_map.values() if _is_shard_name(name)}
 
 
 def _shard(folder: Path, name: Any) -> Path:
-    """The path of a shard that an index names, or a ModelError if the name could lead out of the folder."""
+    """The path of a shard that an index names. Raises ModelError if its name is not plain, or the file is missing."""
     shown = printable(repr(name))
     if not _is_shard_name(name):
         what = "not a plain file name that ends in .safetensors"
@@ -75,7 +79,7 @@ def _shard(folder: Path, name: Any) -> Path:
 
 
 def _weight_map(folder: Path) -> dict[str, Any] | None:
-    """Tensor name -> shard name, from the index; None if the folder has a single file."""
+    """Tensor name -> shard name, from the index; None if the model is a single file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return None
     index = load_json(folder / INDEX, MAX_HEADER_BYTES)
@@ -86,13 +90,13 @@ def _weight_map(folder: Path) -> dict[str, Any] | None:
 
 
 def _tensors_in(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of the model in file order; every problem of every shard at once."""
+    """All tensors of the model, in file order. Raises ModelError with every problem of every shard."""
     weight_map = _weight_map(folder)
     if weight_map is None:
         return _usable(folder, read_header(_single_file(folder)))
     problems: list[str] = []
     tensors: dict[str, TensorInfo] = {}
-    shards: dict[str, list[str]] = {}  # its name as it stands there -> tensors
+    shards: dict[str, list[str]] = {}  # repr of the name in the index -> tensors
     for name, shard_name in weight_map.items():
         shards.setdefault(repr(shard_name), []).append(name)
     for shard_name, names in shards.items():
@@ -112,7 +116,7 @@ def _tensors_in(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """In file order. Raises ModelError for tensors of which no weight can be made without dequantising."""
+    """The tensors in file order. Raises ModelError if some are parts of quantised weights."""
     quantised = [name for name in tensors if QUANTISED.search(name)]
     if quantised:
         raise ModelError(
@@ -123,7 +127,7 @@ def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInf
 
 
 def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Reading in this order is reading forward."""
+    """The tensors sorted by file and offset: reading them in order reads each file forward."""
     return {t.name: t for t in sorted(tensors.values(), key=lambda t: (t.file.name, t.begin, t.name))}
 
 

@@ -40,7 +40,7 @@ OTHER_DTYPES = frozenset({"U16", "U32", "U64", "C64"})
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies; `begin` and `end` are byte offsets in `file`."""
+    """The place of a tensor; `begin` and `end` are byte offsets in `file`."""
 
     name: str
     dtype: torch.dtype
@@ -51,27 +51,32 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the data."""
         return self.end - self.begin
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) as everything here sees the tensor; see `matrix_shape`."""
+        """(rows, columns) of the tensor as everything here reads it; see `matrix_shape`."""
         return matrix_shape(self.shape)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A tensor as rows: the last dimension is the row; a 1-D tensor is a column, so it may be cut anywhere."""
+    """(rows, columns) of a tensor: its last dimension is the row.
+
+    A 1-D tensor is a column, so that it can be cut anywhere.
+    """
     if len(shape) < 2:
         return math.prod(shape), 1
     return math.prod(shape[:-1]), shape[-1]
 
 
 class _BadHeader(Exception):
-    """The reason, without the file's name."""
+    """The reason why a header is refused, without the file's name."""
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _natural(digits: str) -> int:
-    # 20 digits hold 2^64; what is longer would be slow to convert. `-0` is a number to Python, none to the library.
+    # 20 digits hold 2^64; longer numbers would be slow to convert. Python accepts `-0`, the library does not.
     if digits.startswith("-") or len(digits) > 20:
         raise _BadHeader(f"its header holds the number {digits[:24]}")
     return int(digits)
@@ -93,7 +98,7 @@ def _no_number(text: str) -> float:
 
 
 def _decoded(text: bytes) -> Any:
-    """The JSON of a header: whole numbers only, no key twice. Raises _BadHeader and what `json` raises."""
+    """The JSON of a header: whole numbers only, no key twice. Raises _BadHeader, and what `json` raises."""
     if too_many_values(text):
         raise _BadHeader(f"its header holds more than {MAX_MARKS} values")
     return json.loads(
@@ -108,7 +113,7 @@ def _decoded(text: bytes) -> Any:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, fully checked against its size.
 
-    Raises ModelError naming the file when the header is not one that the safetensors library would accept.
+    Raises ModelError naming the file if the header is not one that the safetensors library would accept.
     """
     try:
         with file.open("rb") as stream:
@@ -174,7 +179,7 @@ def _tensor_of(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo
         raise _unusable_dtype(printable(name), entry["dtype"])
     dtype = DTYPES[entry["dtype"]]
     begin, end = offsets
-    if math.prod(n or 1 for n in shape) >= 1 << 63:  # not even on the way to a 0: the library multiplies in 64 bits
+    if math.prod(n or 1 for n in shape) >= 1 << 63:  # even if another dimension is 0: the library uses 64 bits
         raise _BadHeader(f"tensor `{printable(name)}` has a shape beyond 64 bits")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise _BadHeader(f"tensor `{printable(name)}`: shape {shape} of {entry['dtype']} is not {end - begin} bytes")
@@ -190,5 +195,5 @@ def _unusable_dtype(shown: str, dtype: Any) -> _BadHeader:
 
 
 def _naturals(numbers: Any) -> bool:
-    # bool is an int to Python; JSON's `true` is no length.
+    # To Python a bool is an int, but JSON's `true` is no length.
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)

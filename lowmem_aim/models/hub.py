@@ -1,4 +1,4 @@
-"""Model references -> local folders: a folder here, or `id[@revision]` on the Hugging Face Hub.
+"""The local folder of a model reference: a folder here, or `id[@revision]` on the Hugging Face Hub.
 
 Downloads go through huggingface_hub into its own cache (HF_HOME), honour HF_HUB_OFFLINE and HF_TOKEN, and fetch
 safetensors, json and tokenizer data only: no pickle, no code.
@@ -32,6 +32,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Located:
+    """A model that is on this machine."""
+
     folder: Path
     label: str  # how the outputs name the model: its folder's name, or its Hub id (with revision)
 
@@ -42,9 +44,9 @@ def locate(reference: str, emit: Emit) -> Located:
 
 
 def local_model(reference: str) -> Located | None:
-    """The model in a folder here; None for what must be a Hub id. Raises ModelError for what can be neither."""
+    """The model in a local folder; None if `reference` must be a Hub id. Raises ModelError if it can be neither."""
     shown = printable(reference)
-    # os.path answers False where Path's own would raise: a name that no system takes, an unknown user.
+    # os.path answers False where Path's methods would raise: for a name that no system takes, or an unknown user.
     folder = Path(os.path.expanduser(reference))
     if os.path.isdir(folder):
         return Located(folder, plain_name(folder.resolve()))
@@ -52,7 +54,7 @@ def local_model(reference: str) -> Located | None:
         raise ModelError(f"`{shown}` is a file, not a model folder", hint="name the folder that holds config.json")
     if "+" in reference:
         raise ModelError(f"`{shown}`: LoRA adapters are not supported", hint="merge the adapter into its model first")
-    # `experts/math` may be either; where there is a folder `experts`, it was meant to be in there.
+    # `experts/math` may be a path or a Hub id; if there is a folder `experts`, it is meant as a path.
     looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
     # `..` in a revision would lead out of the Hub library's cache.
     if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
@@ -61,24 +63,25 @@ def local_model(reference: str) -> Located | None:
 
 
 def plain_name(folder: Path) -> str:
-    """A folder's name as cards, recipes and messages may hold it: no control characters, no markup of a card."""
+    """A folder's name as cards, recipes and messages may hold it: no control characters, no backticks."""
     return printable(folder.name).replace("`", "'")
 
 
 def repository_of(reference: str) -> tuple[str, str | None]:
-    """(repository, revision) of a Hub id."""
+    """(repository, revision) of a Hub id; the revision is None if the id has none."""
     repository, _, revision = reference.partition("@")
     return repository, revision or None
 
 
 def downloaded(reference: str, patterns: list[str], emit: Emit) -> Path:
-    """A Hub model's snapshot in the library's cache, named by its commit, with all files that match `patterns`.
+    """Download the files of a Hub model that match `patterns`; returns their folder in the library's cache.
 
-    Where the Hub is out of reach, it is the one that is there already. Raises ModelError or NetworkError.
+    The folder is the model's snapshot, named by its commit. If the Hub is out of reach, it is a snapshot that is there
+    already. Raises ModelError or NetworkError.
     """
     from huggingface_hub import snapshot_download
 
-    emit(Notice(f"`{printable(reference)}` is no folder here: looking on the Hub"))
+    emit(Notice(f"`{printable(reference)}` is not a folder here: looking on the Hub"))
     repository, revision = repository_of(reference)
     with hub_errors(reference):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
@@ -86,7 +89,7 @@ def downloaded(reference: str, patterns: list[str], emit: Emit) -> Path:
 
 @contextmanager
 def hub_errors(reference: str) -> Iterator[None]:
-    """What the Hub's library raises -> ModelError or NetworkError with the model's name."""
+    """Turn what the Hub's library raises in the block into ModelError or NetworkError with the model's name."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,

@@ -16,18 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
-from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
+from lowmem_aim.errors import LowmemAimError, ModelError, joined, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
-from lowmem_aim.models.checkpoint import Checkpoint, ReadMode
+from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.hub import Located, locate, plain_name
 from lowmem_aim.models.roles import TensorRoles, outline_of
 from lowmem_aim.models.tokenizer import vocabulary_of
 from lowmem_aim.recipe.recipe import Recipe
-from lowmem_aim.system.tensors import raw
+from lowmem_aim.system.options import ReadMode
+from lowmem_aim.system.tensors import dtype_name
 
 # Config keys that change what a weight means without changing its shape: the first must agree, the others should.
 MUST_AGREE = (
@@ -75,25 +75,25 @@ def open_inputs(
     use_cache: bool = True,
     *,
     find: Callable[[str, Emit], Located] = locate,
-    headers_only: bool = False,
+    has_weights: Callable[[Path], bool] = lambda folder: True,
 ) -> Iterator[Inputs]:
     """Find, open and check all models. Raises ModelError or NetworkError with every problem at once.
 
-    `headers_only`: what needs a look at weights is taken to be right.
+    `has_weights`: whether a model's folder holds more than headers; else its weights are taken to be right.
     """
     errors: list[LowmemAimError] = []
     with contextlib.ExitStack() as stack:
         opened = _open_all(recipe, read, lambda reference: find(reference, emit), errors)
         for checkpoint in opened.values():
             stack.enter_context(checkpoint)
-        inputs = None
+        inputs: Inputs | None = None
         with noted(errors):  # those that could be opened are compared all the same
             inputs = _inputs_of(recipe, opened, use_cache)
-        if inputs is not None:
-            _check(inputs, recipe, emit, errors)
+        if inputs is None:
+            raise joined(errors)
+        _check(inputs, recipe, emit, errors)
         raise_all(errors)
-        assert inputs is not None
-        inputs.dropped = _repeated_heads(inputs, headers_only)
+        inputs.dropped = _repeated_heads(inputs, has_weights)
         yield inputs
 
 
@@ -194,7 +194,8 @@ def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
     if theirs is None:
         return f"`{label}` lacks the tensor `{name}`"
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
-        return f"`{label}`: `{name}` is {_short(theirs)}, but {_short(ours)} in `{printable(inputs.reference.label)}`"
+        found, expected = dtype_name(theirs.dtype), dtype_name(ours.dtype)
+        return f"`{label}`: `{name}` is {found}, but {expected} in `{printable(inputs.reference.label)}`"
     row_map = inputs.row_map(other, ours.name)
     mapped = row_map is not None
     if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
@@ -208,11 +209,7 @@ def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
     return ""
 
 
-def _short(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
-
-
-def _repeated_heads(inputs: Inputs, headers_only: bool) -> frozenset[str]:
+def _repeated_heads(inputs: Inputs, has_weights: Callable[[Path], bool]) -> frozenset[str]:
     """Heads that the files hold although they are tied: dropped if each equals its embedding, else an error."""
     problems = []
     dropped = set()
@@ -221,7 +218,7 @@ def _repeated_heads(inputs: Inputs, headers_only: bool) -> frozenset[str]:
             if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
                 continue
             dropped.add(head)
-            if not headers_only and _digest_of(checkpoint, head) != _digest_of(checkpoint, embedding):
+            if has_weights(checkpoint.folder) and checkpoint.digest(head) != checkpoint.digest(embedding):
                 problems.append(
                     f"`{printable(checkpoint.label)}`: `{printable(head)}` should be tied to `{printable(embedding)}` "
                     "(`tie_word_embeddings`) but differs from it"
@@ -231,16 +228,6 @@ def _repeated_heads(inputs: Inputs, headers_only: bool) -> frozenset[str]:
             problems, hint="set `tie_word_embeddings` to false in every config.json if the heads are meant to differ"
         )
     return frozenset(dropped)
-
-
-def _digest_of(checkpoint: Checkpoint, name: str) -> str:
-    """Of the tensor's bytes, read a little at a time."""
-    rows, columns = checkpoint.tensors[name].matrix
-    step = max(1, (1 << 20) // max(columns, 1))
-    digest = xxhash.xxh3_128()
-    for start in range(0, rows, step):
-        digest.update(raw(checkpoint.rows(name, start, min(start + step, rows))))
-    return str(digest.hexdigest())
 
 
 # --- vocabularies ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""transformers' view of a checkpoint, without its weights: the model's modules, its blocks, and who is who by name.
+"""transformers' model of a checkpoint, without its weights: modules, blocks, and the role of each tensor.
 
-Parameters are on the meta device, buffers are real. transformers sees the folder's config.json and nothing else: code
-that a checkpoint brings along (`auto_map`) is never executed. Where transformers knows the model type itself, its own
-class is used and `auto_map` ignored.
+Parameters are on the meta device, buffers are real. transformers gets the folder's config.json and nothing else: code
+that a checkpoint brings along (`auto_map`) is never executed. If transformers has the model type itself, its own class
+is used and `auto_map` ignored.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
 
-transformers.utils.logging.set_verbosity_error()  # what users should know comes as a Notice
+transformers.utils.logging.set_verbosity_error()  # what users need comes as a Notice
 
-# In every forward pass of this project, of calibration and of the tests: torch's own fused attention where the model
-# has it, and experts one by one in Python, the only form that shows what each expert is given.
+# In every forward pass of this project and its tests: torch's fused attention if the model has it, and experts one by
+# one in Python, the only form that shows the inputs of each expert.
 ATTENTION, EXPERTS = "sdpa", "eager"
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """Tensor names are the checkpoint's; a tensor that the file lacks (a tied head) has transformers' name."""
+    """A model without weights, with its blocks and the roles of its tensors.
+
+    Tensor names are the checkpoint's; a tensor that the file lacks (a tied head) has transformers' name.
+    """
 
     model: Any  # a PreTrainedModel for causal LM, in eval mode
     dtype: torch.dtype  # of the parameters, but for those that the model keeps in float32
@@ -42,15 +45,15 @@ class MetaModel:
     tied: dict[str, str]  # output head's weight -> embedding's weight that it shares, if the config ties them
     vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
     embeddings: frozenset[str]  # weights of token, position and other embeddings
-    buffers: frozenset[str]  # state that is no parameter, and leftovers of it that today's model no longer reads
+    buffers: frozenset[str]  # state that is no parameter, today's or an older model's
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
 
 
 def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> MetaModel:
     """Build the model of `checkpoint` without weights, in `dtype` (default: the one that most of its bytes have).
 
-    Raises ModelError: a model type that transformers does not know, or knows only by code in the folder; no causal
-    LM; no list of blocks; tensors whose shapes contradict the config; missing tensors.
+    Raises ModelError for a model type that transformers does not have, or has only through code in the folder, for a
+    model that is no causal LM, for shapes that contradict the config, and for missing tensors.
     """
     dtype = dtype or _main_dtype(checkpoint)
     model = _build(checkpoint, dtype)
@@ -77,9 +80,10 @@ def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
 
 
 def find_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """(module path, block) of the one list as long as the config's layers whose items are declared indivisible.
+    """(module path, block) of each decoder block; empty for a model that can be merged, but not calibrated.
 
-    Empty if there is none: such a model can be merged, but not calibrated.
+    The blocks are the items of the one list that is as long as the config's layers and whose items transformers
+    declares indivisible.
     """
     count = model.config.get_text_config().num_hidden_layers
     kinds = set(model._no_split_modules or ())
@@ -151,7 +155,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
-    """Some parameters stay in float32 whatever the model's dtype, as when transformers loads it."""
+    """Keep in float32 those parameters that transformers keeps so on loading, whatever the model's dtype."""
     plan = model._get_dtype_plan(dtype)
     kept = [(re.compile(pattern.replace("*", ".*")), kind) for pattern, kind in plan.items()]
     for path, module in model.named_modules():
@@ -188,7 +192,7 @@ def _tied(model: Any, weights: ParameterNames, head: str) -> dict[str, str]:
 def _vocabulary(model: Any, weights: ParameterNames, head: str) -> Iterator[str]:
     tokens = model.get_input_embeddings()
     for path, module in embeddings_of(model):
-        # The input's, and per-layer ones such as Gemma 3n's; not GPT-2's positions, even where they are as many.
+        # The input embedding, and per-layer ones such as Gemma 3n's; not GPT-2's positions, even if they are as many.
         if module is tokens or ("embed_tokens" in path and module.num_embeddings == tokens.num_embeddings):
             yield weights.name(f"{path}.weight")
     if head:
@@ -201,12 +205,12 @@ def _inputs_first(model: Any, weights: ParameterNames) -> Iterator[str]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | Conv1D):
             yield weights.name(f"{path}.weight")
-        elif getattr(module, "is_transposed", False):  # how transformers says it of fused experts
+        elif getattr(module, "is_transposed", False):  # transformers' mark of fused experts stored (in, out)
             yield from (weights.name(f"{path}.{name}") for name, p in module._parameters.items() if p is not None)
 
 
 def _buffers(model: Any, weights: ParameterNames) -> Iterator[str]:
-    """Checkpoint tensors that are buffers, or that were in the days when the checkpoint was made."""
+    """Checkpoint tensors that are buffers of the model, or were when the checkpoint was made."""
     names = {name for name, _ in model.named_buffers()}
     for name in names:
         yield from weights.sources(name)

@@ -1,10 +1,11 @@
-"""Between a checkpoint's tensor names and the parameter names of transformers' model: who is made of whom.
+"""The map between a checkpoint's tensor names and the parameter names of transformers' model.
 
 A checkpoint may lack the base model's prefix (the public gpt2), use older names, or hold as many tensors what the
 model holds as one parameter (the experts of a Mixtral layer are stacked and concatenated on loading). transformers
 keeps the rules (`conversion_mapping`, `core_model_loading`); this module asks them for names, runs its converters
 lazily on the tensors that a parameter needs, and takes statistics of a parameter back to the checkpoint's tensors.
-Those two modules of transformers are not a stable interface: tests/inputs/test_meta_model.py guards what is used of them.
+Those two modules of transformers are not a stable interface: tests/inputs/test_meta_model.py guards what is used of
+them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Read = Callable[[str], Tensor]
 
 @dataclass
 class _Recipe:
-    """How checkpoint tensors become parameters: as they are (`converter` None) or through transformers' converter."""
+    """The making of parameters from checkpoint tensors: unchanged (`converter` None), or by transformers' converter."""
 
     first: str  # the parameter that transformers files the conversion under
     parts: list[tuple[str, str]] = field(default_factory=list)  # (the converter's pattern, checkpoint name)
@@ -54,7 +55,7 @@ class _Recipe:
         return self.converter is not None and any(isinstance(o, MergeModulelist) for o in self.converter.operations)
 
     def run(self, model: nn.Module, read: Read) -> dict[str, Tensor]:
-        """Parameter name -> value."""
+        """Make the parameters: name -> value."""
         if self.converter is None:
             return {self.first: read(self.parts[0][1])}
         converter = deepcopy(self.converter)
@@ -65,15 +66,15 @@ class _Recipe:
 
 
 class ParameterNames:
-    """The map of one model and one checkpoint. Raises ModelError where shapes differ or weights are missing."""
+    """The map of one model and one checkpoint. Raises ModelError if shapes differ or a conversion fails."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
-        """`model`: a PreTrainedModel on the meta device."""
+        """Map the tensors of `checkpoint` to the parameters of `model`, a PreTrainedModel on the meta device."""
         self.model, self.checkpoint = model, checkpoint
         self.unused: set[str] = set()  # checkpoint tensors that the model has no place for
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-        self._known = dict.fromkeys(self._shapes, True)  # what transformers' renaming wants to look names up in
+        self._known = dict.fromkeys(self._shapes, True)  # the table in which transformers' renaming looks names up
         self._recipes: dict[str, _Recipe] = {}
         self._waiting: dict[str, Tensor] = {}  # made along with another parameter, not yet asked for
         self._twins = _twins(model.all_tied_weights_keys)
@@ -81,25 +82,25 @@ class ParameterNames:
         self._check()
 
     def sources(self, parameter: str) -> list[str]:
-        """The checkpoint tensors that `parameter` is made of; of its tied twin's if it has none; [] if none."""
+        """The checkpoint tensors that `parameter`, or else its tied twin, is made of; [] if there are none."""
         recipe = self._recipe(parameter)
         return [] if recipe is None else recipe.sources
 
     def name(self, parameter: str) -> str:
-        """The checkpoint's name of a parameter that is one tensor there; its own name if the file lacks it."""
+        """The checkpoint's name of a parameter that is one tensor there; `parameter` itself if the file lacks it."""
         recipe = self._recipes.get(parameter)
         return parameter if recipe is None else recipe.parts[0][1]
 
     def plain(self, parameter: str) -> str | None:
-        """The one checkpoint tensor that is this parameter as it stands, or None."""
+        """The one checkpoint tensor that is this parameter unchanged; None if there is none."""
         recipe = self._recipe(parameter)
         return recipe.parts[0][1] if recipe is not None and recipe.converter is None else None
 
     def load(self, parameter: str, read: Read | None = None) -> Tensor:
-        """The parameter's value in memory of its own; in the model's dtype, but for what a converter has made.
+        """The parameter's value in memory of its own, in the model's dtype, or in the one that a converter has made.
 
-        `read` fetches a checkpoint tensor whole (default: `Checkpoint.tensor`). A tensor that feeds several
-        parameters is read once if they are loaded one after the other. Raises KeyError for an unknown parameter.
+        `read` fetches a whole checkpoint tensor (default: `Checkpoint.tensor`). A tensor that feeds several parameters
+        is read once if they are loaded one after the other. Raises KeyError for an unknown parameter.
         """
         if parameter in self._waiting:
             return self._waiting.pop(parameter)
@@ -125,7 +126,7 @@ class ParameterNames:
         """(checkpoint name, its statistic) for each tensor that `parameter` is made of.
 
         `statistic` broadcasts against the parameter, the results against the checkpoint's tensors: (experts, 1, in)
-        of stacked experts becomes (1, in) of each. Nothing comes out for a conversion that is not understood.
+        of stacked experts becomes (1, in) of each. A conversion that is not understood gives nothing.
         """
         recipe = self._recipe(parameter)
         for name, index in [] if recipe is None else _numbered(recipe):
@@ -146,7 +147,7 @@ class ParameterNames:
         return next((self._recipes[name] for name in names if name in self._recipes), None)
 
     def _stack(self, recipe: _Recipe, read: Read) -> Tensor:
-        """The same as the converter's stack and concatenate, without its second and third copy of the experts."""
+        """Stack and concatenate experts as the converter does, without its second and third copy of them."""
         shape = self._shapes[recipe.first]
         value = empty_apart(shape, self._dtypes[recipe.first])
         patterns = list(recipe.converter.source_patterns)
@@ -156,7 +157,7 @@ class ParameterNames:
             value[index, place : place + width] = read(name)
         return value
 
-    # --- building it ----------------------------------------------------------------------------------------------
+    # -- building the map
 
     def _collect(self) -> None:
         rules = get_model_conversion_mapping(self.model)
@@ -193,7 +194,7 @@ class ParameterNames:
         shapes = self.checkpoint.tensors
         try:
             made = recipe.run(self.model, lambda name: torch.empty(shapes[name].shape, device="meta"))
-        except Exception as error:  # transformers' converters raise what they like
+        except Exception as error:  # transformers' converters raise anything
             return [f"`{printable(recipe.parts[0][1])}` cannot be converted: {printable(str(error))}"]
         problems = []
         for target, value in made.items():
@@ -207,7 +208,7 @@ class ParameterNames:
 
 
 def _twins(tied: dict[str, str]) -> dict[str, list[str]]:
-    """Parameter -> the parameters that share its weight. transformers ties both ways: whichever the file holds."""
+    """Parameter -> the parameters that share its weight. transformers ties both ways, as either may be in the file."""
     groups: dict[str, list[str]] = {}
     for target, source in tied.items():
         groups.setdefault(source, [source]).append(target)
@@ -215,7 +216,7 @@ def _twins(tied: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _numbered(recipe: _Recipe) -> Iterator[tuple[str, int]]:
-    """(checkpoint name, its number among the parts of its pattern): the expert's index in a stack."""
+    """(checkpoint name, number among the parts of its pattern): the number is the index of an expert in a stack."""
     counts: dict[str, int] = {}
     for pattern, name in recipe.parts:
         yield name, counts.get(pattern, 0)
@@ -223,7 +224,10 @@ def _numbered(recipe: _Recipe) -> Iterator[tuple[str, int]]:
 
 
 def _is_plain_stack(converter: Any) -> bool:
-    """[stack experts] or [stack experts, concatenate along the outputs]: what nearly all mixtures of experts use."""
+    """Whether a converter stacks experts, or stacks them and concatenates along the outputs, and does nothing else.
+
+    Nearly all mixtures of experts use one of the two.
+    """
     kinds = [(type(o), getattr(o, "dim", None)) for o in converter.operations]
     stack, concatenate = (MergeModulelist, 0), (Concatenate, 1)
     single = len(converter.source_patterns) == 1
@@ -231,7 +235,7 @@ def _is_plain_stack(converter: Any) -> bool:
 
 
 def float_bytes(checkpoint: Checkpoint) -> dict[torch.dtype, int]:
-    """Float dtype -> bytes of the checkpoint in it."""
+    """Bytes of the checkpoint in each float dtype."""
     totals: dict[torch.dtype, int] = {}
     for info in checkpoint:
         if info.dtype.is_floating_point:

@@ -1,7 +1,7 @@
-"""Who is who among a checkpoint's tensors, as far as merging must know it: what transformers' model says of its names.
+"""The roles of a checkpoint's tensors, as far as merging needs them: tied, vocabulary, buffer, or stored (in, out).
 
-Building that model takes seconds, most of them imports; what is needed of it is four short lists. They are kept in
-the cache, one small file for each config, set of tensor names and version.
+The roles come from transformers' model. Building that model takes seconds, most of them for imports, and the roles are
+four short lists: so they are kept in the cache, one small file for each config, set of tensors and version.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from lowmem_aim.errors import DiskError
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.system.files import cache_folder, write_file
 
-FORMAT = 2
+FORMAT = 2  # of the cached files; part of their names
 
 
 @dataclass(frozen=True)
 class TensorRoles:
-    """Tensor names are the checkpoint's; a tensor that the file lacks (a tied head) has transformers' name."""
+    """The tensors that have a special role, by the checkpoint's names.
+
+    A tensor that the file lacks (a tied head) has transformers' name.
+    """
 
     tied: dict[str, str]  # output head's weight -> embedding's weight that it shares, if the config ties them
     vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
-    buffers: frozenset[str]  # state that is no parameter, and leftovers of it that today's model no longer reads
+    buffers: frozenset[str]  # state that is no parameter, today's or an older model's
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
 
 
 def outline_of(checkpoint: Checkpoint, use_cache: bool) -> TensorRoles:
-    """From the cache, or by building the model; raises the ModelErrors of `meta_model.load_meta_model`."""
+    """The roles of the tensors, from the cache or by building the model. Raises ModelError as `load_meta_model`."""
     cached = cache_folder() / "outlines" / f"{_key(checkpoint)}.json"
     if use_cache and (found := _load(cached)) is not None:
         return found
@@ -46,7 +49,7 @@ def outline_of(checkpoint: Checkpoint, use_cache: bool) -> TensorRoles:
 
 
 def _key(checkpoint: Checkpoint) -> str:
-    """All that the roles follows from. Every tensor's shape counts: the model is checked against them."""
+    """A digest of all that the roles depend on. Every shape counts, because the model is checked against it."""
     versions = [importlib.metadata.version(package) for package in ("transformers", "torch")]
     config = json.dumps(checkpoint.config, sort_keys=True)
     tensors = sorted((info.name, info.shape, str(info.dtype)) for info in checkpoint)
@@ -54,7 +57,7 @@ def _key(checkpoint: Checkpoint) -> str:
 
 
 def _load(file: Path) -> TensorRoles | None:
-    """None if there is no such file, or not one that `_keep` wrote."""
+    """The roles in a file of the cache; None if there is no such file, or not one that `_keep` wrote."""
     try:
         table: Any = json.loads(file.read_text(encoding="utf-8"))
         lists = (frozenset(table[name]) for name in ("vocabulary", "buffers", "inputs_first"))
@@ -64,7 +67,7 @@ def _load(file: Path) -> TensorRoles | None:
 
 
 def _keep(roles: TensorRoles, file: Path) -> None:
-    """A cache that cannot be written costs time, nothing else."""
+    """Write the roles to the cache. If that fails, it costs time, nothing else."""
     table = {
         "tied": roles.tied,
         "vocabulary": sorted(roles.vocabulary),

@@ -1,8 +1,8 @@
 """Stand-ins for models on the Hugging Face Hub: all that planning reads, without the weights.
 
-A stand-in is a folder that `Checkpoint.open` takes for the model. Its small files are the model's; its shards have the
-true sizes and headers, and zeros for weights. The zeros are holes and take no room, except on filesystems without
-sparse files (FAT, exFAT; NTFS reserves them): there a stand-in is as large as its model.
+A stand-in is a folder that `Checkpoint.open` accepts as the model. Its small files are the model's; its shards have the
+true sizes and headers, and zeros for weights. The zeros are holes and take no disk space, except on filesystems without
+sparse files (FAT, exFAT; NTFS reserves the space): there a stand-in is as large as its model.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ if TYPE_CHECKING:
 
 WEIGHTS = "*.safetensors"
 SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
-# Of a shard, in the first request: nearly every header fits, and a second one would take longer than these bytes.
+# Bytes of a shard in the first request: nearly every header fits, and a second request would cost more than they do.
 FIRST_BYTES = 100_000
 CONNECTIONS = 4  # a model may have 160 shards; each request is mostly waiting
 
 
 @dataclass(frozen=True)
 class StandIn:
+    """A model to plan with: the model itself, or a stand-in for it."""
+
     located: Located
     missing_bytes: int  # weights that a merge would have to download first
 
 
 def stand_in(reference: str, folder: Path, emit: Emit) -> StandIn:
-    """A model to open and to plan with; of one on the Hub, only headers and small files are fetched, all of one commit.
+    """Find a model to open and to plan with. From the Hub only headers and small files are fetched, all of one commit.
 
-    Models in folders here, or whole in the Hub library's cache, are taken as they are. For others a stand-in is made
-    in `folder`, which is new or empty. Raises ModelError, NetworkError or DiskError.
+    Models in folders here, or whole in the Hub library's cache, are used as they are. For others a stand-in is made in
+    `folder`, which is new or empty. Raises ModelError, NetworkError or DiskError.
     """
     local = local_model(reference)
     if local is not None:
@@ -60,7 +62,7 @@ def stand_in(reference: str, folder: Path, emit: Emit) -> StandIn:
 
 
 def _files_of(reference: str, commit: str) -> dict[str, RepoFile]:
-    """All that the model's repository holds, by path."""
+    """All files of the model's repository, by path."""
     from huggingface_hub import HfApi, RepoFile
 
     repository, _ = repository_of(reference)
@@ -70,13 +72,13 @@ def _files_of(reference: str, commit: str) -> dict[str, RepoFile]:
 
 
 def _is_missing(file: RepoFile, snapshot: Path) -> bool:
-    """Whether it is weights that the cache has not, be it from another commit with the same."""
+    """Whether `file` holds weights that the cache lacks, for this commit and for any other."""
     blob = snapshot.parent.parent / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
     return PurePath(file.path).match(WEIGHTS) and not (snapshot / file.path).is_file() and not blob.is_file()
 
 
 def _copy_small_files(snapshot: Path, folder: Path) -> None:
-    """Copies, since a checkpoint refuses links that lead out of its folder."""
+    """Copy the small files: links would lead out of the folder, and a checkpoint refuses such links."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file in snapshot.rglob("*"):
@@ -87,7 +89,7 @@ def _copy_small_files(snapshot: Path, folder: Path) -> None:
 
 
 def _name_pickles(files: Mapping[str, RepoFile], folder: Path) -> None:
-    """Empty files in their place: that a model has nothing else is an error which names them."""
+    """Put empty files in place of pickles: if the model has nothing else, the error can name them."""
     for path in files:
         if is_plain(path) and any(PurePath(path).match(pattern) for pattern in PICKLES):
             with disk_errors(folder / path):
@@ -95,7 +97,7 @@ def _name_pickles(files: Mapping[str, RepoFile], folder: Path) -> None:
 
 
 def _fetch_headers(reference: str, commit: str, sizes: Mapping[str, int], folder: Path) -> None:
-    """A sparse file in `folder` for each shard: `sizes` are theirs by name."""
+    """Make a sparse file in `folder` for each shard, with its true header. `sizes` are bytes by file name."""
     from huggingface_hub import hf_hub_url
 
     repository, _ = repository_of(reference)
@@ -113,7 +115,7 @@ def _fetch_headers(reference: str, commit: str, sizes: Mapping[str, int], folder
 
 
 def _header(url: str, size: int) -> bytes:
-    """What a safetensors file of `size` bytes has before its weights. One that cannot be right stays cut off."""
+    """The bytes of a safetensors file of `size` bytes that come before its weights; cut off if they cannot be right."""
     start = _first_bytes(url, min(size, FIRST_BYTES))
     end = 8 + int.from_bytes(start[:8], "little")
     if len(start) < end <= min(size, 8 + MAX_HEADER_BYTES):
@@ -122,13 +124,13 @@ def _header(url: str, size: int) -> bytes:
 
 
 def _first_bytes(url: str, count: int) -> bytes:
-    """Reading stops there: a server that knows no ranges would go on with all of the file."""
+    """The first `count` bytes of a file. A server without range requests sends all of it: reading stops at `count`."""
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     if not count:
-        return b""  # no range is that short
-    # Compressed, it would not be the file's bytes that the range counts.
+        return b""  # a range of no bytes cannot be asked for
+    # With compression, the range would not count the file's own bytes.
     headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
     start = bytearray()
     with http_stream_backoff(
@@ -136,7 +138,7 @@ def _first_bytes(url: str, count: int) -> bytes:
         url,
         headers=headers,
         timeout=HF_HUB_DOWNLOAD_TIMEOUT,
-        retry_on_exceptions=(),  # or the library would retry for those of our reading as well, and break down
+        retry_on_exceptions=(),  # else the library would retry after errors of our reading too, and fail
     ) as response:
         hf_raise_for_status(response)
         for chunk in response.iter_bytes():

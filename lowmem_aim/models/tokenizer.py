@@ -1,4 +1,4 @@
-"""Carried here from inputs.py."""
+"""The tokenizer of a model folder, as transformers loads it: never custom code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lowmem_aim.models.checkpoint import Checkpoint
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """Token text -> id, of the folder's tokenizer. Raises ModelError."""
+    """The vocabulary of the folder's tokenizer: token text -> id. Raises ModelError."""
     return dict(load_tokenizer(checkpoint).get_vocab())
 
 
 def load_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # transformers has no types to name
-    """transformers' tokenizer of a model folder; never custom code. Raises ModelError."""
+    """Load transformers' tokenizer of a model folder; never custom code. Raises ModelError."""
     from transformers import AutoTokenizer
 
     what = f"`{printable(checkpoint.label)}` has no tokenizer that transformers can load"
@@ -25,7 +25,10 @@ def load_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # t
 
 @contextlib.contextmanager
 def tokenizer_errors(what: str, hint: str) -> Iterator[None]:
-    """Whatever a tokenizer raises as a ModelError: its parsers raise anything, its compiled parts a BaseException."""
+    """Turn whatever a tokenizer raises in the block into a ModelError of `what` and `hint`.
+
+    Its parsers raise anything, and its compiled parts a BaseException.
+    """
     try:
         yield
     except BaseException as error:

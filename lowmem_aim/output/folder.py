@@ -1,4 +1,4 @@
-"""Carried here from output.py, record.py, run.py."""
+"""The output folder from outside: where a run keeps what, whether it is finished, what is in the way of a run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ PRIVATE = ".lowmem_aim"
 PUBLISHING = "publishing.json"
 STAGING = "staging"
 SUMS = "sha256.txt"
+LOG = "run.log"
 FACTS = "run.json"
 ACTIVATIONS = "activations.safetensors"
 SNAPSHOTS = "calibration-*.bin"
@@ -97,6 +98,13 @@ def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
         )
 
 
+def staged_bytes(out: Path) -> int:
+    """Bytes that an interrupted run's unfinished shards take of the disk."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in (out / PRIVATE / STAGING).iterdir())
+    return 0
+
+
 def remove_snapshots(private: Path, but: str = "") -> None:
     """Remove those of calibration, except the file of one name."""
     for file in private.glob(SNAPSHOTS):
@@ -108,9 +116,6 @@ def remove_snapshots(private: Path, but: str = "") -> None:
 def snapshot_bytes(private: Path) -> int:
     """What those of calibration take of the disk."""
     return sum(file.stat().st_size for file in private.glob(SNAPSHOTS))
-
-
-LOG = "run.log"
 
 
 def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:

@@ -14,15 +14,15 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from lowmem_aim.errors import DiskError, printable
+from lowmem_aim.output.records import Group, Record
 
 NAME = "journal.sqlite"
 _TABLE = """
@@ -46,18 +46,7 @@ _IN_ITS_WAY = {
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """Finished tensors of one shard, from number `start` on: now its first `tensors`, the bytes up to `end`, are."""
-
-    shard: str  # file name
-    start: int
-    tensors: int
-    end: int
-    sha256: str  # of the file's bytes up to `end`
-    digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor of this group -> xxh3-128 of its bytes as read
-    replaced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # likewise -> elements that were not finite
-    kept: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensor -> sums of |delta|, see `relaxation`
+R = TypeVar("R", bound=Record)
 
 
 class Journal:
@@ -90,46 +79,55 @@ class Journal:
         for name in (f"{NAME}-journal", NAME):  # the rollback journal first: it must never meet another database
             (folder / name).unlink(missing_ok=True)
 
-    def put(self, kind: str, name: str, value: Any) -> None:
-        """Keep a JSON value, durably. Raises DiskError."""
-        text = json.dumps(value, sort_keys=True)
-        row = (kind, name, text, _digest(kind, name, text))
+    def keep(self, record: Record, name: str = "") -> None:
+        """Keep a record, durably, in place of an earlier one of its kind and `name`. Raises DiskError."""
+        text = json.dumps(record.as_json(), sort_keys=True)
+        row = (record.kind, name, text, _digest(record.kind, name, text))
         with self._lock, self._disk_errors():
             self._connection.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
 
-    def get(self, kind: str, name: str = "") -> Any:
-        """None if it is not there, or damaged."""
-        return self._rows(kind).get(name)
+    def kept(self, kind: type[R]) -> R | None:
+        """The record of a kind that has one; None if it is absent or damaged."""
+        return next(iter(self._records(kind)), None)
 
-    def holds(self, kind: str) -> bool:
-        """Whether there is anything of a kind. Raises DiskError."""
+    def holds(self, *kinds: type[Record]) -> bool:
+        """Whether there is a record of any of these kinds. Raises DiskError."""
+        query = "SELECT 1 FROM entries WHERE kind = ? LIMIT 1"
         with self._lock, self._disk_errors():
-            return bool(self._connection.execute("SELECT 1 FROM entries WHERE kind = ? LIMIT 1", (kind,)).fetchall())
+            return any(self._connection.execute(query, (kind.kind,)).fetchall() for kind in kinds)
 
-    def drop(self, kind: str) -> None:
-        """Forget all of a kind. Raises DiskError."""
+    def forget(self, *kinds: type[Record]) -> None:
+        """Remove all records of these kinds. Raises DiskError."""
         with self._lock, self._disk_errors():
-            self._connection.execute("DELETE FROM entries WHERE kind = ?", (kind,))
+            for kind in kinds:
+                self._connection.execute("DELETE FROM entries WHERE kind = ?", (kind.kind,))
 
-    def put_group(self, group: Group) -> None:
-        self.put("group", f"{group.shard}\0{group.tensors:09}", asdict(group))
+    def keep_group(self, group: Group) -> None:
+        """Keep a group of finished tensors, durably. Raises DiskError."""
+        self.keep(group, f"{group.shard}\0{group.tensors:09}")
 
     def groups(self, shard: str) -> list[Group]:
-        """Of one shard, in file order."""
-        found = self._rows("group", f"{shard}\0", f"{shard}\1")
-        return sorted((Group(**value) for value in found.values()), key=lambda group: group.tensors)
+        """The groups of one shard, in file order."""
+        return sorted(self._records(Group, f"{shard}\0", f"{shard}\1"), key=lambda group: group.tensors)
 
-    def _rows(self, kind: str, first: str = "", last: str = "\U0010ffff") -> dict[str, Any]:
-        """Those of a kind, from the name `first` to `last`. Raises DiskError where they cannot be read now."""
+    def _records(self, kind: type[R], first: str = "", last: str = "\U0010ffff") -> list[R]:
+        found = []
+        for row in self._rows(kind.kind, first, last):
+            with contextlib.suppress(TypeError):  # another version's: other fields
+                found.append(kind(**row))
+        return found
+
+    def _rows(self, kind: str, first: str, last: str) -> list[dict[str, Any]]:
+        """The rows of a kind, from the name `first` to `last`. Raises DiskError where they cannot be read now."""
         query = f"SELECT {_COLUMNS} FROM entries WHERE kind = ? AND name >= ? AND name < ?"
         try:
             with self._lock:
                 rows = self._connection.execute(query, (kind, first, last)).fetchall()
         except sqlite3.DatabaseError as error:
             if _means_damage(error, self._file):
-                return {}  # as if nothing had been done
+                return []  # as if nothing had been done
             raise DiskError(f"the journal `{printable(str(self._file))}` cannot be read now: {error}") from error
-        return {row[1]: json.loads(row[2]) for row in rows if row[3] == _digest(*row[:3])}
+        return [json.loads(row[2]) for row in rows if row[3] == _digest(*row[:3])]
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -1,15 +1,32 @@
-"""Carried here from merge.py."""
+"""What a merge has written and read, as the card and the provenance tell it; all of it follows from the inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class DeltaKept(NamedTuple):
+    """Sums of |delta| of one tensor, before and after it was relaxed (see `relaxing.delta_sampler`)."""
+
+    before: float
+    after: float
+
+
+class Replaced(NamedTuple):
+    """Elements of one tensor of a model that were NaN or Inf, and took the base's value."""
+
+    label: str  # of the model
+    tensor: str
+    elements: int
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written and what was read, as digests; all of it follows from the inputs."""
+    """The digests and figures of one output."""
 
-    shards: dict[str, str] = field(default_factory=dict)  # file name -> sha256
-    models: list[tuple[str, str]] = field(default_factory=list)  # label, xxh3-128 over its tensors as read, by name
-    replaced: list[tuple[str, str, int]] = field(default_factory=list)  # label, tensor, elements that were not finite
-    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # tensor -> sums, see `relaxation.Kept`
+    shards: Mapping[str, str]  # file name -> sha256
+    models: Sequence[tuple[str, str]] = ()  # label, xxh3-128 over its tensors as read, by name
+    replaced: Sequence[Replaced] = ()
+    kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left

@@ -12,11 +12,13 @@ from typing import TypeVar
 from torch import Tensor
 
 from lowmem_aim.events import Emit, Notice, TensorDone, Worked
-from lowmem_aim.output.journal import Group, Journal
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.merged import DeltaKept
+from lowmem_aim.output.records import Group
 from lowmem_aim.output.writer import Commit, Prefix, ShardWriter, finished_prefix
 from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.system.files import disk_errors
-from lowmem_aim.system.tensors import raw
+from lowmem_aim.system.tensors import dtype_name, raw
 from lowmem_aim.units import shown
 
 V = TypeVar("V")
@@ -29,32 +31,27 @@ class Read:
 
     digests: ByModel[str]  # xxh3-128 of the bytes as read
     replaced: ByModel[int]  # how many elements were not finite, and took the base's value
-    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # tensor -> sums, see `relaxation.Kept`
+    kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left
 
 
 class Shards:
-    """The shards, each begun with its first row and closed with its last. A context manager.
+    """The shards of one output, each begun with its first row and closed with its last. A context manager.
 
-    What an earlier run has finished is checked first, and is not among the tasks that are `left`.
+    Entering it checks what an earlier run has finished: that is not among the tasks that are `left`.
     """
 
     def __init__(self, plan: Plan, staging: Path, journal: Journal, emit: Emit, output: str = "") -> None:
         """`output`: how events name it, where there are several."""
-        self._staging, self._journal, self._emit, self._output = staging, journal, emit, output
+        self._plan, self._staging, self._journal, self._emit, self._output = plan, staging, journal, emit, output
         self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
         self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
         self._prefixes: dict[str, Prefix] = {}  # what was found of the shards, by file name
         self._done = 0  # bytes of tensors that are handed on
         self._written = 0  # bytes that have gone to the disk
-        self.kept: dict[str, tuple[float, float]] = {}  # of every tensor that was relaxed
+        self.kept: dict[str, DeltaKept] = {}  # of every tensor that was relaxed
         self.digests: dict[str, str] = {}  # file name -> sha256
         self.read_before: list[Read] = []  # of the tensors that were found
-        self.left = [task for shard in plan.shards for task in self._left_of(shard)]
-        self._written = self._done
-        if self._done:
-            found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
-            sizes = f"{shown(self._done)} of {shown(plan.tensor_bytes)}"
-            emit(Notice(f"resuming: {found}, {sizes}"))
+        self.left: list[Task] = []
 
     def _left_of(self, shard: Shard) -> tuple[Task, ...]:
         file = self._staging / shard.name
@@ -65,7 +62,7 @@ class Shards:
             return shard.tasks
         self._prefixes[shard.name] = prefix
         self.read_before += [Read(group.digests, group.replaced) for group in groups]
-        self.kept |= {name: (sums[0], sums[1]) for group in groups for name, sums in group.kept.items()}
+        self.kept |= {name: DeltaKept(*sums) for group in groups for name, sums in group.kept.items()}
         for task in shard.tasks[: prefix.tensors]:
             self._tell(task, earlier=True)
         if prefix.tensors == len(shard.tasks):
@@ -98,20 +95,18 @@ class Shards:
 
     def _tell(self, task: Task, earlier: bool = False) -> None:
         self._done += task.nbytes
-        dtype = str(task.dtype).removeprefix("torch.")
-        kept = self.kept.get(task.name)
         self._emit(
             TensorDone(
-                task.name,
-                task.shape,
-                dtype,
-                task.action,
-                task.layer,
-                task.kind,
-                self._done,
-                kept,
-                earlier,
-                self._output,
+                name=task.name,
+                shape=task.shape,
+                dtype=dtype_name(task.dtype),
+                action=task.action,
+                layer=task.layer,
+                kind=task.kind,
+                done=self._done,
+                kept=self.kept.get(task.name),
+                earlier=earlier,
+                output=self._output,
             )
         )
 
@@ -124,9 +119,16 @@ class Shards:
         replaced = _joined(read.replaced for read in done.facts)
         kept = {name: sums for read in done.facts for name, sums in read.kept.items()}
         start = done.tensors - len(done.facts)
-        self._journal.put_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced, kept))
+        self._journal.keep_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced, kept))
 
     def __enter__(self) -> Shards:
+        plan = self._plan
+        self.left = [task for shard in plan.shards for task in self._left_of(shard)]
+        self._written = self._done
+        if self._done:
+            found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
+            sizes = f"{shown(self._done)} of {shown(plan.tensor_bytes)}"
+            self._emit(Notice(f"resuming: {found}, {sizes}"))
         return self
 
     def __exit__(

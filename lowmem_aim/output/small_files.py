@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lowmem_aim.output.provenance import _kept, _shares, provenance
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
+from lowmem_aim.system.tensors import dtype_name
 
 # Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
 COPIED = (
@@ -51,8 +53,8 @@ def output_files(
     inputs: Inputs,
     activations: Activations | None,
     merged: Merged,
-    copied: dict[str, bytes],
-    environments: list[dict[str, str]] | None = None,
+    copied: Mapping[str, bytes],
+    environments: Sequence[Mapping[str, str]] | None = None,
     consensus: Consensus | None = None,
 ) -> dict[str, bytes]:
     """Every small file of the output by name, config.json last. `copied` is from `copied_files`.
@@ -100,7 +102,7 @@ def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:
         if task.dtype.is_floating_point:
             sizes[task.dtype] = sizes.get(task.dtype, 0) + task.nbytes
     if sizes:
-        name = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+        name = dtype_name(max(sizes, key=lambda dtype: sizes[dtype]))
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(keys, name)
     return config

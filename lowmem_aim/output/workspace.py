@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from lowmem_aim.output.folder import (
 )
 from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import PROGRESS, CalibrationSnapshot
 from lowmem_aim.output.verify import sums_text
 from lowmem_aim.system.files import disk_errors, sync_folder, write_file
 from lowmem_aim.system.lock import OWNER, locked
@@ -62,15 +63,9 @@ class Workspace:
 
     def forget_calibration(self) -> None:
         """Its snapshots are of no more use. Raises DiskError."""
-        if self.journal.holds("calibration"):
-            self.journal.drop("calibration")
+        if self.journal.holds(CalibrationSnapshot):
+            self.journal.forget(CalibrationSnapshot)
         remove_snapshots(self.private)
-
-    def staged_bytes(self) -> int:
-        """What earlier runs have already taken of the disk."""
-        with contextlib.suppress(OSError):
-            return sum(file.stat().st_size for file in self.staging.iterdir())
-        return 0
 
 
 @contextlib.contextmanager
@@ -105,7 +100,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                     yield space
                 finally:
                     keep = True
-                    keep = finished or any(map(journal.holds, ("group", "activations", "calibration", "acm")))
+                    keep = finished or journal.holds(*PROGRESS)
             if space.sums:
                 _seal(out, space.sums)
     except BaseException as error:
@@ -159,7 +154,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def publish(space: Workspace, shards: dict[str, str], files: dict[str, bytes]) -> None:
+def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, bytes]) -> None:
     """Give the staged shards and then `files` (in their order, config.json last) their final names, durably.
 
     `shards`: name -> sha256. Can be done again after it was interrupted at any point. Raises DiskError.

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lowmem_aim.output.journal import Group
+from lowmem_aim.output.records import Group
 from lowmem_aim.system.files import disk_errors, sync_folder
 
 # Appended pieces that may wait to be written.

@@ -1,1 +1,7 @@
-"""What a merge will do: tensors, shards and byte offsets, from headers alone."""
+"""Plans: what a merge will do with every tensor, and where every byte of the output goes, from headers alone.
+
+layers.py     a tensor's layer, kind and depth, from its name
+tasks.py      what a plan consists of: tasks and shards
+layout.py     recipe and headers -> Plan
+survey.py     a plan as plain data, for people and for JSON
+"""

@@ -1,4 +1,4 @@
-"""Carried here from plan.py."""
+"""A tensor's layer, its kind within the layer and its depth in the model, from its name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
+    """The number of layers that a config gives, under any of the names for it; 0 if it gives none."""
     text_config = config.get("text_config")
     for table in (config, text_config if isinstance(text_config, dict) else {}):
         for key in ("num_hidden_layers", "n_layer", "num_layers"):
@@ -17,13 +18,16 @@ def layer_count(config: Mapping[str, Any]) -> int:
 
 
 def layer_of(tensor: str, layers: int) -> int | None:
-    """Its index from the tensor's name; None for tensors outside the layers."""
+    """The index of the layer, from the tensor's name; None for tensors outside the layers."""
     match = re.search(r"(?:^|\.)(\d+)\.", tensor)
     return int(match[1]) if match and int(match[1]) < layers else None
 
 
 def kind_of(tensor: str, layer: int | None) -> str:
-    """The module's name in its layer, numbers of experts left out: `self_attn.q_proj`; outside the layers its own."""
+    """The module's name within its layer, with `*` for the numbers of experts: `self_attn.q_proj`.
+
+    Outside the layers it is the last part of the name.
+    """
     name = tensor.removesuffix(".weight")
     if layer is None:
         return ".".join(name.split(".")[-2:] if name.endswith(".bias") else name.split(".")[-1:])
@@ -32,6 +36,9 @@ def kind_of(tensor: str, layer: int | None) -> str:
 
 
 def depth(tensor: str, layers: int) -> float:
-    """layer index / (layers - 1); 0 for tensors outside the layers."""
+    """A tensor's place on a gradient, in [0, 1]: layer index / (layers - 1).
+
+    Tensors outside the layers have 0, as in mergekit.
+    """
     index = layer_of(tensor, layers) or 0
     return index / (layers - 1) if layers > 1 else 0.0

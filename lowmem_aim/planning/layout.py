@@ -1,7 +1,7 @@
-"""Recipe + headers -> what to do, in which order, and where every byte of the output goes. Pure: nothing is read.
+"""The plan of a merge, from its recipe and headers: what to do, in which order, and where every byte goes.
 
-Shards are laid out as `safetensors.save_file` would: by falling alignment of the dtype, then by name. Tasks come in
-that order, so that a shard is written front to back.
+Pure: no file is read. Shards are laid out as `safetensors.save_file` does: by falling alignment of the dtype, then by
+name. Tasks come in that order, so that a shard is written front to back.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.models.headers import DTYPES, TensorInfo
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layers import depth, layer_count, layer_of
-from lowmem_aim.planning.tasks import NonFinite, Plan, Shard, Task
+from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.options import NonFinite
+from lowmem_aim.system.tensors import dtype_named
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The order in which the safetensors library writes dtypes, the last first.
@@ -29,9 +29,10 @@ SMALLEST_SHARD = 1_000
 
 
 def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, nonfinite: NonFinite = "stop") -> Plan:
-    """Lay out the output.
+    """Lay out the output. `shard_bytes` is the most bytes of tensors in a shard, unless a single tensor has more.
 
-    Raises RecipeError if a parameter has no value for some tensor, UsageError for flags that do not fit the recipe.
+    Raises RecipeError if a parameter has no value for some tensor or the method refuses one, UsageError for flags that
+    do not fit the recipe.
     """
     if nonfinite == "base" and not recipe.builds_on_base:
         raise UsageError(
@@ -51,14 +52,14 @@ def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task
     t, layer = depth(info.name, layers), layer_of(info.name, layers)
     if not info.dtype.is_floating_point or info.name in inputs.roles.buffers or info.numel == 0:
         return Task(info.name, info.shape, info.dtype, "copy", {}, layer=layer)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else info.dtype
+    dtype = dtype_named(recipe.dtype) if recipe.dtype else info.dtype
     whole = recipe.method.whole_rows and len(info.shape) < 2
     omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
     return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
 
 
 def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:
-    """The tensor as the method sees it."""
+    """The facts about a tensor that its method is given."""
     return Subject(
         name,
         shape,
@@ -71,7 +72,7 @@ def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs
 
 
 def _check(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs, seed: int) -> None:
-    """Raises RecipeError with what the method refuses, each once: most parameters are the same for all tensors."""
+    """Raise RecipeError with what the method refuses, each problem once: most parameters are equal for all tensors."""
     problems = [
         recipe.method.check(subject_of(task.name, task.shape, recipe, inputs, seed), task.parameters)
         for task in tasks
@@ -81,14 +82,11 @@ def _check(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs, seed: int) -> 
         raise RecipeError([f"{recipe.where}: {problem}" for problem in found])
 
 
-# --- depth: where on a gradient a tensor lies -------------------------------------------------------------------------
-
-
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
 def _grouped(tasks: Sequence[Task], shard_bytes: int) -> list[list[Task]]:
-    """Fill shards in the reference's order; a tensor larger than a shard has one to itself."""
+    """Tasks grouped into shards, in the reference's order; a tensor larger than a shard has one to itself."""
     groups: list[list[Task]] = [[]]
     filled = 0
     for task in tasks:
@@ -110,7 +108,7 @@ def _shard(tasks: Sequence[Task], number: int, count: int) -> Shard:
         table[task.name] = {"dtype": _DTYPE_NAMES[task.dtype], "shape": list(task.shape), "data_offsets": offsets}
         offset = offsets[1]
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
     header = len(text).to_bytes(8, "little") + text
     placed = [replace(t, begin=len(header) + table[t.name]["data_offsets"][0]) for t in ordered]
     return Shard(name, header, tuple(placed))

@@ -1,4 +1,4 @@
-"""A Survey of a merge, from its plan and its inputs. Nothing is read for it but the models' cards."""
+"""A Survey of a merge: its plan and inputs as plain data. Of the models only their cards are read."""
 
 from __future__ import annotations
 
@@ -15,22 +15,76 @@ from lowmem_aim.planning.layers import layer_count
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.recipe.recipe import Acm, Aim, Setting
 
-LARGEST_CARD = 1_000_000  # bytes of a README.md that is looked into
+LARGEST_CARD = 1_000_000  # bytes; a README.md beyond this is an error
 _LICENCE = re.compile(r"^license:\s*(\S[^\n]{0,100})$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Model:
+    """One model of the merge."""
+
+    label: str
+    role: str  # `base` or `expert`
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+    layers: int
+    vocabulary: int  # rows of the embedding
+    tied: bool
+    licence: str  # as its card says; "" if it says none
+    missing_bytes: int = 0  # to download
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The tensors that have the same role in each layer."""
+
+    kind: str
+    action: str  # merge or copy
+    tensors: int
+    parameters: int
+    settings: Mapping[str, str]  # parameters of the method and AIM's omega that are not the same for all tensors
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A merge before it runs, as plain data for people and for `--json`."""
+
+    title: str
+    source: str  # of the method
+    models: tuple[Model, ...]
+    outputs: tuple[str, ...]  # folders, if there are several
+    settings: Mapping[str, str]  # the same for all tensors
+    aim: Mapping[str, Any] | None
+    acm: Mapping[str, Any] | None
+    kinds: tuple[Kind, ...]
+    left_out: Mapping[str, tuple[str, ...]]  # why -> tensors that are not merged
+    shards: int
+    read_bytes: int  # each byte counted once
+    write_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The survey as it comes back from JSON: lists for tuples."""
+        same: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return same
+
+
 def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int] | None = None) -> Survey:
-    """`plans` by output folder ("" for the only one); `missing`: bytes to download, by label."""
+    """Survey a merge. `plans` are by output folder ("" for the only one).
+
+    `missing` holds the bytes that are still to be downloaded, by the label of the model.
+    """
     first = next(iter(plans.values()))
     recipe, tasks = first.recipe, first.tasks
     common = _common(tasks)
     names = [name for name in plans if name]
+    # Several omegas are listed in AIM's line, not among the settings.
     return Survey(
         title=recipe.title,
         source=recipe.method.source,
         models=tuple(_models(inputs, missing or {})),
         outputs=tuple(names),
-        settings={key: text for key, text in common.items() if key != "omega" or len(names) < 2},  # else AIM's line
+        settings={key: text for key, text in common.items() if key != "omega" or len(names) < 2},
         aim=_aim(recipe.aim, names) if recipe.aim else None,
         acm=_acm(recipe.acm) if recipe.acm else None,
         kinds=tuple(_kinds(tasks, common)),
@@ -62,7 +116,7 @@ def _short(dtype: Any) -> str:
 
 
 def _licence(checkpoint: Checkpoint) -> str:
-    """From the front matter of the model's card."""
+    """The licence in the front matter of the model's card; empty if there is none."""
     card = (checkpoint.small_file("README.md", LARGEST_CARD) or b"").decode("utf-8", "replace")
     front = card.split("\n---", 1)[0] if card.startswith("---") else ""
     found = _LICENCE.search(front)
@@ -80,7 +134,10 @@ def _read_bytes(task: Task, inputs: Inputs, with_base: bool) -> int:
 
 
 def _values(task: Task) -> dict[str, str]:
-    """The method's parameters for a tensor, and AIM's omega, as texts; an expert's own only where they differ."""
+    """The method's parameters for a tensor, and AIM's omega, as texts.
+
+    The experts' values are listed one by one only if they differ.
+    """
     found = {name: _told(value) for name, value in task.parameters.items()}
     return found | ({"omega": f"{task.omega:g}"} if task.omega != 1.0 else {})
 
@@ -118,7 +175,7 @@ def _kinds(tasks: Sequence[Task], common: Mapping[str, str]) -> Iterator[Kind]:
 
 
 def _span(texts: Sequence[str]) -> str:
-    """The values over a gradient: the first, the last."""
+    """The values over a gradient as one text: the first and the last."""
     distinct = list(dict.fromkeys(texts))
     return distinct[0] if len(distinct) == 1 else f"{distinct[0]} ... {distinct[-1]}"
 
@@ -140,13 +197,13 @@ def _acm(acm: Acm) -> dict[str, Any]:
 
 
 def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...]]:
-    """Why a tensor is copied or left away -> its name."""
+    """The reason why tensors are copied or left out -> their names."""
     reasons: dict[str, list[str]] = {}
     for task in tasks:
         if task.action == "copy":
             reasons.setdefault(_why_copied(task, inputs), []).append(task.name)
     if inputs.dropped:
-        reasons["left away: tied, it repeats its embedding"] = sorted(inputs.dropped)
+        reasons["left out: tied, it repeats its embedding"] = sorted(inputs.dropped)
     return {why: tuple(names) for why, names in reasons.items()}
 
 
@@ -154,49 +211,3 @@ def _why_copied(task: Task, inputs: Inputs) -> str:
     if task.name in inputs.roles.buffers:
         return "copied: state of the model that is no weight"
     return "copied: it is empty" if task.numel == 0 else "copied: no floating-point numbers"
-
-
-@dataclass(frozen=True)
-class Model:
-    label: str
-    role: str  # `base` or `expert`
-    parameters: int
-    nbytes: int
-    dtypes: tuple[str, ...]
-    layers: int
-    vocabulary: int  # rows of the embedding
-    tied: bool
-    licence: str  # as its card says; "" where it does not
-    missing_bytes: int = 0  # to download
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Tensors that stand for the same in each layer."""
-
-    kind: str
-    action: str  # merge or copy
-    tensors: int
-    parameters: int
-    settings: Mapping[str, str]  # the method's parameters, and AIM's omega, where they are not all tensors'
-
-
-@dataclass(frozen=True)
-class Survey:
-    title: str
-    source: str  # of the method
-    models: tuple[Model, ...]
-    outputs: tuple[str, ...]  # folders, where there are several
-    settings: Mapping[str, str]  # the same for all tensors
-    aim: Mapping[str, Any] | None
-    acm: Mapping[str, Any] | None
-    kinds: tuple[Kind, ...]
-    left_out: Mapping[str, tuple[str, ...]]  # why -> tensors that are not merged
-    shards: int
-    read_bytes: int  # each byte once
-    write_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        """As it comes back from JSON: lists for tuples."""
-        same: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return same

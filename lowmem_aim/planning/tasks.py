@@ -1,4 +1,4 @@
-"""Carried here from plan.py."""
+"""The parts of a plan: a task for each tensor of the output, a shard for each of its files."""
 
 from __future__ import annotations
 
@@ -12,39 +12,41 @@ import torch
 
 from lowmem_aim.planning.layers import kind_of
 from lowmem_aim.recipe.recipe import Recipe
-
-# What becomes of an expert's NaN and Inf: they end the merge, or take the base's value, as if the expert had no say.
-NonFinite = Literal["stop", "base"]
+from lowmem_aim.system.options import NonFinite
 
 
 @dataclass(frozen=True)
 class Task:
-    """One tensor of the output."""
+    """One tensor of the output: how it is made, and where its bytes go."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype  # of the output
     action: Literal["merge", "copy"]  # copy: the reference's bytes as they are
     parameters: Mapping[str, Any]  # of the method, by recipe name
-    whole: bool = False  # its rows may not come in several slices
-    omega: float = 1.0  # of AIM, if it relaxes this tensor
+    whole: bool = False  # its rows must come in one slice
+    omega: float = 1.0  # AIM's; 1.0 without AIM
     layer: int | None = None  # None: outside the layers
     begin: int = 0  # byte offset of the data in its shard's file
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the data in the output."""
         return self.numel * self.dtype.itemsize
 
     @property
     def kind(self) -> str:
+        """The module's name within its layer; see `kind_of`."""
         return kind_of(self.name, self.layer)
 
     @property
     def end(self) -> int:
+        """Byte offset of the end of the data in its shard's file."""
         return self.begin + self.nbytes
 
 
@@ -58,11 +60,14 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the file, header included."""
         return self.tasks[-1].end if self.tasks else len(self.header)
 
 
 @dataclass(frozen=True)
 class Plan:
+    """All that a merge writes to one output folder, in order."""
+
     recipe: Recipe
     shards: tuple[Shard, ...]
     seed: int
@@ -70,22 +75,25 @@ class Plan:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
+        """The tasks of all shards, in order."""
         return tuple(task for shard in self.shards for task in shard.tasks)
 
     @property
     def output_bytes(self) -> int:
+        """Bytes of all shards, headers included."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
     def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
         return sum(task.nbytes for task in self.tasks)
 
     def size(self) -> dict[str, Any]:
-        """What there is to do: for the journal."""
+        """The amount of work, as the journal records it."""
         return {"tensors": len(self.tasks), "bytes": self.output_bytes, "shards": [shard.name for shard in self.shards]}
 
     def index(self) -> bytes:
-        """model.safetensors.index.json."""
+        """The content of model.safetensors.index.json."""
         weight_map = {task.name: shard.name for shard in self.shards for task in shard.tasks}
         index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

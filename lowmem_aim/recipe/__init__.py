@@ -1,1 +1,10 @@
-"""What a recipe says: mergekit's YAML and the command line, read and checked."""
+"""Recipes: mergekit's YAML and the command line, read and checked.
+
+recipe.py         what a recipe is: frozen dataclasses
+words.py          the words that a recipe's values may be
+yaml_tree.py      YAML as a tree that keeps file and line
+values.py         the values in the tree, checked one by one
+relaxations.py    the tables `aim:` and `acm:`
+reader.py         the tree of a recipe -> Recipe
+from_flags.py     command-line flags as edits of the tree
+"""

@@ -1,4 +1,4 @@
-"""Command-line flags as edits of the recipe's tree, so that a wrong flag is reported as a wrong line would be."""
+"""Command-line flags as edits of the recipe's tree, so that a wrong flag is reported like a wrong line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lowmem_aim.recipe.recipe import Aim, same_reference
 from lowmem_aim.recipe.yaml_tree import Node, parse
 
 COMMAND_LINE = "command line"
+# Flag -> key of the table.
 AIM_FLAGS = {
     "omega": "omega",
     "scaling": "scaling",
@@ -27,8 +28,6 @@ AIM_FLAGS = {
     "tied": "tied",
     "calibration_dtype": "dtype",
 }
-
-
 ACM_FLAGS = {
     "theta": "theta",
     "normalise": "normalise",
@@ -40,16 +39,17 @@ RELAXATIONS = {"aim": ("aim",), "acm": ("acm",), "both": ("aim", "acm")}
 
 
 def empty_recipe() -> Node:
+    """The tree of a recipe without keys."""
     return Node({}, COMMAND_LINE)
 
 
 def applied(tree: Node, flags: dict[str, Any]) -> Node:
-    """The tree with every given flag in it. Raises RecipeError for flags that contradict each other."""
+    """Return the tree with every given flag in it. Raises RecipeError for flags that contradict each other."""
     for flag, key in (("method", "merge_method"), ("base", "base_model"), ("tokenizer_source", "tokenizer_source")):
         if flags.get(flag) is not None:
             tree = tree.with_item(key, _node(flags[flag], flag))
     if flags.get("dtype") is not None:
-        # Arithmetic is float32 whatever the recipe says; the flag is what the output is written in.
+        # Arithmetic is float32 whatever the recipe says; the flag sets the dtype of the output.
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
     tree = _with_models(tree, flags)
     tree = _with_parameters(tree, flags.get("parameter", ()))
@@ -61,9 +61,9 @@ def applied(tree: Node, flags: dict[str, Any]) -> Node:
 
 
 def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
-    """AIM, ACM or both on a finished model: one expert passed through, relaxed against the base; the authors' defaults.
+    """The recipe for AIM, ACM or both on a finished model, with the authors' defaults. Raises RecipeError.
 
-    Raises RecipeError.
+    The model is the one expert of a passthrough merge, which is then relaxed against the base.
     """
     ways = RELAXATIONS[flags.get("relaxations") or "aim"]
     models = Node([Node({"model": Node(merged, COMMAND_LINE)}, COMMAND_LINE)], COMMAND_LINE)
@@ -76,22 +76,22 @@ def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
 
 
 def _with_acm(tree: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
-    """With ACM's flags in it; and what is left of them for AIM."""
+    """The tree with ACM's flags in it, and the flags that are left for AIM."""
     table = tree.get("acm")
     assert table is not None
     if not isinstance(table.value, dict):
-        return tree, flags  # the recipe's reader says so
+        return tree, flags  # the recipe's reader reports it
     with_aim = tree.get("aim") is not None or flags.get("omega") is not None
     for flag, key in ACM_FLAGS.items():
         value = flags.get(flag)
-        # Activations are AIM's alone.
+        # A file of activations is for AIM alone; ACM needs texts.
         if value is not None and not (with_aim and str(value).endswith(".safetensors")):
             table = table.with_item(key, _node(value, flag))
     return tree.with_item("acm", table), flags if with_aim else flags | dict.fromkeys(ACM_FLAGS)
 
 
 def calibration_settings(flags: dict[str, Any]) -> Aim:
-    """The calibration flags alone. Raises RecipeError."""
+    """The settings that the calibration flags alone give. Raises RecipeError."""
     table = _with_aim(empty_recipe().with_item("aim", empty_recipe()), flags).get("aim")
     assert table is not None
     return read_aim(table)
@@ -119,7 +119,7 @@ def _takes_weight(tree: Node) -> bool:
 
 
 def _method(tree: Node) -> Method | None:
-    """None for one that the recipe's reader will name as unknown."""
+    """The recipe's method; None for one that the reader will report as unknown."""
     node = tree.get("merge_method")
     try:
         return find_method(node.value) if node is not None and isinstance(node.value, str) else None
@@ -133,7 +133,10 @@ def _top_level(tree: Node, name: str) -> bool:
 
 
 def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
-    """A value for all experts, or one for each in order; the base, where it is listed, is no expert."""
+    """The tree with one value for all experts, or one for each in order; a base that is listed is no expert.
+
+    Raises RecipeError for any other number of values.
+    """
     models = tree.get("models")
     if not values or models is None or not isinstance(models.value, list):
         return tree
@@ -186,7 +189,7 @@ def _scalar(text: str) -> Any:
 
 
 def _omegas(given: Any) -> Any:
-    """`--omega 0.4`, or several with commas between them."""
+    """The omega of a flag such as `0.4`, or a list of several that commas separate."""
     if given is None:
         return None
     values = [_scalar(part.strip()) for part in str(given).split(",")]
@@ -194,7 +197,10 @@ def _omegas(given: Any) -> Any:
 
 
 def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
-    """Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`."""
+    """The tree with AIM's flags in it. Raises RecipeError for flags that have no meaning without AIM.
+
+    Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`.
+    """
     aim = tree.get("aim")
     flags = flags | {"omega": _omegas(flags.get("omega")), "exclude": list(flags.get("exclude", ())) or None}
     given = {key: flag for flag, key in AIM_FLAGS.items() if flags.get(flag) is not None}

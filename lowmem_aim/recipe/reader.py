@@ -1,7 +1,7 @@
-"""mergekit's YAML -> a frozen Recipe. Every problem is found, and named with its file and line, before anything runs.
+"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file and line.
 
-The YAML comes as a tree (`yaml_tree`); command-line flags replace nodes of that tree, so that a wrong flag is reported
-like a wrong line. `read_recipe` then builds the Recipe from the tree.
+The YAML comes as a tree (`yaml_tree`); command-line flags replace nodes of that tree (`from_flags`), so that a wrong
+flag is reported like a wrong line. `read_recipe` then builds the Recipe from the tree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOP_KEYS = (
     "aim",
     "acm",
 )
-# mergekit's, and why they are refused rather than ignored.
+# Keys of mergekit's that are refused rather than ignored, with the reason.
 UNSUPPORTED_KEYS = {
     "slices": "only `models` is supported",
     "modules": "only `models` is supported",
@@ -95,7 +95,7 @@ class _Reader(Values):
         if not method or base is None:
             return entries
         others = [entry for entry in entries if not same_reference(entry.reference, base)]
-        if method.builds_on(base):  # it is added by itself; listed or not, it is no expert
+        if method.builds_on(base):  # the base is added in any case; listed or not, it is no expert
             return others
         if method.base == "averaged" and len(others) == len(entries):
             return [ModelEntry(base, {}, self.root.where), *entries]
@@ -121,7 +121,7 @@ class _Reader(Values):
         if not isinstance(node.value, dict):
             self.problem(node, "`parameters` must be a table")
             return {}
-        if not method:  # which is a problem of its own; names that no method has are one in any case
+        if not method:  # no method: reported already; a name that no method has is wrong in any case
             self._check_names(node, {name for other in METHODS.values() for name in other.parameters})
             return {}
         at_model = table is not self.root
@@ -130,7 +130,7 @@ class _Reader(Values):
             parameter = method.parameters.get(name)
             if parameter is None or (at_model and not parameter.per_expert):
                 self._unused_parameter(name, value, method, at_model)
-            else:  # after a problem: present all the same, so that it is not called missing as well
+            else:  # after a problem the name is kept, so that it is not reported as missing too
                 settings[name] = self.setting(value, parameter) or Setting(None)
         return settings
 
@@ -144,7 +144,7 @@ class _Reader(Values):
             self.problem(node, f"unknown parameter `{printable(name)}`{did_you_mean(name, method.parameters)}")
 
     def _check_names(self, table: Node, known: Collection[str]) -> None:
-        """Parameters' names alone."""
+        """Check the parameters' names alone, not their values."""
         for name, node in table.value.items():
             if name not in known:
                 self.problem(node, f"unknown parameter `{printable(name)}`{did_you_mean(name, known)}")
@@ -199,7 +199,7 @@ class _Reader(Values):
         return acm_table(self, node, aim) if node else None
 
     def _table(self, key: str, example: str, base: str | None, needed: str) -> Node | None:
-        """A relaxation's table; None if there is none, or it is no table."""
+        """A relaxation's table; None if the recipe has none, or has something else in its place."""
         node = self.root.get(key)
         if node is None:
             return None
@@ -212,13 +212,13 @@ class _Reader(Values):
 
 
 def _line_of(problem: str) -> int:
-    """The line number at the head of a problem; flags, which have none, come first."""
+    """The line number at the start of a problem; 0 for flags, which have none and so come first."""
     match = re.match(r".*?:(\d+): ", problem)
     return int(match[1]) if match else 0
 
 
 def read_aim(table: Node) -> Aim:
-    """The `aim:` table alone -> Aim. Raises RecipeError with every problem at once."""
+    """Build an Aim from an `aim:` table alone. Raises RecipeError with every problem at once."""
     read = Values()
     aim = aim_table(read, table)
     if read.problems:
@@ -227,5 +227,5 @@ def read_aim(table: Node) -> Aim:
 
 
 def read_recipe(root: Node) -> Recipe:
-    """Tree -> Recipe. Raises RecipeError with every problem at once."""
+    """Build a Recipe from its tree. Raises RecipeError with every problem at once."""
     return _Reader(root).recipe()

@@ -1,4 +1,4 @@
-"""What a recipe is: mergekit's YAML, read and checked (`recipe_reader`), as frozen dataclasses."""
+"""A recipe as frozen dataclasses: mergekit's YAML, read and checked by `reader`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Setting:
     where: str = field(default="", compare=False)
 
     def at(self, tensor: str, t: float) -> Any:
-        """The value for a tensor at depth t in [0, 1]; None if no filter matches."""
+        """The value for a tensor at depth `t` in [0, 1]; None if no filter matches."""
         if not self.filtered:
             return _on_gradient(self.value, t)
         for pattern, value in self.value:
@@ -33,7 +33,7 @@ class Setting:
 
 
 def _on_gradient(value: Any, t: float) -> Any:
-    """Piecewise linear through the values of a list, evenly spread over [0, 1]."""
+    """The value at `t` of the piecewise linear curve through a tuple, spread evenly over [0, 1]; a scalar unchanged."""
     if not isinstance(value, tuple):
         return value
     place = t * (len(value) - 1)
@@ -44,7 +44,7 @@ def _on_gradient(value: Any, t: float) -> Any:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of the recipe: a local folder or a Hub id with `@revision`."""
+    """One model of the recipe: a local folder, or a Hub id with an optional `@revision`."""
 
     reference: str
     parameters: Mapping[str, Setting]
@@ -53,7 +53,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Aim:
-    """The `aim:` key. `calibration` "" is the authors' Pile set."""
+    """The `aim:` key (AIM: arXiv 2502.02421). An empty `calibration` means the authors' Pile set."""
 
     omega: Setting | tuple[float, ...] = Setting(DEFAULT_OMEGA)  # several: an output for each
     scaling: str = "identity"
@@ -64,10 +64,10 @@ class Aim:
     seed: int = 42
     pack: bool = True
     tied: str = "relax"
-    dtype: str = ""  # of the calibration's forward; "" is the checkpoint's
+    dtype: str = ""  # of the calibration's forward; "": the checkpoint's
 
     def omega_at(self, tensor: str, t: float) -> float:
-        """For a tensor at depth t in [0, 1]; the default where no filter matches."""
+        """The omega for a tensor at depth `t` in [0, 1]; the default if no filter matches."""
         assert isinstance(self.omega, Setting)
         value = self.omega.at(tensor, t)
         return DEFAULT_OMEGA if value is None else float(value)
@@ -75,18 +75,21 @@ class Aim:
 
 @dataclass(frozen=True)
 class Acm:
-    """The `acm:` key. `calibration` "" is that of `aim`, or else the authors' Pile set."""
+    """The `acm:` key (ACM: arXiv 2505.14009).
+
+    An empty `calibration` means that of `aim`, or without one the authors' Pile set.
+    """
 
     theta: float = 0.7  # the authors' for most sizes; 1.2 for 14B
     normalise: Normalise = "samples"
     calibration: str = ""
     samples: int = 100
-    dtype: str = ""  # of both forwards; "" is AIM's, or else the base's
+    dtype: str = ""  # of both forwards; "": that of AIM, or without one the base's
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge. `models` are the experts, and the base only where the method merges it as one of them."""
+    """A whole recipe. `models` are the experts; the base is among them only if the method merges it like an expert."""
 
     method: Method
     base: str | None
@@ -101,19 +104,24 @@ class Recipe:
 
     @property
     def builds_on_base(self) -> bool:
+        """Whether the result is the base and something added to it."""
         return self.method.builds_on(self.base)
 
     @property
     def relaxed(self) -> bool:
+        """Whether AIM or ACM changes the merge."""
         return self.aim is not None or self.acm is not None
 
     @property
     def title(self) -> str:
-        """`ties + AIM + ACM`."""
+        """The method's name and its relaxations: `ties + AIM + ACM`."""
         return " + ".join([self.method.name, *(["AIM"] if self.aim else []), *(["ACM"] if self.acm else [])])
 
     def resolve(self, tensor: str, t: float) -> dict[str, Any]:
-        """The method's parameters for one tensor at depth t: model > top level > default, by recipe name."""
+        """The method's parameters for one tensor at depth `t` in [0, 1], by recipe name: model > top level > default.
+
+        A parameter of the experts is a tuple with one value for each. Raises RecipeError if a required one has none.
+        """
         resolved: dict[str, Any] = {}
         for name, parameter in self.method.parameters.items():
             if parameter.per_expert:
@@ -139,7 +147,10 @@ class Recipe:
 
 
 def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
-    """Folder within the output -> the recipe of what goes there. "" is the output itself, if there is one omega."""
+    """Split a recipe into one for each omega: folder within the output -> its recipe.
+
+    With a single omega the folder is "", the output itself.
+    """
     if recipe.aim is None or isinstance(recipe.aim.omega, Setting):
         return {"": recipe}
     return {

@@ -1,4 +1,4 @@
-"""The recipe's tables `aim:` and `acm:` -> Aim and Acm."""
+"""The tables `aim:` and `acm:` of a recipe, read into Aim and Acm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _THETA = Parameter("acm.theta", per_expert=False, kind="number", default=0.7, lo
 
 
 def aim_table(read: Values, node: Node) -> Aim:
-    """The values of an `aim` table; problems are collected, and their keys left at the defaults."""
+    """Build an Aim from an `aim` table. Problems are collected in `read`, and keys with one keep their defaults."""
     read.check_keys(node, AIM_KEYS, {})
     keys = {key: item for key, item in node.value.items() if key in AIM_KEYS}
     readers: dict[str, Callable[[Values, Node], Any]] = {"omega": _omega, "exclude": _exclude}
@@ -37,7 +37,10 @@ def aim_table(read: Values, node: Node) -> Aim:
 
 
 def acm_table(read: Values, node: Node, aim: Aim | None) -> Acm:
-    """The values of an `acm` table, likewise; some are `aim`'s where they are left out."""
+    """Build an Acm from an `acm` table; problems are collected as in `aim_table`.
+
+    A missing `calibration` or `dtype` is that of `aim`, except that a file of activations is not taken.
+    """
     read.check_keys(node, ACM_KEYS, {})
     checked = {key: _acm_value(read, key, item) for key, item in node.value.items() if key in ACM_KEYS}
     acm = Acm(**{key: value for key, value in checked.items() if value is not None})
@@ -48,7 +51,7 @@ def acm_table(read: Values, node: Node, aim: Aim | None) -> Acm:
 
 
 def _omega(read: Values, node: Node) -> Setting | tuple[float, ...] | None:
-    """A number, filters, or several numbers: an output for each; None after a problem."""
+    """A number or filters as a Setting; several numbers, one for each output, as a tuple; None after a problem."""
     if not isinstance(node.value, list) or any(isinstance(item.value, dict) for item in node.value):
         return read.setting(node, _OMEGA)
     values = [read.value(item, _OMEGA) for item in node.value]
@@ -60,7 +63,7 @@ def _omega(read: Values, node: Node) -> Setting | tuple[float, ...] | None:
         elif values.count(value) > 1:
             read.problem(item, f"`aim.omega` has {value:g} twice")
     right = all(isinstance(value, int | float) for value in values)
-    return tuple(float(value) + 0.0 for value in values) if right else None  # -0.0 would have a folder of its own
+    return tuple(float(value) + 0.0 for value in values) if right else None  # -0.0 + 0.0 is 0.0: no folder `omega--0`
 
 
 def _exclude(read: Values, node: Node) -> tuple[str, ...] | None:
@@ -82,7 +85,7 @@ def _acm_value(read: Values, key: str, node: Node) -> Any:
 
 
 def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
-    """One value of the `aim` table, or one that `acm` has too, checked; None after a problem."""
+    """One value of the `aim` table, or of a key that `acm` shares with it, checked; None after a problem."""
     value = node.value
     whole = isinstance(value, int) and not isinstance(value, bool)
     correct = {

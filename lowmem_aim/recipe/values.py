@@ -1,4 +1,4 @@
-"""The values in a recipe's tree, checked one by one. Problems are collected, so that all of them are told at once."""
+"""The values in a recipe's tree, checked one by one. Problems are collected, so that all are reported at once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import Setting
 from lowmem_aim.recipe.yaml_tree import Node
 
-LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; what systems take
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
 
 
 class Values:
-    """Reads values from nodes and collects what is wrong with them, each problem with its node's place."""
+    """A reader of values from nodes that collects what is wrong with them, each problem with its place."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.notices: list[str] = []
 
     def problem(self, node: Node, text: str) -> None:
+        """Note a problem at the place of `node`."""
         self.problems.append(f"{node.where}: {text}")
 
     def check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, str]) -> None:
+        """Note a problem for each key of `table` that is unknown, or known to mergekit but not supported."""
         for key, node in table.value.items():
             if key in unsupported:
                 self.problem(node, f"`{key}` is not supported: {unsupported[key]}")
@@ -32,13 +34,14 @@ class Values:
                 self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}")
 
     def text(self, node: Node | None, what: str) -> str | None:
+        """The text of a node without outer spaces; None if the node is empty, or after a problem. `what` is its key."""
         if node is None or node.value is None:
             return None
         value = node.value
         if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
             value = value["path"].value
         if not isinstance(value, str) or not value.strip():
-            self.problem(node, f"`{what}` must be a text")
+            self.problem(node, f"`{what}` must be text")
             return None
         if wrong := no_name(value.strip()):
             self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
@@ -46,6 +49,7 @@ class Values:
         return value.strip()
 
     def setting(self, node: Node, parameter: Parameter) -> Setting | None:
+        """A parameter's value as the recipe gives it: a scalar, a gradient or filters; None after a problem."""
         filtered = isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value)
         if not filtered:
             value = self.value(node, parameter)
@@ -65,7 +69,7 @@ class Values:
         return Setting(tuple(rules), filtered=True, where=node.where)
 
     def value(self, node: Node, parameter: Parameter) -> Any:
-        """A scalar or a gradient, checked; None after a problem."""
+        """A scalar, or a gradient as a tuple, checked; None after a problem."""
         if isinstance(node.value, list):
             values = [self.value(item, parameter) for item in node.value]
             if parameter.kind != "number" or not values or not all(isinstance(v, int | float) for v in values):
@@ -81,7 +85,7 @@ class Values:
 
 
 def no_name(text: str) -> str:
-    """Why a text can be no path and no Hub id; empty if it can."""
+    """The reason why a text can be neither a path nor a Hub id; empty if it can."""
     try:
         parts = text.encode("utf-8").split(b"/")
     except UnicodeEncodeError:
@@ -96,7 +100,7 @@ def no_name(text: str) -> str:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-5` as a text; people mean a number."""
+    """`value` as a number if it is one: YAML 1.1 reads `1e-5` as a text."""
     if isinstance(value, str):
         try:
             return float(value)

@@ -1,7 +1,7 @@
-"""YAML as a tree of `Node`s that know where they stand, read so that no input can run code or grow.
+"""YAML as a tree of `Node`s with their file and line, read so that no input can run code or exhaust memory.
 
-Only plain scalars, lists and tables are built, as many and as deep as MAX_NODES and MAX_DEPTH say, aliases expanded;
-doubled keys are refused.
+Only plain scalars, lists and tables are built, at most MAX_NODES of them and MAX_DEPTH deep, aliases expanded. A key
+that appears twice in a table is refused.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from lowmem_aim.errors import RecipeError, printable
 MAX_RECIPE_BYTES = 1_000_000
 MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billions
 MAX_DEPTH = 40
-MAX_NUMBER = 1000  # characters; `1:59:59:...` is a number to YAML, and takes a time that grows with its square
+MAX_NUMBER = 1000  # characters; `1:59:59:...` is a number to YAML, and the time to parse it grows with its square
 STANDARD = "tag:yaml.org,2002:"
 PLAIN_TAGS = frozenset(["null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp", "value"])
 
 
 @dataclass(frozen=True)
 class Node:
-    """A value of the recipe (scalar, list of Nodes, or table of Nodes) and where it stands: `file:line`, or a flag."""
+    """A value of the recipe (a scalar, a list or a table of Nodes) and its place: `file:line`, or a flag."""
 
     value: Any
     where: str
 
     def get(self, key: str) -> Node | None:
+        """The value of a key; None if there is none, or if the node is no table."""
         found: Node | None = self.value.get(key) if isinstance(self.value, dict) else None
         return found
 
     def with_item(self, key: str, node: Node) -> Node:
+        """A copy of the table with `key` set to `node`; a node that is no table counts as an empty one."""
         return Node({**(self.value if isinstance(self.value, dict) else {}), key: node}, self.where)
 
 
 def parse(text: str, source: str) -> Node:
-    """YAML text -> tree. Raises RecipeError."""
+    """Parse YAML into a tree; `source` is the name for its lines. Raises RecipeError."""
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{source}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
     try:
@@ -58,7 +60,7 @@ def parse(text: str, source: str) -> Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops at a file that is too large or too deep as it meets it: reading on would take minutes."""
+    """A loader that stops as soon as a file is too large or too deep: reading on would take minutes."""
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
@@ -75,7 +77,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Converter:
-    """yaml's nodes -> ours, counting what aliases expand to."""
+    """A converter of yaml's nodes into ours, which counts what aliases expand to."""
 
     def __init__(self, source: str) -> None:
         self.problems: list[str] = []
@@ -102,7 +104,7 @@ class _Converter:
             if node.tag != STANDARD + "str" and len(node.value) > MAX_NUMBER:
                 raise ValueError("too long")
             value = self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # of a tag that does not fit
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the tag does not fit the value
             shown = printable(str(node.value)) + "` is not a valid value"
             self.problems.append(f"{where}: `{shown}: {printable(str(error))}")
             return None
@@ -134,7 +136,7 @@ class _Converter:
 
 
 def load_tree(path: Path) -> Node:
-    """The tree of a recipe file. Raises RecipeError."""
+    """Read a recipe file into a tree. Raises RecipeError."""
     shown = printable(str(path))
     try:
         with path.open("rb") as stream:
@@ -143,6 +145,6 @@ def load_tree(path: Path) -> Node:
     except OSError as error:
         raise RecipeError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        if len(content) > MAX_RECIPE_BYTES:  # it may have been cut within a letter
+        if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
             raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe") from None
         raise RecipeError(f"{shown}: is not UTF-8 text") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.methods.method import Rows
+from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layers import layer_count, layer_of
 from lowmem_aim.planning.tasks import Task
@@ -38,87 +40,144 @@ class Consensus:
         return self.freezing.get(self.named.get(tensor, "") if layer is None else str(layer), 0.0)
 
 
-class Relaxation:
-    """AIM and ACM as one recipe asks for them; nothing, where it does not."""
-
-    def __init__(
-        self, aim: Aim | None, activations: Activations | None, inputs: Inputs, consensus: Consensus | None = None
-    ) -> None:
-        self._aim, self._activations, self._inputs, self._consensus = aim, activations, inputs, consensus
-        self._layers = layer_count(inputs.reference.config)
-
-    def statistic(self, task: Task) -> str | None:
-        """Whose statistic relaxes this weight; None where it is not relaxed."""
-        if self._aim is None or self._activations is None or task.action == "copy":
-            return None
-        return statistic_of(task.name, self._activations, self._aim)
+class Step(Protocol):
+    """One relaxation of a finished delta; an output's are applied one after another."""
 
     def touches(self, task: Task) -> bool:
-        return self.statistic(task) is not None or self._frozen(task) > 0.0
-
-    def _frozen(self, task: Task) -> float:
-        """How much of the delta ACM takes back."""
-        if self._consensus is None or task.action == "copy":
-            return 0.0
-        return self._consensus.of(task.name, self._layers)
+        """Whether the step changes this weight."""
+        ...
 
     def of(self, task: Task) -> Relax | None:
         """The relaxation of one weight; None where it has none."""
-        by_channel, by_layer = self._by_channel(task), self._by_layer(task)
-        if by_channel is None or by_layer is None:
-            return by_channel or by_layer
-        return lambda merged, rows: by_layer(by_channel(merged, rows), rows)
+        ...
 
-    def _by_layer(self, task: Task) -> Relax | None:
+    def check_base(self, task: Task, digest: str | None) -> None:
+        """Raise ModelError if the step was measured on another base than the one whose tensor has `digest`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByChannel:
+    """AIM: each weight's delta shrinks by input channel (arXiv 2502.02421)."""
+
+    aim: Aim
+    activations: Activations  # of `base`
+    base: Checkpoint
+    inputs: Inputs
+
+    def touches(self, task: Task) -> bool:
+        """Whether AIM relaxes this weight."""
+        return self._statistic(task) is not None
+
+    def of(self, task: Task) -> Relax | None:
+        """The relaxation of one weight by its input channels; None where it has no statistic."""
+        name = self._statistic(task)
+        if name is None:
+            return None
+        shrink = shrinkage(self.activations.means[name], task.omega, self.aim.scaling)
+
+        def relaxed(merged: Tensor, rows: Rows) -> Tensor:
+            first = rows.start // merged.shape[1]
+            part = shrinkage_rows(shrink, task.shape, first, first + rows.count)
+            part = _known(self.inputs.row_map(self.base, task.name), part, first, rows.count)
+            return relax(merged, rows.stored_base, part.to(merged.device))
+
+        return relaxed
+
+    def check_base(self, task: Task, digest: str | None) -> None:
+        """Raise ModelError unless the activations were measured on the base's tensor that has this digest."""
+        expected = self.activations.base_digests.get(task.name) if self.touches(task) else None
+        if expected is not None and expected != digest:
+            raise ModelError(
+                f"the activations were measured on another base: `{printable(task.name)}` differs in "
+                f"`{printable(self.base.label)}`",
+                hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
+            )
+
+    def _statistic(self, task: Task) -> str | None:
+        """The name of the statistic that relaxes this weight; None where it is not relaxed."""
+        return None if task.action == "copy" else statistic_of(task.name, self.activations, self.aim)
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """ACM: each layer's delta shrinks as a whole (arXiv 2505.14009)."""
+
+    consensus: Consensus
+    base: Checkpoint
+    inputs: Inputs
+
+    def touches(self, task: Task) -> bool:
+        """Whether ACM takes back some of this weight's delta."""
+        return self._frozen(task) > 0.0
+
+    def of(self, task: Task) -> Relax | None:
+        """The relaxation of one weight by its layer; None where ACM takes nothing back."""
         frozen = self._frozen(task)
         if not frozen:
             return None
 
         def relaxed(merged: Tensor, rows: Rows) -> Tensor:
             first = rows.start // merged.shape[1]
-            shrink = torch.full((1, merged.shape[1]), frozen)
-            return relax(merged, rows.stored_base, self._known(task, shrink, first, rows.count).to(merged.device))
+            part = torch.full((1, merged.shape[1]), frozen)
+            row_map = self.inputs.row_map(self.base, task.name)
+            return relax(merged, rows.stored_base, _known(row_map, part, first, rows.count).to(merged.device))
 
         return relaxed
-
-    def _by_channel(self, task: Task) -> Relax | None:
-        name = self.statistic(task)
-        if name is None:
-            return None
-        assert self._activations is not None
-        assert self._aim is not None
-        shrink = shrinkage(self._activations.means[name], task.omega, self._aim.scaling)
-
-        def relaxed(merged: Tensor, rows: Rows) -> Tensor:
-            first = rows.start // merged.shape[1]
-            part = shrinkage_rows(shrink, task.shape, first, first + rows.count)
-            part = self._known(task, part, first, rows.count)
-            return relax(merged, rows.stored_base, part.to(merged.device))
-
-        return relaxed
-
-    def _known(self, task: Task, part: Tensor, first: int, count: int) -> Tensor:
-        """`part` of a shrinkage without the rows that the base does not have: new vocabulary is not relaxed."""
-        assert self._inputs.base is not None
-        row_map = self._inputs.row_map(self._inputs.base, task.name)
-        if row_map is None:
-            return part
-        known = row_map[first : first + count] >= 0
-        return torch.where(known[:, None], part, 0.0)
 
     def check_base(self, task: Task, digest: str | None) -> None:
-        """The activations must have been taken on these very weights. Raises ModelError."""
-        if self.statistic(task) is None:
-            return
-        assert self._inputs.base is not None
-        assert self._activations is not None
-        expected = self._activations.base_digests.get(task.name)
-        if expected is not None and expected != digest:
-            raise ModelError(
-                f"the activations were measured on another base: `{printable(task.name)}` differs in "
-                f"`{printable(self._inputs.base.label)}`",
-                hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
-            )
+        """Nothing to check: ACM is measured in the run that applies it, and `Consensus` is stamped with its inputs."""
+
+    def _frozen(self, task: Task) -> float:
+        """The share of the delta that ACM takes back."""
+        layers = layer_count(self.inputs.reference.config)
+        return 0.0 if task.action == "copy" else self.consensus.of(task.name, layers)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """All that becomes of one output's merged rows after the method; nothing, without a step."""
+
+    steps: tuple[Step, ...] = ()
+
+    def touches(self, task: Task) -> bool:
+        """Whether any step changes this weight."""
+        return any(step.touches(task) for step in self.steps)
+
+    def of(self, task: Task) -> Relax | None:
+        """The relaxations of one weight as one; None where it has none."""
+        relaxations = [found for step in self.steps if (found := step.of(task)) is not None]
+        if not relaxations:
+            return None
+
+        def relaxed(merged: Tensor, rows: Rows) -> Tensor:
+            for one in relaxations:
+                merged = one(merged, rows)
+            return merged
+
+        return relaxed
+
+    def check_base(self, task: Task, digest: str | None) -> None:
+        """Raise ModelError if a step was measured on another base."""
+        for step in self.steps:
+            step.check_base(task, digest)
+
+    def then(self, step: Step) -> Relaxation:
+        """The same relaxation with one more step at its end."""
+        return Relaxation((*self.steps, step))
+
+
+def _known(
+    row_map: Tensor | None,
+    part: Tensor,  # (1 or count, columns) of a shrinkage: `count` rows from `first` on
+    first: int,
+    count: int,
+) -> Tensor:
+    """`part` with zeros in the rows that the base does not have: new vocabulary is not relaxed."""
+    if row_map is None:
+        return part
+    known = row_map[first : first + count] >= 0
+    return torch.where(known[:, None], part, 0.0)
 
 
 def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:
@@ -135,12 +194,11 @@ def _fitting(name: str, activations: Activations, aim: Aim) -> str | None:
     return heads[0] if heads and aim.tied == "relax" else None
 
 
-def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> None:
+def check_activations(activations: Activations, base: Checkpoint, aim: Aim) -> None:
     """Raises ModelError unless the statistics fit the weights they are for; all problems at once."""
-    assert inputs.base is not None
     problems = []
     fitting = 0
-    for info in inputs.base:
+    for info in base:
         name = _fitting(info.name, activations, aim)
         if name is None:
             continue
@@ -150,18 +208,17 @@ def check_activations(activations: Activations, inputs: Inputs, aim: Aim) -> Non
         fitting += 1
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"nor do those of {len(problems) - MOST_PROBLEMS} more weights"]
-    strange = [name for name in activations.means if name not in inputs.base.tensors and name not in activations.tied]
+    strange = [name for name in activations.means if name not in base.tensors and name not in activations.tied]
     if fitting and strange:
         what = f"the activations of {len(strange)} weights, `{printable(strange[0])}` the first"
-        problems.append(f"{what}, are of none that `{printable(inputs.base.label)}` has")
+        problems.append(f"{what}, are of none that `{printable(base.label)}` has")
     if not fitting:
-        problems.append(f"the activations name no weight of `{printable(inputs.base.label)}`")
+        problems.append(f"the activations name no weight of `{printable(base.label)}`")
     if problems:
         raise ModelError(problems, hint="they were measured on another model; make them with `lowmem-aim calibrate`")
 
 
-def idle_exclusions(activations: Activations, inputs: Inputs, aim: Aim) -> Iterator[str]:
+def idle_exclusions(activations: Activations, base: Checkpoint, aim: Aim) -> Iterator[str]:
     """Those of `aim.exclude` that are part of no weight that would be relaxed."""
-    assert inputs.base is not None
-    relaxed = [info.name for info in inputs.base if _fitting(info.name, activations, aim) is not None]
+    relaxed = [info.name for info in base if _fitting(info.name, activations, aim) is not None]
     return (part for part in aim.exclude if not any(part in name for name in relaxed))

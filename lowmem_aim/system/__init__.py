@@ -1,1 +1,13 @@
-"""The machine: memory, files, locks, devices, signals."""
+"""The machine: memory, files, locks, devices and signals.
+
+options.py        the settings of a job, as the command line gives them
+memory.py         memory budgets, what is used and what is free
+devices.py        the device that computes slices, and copies to and from it
+tensors.py        tensors as bytes, and memory for large ones outside the heap
+tensor_store.py   tensors between two uses: on the device, in RAM or in a file
+run.py            a running job: its options, device, memory budget and events
+files.py          files that are whole or absent
+lock.py           the lock of an output folder
+interrupts.py     signals: end, pause, report progress
+bugs.py           the traceback of a bug, kept for a report
+"""

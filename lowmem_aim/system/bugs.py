@@ -1,4 +1,4 @@
-"""Where the traceback of a bug is kept for a report: in the run's log, or else in one file in the cache folder."""
+"""The traceback of a bug, kept for a report: in the run's log, or else in one file in the cache folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOGGED = "its traceback is in "
 
 
 def note_log(error: BaseException, log: Path) -> None:
-    """Note on an error that the log of its run, which outlives it, holds its traceback."""
+    """Add a note to `error`: the run's log, which outlives the run, holds its traceback."""
     error.add_note(f"{_LOGGED}{log}")
 
 
@@ -25,7 +25,7 @@ def _noted(error: BaseException) -> Path | None:
 
 
 def hint(error: BaseException, command: str, debug: bool) -> str:
-    """What to do about a bug; without `debug` its traceback is in the file that is named."""
+    """Advice for the user about a bug. Without `debug` it names the file that holds the traceback."""
     if debug:
         return "this is a bug: report it with the traceback below"
     file = _noted(error) or _keep(error, command)
@@ -35,21 +35,21 @@ def hint(error: BaseException, command: str, debug: bool) -> str:
 
 
 def _keep(error: BaseException, command: str) -> Path | None:
-    """The traceback as a file in the cache folder, in place of the last one's; None where none can be written."""
+    """Write the traceback to the cache folder, replacing the last one; None if no file can be written."""
     try:
-        from lowmem_aim.system.files import cache_folder, write_file  # slow beside `--help`
+        from lowmem_aim.system.files import cache_folder, write_file  # here and not above: `--help` must start fast
 
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         text = f"lowmem-aim {lowmem_aim.__version__}\n{command}\n\n{_traceback(error)}"
         write_file(folder / NAME, text.encode("utf-8", "backslashreplace"))
-    except Exception:  # no home, no room, no permission: none of it may hide the error
+    except Exception:  # no home, no space, no permission: none of these may hide the error
         return None
     return folder / NAME
 
 
 def print_traceback(error: BaseException) -> None:
-    """On stderr; what came from files escaped."""
+    """Print the traceback on stderr, with everything that came from files escaped."""
     print("", *(printable(line, LONGEST_LINE) for line in _traceback(error).splitlines()), sep="\n", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
-"""Where slices are computed: the CPU, or a device that they are copied to and from.
+"""The device that computes slices: the CPU, or another one that slices are copied to and from.
 
-On CUDA every worker thread has a stream of its own, so that one slice is copied in, another computed and a third
-copied out at the same time; host buffers are pinned, torch's caching allocators reuse them and the device's.
+On CUDA every worker thread has a stream of its own, so that one slice is copied in while another is computed and a
+third is copied out. Host buffers are pinned; torch's caching allocators reuse them and the device's memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from lowmem_aim.errors import UsageError, printable
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that is meant by `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises UsageError if it is not here."""
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means. Raises UsageError if it cannot be used here.
+
+    `auto` is CUDA where torch has it, and the CPU elsewhere.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -32,7 +35,7 @@ def usable_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def one_thread_an_operation() -> Iterator[None]:
-    """Slices are what is worked on in parallel; threads within torch's operations would only get in their way."""
+    """Give each torch operation one thread during the block: slices already run in parallel."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,7 +45,7 @@ def one_thread_an_operation() -> Iterator[None]:
 
 
 class DeviceStreams:
-    """One lane for each thread that computes on `device`."""
+    """A CUDA stream for each thread that computes on `device`; on other devices, plain copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -50,7 +53,7 @@ class DeviceStreams:
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[None]:
-        """What the thread computes in here is done when it leaves."""
+        """Run the block on the thread's own stream, and wait at its end until everything is computed."""
         if self.device.type != "cuda":
             yield
             return
@@ -61,7 +64,7 @@ class DeviceStreams:
             self._own.stream.synchronize()
 
     def up(self, stored: Tensor) -> Tensor:
-        """A CPU tensor on the device; itself, if that is the CPU."""
+        """Copy a CPU tensor to the device; on the CPU, return `stored` itself."""
         if self.device.type == "mps" and stored.dtype == torch.float64:
             stored = stored.to(torch.float32)  # Apple's GPUs have no float64; slices are computed in float32 anyway
         if self.device.type != "cuda":
@@ -70,13 +73,13 @@ class DeviceStreams:
         return pinned.copy_(stored).to(self.device, non_blocking=True)
 
     def down(self, result: Tensor) -> Tensor:
-        """A tensor of the device on the CPU, contiguous; to be looked at once the lane is left."""
+        """Copy a tensor of the device to the CPU, contiguous. On CUDA, read the result only after `lane` has ended."""
         if self.device.type != "cuda":
             return result.cpu().contiguous()
         pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
         return pinned.copy_(result, non_blocking=True)
 
     def release(self) -> None:
-        """Give back what torch's allocator holds in reserve, after an allocation has failed."""
+        """Give back the memory that torch's allocator holds in reserve, after an allocation has failed."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, fsync, rename, fsync the folder; and the lock of an output folder."""
+"""Files that are whole or absent: written under a temporary name, fsynced, renamed, and the folder fsynced."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from lowmem_aim.errors import DiskError, UsageError, printable
 
-LONGEST_NAME = 200  # bytes, of 255: names for what is not whole yet are longer
+LONGEST_NAME = 200  # bytes; systems allow 255, and names of unfinished files are longer than their outputs'
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """OSError -> DiskError with the file's name."""
+    """Turn an OSError of the block into a DiskError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power loss. Windows cannot open folders; there it does nothing."""
+    """Make renames in `folder` survive a power loss; on Windows, which cannot open folders, do nothing.
+
+    Raises OSError.
+    """
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -34,11 +37,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """`path` holds exactly `data`, durably, or what it held before. The mode respects the umask.
+    """Write `data` to `path` durably: the file then holds exactly `data`, or what it held before.
 
-    Raises DiskError. The temporary name starts with a dot and ends with `.partial`.
+    The mode respects the umask. The temporary name starts with a dot and ends with `.partial`. Raises DiskError.
     """
-    # A name of its own: two processes may write the same cached file, each whole.
+    # A random name: two processes may write the same cached file, and each must write it whole.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with disk_errors(path):
         try:
@@ -60,7 +63,7 @@ def cache_folder() -> Path:
 
 
 def partial_folder(output: Path) -> Path:
-    """The folder that work on one file lies in until it is whole. Raises UsageError for a name that is too long."""
+    """The folder for the unfinished work on one output file. Raises UsageError if the name is too long."""
     if len(os.fsencode(output.name)) > LONGEST_NAME:
-        raise UsageError(f"the output's name has more than {LONGEST_NAME} bytes", hint="name it shorter")
+        raise UsageError(f"the output's name has more than {LONGEST_NAME} bytes", hint="choose a shorter name")
     return output.parent / f"{output.name}.partial"

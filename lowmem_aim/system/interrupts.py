@@ -1,14 +1,14 @@
-"""What a user asks of a run: to end (SIGINT, SIGTERM, SIGHUP), to pause, or to tell how it stands (SIGUSR1).
+"""Requests from the user to a run: end (SIGINT, SIGTERM, SIGHUP), pause, or report progress (SIGUSR1).
 
-Before work starts there is nothing to take back, and an exception raised in the middle of an import is swallowed or
-dressed up by it: the process just ends. During `work`, the first signal raises `Interrupted`, so that the run drops the
-tensors in work and leaves what is finished; a second one ends the process at once, which is as good as a kill: the same
-command goes on from there too. Library code that swallows the exception only delays it: `check`, called at every event
-of the run, raises it again.
+Before work starts there is nothing to undo, and an exception in the middle of an import may be swallowed or wrapped:
+the process just ends. During `work`, the first signal raises `Interrupted`, so that the run drops the tensors in work
+and keeps what is finished. A second signal ends the process at once, which is as good as a kill: the same command
+resumes from there too. If library code swallows the exception, `check`, called at every event of the run, raises it
+again.
 
-SIGBUS is no request but the system's word that pages of a mapped file are gone: an input was cut off under the run, or
-its disk failed. No Python code can go on from there; during `work` it at least says so, with the exit code of a bad
-input. What is finished stays, as after a kill.
+SIGBUS is not a request: the system sends it when pages of a mapped file are gone, because an input was cut off during
+the run or its disk failed. No Python code can go on from there; during `work` the process at least says so and ends
+with the exit code of a bad input. Finished work stays, as after a kill.
 """
 
 from __future__ import annotations
@@ -28,31 +28,34 @@ from lowmem_aim.errors import ModelError
 MESSAGE = b"interrupted: run the same command again to go on\n"
 PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it was being read
 
-hint: mend it, and give the same command again; what is finished stays
+hint: mend the file and run the same command again; what is finished is kept
 """
-ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # the exit code is 128 and the signal's number
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # the exit code is 128 plus the signal's number
 _SHOW_CURSOR = b"\x1b[?25h"
 _POLL_SECONDS = 0.1
 
 
 class Interrupted(BaseException):
-    """No Exception, so that no handler takes it for a failure of its own."""
+    """The first signal has come during `work`.
+
+    Not an Exception, so that no handler takes it for a failure of its own.
+    """
 
 
 class _State:
     working = False
     received = 0  # the first signal's number
     paused = False
-    at_end: ClassVar[list[Callable[[], None]]] = []  # what a terminal needs before the process goes
-    tell: ClassVar[list[Callable[[], None]]] = []  # what shows how the run stands
+    at_end: ClassVar[list[Callable[[], None]]] = []  # calls that restore the terminal before the process ends
+    tell: ClassVar[list[Callable[[], None]]] = []  # calls that print the progress
 
 
 def install() -> None:
-    """Handle the signals from now on."""
+    """Install the handlers of the signals that end a run or ask for its progress."""
     for name in ENDING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _handle)
-    if hasattr(signal, "SIGUSR1"):  # else it would end a process that is only just starting
+    if hasattr(signal, "SIGUSR1"):  # without a handler, SIGUSR1 would end a process that has only just started
         signal.signal(signal.SIGUSR1, _tell)
 
 
@@ -74,28 +77,28 @@ def _end(message: bytes, code: int) -> NoReturn:
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)  # the dashboard has hidden it
         os.write(2, message)
-    finally:  # also where nobody listens any more
+    finally:  # also if nobody reads stderr any more
         os._exit(code)
 
 
-# Called in the thread that touched the page, which a handler of Python's never is.
+# A C handler, because it is called in the thread that touched the page; Python's handlers run in the main thread.
 _pages_gone = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _end(PAGES_GONE, ModelError.exit_code))
 
 
 def received() -> int:
-    """The number of the first signal that came during work; 0 if none has."""
+    """The number of the first signal that came during `work`; 0 if none has."""
     return _State.received
 
 
 def check() -> None:
-    """Raises Interrupted, in the main thread, if a signal has come and the run goes on all the same."""
+    """Raise Interrupted, in the main thread, if a signal has come and the run goes on all the same."""
     if _State.received and threading.current_thread() is threading.main_thread():
         raise Interrupted
 
 
 @contextlib.contextmanager
 def restoring(terminal: Callable[[], None]) -> Iterator[None]:
-    """`terminal` is called at the end, and also where a second signal ends the process at once."""
+    """Call `terminal` at the end of the block, and also before a second signal ends the process at once."""
     _State.at_end.append(terminal)
     try:
         yield
@@ -106,7 +109,7 @@ def restoring(terminal: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(how: Callable[[], None]) -> Iterator[None]:
-    """`how` is called at SIGUSR1."""
+    """Call `how` at every SIGUSR1 during the block."""
     _State.tell.append(how)
     try:
         yield
@@ -121,23 +124,24 @@ def _tell(number: int, frame: FrameType | None) -> None:
 
 
 def toggle_pause() -> None:
-    """Have the threads that read and compute wait, or go on."""
+    """Make the threads that read and compute wait, or let them go on."""
     _State.paused = not _State.paused
 
 
 def paused() -> bool:
+    """Whether the run is paused."""
     return _State.paused
 
 
 def hold() -> None:
-    """Returns when the run is not paused, or was asked to end."""
+    """Wait until the run is not paused, or was asked to end."""
     while _State.paused and not _State.received:
         time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
 def work() -> Iterator[None]:
-    """The span in which a signal raises Interrupted."""
+    """Mark the block as work: in it, a signal raises Interrupted."""
     if hasattr(signal, "SIGBUS"):
         ctypes.CDLL(None).signal(int(signal.SIGBUS), _pages_gone)
     _State.working, _State.received, _State.paused = True, 0, False

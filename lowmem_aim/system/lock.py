@@ -1,4 +1,8 @@
-"""Carried here from durable.py."""
+"""The lock of an output folder: one run at a time writes to it.
+
+The system releases a lock when its process ends, whatever the reason. A file beside the lock says who holds it; that
+file is for messages only.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ from filelock import FileLock, Timeout
 from lowmem_aim.errors import DiskError, LockedError, printable
 
 OWNER = "owner.json"
-# Whoever asks whether a lock is held, holds it for a moment.
+# `is_held` holds the lock itself for a moment: wait that long before reporting that it is taken.
 PATIENCE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as it said itself."""
+    """The process that holds a lock, as it describes itself."""
 
     pid: int
     host: str
@@ -33,7 +37,10 @@ class Owner:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a living process holds the lock, which is asked of the lock itself: clocks and process numbers lie."""
+    """Whether a living process holds the lock.
+
+    The lock itself is tried: clocks and process numbers in a file can be wrong.
+    """
     if not lock.is_file():
         return False
     asked = FileLock(lock)
@@ -48,7 +55,7 @@ def is_held(lock: Path) -> bool:
 
 
 def owner_of(lock: Path) -> Owner | None:
-    """Who holds the lock, or held it last."""
+    """The process that holds the lock, or held it last; None if there is no readable record of one."""
     try:
         found = json.loads(lock.with_name(OWNER).read_text(encoding="utf-8"))
         return Owner(int(found["pid"]), str(found["host"]), str(found["since"]))
@@ -58,11 +65,14 @@ def owner_of(lock: Path) -> Owner | None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold `file` as a lock; LockedError if another process does. A dead process holds nothing."""
+    """Hold `file` as a lock during the block. A dead process holds nothing.
+
+    Raises LockedError if another process holds the lock, DiskError if `file` cannot be locked.
+    """
     lock = FileLock(file)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=PATIENCE_SECONDS / 10)
-    except Timeout:  # an OSError too
+    except Timeout:  # before OSError, which it is a subclass of
         raise locked_error(file, owner_of(file)) from None
     except OSError as error:
         raise DiskError(f"`{printable(str(file))}` cannot be locked: {error.strerror or error}") from error
@@ -76,7 +86,7 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def locked_error(lock: Path, owner: Owner | None) -> LockedError:
-    """That another run is at work in the output folder that `lock` is for."""
+    """The error for an output folder that another run is writing to; `lock` is the path of its lock."""
     return LockedError(
         f"another run{f' ({owner})' if owner else ''} is writing to `{printable(str(lock.parent.parent))}`",
         hint="wait for it, or stop it",
@@ -86,5 +96,5 @@ def locked_error(lock: Path, owner: Owner | None) -> LockedError:
 def _sign(lock: Path) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     owner = Owner(os.getpid(), socket.gethostname(), since)
-    with contextlib.suppress(OSError):  # only to tell others
+    with contextlib.suppress(OSError):  # the file is for messages only
         lock.with_name(OWNER).write_text(json.dumps(vars(owner)), encoding="utf-8")

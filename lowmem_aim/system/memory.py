@@ -1,7 +1,7 @@
-"""Budgets of memory, what the process really uses, and what is free: the one place that asks the system.
+"""Memory budgets, what the process really uses, and what is free: the one place that asks the system.
 
-RAM is counted as anonymous memory: what a process owns and the system can only swap. Pages of mapped files are not
-in it; the system takes those back when it likes. In a container the cgroup's limit counts, not the host's memory.
+RAM means anonymous memory: what a process owns and the system can only swap. Pages of mapped files are not counted;
+the system takes those back when it likes. In a container the cgroup's limit counts, not the host's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from lowmem_aim.errors import MemoryBudgetError, UsageError, printable
 from lowmem_aim.units import shown
 
-# Left to the rest of the machine when no budget is given: a tenth, at least this much.
+# Left to the rest of the machine when no budget is given: a tenth of what is free, at least this much.
 RESERVE_BYTES = 500_000_000
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -30,16 +30,16 @@ _ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memor
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that this process may use in all: of RAM (anonymous memory), and of the device's memory if it has its own.
+    """Bytes that this process may use in all: of RAM (anonymous memory), and of the device's own memory if it has any.
 
-    `ram` holds for everything, interpreter and libraries included.
+    `ram` covers everything, the interpreter and libraries included.
     """
 
     ram: int
     vram: int | None = None  # None: the device works in RAM
 
     def ram_used(self) -> int:
-        """Bytes of RAM that the process has now."""
+        """Bytes of RAM that the process uses now."""
         return anonymous_bytes()
 
     def ram_left(self) -> int:
@@ -47,7 +47,7 @@ class Budget:
         return max(0, self.ram - self.ram_used())
 
     def vram_left(self, device: torch.device) -> int:
-        """Bytes that may still be allocated on a device with memory of its own."""
+        """Bytes that may still be allocated on a device with memory of its own; 0 if the budget is used up."""
         used = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         return max(0, (self.vram or 0) - used)
 
@@ -57,9 +57,10 @@ class Budget:
 
 
 def make_budget(device: torch.device, ram: int | None = None, vram: int | None = None) -> Budget:
-    """The budget that is asked for, or what is free less a reserve. Limits torch on a CUDA device to it.
+    """Make the budget that is asked for, in bytes; by default, what is free less a reserve. Limits torch on CUDA to it.
 
-    Raises UsageError for a `vram` without such a device, MemoryBudgetError if `ram` is less than what runs already.
+    Raises UsageError for a `vram` on a device other than CUDA, and MemoryBudgetError for a `ram` that is no more than
+    the process uses already.
     """
     used = anonymous_bytes()
     if ram is None:
@@ -80,35 +81,32 @@ def make_budget(device: torch.device, ram: int | None = None, vram: int | None =
     return Budget(ram, vram)
 
 
-# --- how a merge divides it -------------------------------------------------------------------------------------------
-
-
 # --- what is used ---------------------------------------------------------------------------------------------------
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process now. Where the system does not tell it apart: all that is resident."""
+    """Bytes of anonymous memory of this process; of all resident memory if the system does not count the two apart."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return _table(Path("/proc/self/status"))["RssAnon"] * 1024
     return int(psutil.Process().memory_info().rss)
 
 
 def file_cache_bytes() -> int:
-    """Pages of mapped files that this process has in memory; 0 where the system does not tell."""
+    """Bytes of mapped files that this process has in memory; 0 if the system does not count them apart."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return _table(Path("/proc/self/status"))["RssFile"] * 1024
     return 0
 
 
 def vram_bytes(device: str) -> tuple[int | None, int | None]:
-    """(now, peak) of what torch holds of a device's own memory; None where it has none."""
+    """(now, peak) bytes of a device's own memory that torch has reserved; (None, None) for devices other than CUDA."""
     if not device.startswith("cuda"):
         return None, None
     return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
 
 
 def _table(file: Path) -> dict[str, int]:
-    """`Name: 12 kB` or `name 12` lines -> numbers; ValueError if there is none such."""
+    """Numbers by name from lines such as `Name: 12 kB` or `name 12`. Raises ValueError if there are none."""
     found = {}
     for line in file.read_text().splitlines():
         parts = line.replace(":", " ").split()
@@ -120,7 +118,10 @@ def _table(file: Path) -> dict[str, int]:
 
 
 def trim() -> None:
-    """Give freed memory back: glibc would keep several blocks' worth, which `top` shows and budgets count."""
+    """Give freed memory back to the system.
+
+    glibc would keep several blocks' worth, which `top` shows and budgets count.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
@@ -130,23 +131,23 @@ def trim() -> None:
 
 
 def free_bytes() -> int:
-    """What may be allocated now: the machine's available memory, or what the process's cgroups leave, if less."""
+    """Bytes that may be allocated now: the machine's available memory, or what the process's cgroups leave, if less."""
     return min([psutil.virtual_memory().available, *_cgroups_free()])
 
 
 def container_limit() -> int | None:
-    """The most that the process's cgroups allow; None where that is no less than what the machine has."""
+    """Bytes that the process's cgroups allow; None if that is no less than the machine has."""
     limit = min((limit for limit, _ in _limited_cgroups()), default=None)
     return limit if limit is not None and limit < psutil.virtual_memory().total else None
 
 
 def _cgroups_free(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[int]:
-    """For each limited cgroup that the process is in, what its limit leaves; file pages count as free."""
+    """Bytes that the limit of each limited cgroup of the process leaves; pages of files count as free."""
     return (max(limit - held, 0) for limit, held in _limited_cgroups(root, membership))
 
 
 def _limited_cgroups(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[tuple[int, int]]:
-    """(limit, bytes that are held and no file pages) of each cgroup that has a limit."""
+    """(limit, bytes in use that are not pages of files) of each cgroup of the process that has a limit."""
     for folder in cgroup_folders("memory", root, membership):
         for limit_name, usage_name in (
             ("memory.max", "memory.current"),  # version 2
@@ -162,7 +163,7 @@ def _limited_cgroups(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Ite
 
 
 def cgroup_folders(controller: str, root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[Path]:
-    """The process's cgroup of a controller, such as `memory`, in either version, and all that it lies in."""
+    """Folders of the process's cgroup for a controller such as `memory`, in either version, and of its ancestors."""
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -177,7 +178,7 @@ def cgroup_folders(controller: str, root: Path = CGROUPS, membership: Path = MEM
 
 
 def is_allocation_failure(error: BaseException) -> bool:
-    """Whether an exception says that there was no memory left, on the host or on a device."""
+    """Whether `error` says that an allocation has failed, on the host or on a device."""
     if isinstance(error, _ALLOCATION_ERRORS):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_TEXTS)

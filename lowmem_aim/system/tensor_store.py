@@ -1,6 +1,6 @@
-"""Tensors between two uses: on the device, in RAM or in a file, each as near as the budget allows.
+"""A store for tensors between two uses: on the device, in RAM or in a file, as near to the device as the budget allows.
 
-The file never has a name (or loses it with its last handle, where the system has no such files): nothing is left of it
+The file has no name (or, on systems that do not allow this, loses it with its last handle): nothing is left of it,
 however the program ends.
 """
 
@@ -25,40 +25,41 @@ Place = Literal["device", "ram", "file"]
 
 @dataclass(eq=False)
 class Stored:
-    """One tensor's place. Whoever puts another tensor into it forgets the one before."""
+    """One tensor's place in the store. Putting another tensor there forgets the one before."""
 
     place: Place | None = None  # None: empty
     nbytes: int = 0
-    value: Tensor | None = None  # None where it is in the file; then an empty one on meta says what it was
-    like: Tensor | None = None
+    value: Tensor | None = None  # None if the tensor is in the file
+    like: Tensor | None = None  # shape and dtype of a tensor in the file, on the meta device
     offset: int = 0  # in the file
-    capacity: int = 0  # bytes of the file that are this slot's
+    capacity: int = 0  # bytes of the file that are reserved for this place
 
     @property
     def is_contiguous(self) -> bool:
+        """Whether the tensor is contiguous; one in the file always is."""
         return self.value is None or self.value.is_contiguous()
 
 
 class TensorStore:
-    """Holds tensors of `device`. A context manager: its file goes with it."""
+    """A store for tensors of one device, within a budget. Use it as a context manager: at its end the file is gone."""
 
     def __init__(self, device: torch.device, *, device_bytes: int, ram_bytes: int, folder: Path | None) -> None:
-        """At most so many bytes on the device (if that is not the CPU) and in RAM; the rest in a file in `folder`.
+        """Allow `device_bytes` on the device (unless that is the CPU) and `ram_bytes` in RAM.
 
-        Without a folder everything else lies in RAM.
+        The rest goes to a file in `folder`, or, without a folder, stays in RAM.
         """
         self._device, self._folder = device, folder
         self._left: dict[Place, int] = {"device": device_bytes if device.type != "cpu" else 0, "ram": ram_bytes}
         self._on_device: set[Stored] = set()
         self._file: IO[bytes] | None = None
-        self._end = 0  # of what the file's slots have been given
+        self._end = 0  # bytes of the file that are given out
 
     def put(self, value: Tensor, slot: Stored | None = None) -> Stored:
-        """Keep `value`, which must not change from now on. Raises DiskError."""
+        """Keep `value`, which must not change from now on, in `slot` or in a new place. Raises DiskError."""
         slot = Stored() if slot is None else slot
         nbytes = value.numel() * value.element_size()
         place = self._place_for(value, nbytes, instead=slot)
-        # All that can fail comes first: what the slot held before is still there then.
+        # Everything that can fail comes first: after a failure the slot still holds what it held before.
         kept = None
         if place == "file":
             self._write(slot, value.cpu(), nbytes)
@@ -75,7 +76,10 @@ class TensorStore:
         return slot
 
     def get(self, slot: Stored) -> Tensor:
-        """The tensor, on the device. Not to be written to, nor used after the next `put` there. Raises DiskError."""
+        """The tensor, on the device. Raises DiskError.
+
+        Do not write to the tensor, and do not use it after the next `put` to the same slot.
+        """
         if slot.value is not None:
             return slot.value.to(self._device)
         assert slot.like is not None, "an empty slot"
@@ -84,20 +88,20 @@ class TensorStore:
         return value.to(self._device)
 
     def leave_device(self) -> bool:
-        """Give the device's memory back: what is on it moves to RAM or the file. False if nothing was there."""
+        """Move all tensors off the device, to RAM or the file, for good. Returns False if there were none."""
         self._left["device"] = 0
         moved = list(self._on_device)
         for slot in moved:
             assert slot.value is not None
             self.put(slot.value.cpu(), slot)
-        self._left["device"] = 0
+        self._left["device"] = 0  # `put` has counted the freed bytes as left
         return bool(moved)
 
     def _place_for(self, value: Tensor, nbytes: int, instead: Stored) -> Place:
         left = {place: self._left[place] + instead.nbytes * (instead.place == place) for place in self._left}
         if value.device.type != "cpu" and nbytes <= left["device"]:
             return "device"
-        # A file would lose the strides (of an expanded mask), and with them, perhaps, the way in which it is computed.
+        # A file would lose the strides of an expanded mask, and torch may compute with other kernels without them.
         if nbytes <= left["ram"] or self._folder is None or not value.is_contiguous():
             return "ram"
         return "file"
@@ -146,7 +150,7 @@ class TensorStore:
 
 
 def _in_ram(value: Tensor, before: Tensor | None) -> Tensor:
-    """In memory apart from the heap, where it would lie among what a forward frees; in that of `before` if it fits."""
+    """Copy `value` to memory outside the heap, away from the small tensors of a forward; reuse `before` if it fits."""
     if not value.is_contiguous():
         return value.cpu()
     if before is None or not before.is_contiguous() or (before.shape, before.dtype) != (value.shape, value.dtype):

@@ -1,4 +1,4 @@
-"""Carried here from checkpoint.py, memory.py."""
+"""Tensors as bytes: their digest, a view of their bytes, and memory for large ones outside the heap."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from torch import Tensor
 
 from lowmem_aim.units import shown
 
+_APART_BYTES = 1 << 20  # smaller tensors leave only small holes in the heap
+
 
 def digest(data: Tensor) -> str:
-    """xxh3-128 of a contiguous CPU tensor's bytes, in hex: an identity check, no protection against forgery."""
+    """xxh3-128 of a contiguous CPU tensor's bytes, as 32 hex digits.
+
+    An identity check, no protection against forgery.
+    """
     return xxhash.xxh3_128_hexdigest(raw(data))
 
 
@@ -22,13 +27,22 @@ def raw(data: Tensor) -> memoryview:
     return data.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-_APART_BYTES = 1 << 20  # smaller ones leave smaller holes
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as recipes and configs write it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name; AttributeError for a name that torch does not know."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def empty_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """torch.empty in pages of its own, which go back to the system with it.
+    """An uninitialised CPU tensor in pages of its own, which go back to the system with it. Raises MemoryError.
 
-    For weights that come and go between a forward's small tensors: the heap would have holes where they were.
+    Weights come and go between a forward's small tensors: on the heap they would leave holes. Tensors of less than
+    1 MiB are taken from the heap all the same.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _APART_BYTES:
@@ -37,5 +51,5 @@ def empty_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     try:
         pages = mmap.mmap(-1, nbytes, **private)
     except OSError as error:
-        raise MemoryError(f"no room for {shown(nbytes)}") from error
+        raise MemoryError(f"no memory for {shown(nbytes)}") from error
     return torch.frombuffer(pages, dtype=dtype).view(shape)

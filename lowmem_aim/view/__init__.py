@@ -1,1 +1,14 @@
-"""A run as others see it: events recorded, counted and drawn."""
+"""Views of a run: its events counted, recorded and drawn.
+
+progress.py      events -> the state of the run
+record.py        events as lines of JSON, and the log
+plan_lines.py    a plan as lines for people
+plain_lines.py   a run as plain lines, or as lines of JSON
+screen.py        a run as one picture
+terminal.py      the terminal while a dashboard is shown
+dashboard.py     the live picture, and the choice among all of these
+summary.py       the end of a run: closing lines, next commands, run.json
+feed.py          the path of every event: to a view and into the log
+status.py        the state of a run, from its journal
+replay.py        a recorded run, shown again
+"""

@@ -1,4 +1,4 @@
-"""What a run looks like: a live dashboard on a terminal; elsewhere what `lines` has. All of it draws events only."""
+"""A run on the screen: a live dashboard on a terminal, and plain lines elsewhere. Both draw events only."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lowmem_aim.view import terminal
 from lowmem_aim.view.plain_lines import JsonLines, Lines, Quiet, View, first_lines, line_of
 from lowmem_aim.view.screen import screen
 
-REFRESH_SECONDS = 1.0  # as often as there is news; a picture takes up to 10 ms to draw
+REFRESH_SECONDS = 1.0  # samples come as often; a picture takes up to 10 ms to draw
 Style = Literal["auto", "lines", "json", "quiet"]
 
 
 @contextlib.contextmanager
 def showing(style: Style) -> Iterator[View]:
-    """The View for this process's terminal, or pipe."""
+    """The View of `style`; `auto` is the dashboard if this process has a terminal, and plain lines if not."""
     clock_ = _seconds_since(time.monotonic())
     if style == "quiet":
         yield Quiet(clock_)
@@ -49,7 +49,7 @@ def _seconds_since(began: float) -> Callable[[], float]:
 
 
 class Dashboard(Quiet):
-    """Draws the screen once a second, in a thread of its own, below what is printed meanwhile."""
+    """A View that draws the screen once a second, in a thread of its own, below what is printed meanwhile."""
 
     def __init__(
         self, clock: Callable[[], float], console: Console, foreground: Callable[[], bool] = lambda: True
@@ -68,12 +68,12 @@ class Dashboard(Quiet):
     def __call__(self, event: Event) -> None:
         with self._lock:
             super().__call__(event)
-        with contextlib.suppress(OSError):  # the terminal is gone; the run is worth more than being seen
+        with contextlib.suppress(OSError):  # the terminal is gone; the run goes on all the same
             self._show(event)
 
     def _show(self, event: Event) -> None:
         if isinstance(event, Notice) and event.level == "info":
-            # As a Text: in a str, names would be taken for markup and emoji.
+            # A Text: in a str, rich would take names for markup and emoji.
             self.console.print(Text(printable(event.text, 500), style="dim"))
         elif isinstance(event, Planned):
             self.console.print(Text("\n".join(first_lines(event)), no_wrap=True, overflow="ellipsis"))
@@ -81,6 +81,7 @@ class Dashboard(Quiet):
             self.draw()
 
     def picture(self) -> Text:
+        """The screen as it is now, in the size of the window."""
         with self._lock:
             self.progress.now = max(self.progress.now, self.clock())
             width, height = self.console.size
@@ -90,6 +91,7 @@ class Dashboard(Quiet):
             return drawn
 
     def start(self) -> None:
+        """Begin to draw."""
         with self._lock:
             self._live = Live(
                 get_renderable=self.picture,
@@ -100,16 +102,17 @@ class Dashboard(Quiet):
                 redirect_stdout=False,
             )
             self._live.start()
-            self.console.show_cursor(True)  # or a process that is killed would leave a terminal without one
+            self.console.show_cursor(True)  # else a killed process would leave a terminal without one
 
     def stop(self) -> None:
+        """Take the picture off the terminal; `start` brings it back."""
         with self._lock:
             live, self._live = self._live, None
             if live:
                 live.stop()
 
     def draw(self) -> None:
-        """Only where the terminal is ours: in the background the shell's prompt stands there."""
+        """Draw the screen, if the terminal is ours: in the background it shows the shell's prompt."""
         with self._lock:
             if self._away or self._stop.is_set():
                 return
@@ -124,28 +127,30 @@ class Dashboard(Quiet):
             self._size = self.console.size
 
     def _draw_anew(self) -> None:
-        """In a window of another size, in which the lines of the last picture may have been wrapped."""
+        """Draw after the window has changed its size, which may have wrapped the lines of the last picture."""
         width = max(self.console.size.width, 1)
         rows = sum(max(1, -(-cells // width)) for cells in self._drawn)
         self.console.file.write(f"\r\x1b[{max(rows - 1, 0)}A\x1b[J" if rows > 1 else "\r\x1b[J")
         assert self._live is not None
-        self._live._live_render._shape = None  # else it would go up by as many lines as there were
+        self._live._live_render._shape = None  # else rich would move up by the lines of the last picture
         self._live.refresh()
 
     def leave(self) -> None:
-        """Until `come_back`, the terminal is somebody else's."""
+        """Leave the terminal to other processes until `come_back`."""
         self._away = True
         self.stop()
 
     def come_back(self) -> None:
+        """Draw again after `leave`."""
         self._away = False
         self.draw()
 
     def tell(self) -> None:
+        """Print the state of the run in one line."""
         self.console.print(Text(line_of(self.progress)))
 
     def draw_on(self) -> None:
-        """Until `end`."""
+        """Draw once a second until `end`."""
         while not self._stop.wait(REFRESH_SECONDS):
             try:
                 self.draw()
@@ -155,6 +160,7 @@ class Dashboard(Quiet):
                 continue
 
     def end(self) -> None:
+        """Take the picture off the terminal for good."""
         self._stop.set()
         with self._lock, contextlib.suppress(OSError):
             self.stop()
@@ -162,7 +168,7 @@ class Dashboard(Quiet):
 
 @contextlib.contextmanager
 def playing(clock: Callable[[], float]) -> Iterator[Dashboard]:
-    """A dashboard by another clock, for a run that is over."""
+    """Show a dashboard that follows another clock, for a run that is over."""
     dashboard = Dashboard(clock, Console(stderr=True))
     with interrupts.restoring(dashboard.end):
         dashboard.start()

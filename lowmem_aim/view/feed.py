@@ -1,9 +1,11 @@
-"""Where a run's events go: to whoever shows them, and into the run's log. Once a second it adds how things stand.
+"""The path of a run's events: to the view that shows them, and into the run's log.
 
-with reported("merge", out, emit) as feed:     RunStarted
-    feed(Notice(...))                          shown and recorded
-    feed.record_in([out/.lowmem_aim])          from here on in its log, with all that came before
-                                               RunEnded, with what went wrong if anything did
+    with reported("merge", out, emit) as feed:     RunStarted
+        feed(Notice(...))                          shown and recorded
+        feed.record_in([out/.lowmem_aim])          from here on in its log, with all that came before
+                                                   RunEnded, with what went wrong if anything did
+
+Once a second a sample of the run's state is added.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from lowmem_aim.view.record import Log
 from lowmem_aim.view.summary import write_facts
 
 SAMPLE_SECONDS = 1.0
-PEAK_SECONDS = 0.1  # how often memory is looked at, for its peak
+PEAK_SECONDS = 0.1  # between two looks at memory, for its peak
 
 
 class Feed:
-    """An Emit, for any thread."""
+    """An Emit that any thread may call: it shows and records each event."""
 
     def __init__(self, out: Path, emit: Emit, log: Log) -> None:
         self._emit, self._log = emit, log
@@ -43,7 +45,7 @@ class Feed:
         self.meters = Meters(out)
 
     def record_in(self, folders: Sequence[Path]) -> None:
-        """Write to the log in each of them from now on, beginning with what has been told already."""
+        """Write to the log in each folder from now on, beginning with the events so far."""
         with self._lock:
             self._log.open(folders)
             self.recorded += folders
@@ -51,7 +53,7 @@ class Feed:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Worked):
             self.meters.add(event)
-            self._emit(event)  # where a pause holds the thread: no lock is held
+            self._emit(event)  # outside the lock: a pause may hold this thread here
             return
         with self._lock:
             if isinstance(event, Planned):
@@ -63,7 +65,7 @@ class Feed:
 
 
 class Meters:
-    """Sums of what the stages did, and looks at memory and disk."""
+    """Sums of what the stages did, and the use of memory and disk."""
 
     def __init__(self, out: Path) -> None:
         self.device = "cpu"
@@ -76,11 +78,12 @@ class Meters:
         self._ram_peak = 0
 
     def begin(self, done: float) -> None:
-        """A phase; what was at work in the one before is not at work in it."""
+        """Begin a phase, of which `done` is finished; the item of the phase before is forgotten."""
         with self._lock:
             self._item, self._shape, self._done = "", (), done
 
     def add(self, worked: Worked) -> None:
+        """Add what a stage did to the sums."""
         with self._lock:
             self._bytes[worked.stage] += worked.nbytes
             self._seconds[worked.stage] += worked.seconds
@@ -90,7 +93,7 @@ class Meters:
                 self._done = worked.done
 
     def look(self) -> int:
-        """Anonymous memory now; its peak is kept."""
+        """Read the bytes of anonymous memory, and keep their peak."""
         from lowmem_aim.system.memory import anonymous_bytes  # torch: not where only files are read
 
         ram = anonymous_bytes()
@@ -98,6 +101,7 @@ class Meters:
         return ram
 
     def sample(self) -> Sampled:
+        """The state of the run now, as an event."""
         from lowmem_aim.system.memory import file_cache_bytes, vram_bytes
 
         vram, vram_peak = vram_bytes(self.device)
@@ -129,14 +133,14 @@ class Meters:
 
 @contextlib.contextmanager
 def _sampling(feed: Feed) -> Iterator[None]:
-    """A sample a second, and one at the end."""
+    """Emit a sample every SAMPLE_SECONDS during the block, and one at its end."""
     stop = threading.Event()
 
     def body() -> None:
         due = time.monotonic() + SAMPLE_SECONDS
         paused = False
         while not stop.wait(PEAK_SECONDS):
-            with contextlib.suppress(Exception):  # a look that fails is no reason to look no more
+            with contextlib.suppress(Exception):  # one failure is no reason to stop sampling
                 feed.meters.look()
             if interrupts.paused() != paused:
                 paused = not paused
@@ -159,9 +163,9 @@ def _sampling(feed: Feed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command: str = "") -> Iterator[Feed]:
-    """The span of a run: tells its beginning and its end, and in between, once a second, how things stand.
+    """Report a run: RunStarted before the block, samples during it, and RunEnded after it, whatever happens.
 
-    `command` is what to type to go on with it, should it be interrupted.
+    `command` is what to type to resume the run, should it be interrupted.
     """
     log = Log()
     feed = Feed(out, emit, log)
@@ -172,7 +176,7 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
     except BaseException as error:
         feed(ended(error))
         for private in feed.recorded[:1]:
-            if (private / LOG).is_file():  # else nothing was finished, and nothing is left
+            if (private / LOG).is_file():  # else nothing was finished, and the folder is gone
                 note_log(error, private / LOG)
         raise
     else:
@@ -180,19 +184,20 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
     finally:
         log.close()
         for private in feed.recorded:
-            # Else nothing was finished, and nothing is left. What is told of a run must never be what ends it.
+            # Without a folder nothing was finished. A report about a run must never be what makes it fail.
             with contextlib.suppress(Exception):
                 if private.is_dir():
                     write_facts(private)
 
 
 def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") -> RunStarted:
+    """The event of a run that begins now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return RunStarted(job, str(out), command, lowmem_aim.__version__, os.getpid(), now)
 
 
 def ended(error: BaseException) -> RunEnded:
-    """How a run ends by an exception, with all that can be told of it."""
+    """The event of a run that ends by an exception."""
     if interrupts.received() or isinstance(error, interrupts.Interrupted | KeyboardInterrupt):
         return RunEnded("interrupted", 128 + (interrupts.received() or 2))
     text = "".join(traceback.format_exception(error))

@@ -1,4 +1,4 @@
-"""A run in plain lines, without escape bytes, for logs and pipes; and as JSON lines, for programs."""
+"""A run as plain lines without escape bytes, for logs and pipes, and as lines of JSON, for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATES: tuple[Stage, ...] = ("read", "write")
 
 
 class View(Protocol):
-    """An Emit that shows what it is told; `progress` is what it has been told."""
+    """An Emit that shows the events it gets; `progress` is the state of the run after them."""
 
     progress: Progress
 
@@ -27,7 +27,7 @@ class View(Protocol):
 
 
 class Quiet:
-    """Shows nothing."""
+    """A View that shows nothing."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.progress, self.clock = Progress(), clock
@@ -37,7 +37,7 @@ class Quiet:
 
 
 class JsonLines(Quiet):
-    """Every event but the frequent ones on stdout, as `record` writes them."""
+    """A View that prints events as lines of JSON on stdout (see `record`), all but the frequent ones."""
 
     def __call__(self, event: Event) -> None:
         super().__call__(event)
@@ -47,7 +47,7 @@ class JsonLines(Quiet):
 
 
 class Lines(Quiet):
-    """Phase changes, notices, and a line at most every SECONDS_BETWEEN_LINES. No escape bytes."""
+    """A View that prints phase changes, notices and progress, the latter at most every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(clock)
@@ -73,12 +73,12 @@ class Lines(Quiet):
             _print(line_of(self.progress))
 
     def tell(self) -> None:
-        """Now, because somebody asks (SIGUSR1)."""
+        """Print the progress now, because the user asks for it (SIGUSR1)."""
         _print(line_of(self.progress))
 
 
 def _print(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more; the run is worth more than being seen
+    with contextlib.suppress(OSError):  # nobody reads any more; the run goes on all the same
         print(line, file=sys.stderr, flush=True)
 
 
@@ -89,7 +89,7 @@ def _amount(seen: PhaseSeen) -> str:
 
 
 def line_of(run: Progress) -> str:
-    """How a run stands, in a line."""
+    """The state of a run in one line."""
     current, latest = run.current, run.latest
     if current is None:
         state = run.ended.outcome if run.ended else "planning" if not run.phases else "between two phases"
@@ -106,8 +106,8 @@ def line_of(run: Progress) -> str:
 
 
 def first_lines(planned: Planned) -> Iterator[str]:
-    """What a run is going to do, before it begins."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of another version
+    """The lines that say what a run is going to do, before it begins."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # an event of another version
         yield from list(survey.survey_lines(planned.about)) if planned.about else ()
     vram = f", VRAM {shown(planned.vram_budget)}" if planned.vram_budget else ""
     where = f"{printable(planned.device)} with {planned.threads} threads"

@@ -1,7 +1,7 @@
-"""What a merge is going to do, told before it is done: models, method, tensors by kind, bytes.
+"""A plan as lines for people: models, method, tensors by kind, bytes, needs, time.
 
-A Survey is plain data (`surveyor` makes it), which is also what the event Planned carries and `plan --json` prints;
-`lines` tells it to people.
+A Survey (`planning.survey`, also in the event Planned) and a Forecast (`jobs.forecast`) are plain data, which
+`plan --json` prints unchanged; this module turns them into lines.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import Any
 from lowmem_aim.errors import printable
 from lowmem_aim.units import clock, shown
 
-MOST_KINDS = 40  # told; a model of many different modules has more
-MOST_LEFT_OUT = 5  # of one reason, told by name
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
+MOST_KINDS = 40  # shown; a model of many different modules has more
+MOST_LEFT_OUT = 5  # names shown for one reason
+STARTING_SECONDS = 3.0  # importing torch, opening the models
 
 
 def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
-    """A Survey as JSON has it, for people."""
+    """The lines of a Survey, as JSON has it."""
     yield f"method    {printable(survey['title'])} ({printable(survey['source'])})"
     if survey["settings"]:
         yield f"          {printable(_listed(survey['settings']), 1000)}"
@@ -66,7 +64,7 @@ def _model(model: Mapping[str, Any]) -> str:
 
 
 def count(number: float) -> str:
-    """`13.0 B`, `161 M`."""
+    """A number of parameters as text: `13.0 B`, `161 M`."""
     if number >= 1e9:
         return f"{number / 1e9:.1f} B"
     return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:.0f}"
@@ -82,11 +80,8 @@ def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"          ... and {len(kinds) - MOST_KINDS} more kinds"
 
 
-STARTING_SECONDS = 3.0  # importing torch, opening the models
-
-
 def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
-    """A Forecast as JSON has it, for people; the survey's lines are `survey.lines`."""
+    """The lines of a Forecast, as JSON has it: what fits, how long it takes, and the verdict."""
     for need in forecast["needs"]:
         verdict = "fits" if need["fits"] else "DOES NOT FIT"
         amounts = f"{shown(need['least'])} at least, {shown(need['there'])} there"

@@ -1,4 +1,4 @@
-"""A run as its events tell it so far: what every screen, `status`, the summary and run.json are made from.
+"""The state of a run, from its events: the source of every screen, `status`, the summary and run.json.
 
 `Progress` is a fold: `see(t, event)` for each event, `t` in seconds since the run began. It asks no clock and no
 system, so that a recorded run gives the same picture as a live one.
@@ -31,14 +31,16 @@ from lowmem_aim.events import (
 from lowmem_aim.output.heatmap import DeltaSums, joined, shares_by
 
 STAGES: tuple[Stage, ...] = ("read", "compute", "write")
-WINDOW_SECONDS = 5.0  # over which rates are told
+WINDOW_SECONDS = 5.0  # over which rates are averaged
 HISTORY = 120  # samples kept for the rates' history
-# What is left is told by the last minute, or by the last third of the phase if that is longer.
+# The time left is estimated from the last minute, or from the last third of the phase if that is longer.
 ETA_SECONDS, ETA_SHARE = 60.0, 1 / 3
 
 
 @dataclass
 class PhaseSeen:
+    """One phase of a run; `begun` and `ended` are seconds since the run began."""
+
     phase: Phase
     total: int
     unit: Unit
@@ -50,7 +52,7 @@ class PhaseSeen:
 
 @dataclass
 class Progress:
-    """What has been seen of one run."""
+    """The state of one run after the events so far."""
 
     now: float = 0.0  # seconds since it began
     started: RunStarted | None = None
@@ -58,10 +60,10 @@ class Progress:
     phases: dict[Phase, PhaseSeen] = field(default_factory=dict)
     samples: deque[tuple[float, Sampled]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     notices: list[Notice] = field(default_factory=list)
-    item: str = ""  # what is at work, or was finished last
+    item: str = ""  # being worked on, or finished last
     shape: tuple[int, ...] = ()
     tensors: int = 0  # finished, of all outputs
-    earlier: int = 0  # of them by earlier runs
+    earlier: int = 0  # of these, finished by earlier runs
     layers: Counter[str] = field(default_factory=Counter)  # finished tensors of each layer
     kept: dict[tuple[str, str], DeltaSums] = field(default_factory=dict)  # (layer, kind) -> of the first output
     kept_by_output: dict[str, DeltaSums] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class Progress:
     # -- the fold
 
     def see(self, t: float, event: Event) -> None:
+        """Add an event that came `t` seconds after the run began."""
         self.now = max(self.now, t)
         match event:
             case RunStarted():
@@ -123,7 +126,7 @@ class Progress:
             if event.output == next(iter(self.kept_by_output)):
                 self.kept.setdefault((layer, event.kind), DeltaSums()).add(event.kept)
         if event.earlier and self.current:
-            self.current.done = event.done  # no progress of this run's
+            self.current.done = event.done  # the work of an earlier run
             self.current.marks.clear()
             self.current.marks.append((self.working, event.done))
         else:
@@ -142,7 +145,7 @@ class Progress:
             self.idle += t - self._paused_at
         self.paused, self._paused_at = paused, t
 
-    # -- what is told of it
+    # -- what follows from it
 
     @property
     def working(self) -> float:
@@ -157,14 +160,16 @@ class Progress:
 
     @property
     def latest(self) -> Sampled | None:
+        """The last sample; None before the first."""
         return self.samples[-1][1] if self.samples else None
 
     @property
     def warnings(self) -> list[str]:
+        """The texts of all warnings, in order."""
         return [notice.text for notice in self.notices if notice.level == "warning"]
 
     def left(self) -> float | None:
-        """Seconds until the current phase ends, if it goes on as in its last part; None where nothing is known."""
+        """Seconds until the current phase ends, at the pace of its last part; None if that pace is not known."""
         current = self.current
         if current is None or not current.marks or not current.total:
             return None
@@ -177,7 +182,7 @@ class Progress:
         return (current.total - current.done) / progress * took
 
     def rate(self, stage: Stage) -> float:
-        """Bytes a second over the last WINDOW_SECONDS."""
+        """Bytes a second of a stage over the last WINDOW_SECONDS."""
         return self._mean(f"{stage}_bytes", self._window())
 
     def busy(self, stage: Stage) -> float:
@@ -185,12 +190,12 @@ class Progress:
         return min(1.0, self._mean(f"{stage}_seconds", self._window()))
 
     def bottleneck(self) -> Stage | None:
-        """The stage that the others wait for: the busiest, if it is busy at all."""
+        """The stage that the others wait for, the busiest; None if even that one is busy less than 30 % of the time."""
         busiest = max(STAGES, key=self.busy)
         return busiest if not self.paused and self.busy(busiest) >= 0.3 else None
 
     def history(self, stage: Stage, count: int) -> list[float]:
-        """The last rates between samples, bytes a second; `count` of them at most."""
+        """Rates of a stage between the last samples, in bytes a second; at most `count` of them."""
         pairs = list(self.samples)[-count - 1 :]
         return [self._mean(f"{stage}_bytes", [a, b]) for a, b in itertools.pairwise(pairs)]
 
@@ -208,16 +213,16 @@ class Progress:
         return float(getattr(last, name) - getattr(first, name)) / (t1 - t0)
 
     def kept_share(self) -> float | None:
-        """Of the first output's delta, how much AIM and ACM have left."""
+        """The share of the first output's delta that AIM and ACM have left, in [0, 1]; None before there is any."""
         return joined(self.kept.values()).share
 
     def kept_by(self, what: int) -> dict[str, float]:
-        """The same for each layer (0) or kind of module (1), in the order in which they were first seen."""
+        """The share that is left for each layer (`what` 0) or kind of module (`what` 1), in order of appearance."""
         return shares_by(self.kept, what)
 
 
 def seen(run: Iterable[tuple[float, Event]]) -> Progress:
-    """A recorded run, whole."""
+    """The state of a recorded run after its last event."""
     progress = Progress()
     for t, event in run:
         progress.see(t, event)

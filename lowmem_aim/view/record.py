@@ -1,10 +1,10 @@
-"""Events as JSON, a line each: what `--json` prints, what OUT/.lowmem_aim/run.log holds, what `replay` reads again.
+"""Events as lines of JSON: `--json` prints them, OUT/.lowmem_aim/run.log holds them, `replay` reads them again.
 
 A line is an object: `t` (seconds since the run began), `event` (its kind) and the event's fields; the first of a run,
 `run_started`, also has `schema`. docs/events.md is the reference. A reader skips kinds and fields that it does not
 know, and lines that are cut off: within one schema things are only added.
 
-The log is for people and for `replay`: it is not synced, what a merge goes on from is the journal's.
+The log is for people and for `replay`. It is not synced: a merge resumes from the journal, not from the log.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ KINDS: dict[str, type[Any]] = {
 
 
 def to_line(t: float, event: Event) -> str:
-    """One event as a line of JSON, without the line's end."""
+    """One event as a line of JSON, without the newline. `t` is in seconds since the run began."""
     first = {"schema": SCHEMA} if isinstance(event, RunStarted) else {}
     fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     return json.dumps({"t": round(t, 3), "event": _snake(type(event).__name__), **first, **fields}, default=dict)
 
 
 def from_line(line: str) -> Timed | None:
-    """None for what is no event that this version knows, or has values that it cannot have."""
+    """The time and the event of a line; None if this version has no such event, or a value is of a wrong type."""
     try:
         found = json.loads(line, parse_constant=_refused)
         kind = KINDS[found["event"]]
@@ -72,7 +72,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a field's type: the log is a file, and anybody may have been at it."""
+    """Whether a value from JSON has a field's type: the log is a file, and anybody may have edited it."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -90,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def runs_in(log: Path) -> list[list[Timed]]:
-    """The events of each run that wrote to a log, in order; none if there is no log."""
+    """The events of each run that wrote to a log, in order; empty if there is no log."""
     runs: list[list[Timed]] = []
     with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as lines:
         for timed in map(from_line, lines):
@@ -102,7 +102,7 @@ def runs_in(log: Path) -> list[list[Timed]]:
 
 
 class Log:
-    """The log of a run: events are held back until it is known where to, then appended to each file."""
+    """The log of a run. Events are held back until `open` says to which files they go."""
 
     def __init__(self) -> None:
         self._held: list[str] = []
@@ -110,6 +110,7 @@ class Log:
         self._next_sample = 0.0
 
     def add(self, t: float, event: Event) -> None:
+        """Add an event, `t` seconds after the run began. Worked events and most samples are left out."""
         if isinstance(event, Worked) or (isinstance(event, Sampled) and not self._wanted(t)):
             return
         self._held.append(to_line(t, event) + "\n")
@@ -127,9 +128,12 @@ class Log:
         return data
 
     def open(self, folders: Iterable[Path]) -> None:
-        """Append to run.log in each folder from now on, beginning with what was held back."""
+        """Append to run.log in each folder from now on, beginning with the events held back.
+
+        A log that cannot be written is left out; no error is raised.
+        """
         for folder in folders:
-            with contextlib.suppress(OSError):  # no log is no failure
+            with contextlib.suppress(OSError):  # a run without a log is no failure
                 flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
                 self._descriptors.append(os.open(folder / LOG, flags, 0o666))
         self._write([d for d in self._descriptors if _is_cut_off(d)], b"\n")
@@ -138,11 +142,12 @@ class Log:
     def _write(self, descriptors: Iterable[int], data: bytes) -> None:
         for descriptor in descriptors:
             left = memoryview(data)
-            with contextlib.suppress(OSError):  # a full disk is told by the shards
+            with contextlib.suppress(OSError):  # a full disk is reported when shards are written
                 while left:
                     left = left[os.write(descriptor, left) :]
 
     def close(self) -> None:
+        """Close the files."""
         descriptors, self._descriptors = self._descriptors, []
         for descriptor in descriptors:
             with contextlib.suppress(OSError):
@@ -150,7 +155,7 @@ class Log:
 
 
 def _is_cut_off(descriptor: int) -> bool:
-    """Whether a killed run's last line has no end."""
+    """Whether the last line has no newline, as a killed run may leave it."""
     end = os.lseek(descriptor, 0, os.SEEK_END)
     if not end:
         return False

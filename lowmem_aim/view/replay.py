@@ -1,4 +1,4 @@
-"""A recorded run, seen again: as it was, only faster, or one picture of it."""
+"""A recorded run, shown again: played faster than it was, or drawn as one picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONGEST_WAIT = 2.0  # seconds between two events
 
 
 def run_of(out: Path, number: int = -1) -> list[Timed]:
-    """One of the runs that an output's log holds, counted from 1, or from -1 backwards. Raises UsageError."""
+    """One of the runs in an output's log; `number` counts from 1, or from -1 backwards. Raises UsageError."""
     log = outputs_in(out)[0] / PRIVATE / LOG
     runs = runs_in(log)
     if not runs:
@@ -37,7 +37,7 @@ def run_of(out: Path, number: int = -1) -> list[Timed]:
 
 
 def play(run: Sequence[Timed], speed: float) -> None:
-    """On a terminal the dashboard, `speed` times as fast; elsewhere plain lines, at once."""
+    """Play a run: on a terminal as the dashboard, `speed` times as fast; elsewhere as plain lines, at once."""
     now = 0.0
     if not is_interactive():
         lines = Lines(lambda: now)
@@ -52,7 +52,7 @@ def play(run: Sequence[Timed], speed: float) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`80x24` -> (columns, rows)."""
+    """Read a size such as `80x24`: (columns, rows). Raises UsageError."""
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
     if not match or not 20 <= int(match[1]) <= 500 or not 1 <= int(match[2]) <= 200:
         raise UsageError(f"`{printable(text)}` is no size of a screen", hint="write columns x rows, such as 80x24")
@@ -60,7 +60,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def picture(run: Sequence[Timed], second: float | None, size: tuple[int, int], svg: Path | None = None) -> None:
-    """The screen at a second of the run, or at its last event, on stdout or as an SVG file."""
+    """Draw the screen at a second of the run, or at its last event, on stdout or as an SVG file.
+
+    Raises UsageError if the SVG file exists, DiskError if it cannot be written.
+    """
     if svg is not None and os.path.lexists(svg):
         raise UsageError(f"`{printable(str(svg))}` exists already", hint="name a new file")
     progress = Progress()

@@ -1,7 +1,7 @@
-"""One picture of a run: a Progress drawn into so many columns and rows. Pure, so that a recorded run draws the same.
+"""One picture of a run: a Progress drawn into so many columns and rows. Pure, so that a recorded run looks the same.
 
-Each line has a rank; where the window is short, lines of the lowest rank go first. Lines are cut to the width, never
-wrapped. Nothing relies on colour alone: what it tells stands in a number too.
+Each line has a rank; in a short window the lines of the lowest rank go first. Lines are cut to the width, never
+wrapped. Nothing relies on colour alone: a number says the same.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from lowmem_aim.output.heatmap import colour_of, heat_rows
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view.progress import STAGES, Progress
 
-LABEL = 10  # columns of what a line is about
+LABEL = 10  # columns of a line's label
 SPARK = "▁▂▃▄▅▆▇█"
 MOST_WARNINGS = 3
 MOST_ROWS_OF_HEAT = 16
-WIDE, NARROW = 100, 72  # columns from which there is room for more
+WIDE, NARROW = 100, 72  # columns from which more is shown
 
 
 @dataclass(frozen=True)
 class Line:
+    """One line of the picture."""
+
     rank: int  # the higher, the longer it stays
     text: Text
 
 
 def screen(progress: Progress, width: int, height: int, keys: bool = False) -> Text:
-    """At most `height` lines of at most `width` columns. `keys`: whether the run listens to the keyboard."""
+    """Draw at most `height` lines of at most `width` columns. `keys`: whether the run listens to the keyboard."""
     lines = list(_lines(progress, width, keys))
     while len(lines) > height:
         lines.remove(min(reversed(lines), key=lambda line: line.rank))
@@ -67,7 +69,7 @@ def _labelled(label: str, text: Text, style: str = "dim") -> Text:
 
 
 def _two_ends(left: Text, right: str, width: int, style: str = "") -> Text:
-    """`right` at the end of the line; `left` is cut where they would meet."""
+    """A line with `right` at its end; `left` is cut if the two would meet."""
     room = max(width - len(right) - 1, 0)
     left.truncate(room, overflow="ellipsis")
     return Text.assemble(left, " " * (width - left.cell_len - len(right)), (right, style))
@@ -80,7 +82,7 @@ def _heading(run: Progress, width: int) -> Text:
 
 
 def _phases(run: Progress) -> Text:
-    """plan, calibrate, merge, finish: done, under way, to come."""
+    """The phases (plan, calibrate, merge, finish), each marked as done, under way or to come."""
     planned = run.planned.phases if run.planned else ()
     names = ["plan", *dict.fromkeys([*planned, *run.phases])]
     parts = Text()
@@ -121,7 +123,7 @@ def _bar(run: Progress, width: int) -> Text:
 
 
 def _filled(share: float, columns: int, style: str, mark: float | None = None) -> Text:
-    """A bar; `mark` puts a tick at another share."""
+    """A bar filled to `share`; `mark` puts a tick at another share."""
     eighths = round(min(max(share, 0.0), 1.0) * columns * 8)
     full, part = divmod(eighths, 8)
     filled = "█" * full + ("▏▎▍▌▋▊▉"[part - 1] if part else "")
@@ -139,13 +141,13 @@ def _now(run: Progress, width: int) -> Text:
     right = "  ".join(part for part in (shape, method) if part)
     item = printable(run.item, 300)
     room = width - LABEL - len(right) - 2
-    if len(item) > room > 8:  # the end of a name tells more than its beginning
+    if len(item) > room > 8:  # the end of a name says more than its beginning
         item = f"…{item[len(item) - room + 1 :]}"
     return _labelled("now", _two_ends(Text(item), right, width - LABEL, "dim"))
 
 
 def _rate(run: Progress, stage: Stage, width: int) -> Text:
-    """How fast a stage is, lately and before, and how busy; the busiest is what the others wait for."""
+    """A stage's speed now and before, and how busy it is. The busiest stage is the one that the others wait for."""
     rate, slowest = run.rate(stage), run.bottleneck() == stage
     columns = 40 if width >= WIDE else 16 if width >= NARROW else 8
     pointed = "  <- the bottleneck" if width >= NARROW else " <-"
@@ -210,7 +212,7 @@ def _relaxed_by(run: Progress) -> str:
 
 
 def _strip(run: Progress, layers: Sequence[str], shares: Mapping[str, float], room: int) -> Text:
-    """A cell for each layer, or for some, where there are more than columns; several columns a cell where not."""
+    """A strip with a cell for each layer, or for several layers if there are more of them than columns."""
     assert run.planned is not None
     each = -(-len(layers) // room)  # layers a cell
     columns = max(1, min(3, room // max(-(-len(layers) // each), 1)))
@@ -227,7 +229,7 @@ def _strip(run: Progress, layers: Sequence[str], shares: Mapping[str, float], ro
 
 
 def _done(run: Progress, layers: Sequence[str]) -> float:
-    """How much of some layers is done: of their tensors, or of them as blocks while they are calibrated."""
+    """The share of some layers that is done: of their tensors, or, during calibration, of the layers as blocks."""
     assert run.planned is not None
     current = run.current
     if current and current.unit == "blocks":

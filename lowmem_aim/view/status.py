@@ -1,6 +1,6 @@
-"""What a run has come to, told from its journal and lock: alive, interrupted or finished.
+"""The state of a run, from its journal and lock: running, interrupted or finished.
 
-Nothing is changed, but that a commit which a kill has cut short is taken back, as the next run would.
+Nothing is changed, except that a commit cut short by a kill is taken back, as the next run would do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lowmem_aim.errors import DiskError, UsageError, printable
 from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, is_finished
 from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, PlanSize
 from lowmem_aim.system.lock import is_held, owner_of
 from lowmem_aim.units import shown
 from lowmem_aim.view.plain_lines import line_of
@@ -23,22 +24,25 @@ from lowmem_aim.view.record import runs_in
 
 @dataclass(frozen=True)
 class Status:
+    """The state of a run, and how much of it is done."""
+
     state: Literal["running", "interrupted", "finished"]
-    owner: str  # who is, or was last, at work; "" where that is not known
-    blocks: int  # calibrated, and kept to go on from
-    blocks_total: int  # 0 where nothing is known of calibration
+    owner: str  # the process at work; "" if none is, or it is not known
+    blocks: int  # calibrated, and kept for the next run
+    blocks_total: int  # 0 if nothing is known of a calibration
     activations: bool  # measured and kept
     tensors: int  # finished
     tensors_total: int
     bytes: int
     bytes_total: int
-    now: str = ""  # of one that is running: how it stands, as its log says
+    now: str = ""  # the progress of a running one, from its log
 
     def as_json(self) -> dict[str, Any]:
+        """The status as `--json` prints it."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The status as lines for people."""
         by = f" by {self.owner}" if self.owner else ""
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` reads it all again"]
@@ -58,7 +62,7 @@ class Status:
 
 
 def status_of(out: Path) -> Status:
-    """Raises UsageError if no run has been here."""
+    """The status of the run in `out`. Raises UsageError if no run has been there, DiskError if it cannot be read."""
     private = out / PRIVATE
     if not private.is_dir():
         raise UsageError(f"no run of this tool has been in `{printable(str(out))}`")
@@ -67,20 +71,20 @@ def status_of(out: Path) -> Status:
     finished = is_finished(out)
     running = not finished and is_held(private / "lock")
     with Journal(private, read_only=True) as journal:
-        plan: dict[str, Any] = journal.get("plan") or {"tensors": 0, "bytes": 0, "shards": []}
-        calibration: dict[str, Any] = journal.get("calibration") or {"blocks": 0, "of": 0}
-        last = [groups[-1] for name in plan["shards"] if (groups := journal.groups(name))]
+        size = journal.kept(PlanSize) or PlanSize()
+        calibration = journal.kept(CalibrationSnapshot)
+        last = [groups[-1] for name in size.shards if (groups := journal.groups(name))]
         owner = owner_of(private / "lock")
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
             owner=str(owner) if owner and running else "",
-            blocks=calibration["blocks"],
-            blocks_total=calibration["of"],
-            activations=(private / ACTIVATIONS).is_file() and journal.get("activations") is not None,
+            blocks=calibration.blocks if calibration else 0,
+            blocks_total=calibration.of if calibration else 0,
+            activations=(private / ACTIVATIONS).is_file() and journal.kept(KeptActivations) is not None,
             tensors=sum(group.tensors for group in last),
-            tensors_total=plan["tensors"],
+            tensors_total=size.tensors,
             bytes=sum(group.end for group in last),
-            bytes_total=plan["bytes"],
+            bytes_total=size.bytes,
             now=_now(private / LOG) if running else "",
         )
 

@@ -1,7 +1,7 @@
-"""What is told of a run when it has ended: the closing lines, the next commands, and run.json.
+"""The end of a run: the closing lines, the next commands, and run.json.
 
 run.json holds what differs from run to run (times, rates, peaks, warnings), for each run that wrote to the log of an
-output, those that were killed included. It follows from the log alone.
+output, killed runs included. It follows from the log alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INDENT = " " * 12
 
 
 def write_facts(private: Path) -> None:
-    """run.json beside a run's log; a disk that has no room for it is no failure of the run."""
+    """Write run.json beside a run's log; if the disk has no space for it, leave it out."""
     runs = [facts(seen(run)) for run in runs_in(private / LOG)]
     if runs:
         try:
@@ -38,9 +38,9 @@ def write_facts(private: Path) -> None:
 
 
 def facts(run: Progress) -> dict[str, Any]:
-    """One run, as run.json has it."""
+    """The facts of one run, as run.json holds them."""
     started, planned, latest = run.started, run.planned, run.latest
-    ended = run.ended or RunEnded("interrupted", -1)  # -1: killed, nobody knows by what
+    ended = run.ended or RunEnded("interrupted", -1)  # -1: killed, by an unknown cause
     found: dict[str, Any] = {
         "job": started.job if started else "",
         "started": started.started if started else "",
@@ -71,7 +71,7 @@ def facts(run: Progress) -> dict[str, Any]:
 
 
 def lines(run: Progress, width: int = 100) -> Iterator[str]:
-    """The closing summary, for people, in so many columns where it can be broken."""
+    """The lines of the closing summary, broken at `width` columns if they can be broken."""
     yield _outcome(run)
     latest, planned = run.latest, run.planned
     if latest and latest.write_bytes:
@@ -96,7 +96,7 @@ def _outcome(run: Progress) -> str:
 
 
 def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
-    """Bytes, and how fast, on the mean, in the phases that move them."""
+    """Bytes read and written, each with the mean speed over the phases that move them."""
     for name, nbytes, phases in (
         ("read", latest.read_bytes, ("calibrate", "compare", "merge")),
         ("written", latest.write_bytes, ("merge",)),
@@ -106,7 +106,7 @@ def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
 
 
 def _kept(run: Progress) -> Iterator[str]:
-    """How much of the delta is left: of all of it, by kind of module, and by layer."""
+    """Lines with the share of the delta that is left: of all of it, by kind of module, and by layer."""
     share = run.kept_share()
     if share is None:
         return
@@ -126,19 +126,19 @@ def _kept(run: Progress) -> Iterator[str]:
 
 
 def next_commands(made: Path) -> Iterator[str]:
-    """What people do with a merged model: evaluate it, convert it, upload it; of several outputs the first."""
+    """Lines with commands for a merged model: evaluate, convert, upload. With several outputs, for the first."""
     out, *others = outputs_in(made)
     folder, name = quoted(out), quoted(Path(out.resolve().name), inside=True)
     yield f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
     yield f"  evaluate  lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"
     yield f"  convert   python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
-    yield f"  upload    hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"  # what is in there is nobody else's
+    yield f"  upload    hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"  # the journal and the log are private
     if others:
         yield f"            and likewise {', '.join(printable(other.name) for other in others)}"
 
 
 def quoted(path: Path, inside: bool = False) -> str:
-    """A path for a shell, whatever is in it; one that looks like a flag is told as `./-x`, unless it is `inside`."""
+    """A path quoted for a shell. One that looks like a flag becomes `./-x`, unless it is `inside` another word."""
     text = str(path)
     if not text.isprintable():
         return "$'" + text.encode("unicode_escape").decode().replace("'", "\\'") + "'"

@@ -1,6 +1,6 @@
-"""A terminal under a dashboard: keys without Enter, Ctrl-Z, and everything as it was before, however the run ends.
+"""The terminal while a dashboard is shown: keys without Enter, Ctrl-Z, and its settings restored however the run ends.
 
-POSIX only in parts: where there is no termios, keys are not read; where there is no SIGTSTP, nothing is to be done.
+Parts are for POSIX only: without termios no keys are read, and without SIGTSTP there is no Ctrl-Z to handle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def listens() -> bool:
 
 
 def in_foreground(descriptor: int = 2) -> bool:
-    """Whether a terminal is this process's to draw on: a shell's job may be in the background."""
+    """Whether this process may draw on a terminal: as a shell's job it may be in the background."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
     except AttributeError:  # no job control here
@@ -42,7 +42,7 @@ def in_foreground(descriptor: int = 2) -> bool:
 
 @contextlib.contextmanager
 def keys(actions: Mapping[str, Callable[[], None]]) -> Iterator[bool]:
-    """Call an action, in a thread of its own, when its key is pressed; gives whether keys are read at all."""
+    """Call an action, in a thread of its own, when its key is pressed. Yields whether keys are read at all."""
     if not listens():
         yield False
         return
@@ -62,7 +62,7 @@ def keys(actions: Mapping[str, Callable[[], None]]) -> Iterator[bool]:
                 ours = False
                 stop.wait(POLL_SECONDS)
                 continue
-            if not ours:  # back in the foreground: the shell has set it as it was
+            if not ours:  # back in the foreground: the shell has restored its own settings
                 _without_enter()
                 ours = True
             if (pressed := _pressed()) and not stop.is_set():
@@ -75,7 +75,7 @@ def keys(actions: Mapping[str, Callable[[], None]]) -> Iterator[bool]:
 
 
 def _pressed() -> str:
-    """The next key, waited for a moment; empty if there is none."""
+    """The next key that comes within POLL_SECONDS; empty if none does."""
     try:
         waiting = select.select([0], [], [], POLL_SECONDS)[0]
         return os.read(0, 1).decode("ascii", "ignore").lower() if waiting and listens() else ""
@@ -84,14 +84,14 @@ def _pressed() -> str:
 
 
 def _without_enter() -> None:
-    """Keys come at once and are not echoed; Ctrl-C and Ctrl-Z still are signals."""
+    """Have keys come at once and without an echo; Ctrl-C and Ctrl-Z are still signals."""
     if listens():
         with contextlib.suppress(termios.error):
             tty.setcbreak(0, termios.TCSADRAIN)
 
 
 def stop_run() -> None:
-    """As Ctrl-C does."""
+    """Interrupt the run, as Ctrl-C does."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it wherever it waits
     else:
@@ -100,7 +100,10 @@ def stop_run() -> None:
 
 @contextlib.contextmanager
 def suspendable(before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
-    """On Ctrl-Z: `before`, the terminal as it was, the process stops; when it goes on: `after`."""
+    """Handle Ctrl-Z during the block: call `before`, restore the terminal, and stop the process.
+
+    When the process goes on, call `after`.
+    """
     if not hasattr(signal, "SIGTSTP") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -13,15 +13,16 @@ import pytest
 import tiny
 import torch
 import yaml
+from calibrating import activations_of
 from conftest import Place, Run
-from test_merge import digests, tensors_in
-from test_resume import Stopped, each_tensor, stop  # noqa: F401 (a fixture)
+from merge_cases import digests, tensors_in
+from stopping import Stopped, stop
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.errors import ModelError, RecipeError, UsageError
 from lowmem_aim.events import Event, PhaseStarted
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.measuring import comparison
 from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
 from lowmem_aim.recipe.from_flags import applied, relax_recipe
@@ -29,6 +30,7 @@ from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Acm, Recipe
 from lowmem_aim.recipe.yaml_tree import parse
 from lowmem_aim.relaxing.acm import freezing
+from lowmem_aim.system.options import Options
 from lowmem_aim.system.tensor_store import TensorStore
 
 TEXTS = ["The quick brown fox.", "jumps over", "a lazy dog that has been sleeping all day long in the sun"]
@@ -107,11 +109,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def activations(llama: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lowmem_aim.jobs.calibrate import calibrate_base
-    from lowmem_aim.recipe.recipe import Aim
-
-    out = tmp_path_factory.mktemp("activations") / "a.safetensors"
-    return calibrate_base(str(llama / "base"), Aim(calibration=str(texts)), out)
+    return activations_of(llama / "base", texts, tmp_path_factory.mktemp("activations") / "a.safetensors")
 
 
 def job(llama: Path, acm: dict[str, Any] | None, method: str = "ties", **more: Any) -> Recipe:
@@ -273,7 +271,7 @@ class TestInARecipe:
         llama: Path,
         texts: Path,
         tmp_path: Path,
-        each_tensor: None,  # noqa: F811
+        each_tensor: None,
     ) -> None:
         recipe = job(llama, {"calibration": str(texts)})
         merge(recipe, tmp_path / "whole")
@@ -353,7 +351,7 @@ class TestInARecipe:
         llama: Path,
         texts: Path,
         tmp_path: Path,
-        each_tensor: None,  # noqa: F811
+        each_tensor: None,
     ) -> None:
         recipe = job(llama, {"calibration": str(texts)})
         threads = torch.get_num_threads()

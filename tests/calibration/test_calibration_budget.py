@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from calibrating import TEXTS, llama_forward, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from lowmem_aim.system.memory import Budget
 from lowmem_aim.system.tensor_store import TensorStore
 
 CPU = torch.device("cpu")
-TEXTS = tiny.sequences((23, 9, 40))
 MB = 10**6
 
 
@@ -65,10 +65,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def measured(folder: Path, **options: Any) -> Activations:
     with Checkpoint.open(folder) as base:
         return mean_activations(base, load_meta_model(base), TEXTS, **options)
-
-
-def same(a: Activations, b: Activations) -> bool:
-    return a.means.keys() == b.means.keys() and all(torch.equal(a.means[name], b.means[name]) for name in a.means)
 
 
 # --- the numbers do not depend on the budget --------------------------------------------------------------------------
@@ -154,7 +150,6 @@ def test_weights_that_are_read_past_their_modules_stay(
 def test_the_fallback_that_holds_all_states_is_passed_over_where_they_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_mean_activations import llama_forward
     from transformers.models.llama.modeling_llama import LlamaModel
 
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
@@ -269,7 +264,6 @@ def test_outside_the_blocks_states_leave_the_device_once(llama: Path, monkeypatc
 def test_suspended_forwards_that_find_no_memory_give_way_to_paging(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_mean_activations import llama_forward
     from transformers.models.llama.modeling_llama import LlamaModel
 
     from lowmem_aim.measuring import mean_activations as module

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from calibrating import TEXTS, same
 from conftest import Run
+from merge_cases import digests, recipe
 from safetensors.torch import load_file, save_file
-from test_calibration_budget import same
-from test_merge import digests, recipe
+from stopping import Stopped
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
@@ -27,7 +28,7 @@ from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.errors import DiskError, ModelError, ResumeError
 from lowmem_aim.events import Advanced, Event, Notice, PhaseStarted
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.measuring import snapshots
 from lowmem_aim.measuring.mean_activations import mean_activations
 from lowmem_aim.measuring.snapshots import Snapshots
@@ -39,13 +40,8 @@ from lowmem_aim.output.workspace import workspace
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system import memory
 from lowmem_aim.system.memory import Budget
+from lowmem_aim.system.options import Options
 from lowmem_aim.view.status import status_of
-
-TEXTS = tiny.sequences((23, 9, 40))
-
-
-class Stopped(BaseException):
-    """As a signal would."""
 
 
 @pytest.fixture(autouse=True)

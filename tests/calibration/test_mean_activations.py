@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from calibrating import TEXTS, llama_forward
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from transformers import AutoModelForCausalLM
@@ -22,8 +23,6 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.meta_model import MetaModel, load_meta_model
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.tensors import digest
-
-TEXTS = tiny.sequences((23, 9, 40))  # uneven; two longer than every sliding window (8), one longer than the canary
 
 
 @pytest.fixture(scope="module")
@@ -197,26 +196,6 @@ def test_an_expert_that_no_token_reaches_is_zero_and_told(models: Callable[..., 
 
 
 # --- the canary and what follows it ---------------------------------------------------------------------------------
-
-
-def llama_forward(between: Callable[[Tensor], Tensor], *, rounds: int = 1, tuples: bool = False) -> Any:
-    """LlamaModel's forward as someone else might have written it, with `between` after each block."""
-    from transformers.masking_utils import create_causal_mask
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    def forward(self: Any, input_ids: Tensor, **_: Any) -> Any:
-        hidden = self.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1])[None]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
-        rotary = self.rotary_emb(hidden, position_ids=positions)
-        for layer in [*self.layers] * rounds:
-            output = layer(hidden_states=hidden, attention_mask=mask, position_embeddings=rotary)
-            hidden = between(output[0] if tuples else output)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
-
-    return forward
 
 
 def remembering(original: Any) -> Any:

@@ -27,7 +27,7 @@ def suite(job: Job, short: bool) -> str:
         job.check_whole(out)
         told += _check_times(done.text)
     _locked_all_the_same(job, emptied(out))
-    killed = job.attempt(emptied(out), lambda: (_jumping(), at_call(Journal, "put_group", 6, kill)))
+    killed = job.attempt(emptied(out), lambda: (_jumping(), at_call(Journal, "keep_group", 6, kill)))
     assert killed.code == -9, killed
     for folder in ("base", "math"):
         _date(job.work / folder / "model.safetensors", time.time() + DAY)

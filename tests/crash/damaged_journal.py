@@ -23,7 +23,7 @@ HEADER_BYTES = 100  # sqlite's own
 
 def suite(job: Job, short: bool) -> str:
     begun, out, draw = job.work / "begun", job.work / "out", random.Random(0)
-    job.killed(begun, Journal, "put_group", 9)
+    job.killed(begun, Journal, "keep_group", 9)
     times, counts = SHORT_TIMES if short else TIMES, Counter[str]()
     for number in range(times):
         shutil.copytree(begun, emptied(out))

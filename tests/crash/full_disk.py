@@ -20,8 +20,8 @@ TOO_SMALL, ENOUGH = "20m", "60m"  # small files are reckoned with 50 MB
 MOMENTS: tuple[tuple[Any, str, int], ...] = (
     (shards, "ShardWriter", 1),
     (shards, "ShardWriter", 2),
-    (Journal, "put_group", 1),
-    (Journal, "put_group", 7),
+    (Journal, "keep_group", 1),
+    (Journal, "keep_group", 7),
     (run, "publish", 1),
 )
 

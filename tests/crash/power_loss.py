@@ -34,7 +34,7 @@ def suite(job: Job, short: bool) -> str:
         return "skipped: strace is missing or may not trace"
     out, draw, counts = job.work / "out", random.Random(0), Counter[str]()
     recordings = [record(job, emptied(out))]
-    for owner, name, number in ((Journal, "put_group", 7), (output.os, "replace", 14)):
+    for owner, name, number in ((Journal, "keep_group", 7), (output.os, "replace", 14)):
         job.killed(out, owner, name, number)
         recordings.append(record(job, out))
     for number in range(SHORT_STATES if short else STATES):

@@ -31,6 +31,7 @@ from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.output import writer as write
 from lowmem_aim.output.folder import PRIVATE, STAGING, SUMS, is_finished
 from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import PlanSize
 from lowmem_aim.output.verify import verify
 from lowmem_aim.output.writer import finished_prefix
 from lowmem_aim.view.status import status_of
@@ -146,7 +147,7 @@ def finished_tensors(out: Path) -> int:
     """How many tensors the journal and the shards' bytes agree on."""
     count = 0
     with Journal(out / PRIVATE, read_only=True) as journal:
-        for name in (journal.get("plan") or {"shards": []})["shards"]:
+        for name in (journal.kept(PlanSize) or PlanSize()).shards:
             places = (out / PRIVATE / STAGING / name, out / name)
             found = [finished_prefix(place, journal.groups(name))[0] for place in places]
             count += max(prefix.tensors if prefix else 0 for prefix in found)

@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from conftest import Place
-from safetensors.torch import load_file, save_file
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -63,25 +53,25 @@ class TestModels:
         place.refused(place.merge(), 3, "link that leads out")
 
     def test_a_shape_that_differs(self, place: Place) -> None:
-        edit(place.folder / "math", lambda t: t.update({UP: t[UP][:-1].clone()}))
+        tiny.edit_tensors(place.folder / "math", lambda t: t.update({UP: t[UP][:-1].clone()}))
         place.refused(place.merge(), 3, f"`math`: `{UP}` has the shape [47, 32], but [48, 32] in `base`")
 
     def test_a_tensor_that_is_missing_in_one_expert(self, place: Place) -> None:
-        edit(place.folder / "math", lambda t: t.pop(UP))
-        edit(place.folder / "code", lambda t: t.pop("lm_head.weight"))
+        tiny.edit_tensors(place.folder / "math", lambda t: t.pop(UP))
+        tiny.edit_tensors(place.folder / "code", lambda t: t.pop("lm_head.weight"))
         place.refused(place.merge(), 3, f"`math` lacks the tensor `{UP}`", "`code` lacks the tensor `lm_head.weight`")
 
     def test_a_dtype_of_another_kind(self, place: Place) -> None:
-        edit(place.folder / "math", lambda t: t.update({UP: t[UP].to(torch.int8)}))
+        tiny.edit_tensors(place.folder / "math", lambda t: t.update({UP: t[UP].to(torch.int8)}))
         place.refused(place.merge(), 3, f"`math`: `{UP}` is int8, but float32 in `base`")
 
     def test_other_float_dtypes_are_ordinary(self, place: Place) -> None:
-        edit(place.folder / "math", lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
+        tiny.edit_tensors(place.folder / "math", lambda t: t.update({n: v.bfloat16() for n, v in t.items()}))
         assert place.merge().code == 0
 
     def test_a_vocabulary_that_differs(self, place: Place) -> None:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            edit(place.folder / "math", lambda t, n=name: t.update({n: torch.cat([t[n], t[n][:1]])}))
+            tiny.edit_tensors(place.folder / "math", lambda t, n=name: t.update({n: torch.cat([t[n], t[n][:1]])}))
         place.refused(place.merge(), 3, "the vocabulary differs", "hint: tokens differ: `tokenizer_source: base`")
 
     def test_another_architecture_and_another_number_of_layers(self, place: Place) -> None:
@@ -107,7 +97,7 @@ class TestModels:
         place.refused(place.merge(), 3, "`base`: `lm_head.weight` should be tied to `model.embed_tokens.weight`")
 
     def test_names_are_escaped_on_the_screen(self, place: Place) -> None:
-        edit(place.folder / "base", lambda t: t.update({"\x1b[2J[/bold]": torch.ones(2)}))
+        tiny.edit_tensors(place.folder / "base", lambda t: t.update({"\x1b[2J[/bold]": torch.ones(2)}))
         done = place.merge()
         place.refused(done, 3, "`math` lacks the tensor `\\x1b[2J[/bold]`")
         assert "\x1b" not in done.err

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 import yaml
+from cards import assert_card, assert_plain
 from conftest import Place
 from rich.console import Console
 from safetensors.torch import load_file
-from test_bad_input import edit
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Notice, PhaseStarted, Planned, RunStarted, TensorDone
@@ -103,7 +103,9 @@ class TestQuantised:
     )
     def test_by_tensors(self, place: Place, suffix: str) -> None:
         name = f"model.layers.0.mlp.up_proj.{suffix}"
-        edit(place.folder / "code", lambda tensors: tensors.update({name: torch.ones(2, dtype=torch.uint8)}))
+        tiny.edit_tensors(
+            place.folder / "code", lambda tensors: tensors.update({name: torch.ones(2, dtype=torch.uint8)})
+        )
         place.refused(place.merge(), 3, f"code` is quantised (it holds `{name}`)")
 
 
@@ -114,9 +116,11 @@ def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> No
     tiny.edit_config(place.folder / "awq", quantization_config={"quant_method": "awq"})
     (place.folder / "cut/model.safetensors").write_bytes(b"\x80\x04" * 10)
     tiny.edit_config(place.folder / "small", num_hidden_layers=2, num_key_value_heads=4, tie_word_embeddings=True)
-    edit(place.folder / "small", lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][1:]}))
-    edit(place.folder / "small", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].int()}))
-    edit(place.folder / "math", lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    tiny.edit_tensors(
+        place.folder / "small", lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][1:]})
+    )
+    tiny.edit_tensors(place.folder / "small", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].int()}))
+    tiny.edit_tensors(place.folder / "math", lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
     experts = [f for name in ("awq", "cut", "small") for f in ("--expert", place.folder / name)]
     place.refused(
         place.merge(*experts),
@@ -131,8 +135,8 @@ def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> No
 
 
 def test_a_model_of_another_size_does_not_hide_the_others(place: Place) -> None:
-    edit(place.folder / "math", lambda t: [t.update({n: torch.ones(3)}) for n in t])
-    edit(place.folder / "code", lambda t: t.pop("model.norm.weight"))
+    tiny.edit_tensors(place.folder / "math", lambda t: [t.update({n: torch.ones(3)}) for n in t])
+    tiny.edit_tensors(place.folder / "code", lambda t: t.pop("model.norm.weight"))
     done = place.merge()
     place.refused(done, 3, "`math`: ", "more tensors do not fit", "`code` lacks the tensor `model.norm.weight`")
     assert done.err.count("\n") < 40
@@ -357,8 +361,12 @@ class TestNames:
     def test_of_tensors(self, place: Place, name: str) -> None:
         """Merged and copied as any other; escaped in messages, on the card, and not taken for a path."""
         for model in ("base", "math", "code"):
-            edit(place.folder / model, lambda t: t.update({name: torch.ones(2), name + "#": torch.ones(2).int()}))
-        edit(place.folder / "math", lambda t: t.update({name: torch.tensor([float("nan"), 1.0]), name + "!": t[name]}))
+            tiny.edit_tensors(
+                place.folder / model, lambda t: t.update({name: torch.ones(2), name + "#": torch.ones(2).int()})
+            )
+        tiny.edit_tensors(
+            place.folder / "math", lambda t: t.update({name: torch.tensor([float("nan"), 1.0]), name + "!": t[name]})
+        )
         before = sorted(place.folder.rglob("*"))
         done = place.merge("--nonfinite", "base")
         assert done.code == 0, done.err
@@ -367,9 +375,9 @@ class TestNames:
         facts = json.loads((place.out / "lowmem_aim.json").read_text())
         assert name + "#" in facts["tensors"]["copied"]
         assert [item["tensor"] for item in facts["nonfinite"]] == [name]
-        self.is_plain(done.err)
-        self.is_plain((place.out / "lowmem_aim.json").read_text())
-        self.is_card((place.out / "README.md").read_text())
+        assert_plain(done.err)
+        assert_plain((place.out / "lowmem_aim.json").read_text())
+        assert_card((place.out / "README.md").read_text())
 
     @pytest.mark.parametrize(
         "name", ["a\x1b[2J", "x`|<b>", "y\n---\nlicense: evil", "[red]r", "\u202ex", "- !!x &a *b"]
@@ -379,8 +387,8 @@ class TestNames:
         command = ("--method", "ties", "--base", place.folder / "base", "--expert", place.folder / name)
         done = place.run("merge", place.out, *command)
         assert done.code == 0, done.err
-        self.is_plain(done.err)
-        self.is_card((place.out / "README.md").read_text())
+        assert_plain(done.err)
+        assert_card((place.out / "README.md").read_text())
         portable = yaml.safe_load((place.out / "mergekit_config.yml").read_text())
         assert portable["models"][0]["model"] == printable(name).replace("`", "'")
 
@@ -392,7 +400,7 @@ class TestNames:
         table["models"] = [{"model": str(place.folder / "math")}]
         (place.folder / "recipe.yml").write_text(json.dumps(table))
         assert place.run("merge", place.folder / "recipe.yml", place.out).code == 0
-        self.is_card((place.out / "README.md").read_text())
+        assert_card((place.out / "README.md").read_text())
         portable = yaml.safe_load((place.out / "mergekit_config.yml").read_text())
         assert portable["parameters"]["weight"] == weight
 
@@ -403,7 +411,7 @@ class TestNames:
             tiny.edit_config(place.folder / model, **said)
         assert place.merge().code == 0
         card = (place.out / "README.md").read_text()
-        self.is_card(card)
+        assert_card(card)
         assert "owned" not in card
         assert said.items() <= json.loads((place.out / "config.json").read_text()).items()
 
@@ -433,19 +441,4 @@ class TestNames:
         shown = re.sub(r"\x1b\[(\?25[lh]|2K|[0-9;]*[mAG])|\r", "", capsys.readouterr().err)
         for name in names:
             assert shown.count(f"<{printable(name)}>") >= 2
-        self.is_plain(shown)
-
-    def is_plain(self, text: str) -> None:
-        assert all(line.isprintable() for line in text.split("\n"))
-
-    def is_card(self, card: str) -> None:
-        """One front matter of our keys, our headings alone, and no markup of others outside code."""
-        self.is_plain(card)
-        _, front, body = card.split("---\n", 2)
-        assert list(yaml.safe_load(front)) == ["base_model", "library_name", "tags"]
-        prose = re.sub(r"(?ms)^(`{3,})(?:yaml|text)\n.*?^\1$|`[^`\n]*`", "", body)
-        prose = prose.replace("![The share that is left, layers by kinds of module](delta-kept.png)", "", 1)
-        assert not set("<>`[") & set(prose)
-        headings = re.findall(r"^#+ (\w+)", prose, re.MULTILINE)
-        how = ["How"] * ("\n## How much of the delta is left\n" in prose)
-        assert headings in (["A", *how, "Recipe", "Digests"], ["A", *how, "Recipe", "Digests", "Elements"])
+        assert_plain(shown)

@@ -28,9 +28,10 @@ import tiny  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 
-from lowmem_aim.jobs.merge import Options, merge  # noqa: E402
+from lowmem_aim.jobs.merge import merge  # noqa: E402
 from lowmem_aim.recipe.reader import read_recipe  # noqa: E402
 from lowmem_aim.recipe.yaml_tree import load_tree  # noqa: E402
+from lowmem_aim.system.options import Options  # noqa: E402
 
 # A mixture of experts whose tensors mergekit takes as they are stored; others it fuses before it merges.
 ARCHITECTURES = ("llama", "qwen2", "gemma", "gpt2", "gpt_oss")

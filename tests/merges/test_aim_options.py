@@ -11,43 +11,22 @@ import references as ref
 import torch
 import yaml
 from conftest import Run
-from test_merge import digests, recipe, tensors_in
-from test_resume import each_tensor, stop  # noqa: F401 (a fixture)
+from merge_cases import digests, recipe, tensors_in, with_aim
+from stopping import stop
 
 from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.jobs.calibrate import calibrate_base
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.recipe.reader import read_recipe
-from lowmem_aim.recipe.recipe import Recipe, Setting, one_by_one
+from lowmem_aim.recipe.recipe import Setting, one_by_one
 from lowmem_aim.recipe.yaml_tree import parse
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.aim import SCALINGS, shrinkage
+from lowmem_aim.system.options import Options
 
 UP, DOWN = "model.layers.{}.mlp.up_proj.weight", "model.layers.{}.mlp.down_proj.weight"
 HEAD, NORM = "lm_head.weight", "model.layers.1.input_layernorm.weight"
-
-
-@pytest.fixture(scope="module")
-def measured(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base's activations, measured once."""
-    folder = tmp_path_factory.mktemp("measured")
-    texts = folder / "texts.txt"
-    texts.write_text("the quick brown fox jumps over the lazy dog\n\n" * 3)
-    aim = recipe(llama, omega=0.4, calibration=str(texts)).aim
-    assert aim is not None
-    return calibrate_base(str(llama / "base"), aim, folder / "activations.safetensors")
-
-
-def with_aim(llama: Path, measured: Path, aim: dict[str, Any]) -> Recipe:
-    table = {
-        "merge_method": "task_arithmetic",
-        "base_model": str(llama / "base"),
-        "models": [{"model": str(llama / name), "parameters": {"weight": 0.5}} for name in ("math", "code")],
-        "aim": {"calibration": str(measured), **aim},
-    }
-    return read_recipe(parse(yaml.safe_dump(table), "recipe.yml"))
 
 
 def problems(aim: str) -> list[str]:
@@ -177,7 +156,7 @@ class TestSeveral:
         out = merge(with_aim(llama, measured, {"omega": [0.2, 0.4]}), tmp_path / "out")
         assert sorted(begun) == sorted(tensors_in(out / "omega-0.2"))
 
-    def test_interrupted_it_goes_on(self, llama: Path, texts: Path, tmp_path: Path, each_tensor: None) -> None:  # noqa: F811
+    def test_interrupted_it_goes_on(self, llama: Path, texts: Path, tmp_path: Path, each_tensor: None) -> None:
         job = recipe(llama, omega="0.2,0.4", calibration=str(texts))
         options = Options(shard_bytes=40_000)
         merge(job, tmp_path / "whole", options)

@@ -1,7 +1,5 @@
 """How much of the delta is left: the card's figures are right, and the same however a merge went; so is the picture."""
 
-# ruff: noqa: F811 (fixtures of other tests)
-
 from __future__ import annotations
 
 import io
@@ -16,22 +14,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import test_hostile
+import tiny
 import torch
+from calibrating import activations_of
+from cards import assert_card
 from conftest import Place, Run
+from merge_cases import digests, recipe, tensors_in, with_aim
 from PIL import Image
-from test_aim_options import measured, with_aim  # noqa: F401 (a fixture)
-from test_bad_input import edit
-from test_merge import digests, recipe, tensors_in
-from test_resume import each_tensor, stop  # noqa: F401 (a fixture)
+from stopping import stop
 
 from lowmem_aim.errors import ResumeError
-from lowmem_aim.jobs.calibrate import calibrate_base
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.output import picture
 from lowmem_aim.output.heatmap import BLOCKS, MOST_KINDS, DeltaSums, block_map, by_module, colour_of, heat_rows
 from lowmem_aim.output.picture import heatmap_png
 from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.system.options import Options
 from lowmem_aim.view.progress import Progress
 
 PICTURE, SECTION = "delta-kept.png", "\n## How much of the delta is left\n"
@@ -194,21 +192,19 @@ def test_hostile_names_stay_within_the_picture_or_the_block(
         without_matplotlib(monkeypatch)
     names = [f"model.layers.1.{part}" for part in ("$x^2$_a\\frac", "```\n````\n# owned\n<b>", "\u202e漢\x1b[2J", "")]
     names += ["`|\n# owned\n<script>", "n" * 100_000]
-    aim = recipe(place.folder, experts=("math", "code"), omega=0.4, calibration=str(texts)).aim
-    assert aim is not None
-    file = calibrate_base(str(place.folder / "base"), aim, place.folder / "activations.safetensors")
+    file = activations_of(place.folder / "base", texts, place.folder / "activations.safetensors")
     activations = Activations.load(file)
     means = {**activations.means, **{name: torch.tensor([1.0, 0.5]) for name in names}}
     replace(activations, means=means).save(file)
     for number, model in enumerate(("base", "math", "code")):
-        edit(
+        tiny.edit_tensors(
             place.folder / model,
             lambda t, n=float(number): t.update({name: torch.tensor([n, 2 * n]) for name in names}),
         )
     done = place.merge("--calibration", file, "--omega", "0.4")
     assert done.code == 0, done.err
     card = (place.out / "README.md").read_text()
-    test_hostile.TestNames().is_card(card)
+    assert_card(card)
     assert SECTION in card
     assert len(card) < 20_000
     assert (place.out / PICTURE).exists() == drawn

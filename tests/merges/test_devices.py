@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from test_merge import FLAGS, digests, recipe
+from merge_cases import BY_METHOD, FLAGS, digests, recipe
 from torch import Tensor
 
 from lowmem_aim.jobs.merge import merge
@@ -33,16 +32,21 @@ class FakeLanes(DeviceStreams):
         return result.as_subclass(Tensor).contiguous()
 
 
-@pytest.mark.parametrize("method", FLAGS)
-def test_every_slice_goes_up_and_comes_down_and_copies_stay_here(
-    llama: Path, texts: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def with_a_copy(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llamas with a tensor of integers, which is copied, not merged. Read only."""
+    folder = tmp_path_factory.mktemp("with-a-copy")
     for name in ("base", "math", "code", "chat"):
-        tiny.perturbed(llama / name, tmp_path / name, scale=0.0)
-        tensors = load_file(tmp_path / name / "model.safetensors")
-        tensors["model.rotary_emb.steps"] = torch.arange(3)
-        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    asked = recipe(tmp_path, method, **FLAGS[method], omega=0.3, calibration=str(texts))
+        tiny.perturbed(llama / name, folder / name, scale=0.0)
+        tiny.edit_tensors(folder / name, lambda t: t.update({"model.rotary_emb.steps": torch.arange(3)}))
+    return folder
+
+
+@pytest.mark.parametrize("method", BY_METHOD)
+def test_every_slice_goes_up_and_comes_down_and_copies_stay_here(
+    with_a_copy: Path, measured: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(with_a_copy, method, **FLAGS[method], omega=0.3, calibration=str(measured))
     expected = digests(merge(asked, tmp_path / "here"))
     monkeypatch.setitem(merge_tensors.__globals__, "DeviceStreams", FakeLanes)
     monkeypatch.setattr("lowmem_aim.methods.kernels.usable", lambda tensors: not isinstance(tensors[0], Elsewhere))

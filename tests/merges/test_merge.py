@@ -9,7 +9,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +18,15 @@ import tiny
 import torch
 import yaml
 from conftest import Run
+from merge_cases import BY_METHOD, FLAGS, digests, recipe, tensors_in
 from safetensors.torch import load_file, save_file
+from stopping import held
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.errors import DiskError
-from lowmem_aim.jobs.merge import Options, merge
-from lowmem_aim.recipe.from_flags import applied, empty_recipe
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.recipe.reader import read_recipe
-from lowmem_aim.recipe.recipe import Recipe
-
-
-def recipe(
-    folder: Path, method: str = "ties", experts: tuple[str, ...] = ("math", "code", "chat"), **flags: Any
-) -> Recipe:
-    given = {"method": method, "base": str(folder / "base"), "expert": tuple(str(folder / e) for e in experts)}
-    return read_recipe(applied(empty_recipe(), given | flags))
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Of the output's files; what differs from run to run lies in a folder of its own."""
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and ".lowmem_aim" not in f.parts]
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-FLAGS: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "task_arithmetic": {"weight": ("0.3",), "parameter": ("lambda=0.9",)},
-    "ties": {"weight": ("0.3",), "density": ("0.4",), "parameter": ("rescale=true",)},
-    "dare_linear": {"weight": ("0.3",), "density": ("0.4",)},
-    "dare_ties": {"weight": ("0.3",), "density": ("0.4",)},
-    "slerp": {"experts": ("math",), "parameter": ("t=0.4",)},
-    "passthrough": {"experts": ("math",)},
-    "breadcrumbs_ties": {"weight": ("0.3",), "density": ("0.4",)},
-    "della": {"weight": ("0.3",), "density": ("0.4",)},
-    "arcee_fusion": {"experts": ("math",)},
-    "multislerp": {"weight": ("0.3",)},
-    "widen": {},
-}
+from lowmem_aim.system.options import Options
 
 
 class TestOutput:
@@ -179,17 +146,12 @@ class TestOutput:
 
 
 class TestSameBytes:
-    @pytest.mark.parametrize("method", FLAGS)
+    @pytest.mark.parametrize("method", BY_METHOD)
     def test_slices_threads_and_read_mode_change_no_byte(
-        self, method: str, llama: Path, texts: Path, tmp_path: Path
+        self, method: str, llama: Path, measured: Path, tmp_path: Path
     ) -> None:
-        flags = {"omega": 0.4, "calibration": str(texts), "dtype": "bfloat16"} | FLAGS[method]
-        chosen = recipe(llama, method, **flags)
-        # One set of activations: the matrix products behind them are promised for one thread count only.
-        from lowmem_aim.jobs.calibrate import calibrate_base
-
-        activations = calibrate_base(str(llama / "base"), chosen.aim, tmp_path / "a.safetensors")  # type: ignore[arg-type]
-        chosen = recipe(llama, method, **flags | {"calibration": str(activations)})
+        """With one set of activations: the matrix products behind them are promised for one thread count only."""
+        chosen = recipe(llama, method, **FLAGS[method], omega=0.4, calibration=str(measured), dtype="bfloat16")
         before = torch.get_num_threads()
         try:
             made = [
@@ -498,25 +460,11 @@ class TestKilled:
     """The whole program, ended from outside."""
 
     def start(self, llama: Path, out: Path, hold: str) -> subprocess.Popen[str]:
-        """A merge in a process of its own that stops for good where `hold` is called, and says so."""
-        code = (
-            "import sys, time, lowmem_aim.system.interrupts as i; i.install()\n"
-            f"import {hold.rpartition('.')[0]} as module\n"
-            "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
-            f"module.{hold.rpartition('.')[2]} = stop\n"
-            "from lowmem_aim.cli.main import main; main()"
-        )
-        command = ["merge", str(out), "--method", "linear", "--expert", str(llama / "math"), "--shard-size", "40KB"]
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "HOLD\n"
-        return process
+        return held(hold, "merge", out, "--method", "linear", "--expert", llama / "math", "--shard-size", "40KB")
 
     @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
     def test_a_signal_before_anything_is_finished_takes_everything_back(
-        self, name: str, code: int, llama: Path, tmp_path: Path
+        self, name: str, code: int, llama: Path, tmp_path: Path, known: None
     ) -> None:
         process = self.start(llama, tmp_path / "out", "lowmem_aim.output.shards.raw")
         process.send_signal(getattr(signal, name))
@@ -535,7 +483,9 @@ class TestKilled:
             assert (tmp_path / "out/mine.txt").exists()
 
     @pytest.mark.parametrize("hold", ["lowmem_aim.output.shards.raw", "lowmem_aim.output.workspace.sync_folder"])
-    def test_after_a_kill_the_same_command_does_the_job(self, hold: str, llama: Path, tmp_path: Path, run: Run) -> None:
+    def test_after_a_kill_the_same_command_does_the_job(
+        self, hold: str, llama: Path, tmp_path: Path, run: Run, known: None
+    ) -> None:
         process = self.start(llama, tmp_path / "out", hold)
         process.kill()
         process.communicate(timeout=60)

@@ -11,16 +11,17 @@ import pytest
 import tiny
 import torch
 from conftest import Run
+from merge_cases import digests, recipe, tensors_in
 from safetensors.torch import load_file, save_file
-from test_merge import digests, recipe, tensors_in
-from test_resume import SHARDS, each_tensor, stop  # noqa: F401 (a fixture)
+from stopping import SHARDS, stop
 
 from lowmem_aim.errors import ModelError, ResumeError, UsageError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging import shares as job_module
 from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.methods import kernels
+from lowmem_aim.system.options import Options
 
 UP, EMBEDDING, NORM = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"
 HOLES = {UP: (slice(3, 9), slice(2, 5)), EMBEDDING: (slice(0, 264), slice(7, 8)), NORM: (slice(30, 32),)}
@@ -39,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "widen": {},
     "arcee_fusion": {"experts": ("math",)},
 }
+QUICK = ("ties", "dare_ties", "ramplus_tl", "della", "sce", "widen")  # of each way to compute one
+BY_METHOD = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
 
 
 def with_holes(folder: Path, value: Any, holes: Any = HOLES) -> None:
@@ -66,7 +69,7 @@ def job(folder: Path, method: str = "ties", **flags: Any) -> Any:
     return recipe(folder, method, **{"experts": ("math", "code"), **METHODS[method], **flags})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_METHOD)
 def test_the_result_is_as_if_the_expert_had_the_bases_values(method: str, models: Path) -> None:
     merge(job(models / "filled", method), models / "expected", SHARDS)
     merge(job(models / "holed", method), models / "out", TAKE_BASE)
@@ -155,7 +158,7 @@ def test_the_card_and_a_warning_tell_what_was_replaced(models: Path) -> None:
     assert warnings == ["284 element(s) of `math` are NaN or Inf and took the base's value"]
 
 
-def test_the_counts_outlive_interruptions(models: Path, each_tensor: None) -> None:  # noqa: F811
+def test_the_counts_outlive_interruptions(models: Path, each_tensor: None) -> None:
     merge(job(models / "holed"), models / "whole", TAKE_BASE)
     for tensors in (3, 1, 9, 4):
         stop(job(models / "holed"), models / "out", tensors, TAKE_BASE)
@@ -163,7 +166,7 @@ def test_the_counts_outlive_interruptions(models: Path, each_tensor: None) -> No
     assert digests(models / "out") == digests(models / "whole")
 
 
-def test_a_run_does_not_go_on_under_the_other_setting(models: Path, each_tensor: None) -> None:  # noqa: F811
+def test_a_run_does_not_go_on_under_the_other_setting(models: Path, each_tensor: None) -> None:
     stop(job(models / "holed"), models / "out", 9, TAKE_BASE)
     with pytest.raises(ResumeError, match="`nonfinite` was `base` and is now `stop`"):
         merge(job(models / "holed"), models / "out", SHARDS)

@@ -9,7 +9,6 @@ import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,59 +17,29 @@ from typing import Any
 import pytest
 import tiny
 from conftest import Run
+from merge_cases import BY_METHOD, FLAGS, digests, recipe
 from safetensors.torch import load_file, save_file
-from test_merge import FLAGS, digests, recipe
+from stopping import SHARDS, Stopped, held, stop, stopping_after
 
 from lowmem_aim.errors import DiskError, LockedError, ResumeError, UsageError, VerifyError
-from lowmem_aim.events import Event, Notice, TensorDone
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.events import Event, TensorDone
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.output import workspace as output
 from lowmem_aim.output import writer as write
 from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, is_finished
-from lowmem_aim.output.journal import Group, Journal
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import Group, Identity, PlanSize
 from lowmem_aim.output.verify import verify
 from lowmem_aim.output.writer import Commit, ShardWriter, finished_prefix
 from lowmem_aim.system import lock
+from lowmem_aim.system.options import Options
 from lowmem_aim.view.status import status_of
-
-SHARDS = Options(shard_bytes=40_000)
-
-
-class Stopped(BaseException):
-    """As a signal would."""
-
-
-@pytest.fixture
-def each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor is a commit of its own."""
-    monkeypatch.setattr(write, "GROUP_BYTES", 1)
-
-
-def stopping_after(tensors: int, notices: list[str] | None = None) -> Callable[[Event], None]:
-    """An Emit that stops the run when so many tensors are done."""
-    left = [tensors]
-
-    def emit(event: Event) -> None:
-        if isinstance(event, Notice) and notices is not None:
-            notices.append(event.text)
-        if isinstance(event, TensorDone) and not event.earlier:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Stopped
-
-    return emit
-
-
-def stop(job: Any, out: Path, tensors: int, options: Options = SHARDS) -> None:
-    with pytest.raises(Stopped):
-        merge(job, out, options, stopping_after(tensors))
-
 
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", FLAGS)
+@pytest.mark.parametrize("method", BY_METHOD)
 def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
     method: str, llama: Path, texts: Path, tmp_path: Path, each_tensor: None
 ) -> None:
@@ -156,14 +125,15 @@ def test_damage_leads_to_work_done_again(damage: str, llama: Path, tmp_path: Pat
     assert digests(out) == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_step_of_the_finish_it_is_no_model_and_goes_on(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = recipe(llama, "linear")
     merge(job, tmp_path / "whole", SHARDS)
     replace, sync = os.replace, output.sync_folder
     steps = 0
-    for stop_at in range(1000):
+    for stop_at in range(0, 1000, every):
         left, out = [stop_at], tmp_path / f"out-{stop_at}"
 
         def counted(work: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
@@ -453,23 +423,10 @@ def test_asking_whether_a_run_is_alive_does_not_stop_one_that_starts(
 class TestTwoRuns:
     def start(self, llama: Path, out: Path) -> subprocess.Popen[str]:
         """A run that stops for good in its first tensor."""
-        code = (
-            "import time, lowmem_aim.system.interrupts as i; i.install()\n"
-            "import lowmem_aim.output.shards as module\n"
-            "def stop(*a, **k):\n print('HOLD', flush=True)\n while True: time.sleep(0.01)\n"
-            "module.raw = stop\n"
-            "from lowmem_aim.cli.main import main; main()"
-        )
-        command = ["merge", str(out), "--method", "linear", "--expert", str(llama / "math")]
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "HOLD\n"
-        return process
+        return held("lowmem_aim.output.shards.raw", "merge", out, "--method", "linear", "--expert", llama / "math")
 
     def test_the_second_names_the_first_and_a_dead_ones_lock_is_taken_over(
-        self, llama: Path, tmp_path: Path, run: Run
+        self, llama: Path, tmp_path: Path, run: Run, known: None
     ) -> None:
         out = tmp_path / "out"
         process = self.start(llama, out)
@@ -487,7 +444,7 @@ class TestTwoRuns:
         assert status_of(out).state == "interrupted"
         assert run(*command).code == 0
 
-    def test_a_second_signal_ends_it_at_once(self, llama: Path, tmp_path: Path) -> None:
+    def test_a_second_signal_ends_it_at_once(self, llama: Path, tmp_path: Path, known: None) -> None:
         process = self.start(llama, tmp_path / "out")
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
@@ -508,60 +465,63 @@ def test_the_journal_keeps_what_it_is_given(tmp_path: Path) -> None:
     ]
     with Journal(tmp_path) as journal:
         for group in reversed(groups):
-            journal.put_group(group)
-        journal.put("plan", "", {"tensors": 3})
+            journal.keep_group(group)
+        journal.keep(PlanSize(3))
     with Journal(tmp_path) as journal:
         assert journal.groups("a") == groups[:2]
         assert journal.groups("ab") == groups[2:]
-        assert journal.get("plan") == {"tensors": 3}
-        assert journal.get("nothing") is None
-        journal.drop("group")
-        assert not journal.holds("group")
+        assert journal.kept(PlanSize) == PlanSize(3, shards=[])
+        assert journal.kept(Identity) is None
+        journal.forget(Group)
+        assert not journal.holds(Group)
         assert journal._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
         assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_a_damaged_row_is_no_row(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
-        journal.put("plan", "", {"tensors": 3})
+        journal.keep(PlanSize(3))
         journal._connection.execute("UPDATE entries SET value = '{\"tensors\": 4}'")
-        assert journal.get("plan") is None
+        assert journal.kept(PlanSize) is None
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 0), (18, 5), (19, 9), (20, 3), (4096 + 3, 0xFF)])
 def test_a_damaged_journal_is_an_empty_one_that_can_be_written(place: int, value: int, tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
-        journal.put("plan", "", 1)
+        journal.keep(PlanSize(1))
     file = tmp_path / "journal.sqlite"
     data = bytearray(file.read_bytes())
     data[place] = value  # of the header: magic, who may write or read, a page's rest; of a page: how many cells
     file.write_bytes(data)
     with Journal(tmp_path) as journal:
-        assert journal.get("plan") is None
-        journal.put("plan", "", 2)
-        assert journal.get("plan") == 2
+        assert journal.kept(PlanSize) is None
+        journal.keep(PlanSize(2))
+        assert journal.kept(PlanSize) == PlanSize(2, shards=[])
+
+
+IDENTITY = Identity({"seed": 1}, [], {"device": "cpu"})
 
 
 def test_text_that_is_none_and_columns_of_other_names_are_damage(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
-        journal.put("plan", "", 1)
-        journal.put("identity", "", 1)
+        journal.keep(PlanSize(1))
+        journal.keep(IDENTITY)
         journal._connection.execute("UPDATE entries SET value = CAST(x'80ff' AS TEXT) WHERE kind = 'plan'")
-        assert journal.get("plan") is None
-        assert journal.get("identity") == 1
+        assert journal.kept(PlanSize) is None
+        assert journal.kept(Identity) == IDENTITY
         journal._connection.execute("ALTER TABLE entries RENAME COLUMN digest TO other")
     with Journal(tmp_path, read_only=True) as journal:
-        assert journal.get("identity") is None
+        assert journal.kept(Identity) is None
     with Journal(tmp_path) as journal:
-        journal.put("plan", "", 2)
-        assert journal.get("plan") == 2
+        journal.keep(PlanSize(2))
+        assert journal.kept(PlanSize) == PlanSize(2, shards=[])
 
 
 def test_a_journal_that_cannot_be_written_is_exit_4(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         journal._connection.execute("PRAGMA query_only = 1")
         with pytest.raises(DiskError, match="journal") as caught:
-            journal.put("plan", "", 1)
+            journal.keep(PlanSize(1))
         assert caught.value.exit_code == 4
     (tmp_path / "sub" / "journal.sqlite").mkdir(parents=True)
     with pytest.raises(DiskError, match="journal"):

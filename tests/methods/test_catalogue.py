@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Place, Run
-from test_merge import tensors_in
-from test_methods import NAME, PARAMETERS, WHOLE, merge, slices, tensors
+from merge_cases import tensors_in
+from method_cases import NAME, PARAMETERS, WHOLE, merge, resolved, slices, tensors
 
 from lowmem_aim.cli.catalogue import example, facts, formula
 from lowmem_aim.errors import RecipeError
@@ -85,12 +85,6 @@ def count_rounds(name: str, given: dict[str, Any], base: torch.Tensor, experts: 
             fold.add(fold.part(rows))
         made += 1
     return made
-
-
-def resolved(name: str, given: dict[str, Any], experts: list[torch.Tensor]) -> dict[str, Any]:
-    """With the defaults."""
-    table = METHODS[name].parameters
-    return {key: given.get(key, (p.default,) * len(experts) if p.per_expert else p.default) for key, p in table.items()}
 
 
 # --- other packages ---------------------------------------------------------------------------------------------------

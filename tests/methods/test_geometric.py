@@ -9,7 +9,7 @@ import pytest
 import references as ref
 import tiny
 import torch
-from test_methods import SHAPES, assert_close, merge, tensors
+from method_cases import SHAPES, assert_close, merge, tensors
 
 from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.method import Subject

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import NAME, PARAMETERS, measured
+from method_cases import NAME, PARAMETERS, measured
 from torch import Tensor
 
 from lowmem_aim.methods import kernels

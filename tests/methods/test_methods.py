@@ -3,72 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import references as ref
 import torch
-from torch import Tensor
+from method_cases import CPU, NAME, PARAMETERS, SHAPES, assert_close, measured, merge, slices, tensors
 
 from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.masks import keep_mask
-from lowmem_aim.methods.method import Rounds, Rows, Subject
+from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.methods.ties import largest
-from lowmem_aim.models.headers import matrix_shape
-
-SHAPES = [(), (1,), (2,), (97,), (1, 13), (13, 1), (31, 37), (3, 5, 7), (2, 3, 1)]
-CPU = torch.device("cpu")
-WHOLE = 0  # a step
-NAME = "model.layers.0.self_attn.q_proj.weight"
-
-
-def tensors(shape: tuple[int, ...], experts: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Base and experts; float32 values, representable in `dtype`."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(shape, generator=generator)
-    others = [base + 0.1 * torch.randn(shape, generator=generator) for _ in range(experts)]
-    return [t.to(dtype).float() for t in (base, *others)]
-
-
-def slices(base: Tensor, experts: list[Tensor], step: int) -> Iterator[Rows]:
-    rows, columns = matrix_shape(tuple(base.shape))
-    step = rows or 1 if step == WHOLE else step
-    flat = [t.reshape(rows, columns) for t in (base, *experts)]
-    for start in range(0, rows, step):
-        part = [t[start : start + step] for t in flat]
-        yield Rows(part[0], tuple(part[1:]), start * columns)
-
-
-def measured(script: Any, base: Tensor, experts: list[Tensor], step: int) -> Any:
-    """What a script returns after all of its rounds."""
-    rounds = Rounds(script)
-    for fold in rounds:
-        for rows in slices(base, experts, step):
-            fold.add(fold.part(rows))
-    return rounds.combine
-
-
-def merge(
-    method: str,
-    base: Tensor,
-    experts: list[Tensor],
-    parameters: dict[str, Any],
-    step: int = 1 << 30,
-    seed: int = 0,
-    **facts: Any,
-) -> Tensor:
-    """`facts`: of the Subject."""
-    subject = Subject(NAME, tuple(base.shape), base.numel(), len(experts), seed, **facts)
-    step = WHOLE if METHODS[method].whole_rows and base.ndim < 2 else step
-    combine = measured(METHODS[method].start(subject, parameters), base, experts, step)
-    return torch.cat([combine(rows) for rows in slices(base, experts, step)]).reshape(base.shape)
-
-
-def assert_close(ours: Tensor, truth: Tensor) -> None:
-    assert ours.dtype == torch.float32
-    assert float((ours.double() - truth).abs().max()) <= 1e-6 * max(float(truth.abs().max()), 1e-30)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -193,31 +138,6 @@ def test_the_mask_of_ties_is_the_k_largest_equal_ones_by_index(
     truth = ref.largest_mask(expert - base, density)
     # Whether a zero stays changes nothing, so zeros may be kept beyond k.
     assert torch.equal(mask & (expert != base), truth & (expert != base))
-
-
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "linear": {"weight": (0.3, 0.4, 0.5)},
-    "task_arithmetic": {"weight": (0.3, 0.4, 0.5), "lambda": 0.9},
-    "ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9), "rescale": True},
-    "breadcrumbs": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9), "gamma": (0.1, 0.1, 0.3), "rescale": True},
-    "breadcrumbs_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9), "gamma": (0.1, 0.1, 0.0)},
-    "dare_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
-    "dare_ties": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 0.9)},
-    "slerp": {"t": 0.4},
-    "model_stock": {"filter_wise": True},
-    "karcher": {"max_iter": 20, "tol": 1e-9},
-    "multislerp": {"weight": (0.3, 0.4, 0.5)},
-    "nuslerp": {"weight": (0.3, 0.4), "nuslerp_flatten": False, "nuslerp_row_wise": True},
-    "widen": {"above_average_value_ratio": 1.1, "score_calibration_value": 0.9},
-    "nearswap": {"t": 0.05},
-    "ram": {"epsilon": 0.05},
-    "ramplus_tl": {"epsilon": 0.05, "alpha": 0.6},
-    "passthrough": {"scale": (1.5,)},
-    "della": {"weight": (0.3, 0.4, 0.5), "density": (0.2, 0.5, 1.0), "epsilon": (0.1, 0.4, 0.1)},
-    "della_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.3, 0.5, 0.7), "epsilon": (0.1, 0.4, 0.0)},
-    "sce": {"select_topk": 0.3},
-    "arcee_fusion": {},
-}
 
 
 def test_every_method_is_among_those_tested() -> None:

@@ -10,7 +10,7 @@ import pytest
 import references as ref
 import torch
 from conftest import Place
-from test_methods import CPU, NAME, SHAPES, assert_close, measured, merge, tensors
+from method_cases import CPU, NAME, SHAPES, assert_close, measured, merge, tensors
 
 from lowmem_aim.errors import MemoryBudgetError
 from lowmem_aim.merging.slices import Stride

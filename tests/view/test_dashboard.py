@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from run_events import PLANNED, SAMPLE, STARTED
 
 pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
@@ -322,13 +323,6 @@ def test_plain_lines_have_no_escape_bytes(environment: dict[str, str], tmp_path:
         assert "merge: done in" in screen.plain()
 
 
-@pytest.fixture
-def known(llama: Path, tmp_path: Path, run: Run) -> None:
-    """The models' structure is in the cache: another process need not import transformers for it."""
-    models = ("--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code")
-    assert run("merge", tmp_path / "first", "--method", "linear", *models).code == 0
-
-
 def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path, known: None) -> None:
     models = ["--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code"]
     done = subprocess.run(
@@ -400,8 +394,6 @@ def test_what_is_private_is_not_uploaded() -> None:
 
 def test_lines_come_at_most_every_thirty_seconds() -> None:
     from io import StringIO
-
-    from test_progress import PLANNED, SAMPLE, STARTED
 
     from lowmem_aim.events import PhaseStarted
     from lowmem_aim.view import plain_lines

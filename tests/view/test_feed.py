@@ -12,22 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from merge_cases import recipe, tensors_in
 from safetensors.torch import load_file
-from test_merge import recipe
-from test_resume import SHARDS, Stopped, each_tensor, stopping_after
+from stopping import SHARDS, Stopped, stopping_after
 
 from lowmem_aim.errors import DiskError
 from lowmem_aim.events import Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, TensorDone, Worked
-from lowmem_aim.jobs.merge import Options
 from lowmem_aim.jobs.merge import merge as work
 from lowmem_aim.merging import loop as merge
 from lowmem_aim.output.folder import FACTS, LOG, PRIVATE
 from lowmem_aim.system import interrupts
+from lowmem_aim.system.options import Options
 from lowmem_aim.view import feed
 from lowmem_aim.view.progress import seen
 from lowmem_aim.view.record import runs_in
-
-__all__ = ["each_tensor"]
 
 
 def logged(out: Path) -> list[list[Event]]:
@@ -106,7 +104,7 @@ def test_run_json_knows_every_run(tensors: int, llama: Path, tmp_path: Path, eac
     runs = facts(out)
     assert [run["outcome"] for run in runs] == [*(["failed"] if tensors else []), "finished"]
     last = runs[-1]
-    assert last["tensors"]["finished"] == len(load_file_all(out))
+    assert last["tensors"]["finished"] == len(tensors_in(out))
     assert (last["tensors"]["earlier"] > 0) == (tensors > 0)
     assert last["ram"]["budget"] > last["ram"]["peak"] > 0
     assert last["phases"].keys() == {"merge", "finish"}
@@ -116,10 +114,6 @@ def test_run_json_knows_every_run(tensors: int, llama: Path, tmp_path: Path, eac
 def stop_at_once(event: Event) -> None:
     if isinstance(event, PhaseStarted):
         raise Stopped
-
-
-def load_file_all(out: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def test_a_run_that_was_killed_is_known_as_interrupted(llama: Path, tmp_path: Path, each_tensor: None) -> None:
@@ -143,8 +137,8 @@ def test_the_log_tells_why_a_run_failed_and_where(
             raise DiskError("the disk is full", hint="free some space")
         return real(self, *arguments)
 
-    real = merge._Loop._read_whole
-    monkeypatch.setattr(merge._Loop, "_read_whole", fail)
+    real = merge._Loop._done
+    monkeypatch.setattr(merge._Loop, "_done", fail)
     with pytest.raises(DiskError):
         work(recipe(llama, "linear"), out, SHARDS)
     ended = logged(out)[0][-1]
@@ -188,9 +182,9 @@ def recipe_of_two(llama: Path, texts: Path) -> Any:
 
 def test_what_is_kept_is_what_the_files_say(llama: Path, texts: Path, tmp_path: Path) -> None:
     told: list[Event] = []
-    relaxed = load_file_all(work(aim(llama, texts), tmp_path / "out", emit=told.append))
-    plain = load_file_all(work(recipe(llama, "ties", density=("0.5",)), tmp_path / "plain"))
-    base = load_file_all(llama / "base")
+    relaxed = tensors_in(work(aim(llama, texts), tmp_path / "out", emit=told.append))
+    plain = tensors_in(work(recipe(llama, "ties", density=("0.5",)), tmp_path / "plain"))
+    base = tensors_in(llama / "base")
     checked = 0
     for event in told:
         if isinstance(event, TensorDone) and event.kept:

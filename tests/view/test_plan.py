@@ -12,23 +12,23 @@ import tiny
 import torch
 import yaml
 from conftest import Place, Run
+from hub_server import OLD, Hub, weights
+from merge_cases import recipe as merge_recipe
 from safetensors.torch import load_file, save_file
-from test_merge import recipe as merge_recipe
-from test_resume import Stopped, each_tensor, stopping_after
-from test_stand_in import OLD, Hub, hub, sharded, weights
+from stopping import Stopped, stopping_after
 
+from lowmem_aim.errors import UsageError
 from lowmem_aim.events import Planned, RunStarted
-from lowmem_aim.jobs import plan as plan
-from lowmem_aim.jobs.merge import Options, merge
+from lowmem_aim.jobs import plan
+from lowmem_aim.jobs.merge import merge
 from lowmem_aim.models import checkpoint
 from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.stand_in import FIRST_BYTES
 from lowmem_aim.output.folder import LOG, PRIVATE
 from lowmem_aim.system.files import cache_folder
 from lowmem_aim.system.lock import locked
+from lowmem_aim.system.options import Options
 from lowmem_aim.view.record import runs_in
-
-__all__ = ["each_tensor", "hub", "sharded"]
 
 
 def written(recipe: dict[str, Any], folder: Path) -> Path:
@@ -238,7 +238,7 @@ class TestItsVerdictIsTheMerges:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("mine")
         done = run("plan", written(recipe, tmp_path), tmp_path / "out", "--no-measure")
-        assert done.code == 3
+        assert done.code == run("merge", written(recipe, tmp_path), tmp_path / "out").code == 2
         for said in ("no model folder", "not empty", "no calibration file"):
             assert said in done.err
 
@@ -251,6 +251,32 @@ class TestItsVerdictIsTheMerges:
         assert len(found["problems"]) == 2
         assert any("not empty" in problem for problem in found["problems"])
         assert any("disk" in problem for problem in found["problems"])
+
+    def test_a_check_that_is_added_refuses_both(
+        self, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from lowmem_aim.jobs import preparation
+
+        def check_weekday(ready: preparation.Prepared) -> None:
+            raise UsageError(f"no merges of {len(ready.inputs.experts)} experts on a Monday")
+
+        monkeypatch.setattr(preparation, "CHECKS", [*preparation.CHECKS, check_weekday])
+        assert "on a Monday" in self.same(run, written(ties(llama), tmp_path), tmp_path / "out", 2)
+        relaxed = run(
+            "relax",
+            llama / "math",
+            "--base",
+            llama / "base",
+            "--omega",
+            "0.4",
+            "--calibration",
+            "builtin",
+            tmp_path / "relaxed",
+        )
+        assert relaxed.code == 2
+        assert "on a Monday" in relaxed.err
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "relaxed").exists()
 
 
 class TestItOnlyLooks:

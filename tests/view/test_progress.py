@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from run_events import MB, PLANNED, SAMPLE, STARTED, tensor
 
 from lowmem_aim.events import (
     Advanced,
@@ -13,23 +14,9 @@ from lowmem_aim.events import (
     Paused,
     PhaseEnded,
     PhaseStarted,
-    Planned,
     RunEnded,
-    RunStarted,
-    Sampled,
-    TensorDone,
 )
 from lowmem_aim.view.progress import Progress, seen
-
-MB = 1_000_000
-STARTED = RunStarted("merge", "out", "lowmem-aim merge recipe.yml out", "1.0", 1, "2026-01-01T00:00:00+00:00")
-PLANNED = Planned("ties + AIM", ("merge", "finish"), "cpu", 2, 1000 * MB, tensors=4, layers={"": 1, "0": 2, "1": 1})
-SAMPLE = Sampled(0.0, "", (), 0, 0, 0, 0.0, 0.0, 0.0, 300 * MB, 350 * MB, 10 * MB, None, None, 10**12)
-
-
-def tensor(name: str, layer: int | None, done: float, kept: tuple[float, float] | None = None, **more: object) -> Event:
-    event = TensorDone(name, (2, 2), "float32", "merge", layer, "q_proj" if layer is not None else "norm", done, kept)
-    return replace(event, **more)  # type: ignore[arg-type]
 
 
 def samples(until: int, **a_second: float) -> list[tuple[float, Event]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import Run
 from rich.console import Console
-from test_progress import PLANNED, SAMPLE, STARTED, tensor
+from run_events import PLANNED, SAMPLE, STARTED, tensor
 
 from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, RunEnded
 from lowmem_aim.output.folder import LOG, PRIVATE

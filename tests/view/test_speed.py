@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_catalogue import resolved
-from test_methods import PARAMETERS
+from method_cases import PARAMETERS, resolved
 from torch import Tensor
 
 from lowmem_aim.errors import DiskError

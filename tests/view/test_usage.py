@@ -168,7 +168,7 @@ class TestBugs:
         assert "in broken" in kept
 
     def test_after_something_is_finished(self, place: Place, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lowmem_aim.jobs.merge._finish", broken)
+        monkeypatch.setattr("lowmem_aim.jobs.merge.finish", broken)
         done = place.merge()
         log = place.out / ".lowmem_aim/run.log"
         assert done.code == 1

@@ -1,0 +1,117 @@
+"""The passes over one tensor: its slices come from the stream of what is read, from memory, or from disk again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_aim.events import Emit, Worked
+from lowmem_aim.merging.pipeline import Ahead, Pass
+from lowmem_aim.merging.shares import Shares
+from lowmem_aim.merging.slices import Stride, TensorInputs, in_halves
+from lowmem_aim.methods.method import Rows
+from lowmem_aim.planning.tasks import Task
+
+
+class EndOfTensor:
+    """Stands in the stream of slices after the last of a tensor."""
+
+
+Stream = Iterator[TensorInputs | Rows | EndOfTensor]  # a tensor, its slices, an end, the next tensor
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What the passes over all tensors have in common."""
+
+    stride: Stride
+    shares: Shares
+    emit: Emit
+    release: Callable[[], None]  # gives back what the device's allocator holds, after an allocation has failed
+
+
+class TensorPasses:
+    """The passes over one tensor. Its slices are kept between them if they fit `Shares.kept_bytes`, else read again."""
+
+    tensor: TensorInputs  # set once the first pass has begun
+
+    def __init__(self, settings: PassSettings, task: Task, stream: Stream) -> None:
+        self.task = task
+        self._settings = settings
+        self._stream: Stream | None = stream
+        self._kept: deque[Rows] | None = None
+
+    def measuring(self, work: Callable[[Rows], Any], take: Callable[[list[Any]], None]) -> Pass:
+        """A pass that another follows: work(rows) for each slice; `take` is given lists, one a slice, in order.
+
+        A list has more than one result where memory ran short and the slice was worked on in parts.
+        """
+        return Pass(self._slices(last=False), self._timed(work), take, last=False)
+
+    def last(self, work: Callable[[Rows], Any], take: Callable[[list[Any]], None], done: Callable[[], None]) -> Pass:
+        """The last pass; `done` is called when all results are taken."""
+        return Pass(self._slices(last=True), self._timed(work), take, last=True, done=done)
+
+    def _timed(self, work: Callable[[Rows], Any]) -> Callable[[Rows], list[Any]]:
+        def worked(rows: Rows) -> list[Any]:
+            begun = time.perf_counter()
+            results = in_halves(work, rows, self._failed)
+            seconds = (time.perf_counter() - begun) / self._settings.shares.workers
+            self._settings.emit(Worked("compute", _nbytes(rows), seconds, self.task.name, self.task.shape))
+            return results
+
+        return worked
+
+    def _failed(self, rows: Rows) -> None:
+        """An allocation has failed: give back what can be, and have slices halved. Raises MemoryBudgetError."""
+        self._settings.release()
+        columns = rows.stored_experts[0].shape[1]
+        self._settings.stride.too_large(rows.count, columns, self.task.name, whole=self.task.whole)
+
+    def _slices(self, last: bool) -> Iterator[Rows]:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            return self._from(stream, last)
+        if self._kept is None:
+            return self._read_again()
+        return self._let_go(self._kept) if last else iter(self._kept)
+
+    def _from(self, stream: Stream, last: bool) -> Iterator[Rows]:
+        for found in stream:
+            if isinstance(found, EndOfTensor):
+                return
+            if isinstance(found, TensorInputs):
+                self.tensor = found
+                self._kept = deque() if not last and found.nbytes <= self._settings.shares.kept_bytes else None
+                continue
+            if self._kept is not None:
+                self._kept.append(found)
+            yield found
+
+    def _read_again(self) -> Iterator[Rows]:
+        slices = timed(self.tensor.slices(first_pass=False), self._settings.emit)
+        with Ahead(slices, self._settings.shares.ahead) as again:
+            yield from again
+
+    @staticmethod
+    def _let_go(kept: deque[Rows]) -> Iterator[Rows]:
+        while kept:
+            yield kept.popleft()
+
+
+def timed(slices: Iterator[Rows], emit: Emit) -> Iterator[Rows]:
+    """The same slices, with an event for each: its bytes, and the seconds that reading it took."""
+    while True:
+        begun = time.perf_counter()
+        rows = next(slices, None)
+        if rows is None:
+            return
+        emit(Worked("read", _nbytes(rows), time.perf_counter() - begun))
+        yield rows
+
+
+def _nbytes(rows: Rows) -> int:
+    return sum(stored.nbytes for stored in (rows.stored_base, *rows.stored_experts))

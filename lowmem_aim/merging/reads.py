@@ -1,0 +1,71 @@
+"""What was read of the models: a digest of every tensor, and how many of its elements were not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+from lowmem_aim.merging.slices import TensorInputs
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.output.merged import Replaced
+from lowmem_aim.output.shards import Read
+from lowmem_aim.planning.tasks import Plan
+
+
+class ReadLog:
+    """What this run, and those before it, have read of each model."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._digests: dict[Path, dict[str, str]] = {}  # model folder -> tensor -> xxh3-128 of its rows as read
+        self._replaced: dict[Path, dict[str, int]] = {}  # model folder -> tensor -> elements that were not finite
+
+    def add(self, tensor: TensorInputs) -> Read:
+        """Add a tensor that has been read to its end, and return what was seen of it.
+
+        Raises ModelError if a model's file has changed meanwhile.
+        """
+        digests: dict[str, dict[str, str]] = {}
+        replaced: dict[str, dict[str, int]] = {}
+        for reader in tensor.readers:
+            reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
+            model = str(self._inputs.folders.index(reader.checkpoint.folder))
+            digests[model] = {tensor.task.name: reader.digest()}
+            if count := tensor.replaced_of(reader):
+                replaced[model] = {tensor.task.name: count}
+        read = Read(digests, replaced)
+        self.add_all([read])
+        return read
+
+    def add_all(self, reads: Iterable[Read]) -> None:
+        """Add what an earlier run has read."""
+        for read in reads:
+            for model, digests in read.digests.items():
+                self._digests.setdefault(self._inputs.folders[int(model)], {}).update(digests)
+            for model, replaced in read.replaced.items():
+                self._replaced.setdefault(self._inputs.folders[int(model)], {}).update(replaced)
+
+    def digest_of_base(self, tensor: str) -> str | None:
+        """xxh3-128 of a tensor of the base as read; None if there is no base, or it was not read."""
+        base = self._inputs.base
+        return self._digests.get(base.folder, {}).get(tensor) if base else None
+
+    def model_digests(self) -> list[tuple[str, str]]:
+        """(label, one xxh3-128 over all tensors of the model that were read, by name), for each model."""
+        found = []
+        for checkpoint in self._inputs.checkpoints:
+            table = sorted(self._digests.get(checkpoint.folder, {}).items())
+            text = "".join(f"{name}\0{value}\n" for name, value in table)
+            found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
+        return found
+
+    def replaced_elements(self, plan: Plan) -> list[Replaced]:
+        """Every tensor that took some of the base's values, model by model, in the output's order."""
+        return [
+            Replaced(checkpoint.label, task.name, count)
+            for checkpoint in dict.fromkeys(self._inputs.checkpoints)
+            for task in plan.tasks
+            if (count := self._replaced.get(checkpoint.folder, {}).get(task.name))
+        ]

@@ -1,0 +1,35 @@
+"""The settings of a job: all that the command line says besides the recipe. Imports nothing slow, such as torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ReadMode = Literal["mmap", "pread"]  # how model files are read
+NonFinite = Literal["stop", "base"]  # what an expert's NaN and Inf lead to: an error, or the base's value
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one job. Only `seed`, `shard_bytes` and `nonfinite` change the bytes of a merge.
+
+    The low bits of what AIM and ACM measure depend on `device` and `threads` too.
+    """
+
+    seed: int = 0  # of the random masks
+    nonfinite: NonFinite = "stop"
+    shard_bytes: int = DEFAULT_SHARD_BYTES  # largest output file
+    read: ReadMode = "mmap"
+    device: str = "auto"  # "cpu", "cuda", "cuda:N" or "mps"; "auto": the first GPU, if there is one
+    threads: int | None = None  # of torch on the CPU; None: as many as torch takes by itself
+    use_cache: bool = True  # keep measured activations in the cache, and reuse those in it
+    ram: int | None = None  # bytes of anonymous memory; None: what is free, less a reserve
+    vram: int | None = None  # the same on a device with memory of its own
+    slice_rows: int | None = None  # rows in work at a time; None: what fits the budget and the processor's cache
+    fresh: bool = False  # discard what an interrupted run has left
+    accept_environment: bool = False  # resume under other versions or on another device
+    command: str = ""  # what to type to resume, for views of the run
+
+
+DEFAULTS = Options()

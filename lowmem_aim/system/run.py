@@ -1,0 +1,33 @@
+"""A running job: its options, its device, its memory budget, and the receiver of its events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowmem_aim.events import Emit
+from lowmem_aim.system.devices import usable_device
+from lowmem_aim.system.memory import Budget, make_budget
+from lowmem_aim.system.options import Options
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job at work: made once by `start`, then passed along whole."""
+
+    options: Options
+    device: torch.device
+    budget: Budget
+    emit: Emit
+
+
+def start(options: Options, emit: Emit) -> Run:
+    """Apply the options that hold for the whole process (threads), and find the device and the memory budget.
+
+    Raises UsageError for a device that is not there, MemoryBudgetError for a budget that the program itself exceeds.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = usable_device(options.device)
+    return Run(options, device, make_budget(device, options.ram, options.vram), emit)
