@@ -8,6 +8,7 @@ from typing import Any
 
 import tiny
 import torch
+from long_cases import others_long
 from torch import Tensor
 
 from lowmem_aim.jobs.calibrate import calibrate
@@ -15,6 +16,8 @@ from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.relaxing.activations import Activations
 
 TEXTS = tiny.sequences((23, 9, 40))  # uneven; two longer than every sliding window (8), one longer than the canary
+# Of each way to call blocks one: plain, windows by layer, positions that are learnt, experts, experts in some layers.
+BY_ARCHITECTURE = others_long(tiny.ARCHITECTURES, ("llama", "gemma3_text", "gpt2", "mixtral", "deepseek_v3"))
 
 
 def activations_of(base: Path, texts: Path, out: Path) -> Path:

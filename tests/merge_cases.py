@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
+from long_cases import others_long
 from safetensors.torch import load_file
 
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
@@ -33,8 +33,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 # Each differs in its path through a merge: one pass; several, with cuts; random masks; angles of whole tensors; ranks
 # within whole rows; columns. The others share theirs with one of these and are tested by `make test-long`.
-QUICK = ("linear", "ties", "dare_ties", "slerp", "della", "widen")
-BY_METHOD = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FLAGS]
+BY_METHOD = others_long(FLAGS, ("linear", "ties", "dare_ties", "slerp", "della", "widen"))
 
 
 def recipe(

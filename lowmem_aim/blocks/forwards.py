@@ -48,7 +48,7 @@ class RecordingForward(Driver):
     state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
 
     def block(self, index: int, call: Call) -> Any:
-        self.runner.watch.active = False  # what comes later in this forward sees an untrue hidden state
+        self.runner.watch.switch(False)  # what comes later in this forward sees an untrue hidden state
         hidden = call.hidden
         if index != len(self.calls):
             raise Broken("this model does not call its blocks once each, in order")
@@ -79,7 +79,7 @@ class TailForward(Driver):
 
     def block(self, index: int, call: Call) -> Any:
         last = index == len(self.runner.blocks) - 1
-        self.runner.watch.active = last and self.counted
+        self.runner.watch.switch(last and self.counted)
         return (self.state if last else call.hidden).as_subclass(_Handed)
 
     def head(self, x: Tensor) -> None:
@@ -127,10 +127,9 @@ class SuspendedForward(Driver):
     def _let_run(self, start: Callable[[], None]) -> None:
         if self.ended:
             raise Broken("a suspended forward has ended before its last block")  # its thread would never answer
-        self.runner.watch.active = self.counted  # before the thread runs, not beside it
-        start()
-        arrived = self._to_owner.get()
-        self.runner.watch.active = False
+        with self.runner.watch.counting(self.counted):  # by the owner: the thread runs only in here
+            start()
+            arrived = self._to_owner.get()
         if isinstance(arrived, BaseException):
             self.ended = True
             raise arrived

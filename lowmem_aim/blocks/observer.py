@@ -67,16 +67,34 @@ class Tally:
 
 
 class Watch:
-    """The tallies of a calibration. Nothing is counted while `active` is False (the canary passes unseen).
+    """The tallies of a calibration. Inputs are counted within `counting` only, so that the canary passes unseen.
 
-    What is seen counts once it is committed, so that a forward that fails half-way can be done again.
+    What was counted is noted until it is committed, so that a forward that fails half-way can be done again.
     """
 
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}  # by parameter name
         self.stacks: set[str] = set()  # the fused experts that were met, seen or not
-        self.active = False
+        self._counts = False
         self._seen: list[tuple[Tally, int, Tensor]] = []  # (tally, its row, a mean)
+
+    @contextlib.contextmanager
+    def counting(self, on: bool) -> Iterator[None]:
+        """Count inputs in here, or do not; afterwards as before."""
+        before, self._counts = self._counts, on
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    def switch(self, on: bool) -> None:
+        """Count, or do not count, until the `counting` around this call ends: for a forward whose parts differ."""
+        self._counts = on
+
+    @property
+    def counts(self) -> bool:
+        """Whether inputs are counted now."""
+        return self._counts
 
     def note(self, tally: Tally, row: int, mean: Tensor) -> None:
         self._seen.append((tally, row, mean))
@@ -116,7 +134,7 @@ class Watch:
     def see(self, parameter: str, weight: Tensor, x: Tensor, *, transposed: bool = False) -> None:
         """One call of the module that holds `weight`, with input `x`; `transposed`: (in, out) instead of (out, in)."""
         channels = weight.shape[0] if transposed else weight.shape[-1]
-        if self.active and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
+        if self.counts and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
             self.note(self._tally(parameter, weight, x.device, transposed=transposed), 0, mean_abs(x))
 
     def check(self, prefix: str) -> None:
@@ -178,7 +196,7 @@ class _ExpertProducts(TorchFunctionMode):
         self.stacks = stacks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.watch.active and (func in _LINEAR or func in _PRODUCTS) and len(args) >= 2:
+        if self.watch.counts and (func in _LINEAR or func in _PRODUCTS) and len(args) >= 2:
             self._look(args[0], args[1], linear=func in _LINEAR)
         return func(*args, **(kwargs or {}))
 

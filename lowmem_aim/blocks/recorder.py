@@ -21,9 +21,9 @@ def recorded_calls(
 ) -> tuple[list[Call], Stored]:
     """What each block is called with in one text's forward, and its first hidden state. Raises Broken."""
     tape = RecordingForward(runner, shared, [])
-    runner.watch.active = counted
     try:
-        runner.forward(tokens, tape)
+        with runner.watch.counting(counted):
+            runner.forward(tokens, tape)
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if is_allocation_failure(error):
             raise

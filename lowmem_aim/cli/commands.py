@@ -16,9 +16,19 @@ import click
 
 import lowmem_aim
 from lowmem_aim.cli import completion, usage
-from lowmem_aim.cli.flags import _AIM, _CALIBRATION, _JOB, _OUTPUT, _RECIPE, _job, _Number, _Path
+from lowmem_aim.cli.flags import (
+    AIM_FLAGS,
+    CALIBRATION_FLAGS,
+    JOB_FLAGS,
+    OUTPUT_FLAGS,
+    RECIPE_FLAGS,
+    NumberRange,
+    PathType,
+    options_of,
+)
 from lowmem_aim.cli.usage import Choice
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.recipe.words import NORMALISATIONS
 from lowmem_aim.system import interrupts
 
 if TYPE_CHECKING:
@@ -31,9 +41,6 @@ if TYPE_CHECKING:
 @click.version_option(lowmem_aim.__version__, prog_name=usage.PROGRAM)
 def cli() -> None:
     """Activation-informed merging (AIM) of large language models, streamed from disk in little memory."""
-
-
-# --- flags ----------------------------------------------------------------------------------------------------------
 
 
 def _refuse_if_running(out: Path) -> None:
@@ -75,7 +82,7 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
 
 
 _PATHS = click.argument(
-    "paths", nargs=-1, metavar="[RECIPE] OUT", type=_Path(), required=True, shell_complete=completion.recipes
+    "paths", nargs=-1, metavar="[RECIPE] OUT", type=PathType(), required=True, shell_complete=completion.recipes
 )
 
 
@@ -88,40 +95,40 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     ):
         hint = f"lowmem-aim {command} recipe.yml out/"
         raise UsageError(f"{command} takes a recipe and then an output folder", hint=hint)
-    from lowmem_aim.recipe import from_flags as overrides
+    from lowmem_aim.recipe import from_flags
     from lowmem_aim.recipe.reader import read_recipe
     from lowmem_aim.recipe.yaml_tree import load_tree
 
-    tree = load_tree(paths[0]) if len(paths) == 2 else overrides.empty_recipe()
-    return read_recipe(overrides.applied(tree, flags))
+    tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
+    return read_recipe(from_flags.applied(tree, flags))
 
 
-@cli.command()
+@cli.command("merge")
 @_PATHS
-@_RECIPE
-@_AIM
-@_OUTPUT
-@_JOB
-def merge(paths: tuple[Path, ...], **flags: Any) -> None:
+@RECIPE_FLAGS
+@AIM_FLAGS
+@OUTPUT_FLAGS
+@JOB_FLAGS
+def merge_command(paths: tuple[Path, ...], **flags: Any) -> None:
     """Merge by RECIPE (mergekit's YAML) into the new folder OUT. Flags override the recipe, or replace it.
 
     The same command goes on with a run that was interrupted.
     """
     recipe = _recipe("merge", paths, flags)
     _refuse_if_running(paths[-1])
-    from lowmem_aim.jobs.merge import merge as work
+    from lowmem_aim.jobs.merge import merge
 
-    _run(lambda emit: work(recipe, paths[-1], _job(flags), emit), flags, merges=True)
+    _run(lambda emit: merge(recipe, paths[-1], options_of(flags), emit), flags, merges=True)
 
 
-@cli.command()
+@cli.command("plan")
 @_PATHS
-@_RECIPE
-@_AIM
-@_OUTPUT
-@_JOB
+@RECIPE_FLAGS
+@AIM_FLAGS
+@OUTPUT_FLAGS
+@JOB_FLAGS
 @click.option("--measure/--no-measure", default=True, help="two seconds, for an estimate of time [default: measure]")
-def plan(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
+def plan_command(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
     """Tell what `merge` with the same arguments would do, what it needs of this machine, and how long it would take.
 
     Only headers are read, also of models on the Hub. Exit code 0 if it would run; else what merge would end with.
@@ -129,12 +136,12 @@ def plan(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
     import json
 
     recipe = _recipe("plan", paths, flags)
-    from lowmem_aim.jobs import plan as job
+    from lowmem_aim.jobs.plan import plan
     from lowmem_aim.view import plan_lines
     from lowmem_aim.view.dashboard import showing
 
     with showing("quiet" if flags["quiet"] or flags["as_json"] else "lines") as view:
-        found = job.plan(recipe, paths[-1], _job(flags), view, measure=measure)
+        found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
     known = found.as_json()
     if flags["as_json"]:
         click.echo(json.dumps(known))
@@ -144,9 +151,9 @@ def plan(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
         raise found.error()
 
 
-@cli.command()
+@cli.command("relax")
 @click.argument("merged", shell_complete=completion.folders)
-@click.argument("out", type=_Path(), shell_complete=completion.folders)
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
 @click.option(
     "--base",
     required=True,
@@ -164,29 +171,29 @@ def plan(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
 @click.option("--theta", type=float, help="of ACM [default: 0.7]")
 @click.option(
     "--normalise",
-    shell_complete=completion.words(*completion.NORMALISATIONS),
+    shell_complete=completion.words(*NORMALISATIONS),
     help="ACM's mutual information by its `samples` or over the `layers` [default: samples]",
 )
-@_AIM
-@_OUTPUT
-@_JOB
-def relax(merged: str, out: Path, **flags: Any) -> None:
+@AIM_FLAGS
+@OUTPUT_FLAGS
+@JOB_FLAGS
+def relax_command(merged: str, out: Path, **flags: Any) -> None:
     """Apply AIM or ACM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
     _refuse_if_running(out)
-    from lowmem_aim.jobs.merge import merge as work
-    from lowmem_aim.recipe import from_flags as overrides
+    from lowmem_aim.jobs.merge import merge
+    from lowmem_aim.recipe import from_flags
     from lowmem_aim.recipe.reader import read_recipe
 
-    recipe = read_recipe(overrides.relax_recipe(merged, flags))
-    _run(lambda emit: work(recipe, out, _job(flags), emit), flags, merges=True)
+    recipe = read_recipe(from_flags.relax_recipe(merged, flags))
+    _run(lambda emit: merge(recipe, out, options_of(flags), emit), flags, merges=True)
 
 
-@cli.command()
+@cli.command("calibrate")
 @click.argument("base", shell_complete=completion.folders)
-@click.option("--output", "-o", type=_Path(), required=True, help="activations.safetensors")
-@_CALIBRATION
-@_JOB
-def calibrate(base: str, output: Path, **flags: Any) -> None:
+@click.option("--output", "-o", type=PathType(), required=True, help="activations.safetensors")
+@CALIBRATION_FLAGS
+@JOB_FLAGS
+def calibrate_command(base: str, output: Path, **flags: Any) -> None:
     """Measure the activations of BASE once; pass the file to later merges as --calibration.
 
     The same command goes on with a run that was interrupted.
@@ -194,17 +201,17 @@ def calibrate(base: str, output: Path, **flags: Any) -> None:
     from lowmem_aim.system.files import partial_folder
 
     _refuse_if_running(partial_folder(output))
-    from lowmem_aim.jobs.calibrate import calibrate as work
-    from lowmem_aim.recipe import from_flags as overrides
+    from lowmem_aim.jobs.calibrate import calibrate
+    from lowmem_aim.recipe import from_flags
 
-    aim = overrides.calibration_settings(flags)
-    _run(lambda emit: work(base, aim, output, _job(flags), emit), flags)
+    aim = from_flags.calibration_settings(flags)
+    _run(lambda emit: calibrate(base, aim, output, options_of(flags), emit), flags)
 
 
-@cli.command()
-@click.argument("out", type=_Path(), shell_complete=completion.folders)
+@cli.command("status")
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
 @click.option("--json", "as_json", is_flag=True, help="one line of JSON (for each omega)")
-def status(out: Path, as_json: bool) -> None:
+def status_command(out: Path, as_json: bool) -> None:
     """Tell how far the run in OUT is, and whether it is alive, interrupted or finished."""
     import json
 
@@ -221,28 +228,30 @@ def status(out: Path, as_json: bool) -> None:
             click.echo("\n".join([*heading, *found.lines()]))
 
 
-@cli.command()
-@click.argument("out", type=_Path(), shell_complete=completion.folders)
+@cli.command("replay")
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
 @click.option("--run", "number", type=int, default=-1, help="which: 1 the first, -1 the last [default: -1]")
-@click.option("--speed", type=_Number(0.001, 1e6), default=10.0, show_default=True, help="times as fast")
-@click.option("--at", "second", type=_Number(0, 1e9), help="print the screen at this second instead")
+@click.option("--speed", type=NumberRange(0.001, 1e6), default=10.0, show_default=True, help="times as fast")
+@click.option("--at", "second", type=NumberRange(0, 1e9), help="print the screen at this second instead")
 @click.option("--size", help="of that screen, in columns and rows [default: 80x24]")
-@click.option("--svg", type=_Path(), help="write that screen into this file, as SVG")
-def replay(out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None) -> None:
+@click.option("--svg", type=PathType(), help="write that screen into this file, as SVG")
+def replay_command(
+    out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None
+) -> None:
     """Show the recorded run of OUT as it was seen, faster."""
-    from lowmem_aim.view import replay as recorded
+    from lowmem_aim.view import replay
 
-    run = recorded.run_of(out, number)
+    run = replay.run_of(out, number)
     if second is None and svg is None and size is None:
-        recorded.play(run, speed)
+        replay.play(run, speed)
     else:
-        recorded.picture(run, second, recorded.parse_size(size or "80x24"), svg)
+        replay.picture(run, second, replay.parse_size(size or "80x24"), svg)
 
 
-@cli.command()
-@click.argument("folder", type=_Path(), default=".", shell_complete=completion.folders)
+@cli.command("doctor")
+@click.argument("folder", type=PathType(), default=".", shell_complete=completion.folders)
 @click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
-def doctor(folder: Path, as_json: bool) -> None:
+def doctor_command(folder: Path, as_json: bool) -> None:
     """Tell versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, and what is worth mending."""
     import json
 
@@ -252,26 +261,26 @@ def doctor(folder: Path, as_json: bool) -> None:
     click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
 
 
-@cli.command()
-@click.argument("out", type=_Path(), shell_complete=completion.folders)
+@cli.command("verify")
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
 @click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
-def verify(out: Path, quiet: bool) -> None:
+def verify_command(out: Path, quiet: bool) -> None:
     """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
     from lowmem_aim.output.folder import PRIVATE, SUMS, outputs_in
-    from lowmem_aim.output.verify import verify as work
+    from lowmem_aim.output.verify import verify
 
     def checked(emit: Callable[[Event], None]) -> Path:
         for folder in outputs_in(out):
-            work(folder, f"{PRIVATE}/{SUMS}", emit)
+            verify(folder, f"{PRIVATE}/{SUMS}", emit)
         return out
 
     _run(checked, {"quiet": quiet})
 
 
-@cli.command()
+@cli.command("methods")
 @click.argument("name", required=False, shell_complete=completion.methods)
 @click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
-def methods(name: str | None, as_json: bool) -> None:
+def methods_command(name: str | None, as_json: bool) -> None:
     """List the merge methods, or tell all about the one called NAME."""
     import json
 
@@ -287,9 +296,9 @@ def methods(name: str | None, as_json: bool) -> None:
         click.echo("\n".join(catalogue.description(found[0]) if name else catalogue.summary(found)))
 
 
-@cli.command()
-@click.argument("folder", type=_Path(), default="demo-run", shell_complete=completion.folders)
-def demo(folder: Path) -> None:
+@cli.command("demo")
+@click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
+def demo_command(folder: Path) -> None:
     """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate."""
     from lowmem_aim.demo import run
 
@@ -298,7 +307,7 @@ def demo(folder: Path) -> None:
 
 @cli.command("completion")
 @click.argument("shell", type=Choice(completion.SHELLS), metavar="SHELL")
-def completion_script(shell: str) -> None:
+def completion_command(shell: str) -> None:
     """Print what SHELL needs to complete commands, flags and names after Tab. One line in its start file:
 
     \b

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterable
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
 
 from lowmem_aim.cli.usage import PROGRAM
 
 VARIABLE = "_LOWMEM_AIM_COMPLETE"  # click's name for it
-SHELLS = ("bash", "zsh", "fish")
+_SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+SHELLS = tuple(_SHELLS)
 METHOD_GROUP = "lowmem_aim.methods"
 METHODS = {  # with their parameters
     "arcee_fusion": (),
@@ -40,9 +41,6 @@ METHODS = {  # with their parameters
     "ties": ("weight", "density", "normalize", "rescale", "lambda", "int8_mask"),
     "widen": ("above_average_value_ratio", "score_calibration_value"),
 }
-DTYPES = ("float32", "float16", "bfloat16")
-SCALINGS = ("identity", "sqrt", "square", "rank")
-NORMALISATIONS = ("samples", "layers")
 
 Items = list[CompletionItem[str]]
 Complete = Callable[[click.Context, click.Parameter, str], Items]
@@ -97,9 +95,7 @@ def _files(incomplete: str, *endings: str) -> Items:
 
 def script(cli: click.Command, shell: str) -> str:
     """What a shell reads to ask this program."""
-    kind = get_completion_class(shell)
-    assert kind is not None
-    source = kind(cli, {}, PROGRAM, VARIABLE).source()
+    source = _SHELLS[shell](cli, {}, PROGRAM, VARIABLE).source()
     if shell != "bash":
         return source
     # Folders beside recipes, not only in their place; and no space after the `=` of a parameter.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lowmem_aim.cli import completion
-from lowmem_aim.cli.usage import Choice, _command_line
+from lowmem_aim.cli.usage import Choice, command_line
 from lowmem_aim.errors import printable
+from lowmem_aim.recipe.words import DTYPES, SCALINGS
 
 if TYPE_CHECKING:
     from lowmem_aim.system.options import Options
@@ -32,14 +33,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
 
 
-class _Size(click.ParamType[int]):
+class SizeType(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         return value if isinstance(value, int) else parse_size(str(value))
 
 
-class _Number(click.FloatRange):
+class NumberRange(click.FloatRange):
     """Not NaN either, which lies in every range."""
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
@@ -47,7 +48,7 @@ class _Number(click.FloatRange):
         return self.fail("that is no number", param, context) if number != number else number
 
 
-class _Path(click.Path):
+class PathType(click.Path):
     """A pathlib.Path; too long a name is an error here, and not wherever the path is first looked at."""
 
     def __init__(self) -> None:
@@ -68,8 +69,8 @@ def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Comman
     return decorate
 
 
-_DTYPES = completion.words(*completion.DTYPES)
-_CALIBRATION = _options(
+_DTYPES = completion.words(*DTYPES)
+CALIBRATION_FLAGS = _options(
     click.option(
         "--calibration",
         metavar="WHAT",
@@ -83,7 +84,7 @@ _CALIBRATION = _options(
     click.option("--pack/--no-pack", default=None, help="join the texts into full blocks [default: pack]"),
     click.option("--calibration-dtype", shell_complete=_DTYPES, help="of the forward passes [default: the base's]"),
 )
-_RECIPE = _options(
+RECIPE_FLAGS = _options(
     click.option("--method", shell_complete=completion.methods, help="merge_method"),
     click.option("--base", shell_complete=completion.folders, help="base_model: a folder or a Hub id"),
     click.option(
@@ -108,7 +109,7 @@ _RECIPE = _options(
         help="at NaN or Inf in an expert: stop, or take the base's value there",
     ),
 )
-_AIM = _options(
+AIM_FLAGS = _options(
     click.option(
         "--omega",
         metavar="NUMBER",
@@ -116,14 +117,14 @@ _AIM = _options(
     ),
     click.option(
         "--scaling",
-        shell_complete=completion.words(*completion.SCALINGS),
+        shell_complete=completion.words(*SCALINGS),
         help="of AIM's activations: identity, sqrt, square or rank [default: identity]",
     ),
     click.option("--exclude", multiple=True, help="part of the names of weights that AIM leaves alone; repeat it"),
     click.option("--tied", type=Choice(["relax", "keep"]), help="AIM on a tied embedding [default: relax]"),
-    _CALIBRATION,
+    CALIBRATION_FLAGS,
 )
-_JOB = _options(
+JOB_FLAGS = _options(
     click.option("--read", type=Choice(["mmap", "pread"]), default="mmap", show_default=True),
     click.option(
         "--device",
@@ -132,16 +133,16 @@ _JOB = _options(
         shell_complete=completion.words("auto", "cpu", "cuda", "mps"),
         help="cpu, cuda, cuda:N or mps",
     ),
-    click.option("--ram", type=_Size(), help="memory budget, such as 4GB [default: what is free, less a reserve]"),
-    click.option("--vram", type=_Size(), help="the same for the GPU's memory"),
+    click.option("--ram", type=SizeType(), help="memory budget, such as 4GB [default: what is free, less a reserve]"),
+    click.option("--vram", type=SizeType(), help="the same for the GPU's memory"),
     click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
     click.option("--fresh", is_flag=True, help="discard what an interrupted run has left"),
     click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
     click.option("--json", "as_json", is_flag=True, help="progress as JSON lines on stdout, for programs"),
     click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
 )
-_OUTPUT = _options(
-    click.option("--shard-size", type=_Size(), default="5GB", show_default=True, help="largest output file"),
+OUTPUT_FLAGS = _options(
+    click.option("--shard-size", type=SizeType(), default="5GB", show_default=True, help="largest output file"),
     click.option("--dtype", shell_complete=_DTYPES, help="float32, float16 or bfloat16 [default: as the inputs]"),
     click.option(
         "--tokenizer-source", shell_complete=completion.words("base"), help="`base` matches tokens by their text"
@@ -150,7 +151,7 @@ _OUTPUT = _options(
 )
 
 
-def _job(flags: dict[str, Any]) -> Options:
+def options_of(flags: dict[str, Any]) -> Options:
     from lowmem_aim.system.options import Options
 
     return Options(
@@ -165,5 +166,5 @@ def _job(flags: dict[str, Any]) -> Options:
         use_cache=flags.get("cache", True),
         fresh=flags["fresh"],
         accept_environment=flags["accept_environment"],
-        command=_command_line(),
+        command=command_line(),
     )

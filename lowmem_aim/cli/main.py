@@ -11,7 +11,7 @@ import click
 
 from lowmem_aim.cli import usage
 from lowmem_aim.cli.commands import cli
-from lowmem_aim.cli.usage import _command_line
+from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
 
@@ -77,7 +77,7 @@ def _told(error: Exception, debug: bool) -> LowmemAimError:
         return usage.explained(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return DiskError(f"what was to be written was not: {error.strerror}", "is it the device that stdout goes to?")
-    return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, _command_line(), debug))
+    return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, command_line(), debug))
 
 
 def _interrupted() -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from lowmem_aim.cli import usage
 from lowmem_aim.errors import UsageError, did_you_mean, printable
 
 PROGRAM = "lowmem-aim"
@@ -86,5 +85,6 @@ def _quoted(message: str) -> str:
     return re.sub(r"'([^'`]*)'", r"`\1`", message).removesuffix(".")
 
 
-def _command_line() -> str:
-    return shlex.join([usage.PROGRAM, *sys.argv[1:]])
+def command_line() -> str:
+    """The command as it was typed, quoted for a shell."""
+    return shlex.join([PROGRAM, *sys.argv[1:]])

@@ -184,12 +184,12 @@ class _Sample:
     def job(self) -> Job:
         rounds = Rounds(self.script())
         for fold in rounds:
-            yield Pass(self.slices, partial(self._in_lane, fold.part), fold.add, last=False)
+            yield Pass(self.slices, partial(self._in_stream, fold.part), fold.add, last=False)
         finished = partial(self._finished, rounds.combine)
-        yield Pass(self.slices, partial(self._in_lane, finished), self._count, last=True)
+        yield Pass(self.slices, partial(self._in_stream, finished), self._count, last=True)
 
-    def _in_lane(self, work: Callable[[Rows], Any], rows: Rows) -> Any:
-        with self.streams.lane():
+    def _in_stream(self, work: Callable[[Rows], Any], rows: Rows) -> Any:
+        with self.streams.own_stream():
             up = self.streams.up
             return work(Rows(up(rows.stored_base), tuple(map(up, rows.stored_experts)), rows.start))
 

@@ -228,8 +228,8 @@ def _stepped_again(canary: SuspendedForward, so_far: BlockProgress, runner: Bloc
 def _finished(runner: BlockRunner, tokens: Tensor, state: Stored, counted: bool) -> TailForward:
     """A forward that ends with a known hidden state of the last block."""
     tail = TailForward(runner, runner.store.get(state), counted)
-    runner.watch.active = False
-    runner.forward(tokens, tail)
+    with runner.watch.counting(False):  # the tail switches it on after the last block
+        runner.forward(tokens, tail)
     return tail
 
 
@@ -248,13 +248,12 @@ def _driven(
     def drive() -> Any:
         while left:
             number = left[0]
-            runner.watch.active = number < len(tapes) - 1
             call = tapes[number][index].from_store(store).having(store.get(states[number]))
-            store.put(hidden_of(runner.run_block(index, call)), states[number])
+            with runner.watch.counting(number < len(tapes) - 1):
+                store.put(hidden_of(runner.run_block(index, call)), states[number])
             runner.watch.commit()
             left.popleft()
             progress.within(index, 1 - len(left) / len(tapes))
-        runner.watch.active = False
         return runner.run_block(index, canary)
 
     return runner.with_block(index, drive)
@@ -288,7 +287,6 @@ def _lock_step(runner: BlockRunner, sequences: Sequence[Tensor], progress: _Prog
         if canary.index >= 0:
             raise Broken("this model calls blocks more than once")
     pager = PagedForward(runner)
-    runner.watch.active = False
     runner.forward(canary.tokens, pager)  # the canary by itself: nothing that other sequences leave behind
     must_be_same(pager.head_input, canary.head_input, "the output head")
 
@@ -299,8 +297,8 @@ def _stepped(runner: BlockRunner, index: int, left: deque[SuspendedForward]) -> 
         run = left[0]
         if run.index != index:
             raise Broken("this model does not call its blocks once each, in order")
-        runner.watch.active = run.counted
-        output = runner.run_block(index, run.call)
+        with runner.watch.counting(run.counted):
+            output = runner.run_block(index, run.call)
         runner.watch.commit()
         left.popleft()
         run.step(output)
@@ -308,8 +306,8 @@ def _stepped(runner: BlockRunner, index: int, left: deque[SuspendedForward]) -> 
 
 def _paged(runner: BlockRunner, sequences: Sequence[Tensor], progress: _Progress) -> None:
     for tokens in sequences:
-        runner.watch.active = True
-        runner.forward(tokens, PagedForward(runner))
+        with runner.watch.counting(True):
+            runner.forward(tokens, PagedForward(runner))
     for index, (path, _) in enumerate(runner.blocks):
         progress.block(index, path)
 

@@ -152,7 +152,6 @@ class _Side:
                     left.popleft()
                 return runner.run_block(index, canary.call)
 
-        runner.watch.active = False
         canary.step(runner.with_block(index, drive))
 
     def finished(self, take: Take) -> None:
@@ -160,7 +159,8 @@ class _Side:
         head_inputs = []
         for number, tokens in enumerate(self._texts):
             tail = self.runner.with_less(partial(self._tail, tokens, number))
-            assert tail.head_input is not None
+            if tail.head_input is None:
+                raise Broken("this model does not call its output head")
             self.runner.store.put(tail.head_input, self.states[number])
             take(number, tail.head_input)
             head_inputs.append(tail.head_input if number == len(self._texts) - 1 else None)

@@ -124,7 +124,7 @@ class _Loop:
         """`work` for slices as they were read: copied to the device, and computed in a stream of its own."""
 
         def computed(rows: Rows) -> R:
-            with self.streams.lane():
+            with self.streams.own_stream():
                 up = self.streams.up
                 return work(Rows(up(rows.stored_base), tuple(map(up, rows.stored_experts)), rows.start))
 

@@ -63,10 +63,9 @@ class _Variance(Magnitudes):
 def _selected(rows: Rows, selection: Largest) -> list[Tensor]:
     """The deltas at the selected positions, 0 elsewhere."""
     deltas = vectors(rows, deltas=True)
-    if selection == ALL:
+    mask = None if selection == ALL else selection.mask(_variance(rows), rows.start)
+    if mask is None:
         return deltas
-    mask = selection.mask(_variance(rows), rows.start)
-    assert mask is not None
     mask = mask.to(deltas[0].device)
     return [torch.where(mask, delta, 0.0) for delta in deltas]
 

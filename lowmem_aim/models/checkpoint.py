@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.models.config import config_of
-from lowmem_aim.models.folder import _check_links, _tensors_in
+from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.options import ReadMode
@@ -71,12 +71,12 @@ class Checkpoint:
         if not folder.is_dir():
             raise ModelError(f"there is no model folder `{printable(str(folder))}`")
         resolved = folder.resolve()
-        _check_links(resolved)
+        check_links(resolved)
         errors: list[LowmemAimError] = []
         with noted(errors):
             config = config_of(resolved)
         with noted(errors):
-            tensors = _tensors_in(resolved)
+            tensors = tensors_in_folder(resolved)
         raise_all(errors)
         checkpoint = cls(resolved, label or resolved.name, config, tensors, read)
         checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}

@@ -37,7 +37,7 @@ def _inside(folder: Path, file: Path) -> bool:
     return in_hub_cache and target.parent == folder.parent.parent / "blobs"
 
 
-def _check_links(folder: Path) -> None:
+def check_links(folder: Path) -> None:
     """Raise ModelError for links out of the folder, all at once, among the files that we or transformers may open."""
     readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
     files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
@@ -53,7 +53,7 @@ def is_plain(name: Any) -> bool:
 
 
 def _is_shard_name(name: Any) -> bool:
-    # The ending counts too: `_check_links` selects files by it.
+    # The ending counts too: `check_links` selects files by it.
     return is_plain(name) and name.endswith(".safetensors")
 
 
@@ -89,7 +89,7 @@ def _weight_map(folder: Path) -> dict[str, Any] | None:
     return table
 
 
-def _tensors_in(folder: Path) -> dict[str, TensorInfo]:
+def tensors_in_folder(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of the model, in file order. Raises ModelError with every problem of every shard."""
     weight_map = _weight_map(folder)
     if weight_map is None:

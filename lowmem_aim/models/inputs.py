@@ -23,7 +23,7 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.hub import Located, locate, plain_name
-from lowmem_aim.models.roles import TensorRoles, outline_of
+from lowmem_aim.models.roles import TensorRoles, roles_of
 from lowmem_aim.models.tokenizer import vocabulary_of
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.options import ReadMode
@@ -117,7 +117,7 @@ def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], use_cache: bool) -
     experts = tuple(opened[reference] for reference in references if reference in opened)
     merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
     reference = base if recipe.base and merges_base else opened.get(references[0])
-    return Inputs(base, experts, reference, outline_of(reference, use_cache)) if reference else None
+    return Inputs(base, experts, reference, roles_of(reference, use_cache)) if reference else None
 
 
 def _check(inputs: Inputs, recipe: Recipe, emit: Emit, errors: list[LowmemAimError]) -> None:

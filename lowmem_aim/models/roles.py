@@ -34,7 +34,7 @@ class TensorRoles:
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
 
 
-def outline_of(checkpoint: Checkpoint, use_cache: bool) -> TensorRoles:
+def roles_of(checkpoint: Checkpoint, use_cache: bool) -> TensorRoles:
     """The roles of the tensors, from the cache or by building the model. Raises ModelError as `load_meta_model`."""
     cached = cache_folder() / "outlines" / f"{_key(checkpoint)}.json"
     if use_cache and (found := _load(cached)) is not None:

@@ -13,19 +13,19 @@ import yaml
 
 from lowmem_aim.errors import printable
 from lowmem_aim.output.heatmap import MOST_KINDS, Modules, block_map, heat_rows, joined, shares_by
-from lowmem_aim.output.portable import _calibration_label
-from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Setting
+from lowmem_aim.output.portable import calibration_label
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.relaxing.delta_sampler import SAMPLED_ELEMENTS
 
 PICTURE = "delta-kept.png"
 
 
-def _yaml(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     text = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
-    return text if _is_plain(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
+    return text if is_printable(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
 
 
-def _is_plain(text: str) -> bool:
+def is_printable(text: str) -> bool:
     """Whether all is as it looks: no direction marks, no halves of a surrogate pair."""
     return all(line.isprintable() for line in text.split("\n"))
 
@@ -39,7 +39,7 @@ def _is_plain(text: str) -> bool:
 # --- how much of the delta is left ----------------------------------------------------------------------------------
 
 
-def _left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
+def delta_left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
     """The card's section; the heat map in it as a picture or, without one, as text."""
     share = joined(kept.values()).share
     if share is None:
@@ -57,7 +57,7 @@ def _left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
     )
 
 
-def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left: str) -> str:
+def card_text(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left: str) -> str:
     models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
     tags = (
         ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
@@ -68,7 +68,7 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left:
         relaxed = (
             f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
             f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it takes. "
-            f"Calibration: {_inline(_calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
+            f"Calibration: {_inline(calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
         )
     if recipe.acm:
         relaxed += _consensus(facts, recipe.acm)
@@ -76,10 +76,10 @@ def _card(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left:
     rows += [f"| {_inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
     used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"---\n{_yaml(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
+        f"---\n{yaml_text(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}{left}\n"
-        f"## Recipe\n\n{_fenced(_yaml(portable), 'yaml')}\n\n"
+        f"## Recipe\n\n{_fenced(yaml_text(portable), 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
     )
@@ -103,13 +103,12 @@ def _consensus(facts: dict[str, Any], acm: Acm) -> str:
         f"\nThen each layer's delta was scaled by Activation-Guided Consensus Merging (ACM, arXiv 2505.14009), theta "
         f"{acm.theta:g}, normalised over {acm.normalise}, by the mutual information between the base's and the "
         f"merged model's outputs for {facts['acm']['tokens']} tokens in {facts['acm']['texts']} texts of "
-        f"{_inline(_calibration_label(acm.calibration))}.\n\n"
+        f"{_inline(calibration_label(acm.calibration))}.\n\n"
         "| layer | mutual information, nats | share of the delta kept |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 
 def _omega(aim: Aim) -> str:
-    assert isinstance(aim.omega, Setting)
     omega = "the recipe's omegas" if aim.omega.filtered else f"omega {aim.omega.value:g}"
     return omega if aim.scaling == "identity" else f"{omega} and the scaling {aim.scaling}"
 

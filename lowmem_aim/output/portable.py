@@ -26,16 +26,15 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         portable["tokenizer_source"] = recipe.tokenizer_source
     if recipe.aim:
         aim = {key: _plain(value) for key, value in vars(recipe.aim).items() if value not in ("", ())}
-        assert isinstance(recipe.aim.omega, Setting)
-        omega, calibration = _setting(recipe.aim.omega), _calibration_label(recipe.aim.calibration)
+        omega, calibration = _setting(recipe.aim.omega), calibration_label(recipe.aim.calibration)
         portable["aim"] = aim | {"omega": omega, "calibration": calibration}
     if recipe.acm:
         acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
-        portable["acm"] = acm | {"calibration": _calibration_label(recipe.acm.calibration)}
+        portable["acm"] = acm | {"calibration": calibration_label(recipe.acm.calibration)}
     return portable
 
 
-def _calibration_label(calibration: str) -> str:
+def calibration_label(calibration: str) -> str:
     if calibration in ("", BUILTIN):
         return calibration or PILE
     local = is_activations_file(calibration) or calibration.endswith((".jsonl", ".txt"))

@@ -56,12 +56,12 @@ def versions(method: Method | None = None) -> dict[str, str]:
     return {"lowmem-aim": lowmem_aim.__version__, "torch": str(torch.__version__), **others}
 
 
-def _kept(plan: Plan, merged: Merged) -> Modules:
+def kept_by_module(plan: Plan, merged: Merged) -> Modules:
     """By module; one that was not relaxed is there, with no delta."""
     return by_module((task.layer, task.kind, merged.kept.get(task.name, (0.0, 0.0))) for task in plan.tasks)
 
 
-def _shares(kept: Modules) -> dict[str, Any]:
+def kept_shares(kept: Modules) -> dict[str, Any]:
     """In four decimals: what follows is no more exact, and does not depend on the order of tensors."""
     layers, kinds = shares_by(inside(kept), 0), shares_by(kept, 1)
     return {

@@ -13,12 +13,12 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.models.folder import INDEX
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.output.card import PICTURE, _card, _is_plain, _left, _yaml
+from lowmem_aim.output.card import PICTURE, card_text, delta_left, is_printable, yaml_text
 from lowmem_aim.output.heatmap import joined
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import drawn_with, heatmap_png
 from lowmem_aim.output.portable import portable_recipe
-from lowmem_aim.output.provenance import _kept, _shares, provenance
+from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
@@ -72,24 +72,24 @@ def output_files(
             for group, m in consensus.information.items()
         }
         facts["acm"] = {"texts": consensus.texts, "tokens": consensus.tokens, "groups": groups}
-    kept = _kept(plan, merged)
+    kept = kept_by_module(plan, merged)
     if joined(kept.values()).before:
-        facts["kept"] = _shares(kept)
+        facts["kept"] = kept_shares(kept)
     if picture := heatmap_png(kept):
         facts["versions"] |= drawn_with()
         files[PICTURE] = picture
     if environments:
         facts["environments"] = environments
-    files["mergekit_config.yml"] = _yaml(recipe).encode()
+    files["mergekit_config.yml"] = yaml_text(recipe).encode()
     files["lowmem_aim.json"] = _json(facts)
-    files["README.md"] = _card(facts, recipe, plan.recipe, _left(plan.recipe, kept, picture)).encode()
+    files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
     files[CONFIG] = _json(_config(inputs.reference, plan))
     return files
 
 
 def _json(value: Any) -> bytes:
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    if not _is_plain(text):
+    if not is_printable(text):
         text = json.dumps(value, indent=2)
     return (text + "\n").encode()
 

@@ -13,7 +13,7 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs, vocabulary_rows
 from lowmem_aim.planning.layers import layer_count
 from lowmem_aim.planning.tasks import Plan, Task
-from lowmem_aim.recipe.recipe import Acm, Aim, Setting
+from lowmem_aim.recipe.recipe import Acm, Aim
 
 LARGEST_CARD = 1_000_000  # bytes; a README.md beyond this is an error
 _LICENCE = re.compile(r"^license:\s*(\S[^\n]{0,100})$", re.MULTILINE)
@@ -181,7 +181,7 @@ def _span(texts: Sequence[str]) -> str:
 
 
 def _aim(aim: Aim, outputs: Sequence[str]) -> dict[str, Any]:
-    omega = aim.omega.value if isinstance(aim.omega, Setting) and not aim.omega.filtered else "by tensor"
+    omega = aim.omega.value if not aim.omega.filtered else "by tensor"
     return {
         "omega": [name.removeprefix("omega-") for name in outputs] or omega,
         "scaling": aim.scaling,

@@ -53,8 +53,8 @@ def applied(tree: Node, flags: dict[str, Any]) -> Node:
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
     tree = _with_models(tree, flags)
     tree = _with_parameters(tree, flags.get("parameter", ()))
-    if tree.get("acm") is not None:
-        tree, flags = _with_acm(tree, flags)
+    if (table := tree.get("acm")) is not None:
+        tree, flags = _with_acm(tree, table, flags)
     elif own := [flag for flag in ("theta", "normalise") if flags.get(flag) is not None]:
         raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
     return _with_aim(tree, flags)
@@ -75,10 +75,8 @@ def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
     return applied(tree, flags)
 
 
-def _with_acm(tree: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
+def _with_acm(tree: Node, table: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
     """The tree with ACM's flags in it, and the flags that are left for AIM."""
-    table = tree.get("acm")
-    assert table is not None
     if not isinstance(table.value, dict):
         return tree, flags  # the recipe's reader reports it
     with_aim = tree.get("aim") is not None or flags.get("omega") is not None
@@ -92,9 +90,7 @@ def _with_acm(tree: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
 
 def calibration_settings(flags: dict[str, Any]) -> Aim:
     """The settings that the calibration flags alone give. Raises RecipeError."""
-    table = _with_aim(empty_recipe().with_item("aim", empty_recipe()), flags).get("aim")
-    assert table is not None
-    return read_aim(table)
+    return read_aim(_aim_table(empty_recipe(), _given_aim(flags)))
 
 
 def _node(value: Any, flag: str) -> Node:
@@ -201,17 +197,25 @@ def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
 
     Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`.
     """
-    aim = tree.get("aim")
-    flags = flags | {"omega": _omegas(flags.get("omega")), "exclude": list(flags.get("exclude", ())) or None}
-    given = {key: flag for flag, key in AIM_FLAGS.items() if flags.get(flag) is not None}
+    aim, given = tree.get("aim"), _given_aim(flags)
     if aim is None and "omega" not in given:
         if given:
-            flag = next(iter(given.values())).replace("_", "-")
+            flag = next(iter(given)).replace("_", "-")
             raise RecipeError(f"--{flag} has no meaning without AIM", hint="add `--omega 0.4`, or `aim:` to the recipe")
         return tree
     table = aim if aim is not None and isinstance(aim.value, dict) else empty_recipe()
-    for key, flag in given.items():
-        value = flags[flag]
+    return tree.with_item("aim", _aim_table(table, given))
+
+
+def _given_aim(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of AIM and of calibration that are given, with their values."""
+    flags = flags | {"omega": _omegas(flags.get("omega")), "exclude": list(flags.get("exclude", ())) or None}
+    return {flag: flags[flag] for flag in AIM_FLAGS if flags.get(flag) is not None}
+
+
+def _aim_table(table: Node, given: dict[str, Any]) -> Node:
+    """An `aim:` table with the given flags in it."""
+    for flag, value in given.items():
         items = [_node(item, flag) for item in value] if isinstance(value, list) else value
-        table = table.with_item(key, _node(items, flag))
-    return tree.with_item("aim", table)
+        table = table.with_item(AIM_FLAGS[flag], _node(items, flag))
+    return table

@@ -55,7 +55,8 @@ class ModelEntry:
 class Aim:
     """The `aim:` key (AIM: arXiv 2502.02421). An empty `calibration` means the authors' Pile set."""
 
-    omega: Setting | tuple[float, ...] = Setting(DEFAULT_OMEGA)  # several: an output for each
+    omega: Setting = Setting(DEFAULT_OMEGA)
+    omegas: tuple[float, ...] = ()  # several: an output for each, see `one_by_one`; `omega` then says nothing
     scaling: str = "identity"
     exclude: tuple[str, ...] = ()  # parts of the names of weights that are not relaxed
     calibration: str = ""
@@ -68,7 +69,6 @@ class Aim:
 
     def omega_at(self, tensor: str, t: float) -> float:
         """The omega for a tensor at depth `t` in [0, 1]; the default if no filter matches."""
-        assert isinstance(self.omega, Setting)
         value = self.omega.at(tensor, t)
         return DEFAULT_OMEGA if value is None else float(value)
 
@@ -151,11 +151,11 @@ def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
 
     With a single omega the folder is "", the output itself.
     """
-    if recipe.aim is None or isinstance(recipe.aim.omega, Setting):
+    if recipe.aim is None or not recipe.aim.omegas:
         return {"": recipe}
     return {
-        f"omega-{omega!r}".removesuffix(".0"): replace(recipe, aim=replace(recipe.aim, omega=Setting(omega)))
-        for omega in recipe.aim.omega
+        f"omega-{omega!r}".removesuffix(".0"): replace(recipe, aim=replace(recipe.aim, omega=Setting(omega), omegas=()))
+        for omega in recipe.aim.omegas
     }
 
 

@@ -33,6 +33,8 @@ def aim_table(read: Values, node: Node) -> Aim:
     checked: dict[str, Any] = {
         key: readers[key](read, item) if key in readers else _plain(read, key, item) for key, item in keys.items()
     }
+    if isinstance(checked.get("omega"), tuple):
+        checked["omegas"] = checked.pop("omega")
     return Aim(**{key: value for key, value in checked.items() if value is not None})
 
 

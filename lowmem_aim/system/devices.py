@@ -52,7 +52,7 @@ class DeviceStreams:
         self._own = threading.local()
 
     @contextlib.contextmanager
-    def lane(self) -> Iterator[None]:
+    def own_stream(self) -> Iterator[None]:
         """Run the block on the thread's own stream, and wait at its end until everything is computed."""
         if self.device.type != "cuda":
             yield
@@ -73,7 +73,7 @@ class DeviceStreams:
         return pinned.copy_(stored).to(self.device, non_blocking=True)
 
     def down(self, result: Tensor) -> Tensor:
-        """Copy a tensor of the device to the CPU, contiguous. On CUDA, read the result only after `lane` has ended."""
+        """Copy a tensor of the device to the CPU, contiguous. On CUDA, read the result only after `own_stream` has ended."""
         if self.device.type != "cuda":
             return result.cpu().contiguous()
         pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)

@@ -121,19 +121,18 @@ class Dashboard(Quiet):
             elif self._live is None:
                 self.start()
             elif self.console.size != self._size:
-                self._draw_anew()
+                self._draw_anew(self._live)
             else:
                 self._live.refresh()
             self._size = self.console.size
 
-    def _draw_anew(self) -> None:
+    def _draw_anew(self, live: Live) -> None:
         """Draw after the window has changed its size, which may have wrapped the lines of the last picture."""
         width = max(self.console.size.width, 1)
         rows = sum(max(1, -(-cells // width)) for cells in self._drawn)
         self.console.file.write(f"\r\x1b[{max(rows - 1, 0)}A\x1b[J" if rows > 1 else "\r\x1b[J")
-        assert self._live is not None
-        self._live._live_render._shape = None  # else rich would move up by the lines of the last picture
-        self._live.refresh()
+        live._live_render._shape = None  # else rich would move up by the lines of the last picture
+        live.refresh()
 
     def leave(self) -> None:
         """Leave the terminal to other processes until `come_back`."""

@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lowmem_aim.errors import printable
-from lowmem_aim.events import Sampled, Stage
+from lowmem_aim.events import Planned, Sampled, Stage
 from lowmem_aim.output.heatmap import colour_of, heat_rows
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view.progress import STAGES, Progress
@@ -192,13 +192,13 @@ def _used(label: str, used: int, peak: int, budget: int, beside: str, width: int
 
 
 def _layers(run: Progress, width: int) -> Iterator[Line]:
-    layers = [name for name in (run.planned.layers if run.planned else {}) if name]
-    if not layers:
+    layers = [name for name in run.planned.layers if name] if run.planned else []
+    if run.planned is None or not layers:
         return
     kept, shares = run.kept_share(), run.kept_by(0)
     told = f"  {_relaxed_by(run)} kept {kept:.0%}" if kept is not None else ""
     room = max(width - LABEL - len(told), 8)
-    yield Line(65, Text.assemble((f"{'layers':<{LABEL}}", "dim"), _strip(run, layers, shares, room), told))
+    yield Line(65, Text.assemble((f"{'layers':<{LABEL}}", "dim"), _strip(run, run.planned, layers, shares, room), told))
     if kept is None:
         return
     for number, (kind, row) in enumerate(heat_rows(run.kept)):
@@ -211,15 +211,14 @@ def _relaxed_by(run: Progress) -> str:
     return " + ".join(name for name in ("AIM", "ACM") if name in title) or "relaxing"
 
 
-def _strip(run: Progress, layers: Sequence[str], shares: Mapping[str, float], room: int) -> Text:
+def _strip(run: Progress, planned: Planned, layers: Sequence[str], shares: Mapping[str, float], room: int) -> Text:
     """A strip with a cell for each layer, or for several layers if there are more of them than columns."""
-    assert run.planned is not None
     each = -(-len(layers) // room)  # layers a cell
     columns = max(1, min(3, room // max(-(-len(layers) // each), 1)))
     text = Text()
     for first in range(0, len(layers), each):
         names = layers[first : first + each]
-        done = _done(run, names)
+        done = _done(run, planned, names)
         known = [shares[name] for name in names if name in shares]
         plain = "cyan" if "merge" not in run.phases else "green"
         style = Style(color=colour_of(sum(known) / len(known))) if known else Style(color=plain)
@@ -228,13 +227,12 @@ def _strip(run: Progress, layers: Sequence[str], shares: Mapping[str, float], ro
     return text
 
 
-def _done(run: Progress, layers: Sequence[str]) -> float:
+def _done(run: Progress, planned: Planned, layers: Sequence[str]) -> float:
     """The share of some layers that is done: of their tensors, or, during calibration, of the layers as blocks."""
-    assert run.planned is not None
     current = run.current
     if current and current.unit == "blocks":
         return sum(min(max(current.done - int(name), 0.0), 1.0) for name in layers) / len(layers)
-    of = sum(run.planned.layers[name] for name in layers)
+    of = sum(planned.layers[name] for name in layers)
     return sum(run.layers[name] for name in layers) / of if of else 0.0
 
 

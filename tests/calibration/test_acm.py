@@ -217,7 +217,10 @@ class TestRelax:
         out, base = tensors_in(tmp_path / "out"), tensors_in(llama / "base")
         assert all(torch.equal(out[name], base[name]) for name in base)
 
-    @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "mixtral", "gemma2", "opt"])
+    @pytest.mark.parametrize(
+        "architecture",
+        ["qwen2", "gpt2", "mixtral", *(pytest.param(name, marks=pytest.mark.long) for name in ("gemma2", "opt"))],
+    )
     def test_other_architectures(self, architecture: str, texts: Path, tmp_path: Path, run: Run) -> None:
         base = tiny.build(architecture, tmp_path / "base")
         merged = tiny.perturbed(base, tmp_path / "merged", scale=0.05)
@@ -247,7 +250,9 @@ class TestInARecipe:
         portable = yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text())
         assert portable["acm"] == {"theta": 0.7, "normalise": "samples", "calibration": "texts.jsonl", "samples": 100}
 
-    @pytest.mark.parametrize("method", ["ties", "della", "widen"])
+    @pytest.mark.parametrize(
+        "method", ["ties", *(pytest.param(name, marks=pytest.mark.long) for name in ("della", "widen"))]
+    )
     def test_slices_and_a_budget_that_pages_change_no_byte(
         self, method: str, llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from calibrating import TEXTS, llama_forward, same
+from calibrating import BY_ARCHITECTURE, TEXTS, llama_forward, same
+from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def measured(folder: Path, **options: Any) -> Activations:
 # --- the numbers do not depend on the budget --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
 def test_the_smallest_budget_gives_the_same_numbers(
     architecture: str, tmp_path: Path, spills: list[int], reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,8 +453,18 @@ def test_too_little_disk_for_hidden_states_shows_before_work(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("hidden", "inner", "samples", "too_little"),
+    [(256, 2048, 8, "300MB"), pytest.param(512, 6144, 20, "350MB", marks=pytest.mark.long)],
+)
 def test_the_real_peak_stays_below_the_smallest_budget_that_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hidden: int,
+    inner: int,
+    samples: int,
+    too_little: str,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the whole process, sampled from outside: fat layers, more hidden states than there is room for."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
@@ -463,16 +474,17 @@ def test_the_real_peak_stays_below_the_smallest_budget_that_is_accepted(
 
     monkeypatch.setattr(measure, "PATIENCE_SECONDS", 0)  # it is memory that counts, whatever else runs
 
-    shape = {"hidden_size": 512, "intermediate_size": 6144, "num_hidden_layers": 3, "vocab_size": 512}
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 3, "vocab_size": 512}
     folder = tiny.build("llama", tmp_path / "model", dtype=torch.bfloat16, **shape)
     save_texts(tmp_path / "texts.jsonl", 8, 128, 512)
     log, made = tmp_path / "log.txt", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    texts = ["--calibration", str(tmp_path / "texts.jsonl"), "--samples", "20", "--block-size", "128"]
-    asked = ["-m", "lowmem_aim", "calibrate", str(folder), *texts, "--calibration-dtype", "float32"]
-    assert cost_of([sys.executable, *asked, "-o", str(made[0])], log).exit_code == 0
-    assert cost_of([sys.executable, *asked, "-o", str(made[1]), "--ram", "350MB"], log).exit_code == 5
+    texts = ["--calibration", str(tmp_path / "texts.jsonl"), "--samples", str(samples), "--block-size", "128"]
+    command = ["calibrate", str(folder), *texts, "--calibration-dtype", "float32"]
+    assert run(*command, "-o", made[0]).code == 0
+    asked = [sys.executable, "-m", "lowmem_aim", *command, "-o", str(made[1])]
+    assert cost_of([*asked, "--ram", too_little], log).exit_code == 5
     least = log.read_text().partition("`--ram ")[2].partition("`")[0]
-    cost = cost_of([sys.executable, *asked, "-o", str(made[1]), "--ram", least], log)
+    cost = cost_of([*asked, "--ram", least], log)
     assert cost.exit_code == 0, log.read_text()
     assert 100 * MB < cost.anonymous <= int(least.removesuffix("MB")) * MB
     assert made[0].read_bytes() == made[1].read_bytes()

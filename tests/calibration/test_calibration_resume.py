@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from calibrating import TEXTS, same
+from calibrating import BY_ARCHITECTURE, TEXTS, same
 from conftest import Run
 from merge_cases import digests, recipe
 from safetensors.torch import load_file, save_file
@@ -94,7 +94,7 @@ def driven(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return blocks
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
 def test_stopped_at_any_block_it_goes_on_there_with_the_same_numbers(
     architecture: str, tmp_path: Path, driven: list[int]
 ) -> None:

@@ -17,7 +17,7 @@ from lowmem_aim.output.folder import PRIVATE
 from lowmem_aim.output.journal import NAME, Journal
 
 TIMES = 140
-SHORT_TIMES = 21
+SHORT_TIMES = 14
 HEADER_BYTES = 100  # sqlite's own
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from crash.tracing import EVERY, NAMES, SIZES, SYNCS, WRITES, every_call, usable
+from crash.tracing import EVERY, NAMES, SEGMENTS, SIZES, SYNCS, WRITES, every_call, usable
 from crash.workshop import Job, is_clean
 
 ONCE, LASTING = "EIO once", "ENOSPC from then on"
@@ -15,17 +15,18 @@ NUMBERS = {
     for kind in ("pwrite64", "fdatasync")
     for first, trouble in ((0, ONCE), (2, LASTING))
 }
+FEW = {"fallocate": ("shard 2",), "rename": ("finish",)}
 
 
 def suite(job: Job, short: bool) -> str:
     if not usable():
         return "skipped: strace is missing or may not trace"
-    kinds = ("fallocate", "rename") if short else (*WRITES, *SYNCS, *NAMES, *SIZES)
+    kinds = FEW if short else dict.fromkeys((*WRITES, *SYNCS, *NAMES, *SIZES), SEGMENTS)
     out, counts = job.work / "out", Counter[str]()
-    for kind in kinds:
+    for kind, segments in kinds.items():
         for trouble, inject in TROUBLES.items():
-            numbers = EVERY[::5] if short else NUMBERS.get((kind, trouble), EVERY)
-            for where, result in every_call(job, out, kind, inject, numbers):
+            numbers = EVERY[::9] if short else NUMBERS.get((kind, trouble), EVERY)
+            for where, result in every_call(job, out, kind, inject, numbers, segments):
                 try:
                     job.check_no_half_model(out)
                     # 0: what failed was not needed, such as the note of who holds the lock

@@ -12,7 +12,7 @@ def suite(job: Job, short: bool) -> str:
     kinds = ("rename", "fallocate") if short else (*WRITES, *SYNCS, *NAMES, *SIZES)
     out, counts = job.work / "out", dict.fromkeys(kinds, 0)
     for kind in kinds:
-        for where, result in every_call(job, out, kind, "signal=SIGKILL:when={}", EVERY[::3] if short else EVERY):
+        for where, result in every_call(job, out, kind, "signal=SIGKILL:when={}", EVERY[::6] if short else EVERY):
             assert result.code == -9, f"{where}: {result}"
             job.check_no_half_model(out)
             job.check_told(out)

@@ -22,7 +22,7 @@ from lowmem_aim.output.folder import PRIVATE, PUBLISHING, STAGING
 from lowmem_aim.output.journal import Journal
 
 STATES = 1000
-SHORT_STATES = 45
+SHORT_STATES = 24
 REFUSALS = (4, 7)
 KEEP = (0.0, 0.3, 0.7, 0.95, 1.0)  # shares of what is not durable
 SECTORS = (0, 512, 4096)  # bytes; 0: a write is there or not

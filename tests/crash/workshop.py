@@ -69,7 +69,7 @@ class Job:
     def here(self, out: Path) -> Ended:
         """The same in this process: quicker, for trouble that lies on the disk."""
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-            code = _command_line(self.command(out))
+            code = command_line(self.command(out))
         return Ended(code, said.getvalue())
 
     def finish(self, out: Path, *flags: str) -> None:
@@ -175,7 +175,7 @@ def start(command: list[str], before: Callable[[], object]) -> tuple[int, mmap.m
         os.dup2(descriptor, 2)  # last words, by a plain write
         sys.stdout = sys.stderr = io.StringIO()
         before()
-        code = _command_line(command)
+        code = command_line(command)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -203,7 +203,7 @@ def refusal(work: Callable[[], object]) -> LowmemAimError | None:
     return None
 
 
-def _command_line(command: list[str]) -> int:
+def command_line(command: list[str]) -> int:
     sys.argv = ["lowmem-aim", *command]
     try:
         main()

@@ -20,9 +20,10 @@ from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Setting, one_by_one
+from lowmem_aim.recipe.words import SCALINGS
 from lowmem_aim.recipe.yaml_tree import parse
 from lowmem_aim.relaxing.activations import Activations
-from lowmem_aim.relaxing.aim import SCALINGS, shrinkage
+from lowmem_aim.relaxing.aim import shrinkage
 from lowmem_aim.system.options import Options
 
 UP, DOWN = "model.layers.{}.mlp.up_proj.weight", "model.layers.{}.mlp.down_proj.weight"

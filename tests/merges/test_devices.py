@@ -19,7 +19,7 @@ class Elsewhere(Tensor):
     """A tensor that is on the device: what is computed from it is there too."""
 
 
-class FakeLanes(DeviceStreams):
+class FakeStreams(DeviceStreams):
     """Rows go up as `Elsewhere` and must come down; the compiled loops, which are the CPU's, see none of it."""
 
     def up(self, stored: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def test_every_slice_goes_up_and_comes_down_and_copies_stay_here(
 ) -> None:
     asked = recipe(with_a_copy, method, **FLAGS[method], omega=0.3, calibration=str(measured))
     expected = digests(merge(asked, tmp_path / "here"))
-    monkeypatch.setitem(merge_tensors.__globals__, "DeviceStreams", FakeLanes)
+    monkeypatch.setitem(merge_tensors.__globals__, "DeviceStreams", FakeStreams)
     monkeypatch.setattr("lowmem_aim.methods.kernels.usable", lambda tensors: not isinstance(tensors[0], Elsewhere))
     monkeypatch.setattr("lowmem_aim.methods.kernels.available", lambda: False)
     assert digests(merge(asked, tmp_path / "there")) == expected

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Run
+from long_cases import others_long
 from merge_cases import digests, recipe, tensors_in
 from safetensors.torch import load_file, save_file
 from stopping import SHARDS, stop
@@ -40,8 +41,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "widen": {},
     "arcee_fusion": {"experts": ("math",)},
 }
-QUICK = ("ties", "dare_ties", "ramplus_tl", "della", "sce", "widen")  # of each way to compute one
-BY_METHOD = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
 
 
 def with_holes(folder: Path, value: Any, holes: Any = HOLES) -> None:
@@ -69,7 +68,7 @@ def job(folder: Path, method: str = "ties", **flags: Any) -> Any:
     return recipe(folder, method, **{"experts": ("math", "code"), **METHODS[method], **flags})
 
 
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("method", others_long(METHODS, ("ties", "dare_ties", "ramplus_tl", "della", "sce", "widen")))
 def test_the_result_is_as_if_the_expert_had_the_bases_values(method: str, models: Path) -> None:
     merge(job(models / "filled", method), models / "expected", SHARDS)
     merge(job(models / "holed", method), models / "out", TAKE_BASE)

@@ -15,7 +15,7 @@ from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.roles import outline_of
+from lowmem_aim.models.roles import roles_of
 
 
 def apart(shape: tuple[int, ...], count: int) -> list[torch.Tensor]:
@@ -149,12 +149,12 @@ class TestDegenerate:
 
 def test_the_outline_knows_which_weights_have_their_inputs_first(tmp_path: Path) -> None:
     with Checkpoint.open(tiny.build("gpt2", tmp_path / "gpt2"), "gpt2") as checkpoint:
-        found = outline_of(checkpoint, use_cache=True).inputs_first
-        assert found == outline_of(checkpoint, use_cache=True).inputs_first  # from the cache
+        found = roles_of(checkpoint, use_cache=True).inputs_first
+        assert found == roles_of(checkpoint, use_cache=True).inputs_first  # from the cache
     assert "transformer.h.0.attn.c_attn.weight" in found
     assert "transformer.wte.weight" in found
     with Checkpoint.open(tiny.build("gpt_oss", tmp_path / "oss"), "oss") as checkpoint:
-        found = outline_of(checkpoint, use_cache=False).inputs_first
+        found = roles_of(checkpoint, use_cache=False).inputs_first
     assert "model.layers.0.mlp.experts.down_proj" in found
     assert "model.embed_tokens.weight" in found
     assert "lm_head.weight" not in found

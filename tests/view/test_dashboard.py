@@ -340,7 +340,9 @@ def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path, known: None) ->
         assert told in done.stderr
 
 
-@pytest.mark.parametrize("streams", ["2>&-", "<&- 2>&-", "2>/dev/full", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams", [pytest.param("2>&-", marks=pytest.mark.long), "<&- 2>&-", "2>/dev/full", ">&- 2>&-"]
+)
 def test_a_merge_ends_well_whoever_listens(streams: str, llama: Path, tmp_path: Path, known: None) -> None:
     models = ["--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code"]
     command = [sys.executable, "-m", "lowmem_aim", "merge", tmp_path / "out", "--method", "linear", *models]

@@ -207,7 +207,14 @@ def test_a_resumed_merge_knows_what_was_kept_before(
     assert facts(out)[-1]["kept"] == facts(tmp_path / "whole")[-1]["kept"]
 
 
-@pytest.mark.parametrize("options", [Options(slice_rows=1), Options(slice_rows=3, threads=1), Options(read="pread")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(Options(slice_rows=1), marks=pytest.mark.long),
+        Options(slice_rows=3, threads=1),
+        pytest.param(Options(read="pread"), marks=pytest.mark.long),
+    ],
+)
 def test_what_is_kept_does_not_depend_on_how_it_is_computed(
     options: Options, llama: Path, texts: Path, tmp_path: Path
 ) -> None:
