@@ -108,12 +108,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_content(self, file: Path, stop: int, name: str) -> None:
         with file.open("rb") as stream:
             while stop and (piece := stream.read(min(PIECE, stop))):
+                self.hub.sent[name] += len(piece)  # first: whoever has the last piece may look at once
                 try:
                     self.wfile.write(piece)
                 except ConnectionError:  # whoever asked has had enough
                     self.close_connection = True
                     return
-                self.hub.sent[name] += len(piece)
                 stop -= len(piece)
         self.close_connection = self.close_connection or self.hub.drops
 

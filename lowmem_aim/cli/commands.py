@@ -266,15 +266,9 @@ def doctor_command(folder: Path, as_json: bool) -> None:
 @click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
 def verify_command(out: Path, quiet: bool) -> None:
     """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
-    from lowmem_aim.output.folder import PRIVATE, SUMS, outputs_in
-    from lowmem_aim.output.verify import verify
+    from lowmem_aim.output.verify import verify_outputs
 
-    def checked(emit: Callable[[Event], None]) -> Path:
-        for folder in outputs_in(out):
-            verify(folder, f"{PRIVATE}/{SUMS}", emit)
-        return out
-
-    _run(checked, {"quiet": quiet})
+    _run(lambda emit: verify_outputs(out, emit), {"quiet": quiet})
 
 
 @cli.command("methods")

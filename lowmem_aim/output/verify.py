@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lowmem_aim.errors import UsageError, VerifyError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.output.folder import PRIVATE, SUMS, outputs_in
 
 LONGEST_NAME = 200  # characters
 PIECE_BYTES = 64 << 20  # read at a time
@@ -47,6 +48,16 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
     if problems:
         raise VerifyError(problems, hint="merge again into a new folder; if it comes again, suspect the disk")
     return len(sums)
+
+
+def verify_outputs(out: Path, emit: Emit = silent) -> Path:
+    """Verify every output of the run in `out` (several omegas have a folder each); returns `out`.
+
+    Raises VerifyError naming all files of an output that differ, UsageError for a folder without a finished output.
+    """
+    for folder in outputs_in(out):
+        verify(folder, f"{PRIVATE}/{SUMS}", emit)
+    return out
 
 
 def _read(file: Path) -> dict[str, str]:

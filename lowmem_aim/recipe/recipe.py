@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import RecipeError, printable
-from lowmem_aim.methods.method import Method, Parameter
 from lowmem_aim.recipe.words import Normalise
+
+if TYPE_CHECKING:
+    from lowmem_aim.methods.method import Method, Parameter  # torch
 
 DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
 

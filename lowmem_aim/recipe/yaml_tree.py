@@ -6,6 +6,8 @@ that appears twice in a table is refused.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,32 @@ def parse(text: str, source: str) -> Node:
     if converter.problems:
         raise RecipeError(converter.problems)
     return tree
+
+
+def tree_of(value: Any, where: str) -> Node:
+    """Turn Python's own mappings, lists and scalars into a tree; `where` names the value in messages.
+
+    Raises RecipeError for a value of another kind, and for a tree that is too large or too deep.
+    """
+    count = 0
+
+    def converted(value: Any, where: str, depth: int) -> Node:
+        nonlocal count
+        count += 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise RecipeError(f"{where}: the recipe is too large or too deep")
+        if isinstance(value, Mapping):
+            items = {str(key): converted(item, f"{where}: {key}", depth + 1) for key, item in value.items()}
+            return Node(items, where)
+        if isinstance(value, list | tuple):
+            return Node([converted(item, f"{where}[{place}]", depth + 1) for place, item in enumerate(value)], where)
+        if isinstance(value, os.PathLike):
+            return Node(os.fspath(value), where)
+        if value is None or isinstance(value, bool | int | float | str):
+            return Node(value, where)
+        raise RecipeError(f"{where}: a {type(value).__name__} cannot stand in a recipe")
+
+    return converted(value, where, 0)
 
 
 class _Loader(yaml.SafeLoader):

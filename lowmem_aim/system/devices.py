@@ -73,7 +73,7 @@ class DeviceStreams:
         return pinned.copy_(stored).to(self.device, non_blocking=True)
 
     def down(self, result: Tensor) -> Tensor:
-        """Copy a tensor of the device to the CPU, contiguous. On CUDA, read the result only after `own_stream` has ended."""
+        """Copy a tensor of the device to the CPU, contiguous. On CUDA, read the copy only after `own_stream`."""
         if self.device.type != "cuda":
             return result.cpu().contiguous()
         pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from calibrating import activations_of
 from conftest import Place, Run
+from long_cases import others_long
 from merge_cases import digests, tensors_in
 from stopping import Stopped, stop
 from torch import Tensor
@@ -218,8 +219,7 @@ class TestRelax:
         assert all(torch.equal(out[name], base[name]) for name in base)
 
     @pytest.mark.parametrize(
-        "architecture",
-        ["qwen2", "gpt2", "mixtral", *(pytest.param(name, marks=pytest.mark.long) for name in ("gemma2", "opt"))],
+        "architecture", others_long(["qwen2", "gpt2", "mixtral", "gemma2", "opt"], ("qwen2", "gpt2", "mixtral"))
     )
     def test_other_architectures(self, architecture: str, texts: Path, tmp_path: Path, run: Run) -> None:
         base = tiny.build(architecture, tmp_path / "base")
@@ -250,9 +250,7 @@ class TestInARecipe:
         portable = yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text())
         assert portable["acm"] == {"theta": 0.7, "normalise": "samples", "calibration": "texts.jsonl", "samples": 100}
 
-    @pytest.mark.parametrize(
-        "method", ["ties", *(pytest.param(name, marks=pytest.mark.long) for name in ("della", "widen"))]
-    )
+    @pytest.mark.parametrize("method", others_long(["ties", "della", "widen"], ("ties",)))
     def test_slices_and_a_budget_that_pages_change_no_byte(
         self, method: str, llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from long_cases import others_long
 from run_events import PLANNED, SAMPLE, STARTED
 
 pty = pytest.importorskip("pty")
@@ -341,7 +342,7 @@ def test_into_a_pipe_go_plain_lines(llama: Path, tmp_path: Path, known: None) ->
 
 
 @pytest.mark.parametrize(
-    "streams", [pytest.param("2>&-", marks=pytest.mark.long), "<&- 2>&-", "2>/dev/full", ">&- 2>&-"]
+    "streams", others_long(["2>&-", "<&- 2>&-", "2>/dev/full", ">&- 2>&-"], ("<&- 2>&-", "2>/dev/full", ">&- 2>&-"))
 )
 def test_a_merge_ends_well_whoever_listens(streams: str, llama: Path, tmp_path: Path, known: None) -> None:
     models = ["--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from long_cases import others_long
 from merge_cases import recipe, tensors_in
 from safetensors.torch import load_file
 from stopping import SHARDS, Stopped, stopping_after
@@ -207,14 +208,10 @@ def test_a_resumed_merge_knows_what_was_kept_before(
     assert facts(out)[-1]["kept"] == facts(tmp_path / "whole")[-1]["kept"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(Options(slice_rows=1), marks=pytest.mark.long),
-        Options(slice_rows=3, threads=1),
-        pytest.param(Options(read="pread"), marks=pytest.mark.long),
-    ],
-)
+WAYS = [Options(slice_rows=1), Options(slice_rows=3, threads=1), Options(read="pread")]
+
+
+@pytest.mark.parametrize("options", others_long(WAYS, (WAYS[1],)))
 def test_what_is_kept_does_not_depend_on_how_it_is_computed(
     options: Options, llama: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,137 @@
+"""The jobs as functions for scripts and notebooks: what `import lowmem_aim` offers.
+
+Every function raises the errors of `lowmem_aim.errors`, prints nothing, and leaves signals alone. `on_event` is called
+with each event of `lowmem_aim.events`, from any thread of the run; an exception that it raises ends the run, which can
+then be resumed like any other. A run that is interrupted (KeyboardInterrupt too) is resumed by the same call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_aim.events import Emit, Event, silent
+from lowmem_aim.jobs import calibrate as calibrate_job
+from lowmem_aim.jobs import merge as merge_job
+from lowmem_aim.jobs import plan as plan_job
+from lowmem_aim.jobs.forecast import Forecast
+from lowmem_aim.output.verify import verify_outputs
+from lowmem_aim.recipe import reader
+from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.recipe.yaml_tree import load_tree, tree_of
+from lowmem_aim.system.options import DEFAULTS, Options
+
+OnEvent = Callable[[Event], None]
+AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
+    """Read a recipe: the path of a YAML file, or the same keys and values as a mapping (see docs/recipe.md).
+
+    Relative model folders are those of the current folder. Raises RecipeError with every problem, each with its line,
+    or, of a mapping, with its key.
+    """
+    tree = tree_of(recipe, "recipe") if isinstance(recipe, Mapping) else load_tree(Path(recipe))
+    return reader.read_recipe(tree)
+
+
+def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_event: OnEvent | None = None) -> Path:
+    """Merge by a recipe into the new folder `out`, or resume a run that was interrupted there; returns `out`.
+
+    `recipe` is a Recipe, the path of one, or a mapping (see `read_recipe`). A finished output of the same job is left
+    as it is. Raises RecipeError, UsageError, ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError and
+    NetworkError, before any work where that is possible; what was finished before an error stays for the next call.
+    """
+    with _threads_restored():
+        return merge_job.merge(_read(recipe), Path(out), options, _emit(on_event))
+
+
+def relax(
+    merged: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    aim: Mapping[str, Any] | None = None,
+    acm: Mapping[str, Any] | None = None,
+    options: Options = DEFAULTS,
+    on_event: OnEvent | None = None,
+) -> Path:
+    """Apply AIM, ACM, or ACM after AIM, to a model that any tool has merged; write the new folder `out`, returned.
+
+    `merged` and `base` are model folders or Hub ids. `aim` and `acm` hold the keys of these tables in a recipe; an
+    empty mapping means the authors' defaults, and without either it is AIM by these. Raises the errors of `merge`.
+    """
+    if aim is None and acm is None:
+        aim = {}
+    table: dict[str, Any] = {
+        "merge_method": "passthrough",
+        "base_model": str(base),
+        "models": [{"model": str(merged)}],
+    }
+    table |= {key: value for key, value in (("aim", aim), ("acm", acm)) if value is not None}
+    return merge(table, out, options, on_event)
+
+
+def calibrate(
+    base: str | Path,
+    out: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    options: Options = DEFAULTS,
+    on_event: OnEvent | None = None,
+) -> Path:
+    """Measure the activations of a base model into the new file `out` (.safetensors); returns `out`.
+
+    `settings` holds the keys of a recipe's `aim` table that say what is measured: `calibration`, `samples`,
+    `block_size`, `seed`, `pack`, `dtype`. Merges take the file as their `calibration`. Raises the errors of `merge`.
+    """
+    aim = reader.read_aim(tree_of(settings or {}, "settings"))
+    with _threads_restored():
+        return calibrate_job.calibrate(str(base), aim, Path(out), options, _emit(on_event))
+
+
+def plan(
+    recipe: AnyRecipe,
+    out: str | Path,
+    options: Options = DEFAULTS,
+    on_event: OnEvent | None = None,
+    *,
+    measure: bool = True,
+) -> Forecast:
+    """Return what `merge` with the same arguments would do, what it needs here, and every problem that it would meet.
+
+    Nothing is merged and nothing is downloaded but headers. `measure`: spend two seconds on an estimate of the time.
+    Raises the errors of models that cannot be opened; all else is among `Forecast.problems`.
+    """
+    with _threads_restored():
+        return plan_job.plan(_read(recipe), Path(out), options, _emit(on_event), measure=measure)
+
+
+def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:
+    """Read every file of a finished output again and compare it with what was written; returns `out`.
+
+    Raises VerifyError naming all files that differ, UsageError if there is no finished output.
+    """
+    return verify_outputs(Path(out), _emit(on_event))
+
+
+def _read(recipe: AnyRecipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+
+
+def _emit(on_event: OnEvent | None) -> Emit:
+    return silent if on_event is None else on_event
+
+
+@contextlib.contextmanager
+def _threads_restored() -> Iterator[None]:
+    """Give torch back the number of threads that the caller has set: `Options.threads` is for the run alone."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
