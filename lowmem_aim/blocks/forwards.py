@@ -84,7 +84,7 @@ class TailForward(Driver):
 
     def head(self, x: Tensor) -> None:
         self.head_input = x
-        self.runner.see_head(x)
+        self.runner.count_head(x)
 
 
 class _Closed(BaseException):
@@ -154,7 +154,7 @@ class SuspendedForward(Driver):
 
     def head(self, x: Tensor) -> None:
         self.head_input = x
-        self.runner.see_head(x)
+        self.runner.count_head(x)
 
 
 @dataclass
@@ -169,4 +169,4 @@ class PagedForward(Driver):
 
     def head(self, x: Tensor) -> None:
         self.head_input = x
-        self.runner.see_head(x)
+        self.runner.count_head(x)

@@ -131,7 +131,7 @@ class Watch:
         with _ExpertProducts(self, stacks) if stacks else contextlib.nullcontext():
             yield
 
-    def see(self, parameter: str, weight: Tensor, x: Tensor, *, transposed: bool = False) -> None:
+    def count(self, parameter: str, weight: Tensor, x: Tensor, *, transposed: bool = False) -> None:
         """One call of the module that holds `weight`, with input `x`; `transposed`: (in, out) instead of (out, in)."""
         channels = weight.shape[0] if transposed else weight.shape[-1]
         if self.counts and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
@@ -154,7 +154,7 @@ class Watch:
         def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if x is not None:
-                self.see(parameter, weight, x, transposed=transposed)
+                self.count(parameter, weight, x, transposed=transposed)
 
         self._tally(parameter, weight, None, transposed=transposed)
         return hook

@@ -269,10 +269,10 @@ class BlockRunner:
         self._driver.now.head(x)
         return x.new_zeros(*x.shape[:-1], 1)  # one logit, for what the model does to logits
 
-    def see_head(self, x: Tensor) -> None:
+    def count_head(self, x: Tensor) -> None:
         """Count the output head's input."""
         head = self.model.get_submodule(self.meta_model.head)
-        self.watch.see(f"{self.meta_model.head}.weight", head.weight, x)
+        self.watch.count(f"{self.meta_model.head}.weight", head.weight, x)
 
     def _place_buffers(self, undo: contextlib.ExitStack) -> None:
         persistent = self.model.state_dict().keys()

@@ -70,7 +70,7 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
 
         made = work(checked)
     if style == "auto" and view.progress.planned:
-        told = summary.lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
+        told = summary.summary_lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
         with contextlib.suppress(OSError):  # nobody reads it any more
             for line in (*told, *(summary.next_commands(made) if merges else ())):
                 click.echo(line, err=True)

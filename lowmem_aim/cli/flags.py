@@ -14,6 +14,7 @@ from lowmem_aim.cli import completion
 from lowmem_aim.cli.usage import Choice, command_line
 from lowmem_aim.errors import printable
 from lowmem_aim.recipe.words import DTYPES, SCALINGS
+from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
 
 if TYPE_CHECKING:
     from lowmem_aim.system.options import Options
@@ -142,7 +143,9 @@ JOB_FLAGS = _options(
     click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
 )
 OUTPUT_FLAGS = _options(
-    click.option("--shard-size", type=SizeType(), default="5GB", show_default=True, help="largest output file"),
+    click.option(
+        "--shard-size", type=SizeType(), default=DEFAULT_SHARD_BYTES, show_default="5GB", help="largest output file"
+    ),
     click.option("--dtype", shell_complete=_DTYPES, help="float32, float16 or bfloat16 [default: as the inputs]"),
     click.option(
         "--tokenizer-source", shell_complete=completion.words("base"), help="`base` matches tokens by their text"

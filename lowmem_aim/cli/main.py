@@ -15,16 +15,16 @@ from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
 
-MOST_PROBLEMS = 100  # on the screen; a model of another size has one for each tensor
+PROBLEMS_ON_SCREEN = 100  # on the screen; a model of another size has one for each tensor
 LONGEST_PROBLEM = 2000  # characters
 
 
 def report(error: LowmemAimError) -> None:
     """The error on stderr, plain text: what happened, then what to do."""
     first, *others = [printable(problem, LONGEST_PROBLEM) for problem in error.problems] or ["unknown"]
-    lines = [f"error: {first}", *(f"       {problem}" for problem in others[:MOST_PROBLEMS])]
-    if len(others) > MOST_PROBLEMS:
-        lines.append(f"       ... and {len(others) - MOST_PROBLEMS} more")
+    lines = [f"error: {first}", *(f"       {problem}" for problem in others[:PROBLEMS_ON_SCREEN])]
+    if len(others) > PROBLEMS_ON_SCREEN:
+        lines.append(f"       ... and {len(others) - PROBLEMS_ON_SCREEN} more")
     print("\n".join(lines) + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
 
 

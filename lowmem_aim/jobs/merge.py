@@ -63,7 +63,7 @@ def _merge(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
 
 
 @dataclass
-class Output:
+class HeldOutput:
     """One output at work: its plan, its folder, which this run holds, and what ACM has found for it."""
 
     name: str  # of its folder, where there are several; else empty
@@ -76,7 +76,7 @@ class Output:
 
 
 @contextlib.contextmanager
-def agreed(ready: Prepared, feed: Feed) -> Iterator[list[Output]]:
+def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
     """Hold every output folder that is still to be made, once it is sure to be this job's; record in their logs.
 
     Raises all errors of the preparation, LockedError, ResumeError, UsageError, DiskError.
@@ -89,7 +89,7 @@ def agreed(ready: Prepared, feed: Feed) -> Iterator[list[Output]]:
         for name, plan in ready.plans.items():
             space = stack.enter_context(workspace(ready.folder(name), fresh=ready.run.options.fresh))
             if _is_left(ready, name, space):
-                outputs.append(Output(name, plan, space))
+                outputs.append(HeldOutput(name, plan, space))
         if outputs:
             feed.record_in([output.space.private for output in outputs])
             feed(_planned(ready, outputs))
@@ -113,7 +113,7 @@ def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
     return True
 
 
-def _planned(ready: Prepared, outputs: Sequence[Output]) -> Planned:
+def _planned(ready: Prepared, outputs: Sequence[HeldOutput]) -> Planned:
     plans: Mapping[str, Plan] = {output.name: output.plan for output in outputs}
     recipe, budget = outputs[0].plan.recipe, ready.run.budget
     phases: list[Phase] = ["calibrate"] if isinstance(ready.calibration, Measurement) else []
@@ -135,7 +135,7 @@ def _planned(ready: Prepared, outputs: Sequence[Output]) -> Planned:
 # --- calibrate --------------------------------------------------------------------------------------------------------
 
 
-def calibrated(ready: Prepared, outputs: Sequence[Output]) -> Activations | None:
+def calibrated(ready: Prepared, outputs: Sequence[HeldOutput]) -> Activations | None:
     """The base's activations, for AIM: given, kept by an interrupted run, from the cache, or measured now.
 
     Measured ones are kept beside each output until it is finished, whatever becomes of the cache.
@@ -194,7 +194,7 @@ def _digest_of(file: Path) -> str:
 # --- merge ------------------------------------------------------------------------------------------------------------
 
 
-def merge_outputs(ready: Prepared, outputs: Sequence[Output], activations: Activations | None) -> list[Merged]:
+def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: Activations | None) -> list[Merged]:
     """Write the shards of every output into its staging folder. With ACM, compare base and merged model first."""
     inputs, run = ready.inputs, ready.run
     progress = SummedProgress(run.emit)
@@ -207,7 +207,7 @@ def merge_outputs(ready: Prepared, outputs: Sequence[Output], activations: Activ
     return merge_tensors(targets, inputs, run, ready.shares())
 
 
-def _relaxation(ready: Prepared, output: Output, activations: Activations | None) -> Relaxation:
+def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | None) -> Relaxation:
     """AIM and then ACM, as the recipe asks for them; ACM is measured here, on the merged model as AIM leaves it."""
     inputs, aim, relaxation = ready.inputs, output.plan.recipe.aim, Relaxation()
     if ready.calibration and activations and aim:
@@ -223,7 +223,7 @@ def _relaxation(ready: Prepared, output: Output, activations: Activations | None
 
 
 def finish(
-    ready: Prepared, outputs: Sequence[Output], activations: Activations | None, merged: Sequence[Merged]
+    ready: Prepared, outputs: Sequence[HeldOutput], activations: Activations | None, merged: Sequence[Merged]
 ) -> None:
     """Make the small files of every output, then give all its files their names. Raises DiskError."""
     # Told before cards and pictures are made: that takes a second, and belongs to no other phase.
@@ -234,7 +234,9 @@ def finish(
     ready.run.emit(PhaseEnded("finish"))
 
 
-def _small_files(ready: Prepared, output: Output, activations: Activations | None, found: Merged) -> dict[str, bytes]:
+def _small_files(
+    ready: Prepared, output: HeldOutput, activations: Activations | None, found: Merged
+) -> dict[str, bytes]:
     accepted = output.space.journal.kept(AcceptedEnvironments)
     environments = accepted.environments if accepted else None
     return output_files(output.plan, ready.inputs, activations, found, ready.copied, environments, output.consensus)

@@ -50,7 +50,7 @@ def plan(
         hub = _Hub(Path(scratch))
         sources = Sources(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
         with prepared(recipe, out, run, sources) as ready:
-            return _Foreseen(ready, hub).forecast(measure)
+            return _Estimate(ready, hub).forecast(measure)
 
 
 class _Hub:
@@ -71,7 +71,7 @@ class _Hub:
 
 
 @dataclass(frozen=True)
-class _Foreseen:
+class _Estimate:
     """What a prepared merge needs of this machine, and how long it would take."""
 
     ready: Prepared

@@ -21,7 +21,8 @@ from lowmem_aim.jobs.resume import check_same, check_same_job, identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration, GivenActivations, Measurement, calibration_of
 from lowmem_aim.merging import shares
 from lowmem_aim.models.hub import Located, locate
-from lowmem_aim.models.inputs import Inputs, open_inputs
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.opening import open_inputs
 from lowmem_aim.output.folder import (
     PRIVATE,
     check_disk,

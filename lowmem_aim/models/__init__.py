@@ -9,6 +9,9 @@ tokenizer.py          the tokenizer of a model folder
 parameter_names.py    a checkpoint's tensor names <-> transformers' parameter names
 meta_model.py         transformers' model of a checkpoint, without weights
 roles.py              the special roles of tensors, as far as merging needs them
-inputs.py             all models of a recipe, opened and checked against each other
+inputs.py             all models of a recipe, and the one that is their reference
+vocabulary.py         which row of a model holds which token of the reference
+agreement.py          whether the models belong together: configs, tensors, tied heads
+opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 """

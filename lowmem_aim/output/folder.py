@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich import filesize
-
 from lowmem_aim.errors import DiskError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.system.files import disk_errors
+from lowmem_aim.units import shown
 
 PRIVATE = ".lowmem_aim"
 PUBLISHING = "publishing.json"
@@ -92,8 +91,8 @@ def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
         disk = shutil.disk_usage(existing_folder(out))
     if disk.total and needed_bytes + SMALL_FILES_BYTES > disk.free:  # a total of 0: no real disk, nothing is known
         raise DiskError(
-            f"{what} needs {filesize.decimal(needed_bytes + SMALL_FILES_BYTES)}, "
-            f"but the disk of `{printable(str(out))}` has {filesize.decimal(disk.free)} free",
+            f"{what} needs {shown(needed_bytes + SMALL_FILES_BYTES)}, "
+            f"but the disk of `{printable(str(out))}` has {shown(disk.free)} free",
             hint="free some space, or choose an output folder on another disk",
         )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.inputs import Inputs, vocabulary_rows
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.vocabulary import vocabulary_rows
 from lowmem_aim.planning.layers import layer_count
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.recipe.recipe import Acm, Aim

@@ -21,7 +21,7 @@ from lowmem_aim.relaxing.aim import relax, shrinkage, shrinkage_rows
 
 Relax = Callable[[Tensor, Rows], Tensor]  # merged rows (overwritten) and their inputs -> relaxed rows
 
-MOST_PROBLEMS = 5  # of one kind that are told: activations of another model fit none of its weights
+UNFITTING_WEIGHTS_NAMED = 5  # of one kind that are told: activations of another model fit none of its weights
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ def check_activations(activations: Activations, base: Checkpoint, aim: Aim) -> N
         if means.ndim != len(info.shape) or any(m not in (1, s) for m, s in zip(means.shape, info.shape, strict=True)):
             problems.append(f"the activations of `{printable(name)}` {list(means.shape)} do not fit {list(info.shape)}")
         fitting += 1
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"nor do those of {len(problems) - MOST_PROBLEMS} more weights"]
+    if len(problems) > UNFITTING_WEIGHTS_NAMED:
+        problems[UNFITTING_WEIGHTS_NAMED:] = [f"nor do those of {len(problems) - UNFITTING_WEIGHTS_NAMED} more weights"]
     strange = [name for name in activations.means if name not in base.tensors and name not in activations.tied]
     if fitting and strange:
         what = f"the activations of {len(strange)} weights, `{printable(strange[0])}` the first"

@@ -24,7 +24,7 @@ from typing import Literal
 import lowmem_aim
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
-from lowmem_aim.output.folder import LOG
+from lowmem_aim.output.folder import LOG, existing_folder
 from lowmem_aim.system import interrupts
 from lowmem_aim.system.bugs import note_log
 from lowmem_aim.view.record import Log
@@ -69,7 +69,7 @@ class Meters:
 
     def __init__(self, out: Path) -> None:
         self.device = "cpu"
-        self._out = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        self._out = existing_folder(out)
         self._lock = threading.Lock()
         self._bytes: dict[Stage, int] = {"read": 0, "compute": 0, "write": 0}
         self._seconds: dict[Stage, float] = {"read": 0.0, "compute": 0.0, "write": 0.0}

@@ -12,7 +12,7 @@ from typing import Any
 from lowmem_aim.errors import printable
 from lowmem_aim.units import clock, shown
 
-MOST_KINDS = 40  # shown; a model of many different modules has more
+KINDS_LISTED = 40  # shown; a model of many different modules has more
 MOST_LEFT_OUT = 5  # names shown for one reason
 STARTING_SECONDS = 3.0  # importing torch, opening the models
 
@@ -71,13 +71,13 @@ def count(number: float) -> str:
 
 
 def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for number, kind in enumerate(kinds[:MOST_KINDS]):
+    for number, kind in enumerate(kinds[:KINDS_LISTED]):
         own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
         name = printable(kind["kind"], 40)
         told = f"{name:<40} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
         yield f"{'tensors' if not number else '':<10}{told}"
-    if len(kinds) > MOST_KINDS:
-        yield f"          ... and {len(kinds) - MOST_KINDS} more kinds"
+    if len(kinds) > KINDS_LISTED:
+        yield f"          ... and {len(kinds) - KINDS_LISTED} more kinds"
 
 
 def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:

@@ -70,7 +70,7 @@ def facts(run: Progress) -> dict[str, Any]:
     return found
 
 
-def lines(run: Progress, width: int = 100) -> Iterator[str]:
+def summary_lines(run: Progress, width: int = 100) -> Iterator[str]:
     """The lines of the closing summary, broken at `width` columns if they can be broken."""
     yield _outcome(run)
     latest, planned = run.latest, run.planned

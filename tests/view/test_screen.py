@@ -22,7 +22,7 @@ from lowmem_aim.view.plain_lines import Lines, first_lines, line_of
 from lowmem_aim.view.progress import Progress, seen
 from lowmem_aim.view.record import Timed, runs_in
 from lowmem_aim.view.screen import screen
-from lowmem_aim.view.summary import lines as summary_lines
+from lowmem_aim.view.summary import summary_lines
 
 DATA = Path(__file__).parents[1] / "data"
 SCREENS = DATA / "screens"

@@ -1,0 +1,87 @@
+"""Opening the models of a recipe: found, opened, compared with each other; every problem told at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lowmem_aim.errors import LowmemAimError, joined, noted, raise_all
+from lowmem_aim.events import Emit
+from lowmem_aim.models.agreement import check_configs, check_tensors, repeated_heads
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.hub import Located, locate, plain_name
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.roles import roles_of
+from lowmem_aim.models.vocabulary import row_maps_of
+from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.options import ReadMode
+
+
+@contextlib.contextmanager
+def open_inputs(
+    recipe: Recipe,
+    read: ReadMode,
+    emit: Emit,
+    use_cache: bool = True,
+    *,
+    find: Callable[[str, Emit], Located] = locate,
+    has_weights: Callable[[Path], bool] = lambda folder: True,
+) -> Iterator[Inputs]:
+    """Find, open and check all models. Raises ModelError or NetworkError with every problem at once.
+
+    `has_weights`: whether a model's folder holds more than headers; else its weights are taken to be right.
+    """
+    errors: list[LowmemAimError] = []
+    with contextlib.ExitStack() as stack:
+        opened = _open_all(recipe, read, lambda reference: find(reference, emit), errors)
+        for checkpoint in opened.values():
+            stack.enter_context(checkpoint)
+        inputs: Inputs | None = None
+        with noted(errors):  # those that could be opened are compared all the same
+            inputs = _inputs_of(recipe, opened, use_cache)
+        if inputs is None:
+            raise joined(errors)
+        _check(inputs, recipe, emit, errors)
+        raise_all(errors)
+        inputs.dropped = repeated_heads(inputs, has_weights)
+        yield inputs
+
+
+def _open_all(
+    recipe: Recipe, read: ReadMode, find: Callable[[str], Located], errors: list[LowmemAimError]
+) -> dict[str, Checkpoint]:
+    """Reference -> checkpoint, the base first; a model that is named twice is opened once."""
+    opened: dict[str, Checkpoint] = {}
+    for reference in dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]):
+        with noted(errors):
+            located = find(reference)
+            opened[reference] = Checkpoint.open(located.folder, located.label, read)
+    _tell_apart(list(opened.values()))
+    return opened
+
+
+def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], use_cache: bool) -> Inputs | None:
+    """Of the models that are open; None if the one that the others are compared with is not."""
+    base = opened.get(recipe.base) if recipe.base else None
+    references = [model.reference for model in recipe.models]
+    experts = tuple(opened[reference] for reference in references if reference in opened)
+    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
+    reference = base if recipe.base and merges_base else opened.get(references[0])
+    return Inputs(base, experts, reference, roles_of(reference, use_cache)) if reference else None
+
+
+def _check(inputs: Inputs, recipe: Recipe, emit: Emit, errors: list[LowmemAimError]) -> None:
+    with noted(errors):
+        check_configs(inputs, emit)
+    with noted(errors):
+        inputs.row_maps = row_maps_of(inputs, recipe, emit)
+        check_tensors(inputs, emit)
+
+
+def _tell_apart(checkpoints: list[Checkpoint]) -> None:
+    """`run1/checkpoint-500` and `run2/checkpoint-500` where folders' names alone would not do."""
+    labels = [checkpoint.label for checkpoint in checkpoints]
+    for checkpoint, label in zip(checkpoints, labels, strict=True):
+        if labels.count(label) > 1:
+            checkpoint.label = f"{plain_name(checkpoint.folder.parent)}/{label}"
