@@ -28,9 +28,9 @@ type: install
 test: lint type
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# What takes minutes by itself: `make gpu-check` rehearsed on the CPU.
+# The cases that `make test` leaves out, of promises that it tests by others; and `make gpu-check` rehearsed on the CPU.
 test-long: install
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -n 2 --dist worksteal -m long
 
 # Methods beside the six that are measured at 1b.
 FURTHER := della della_linear breadcrumbs breadcrumbs_ties sce model_stock nearswap arcee_fusion ram ramplus_tl karcher \

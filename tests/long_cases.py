@@ -9,7 +9,12 @@ import pytest
 
 
 def others_long(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """The cases as parameters, in their order; those that are not among the quick ones are marked `long`."""
+    """The cases as parameters, in their order; those that are not among the quick ones are marked `long`.
+
+    A tuple has a value for each parameter.
+    """
     cases = list(cases)
     assert all(case in cases for case in quick), "a quick case that is none"
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.long) for case in cases]
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    marks = [() if case in quick else pytest.mark.long for case in cases]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(values, marks, strict=True)]

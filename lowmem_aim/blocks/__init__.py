@@ -1,1 +1,9 @@
-"""A model run one block at a time, its weights coming and going."""
+"""A model run one block at a time, its weights loaded when they are needed and dropped afterwards.
+
+shares.py       memory that running a model takes, and the division of a budget for it
+observer.py     the mean |x| of each input channel, collected while modules run
+offload.py      the weights of a block, or of one module, loaded and dropped
+runner.py       a model whose blocks and output head are left to a driver
+forwards.py     the drivers: forwards that record, end, stop at or load each block
+recorder.py     each block's arguments, recorded in one cheap forward, and the canary's comparison
+"""

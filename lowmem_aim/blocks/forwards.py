@@ -1,9 +1,9 @@
-"""What a forward of the base meets at its blocks: to be recorded, finished, suspended, or simply given each block.
+"""Drivers: ways to run a forward of a model whose blocks are run one at a time.
 
-RecordingForward        records each block's arguments, every block handing its input on
-TailForward        ends a forward whose last block gives a known hidden state
-SuspendedForward   an ordinary forward in a thread that stops at each block
-PagedForward       brings each block in when it is called
+RecordingForward   records each block's arguments; every block passes its input on unchanged
+TailForward        ends a forward, its last block giving a known hidden state
+SuspendedForward   an ordinary forward, in a thread of its own, that stops at each block
+PagedForward       an ordinary forward that loads each block when it is called
 """
 
 from __future__ import annotations
@@ -23,32 +23,36 @@ from lowmem_aim.system.tensors import digest
 
 
 class Broken(Exception):
-    """A way of running the blocks does not hold for this model; the text says why."""
+    """A way of running the blocks does not work for this model; the text says why."""
 
 
 class _Handed(Tensor):
-    """The hidden state that an identity block hands on, whether the model expects a tensor or a tuple of one."""
+    """A hidden state that a block passes on unchanged, whether the model expects a tensor or a tuple of one."""
 
     # Any operation gives plain tensors again.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Any:
-        # With more than one in front it is a stack (Gemma 3n), and means what it says.
+        # A first dimension above 1 is a stack of states (Gemma 3n): there `[0]` really asks for the first of them.
         taken_from_tuple = type(index) is int and index == 0 and self.shape[0] == 1
         return self.as_subclass(Tensor) if taken_from_tuple else super().__getitem__(index)
 
 
 @dataclass
 class RecordingForward(Driver):
-    """Records what each block is called with in one sequence's forward, every block handing its input on."""
+    """A forward of one sequence that records each block's arguments; every block passes its input on unchanged."""
 
     runner: BlockRunner
     shared: dict[tuple[Any, ...], Stored]  # masks and rotary tables, which sequences of one length have in common
-    calls: list[Call]  # tensors are on the runner's store
+    calls: list[Call]  # of each block so far; their tensors are in the runner's store
     state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
 
     def block(self, index: int, call: Call) -> Any:
-        self.runner.watch.switch(False)  # what comes later in this forward sees an untrue hidden state
+        """Record the call of block `index`, and return its hidden state unchanged.
+
+        Raises Broken if blocks are called out of order, or if the hidden state has changed since the first block.
+        """
+        self.runner.watch.switch(False)  # from here on, modules are given a hidden state that is not the true one
         hidden = call.hidden
         if index != len(self.calls):
             raise Broken("this model does not call its blocks once each, in order")
@@ -62,6 +66,7 @@ class RecordingForward(Driver):
     def _put_away(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        # By content, since every forward makes its masks anew; with the strides, since kernels may depend on them.
         key = (value.dtype, value.shape, value.stride(), digest(value.cpu().contiguous()))
         if key not in self.shared:
             self.shared[key] = self.runner.store.put(value)
@@ -70,38 +75,43 @@ class RecordingForward(Driver):
 
 @dataclass
 class TailForward(Driver):
-    """The forward that ends as it should: the last block gives the true hidden state."""
+    """A forward that ends as the true one does: its last block gives the true hidden state."""
 
     runner: BlockRunner
-    state: Tensor
-    counted: bool
-    head_input: Tensor | None = None
+    state: Tensor  # what the last block gives
+    counted: bool  # whether the inputs of modules after the last block count
+    head_input: Tensor | None = None  # (1, tokens, hidden), once the head has been called
 
     def block(self, index: int, call: Call) -> Any:
+        """Pass the block's input on; at the last block, give the true hidden state.
+
+        Inputs count from the last block on, if `counted`.
+        """
         last = index == len(self.runner.blocks) - 1
         self.runner.watch.switch(last and self.counted)
         return (self.state if last else call.hidden).as_subclass(_Handed)
 
     def head(self, x: Tensor) -> None:
+        """Keep the output head's input, (1, tokens, hidden), and count it if inputs count now."""
         self.head_input = x
         self.runner.count_head(x)
 
 
 class _Closed(BaseException):
-    """Unwinds a suspended forward that is no longer wanted; no model code may catch it."""
+    """Unwinds a suspended forward that is no longer wanted; a BaseException, so that no model code catches it."""
 
 
 class SuspendedForward(Driver):
-    """An ordinary forward in a thread of its own that stops at each block, until its owner gives the block's output.
+    """An ordinary forward in a thread of its own that stops at each block until its owner gives the block's output.
 
-    Strict hand-over: either the owner or the thread runs, never both. Blocks run in the owner, so that the thread
-    only does what lies between them.
+    A context manager. Either the owner or the thread runs, never both. Blocks run in the owner's thread, so that the
+    forward's thread only runs what lies between them.
     """
 
     def __init__(self, runner: BlockRunner, tokens: Tensor, *, counted: bool = False) -> None:
         self.runner, self.tokens, self.counted = runner, tokens, counted
         self.ended = False  # by an exception
-        self.index = -1  # of the block that it waits for; -1 when it has ended
+        self.index = -1  # of the block whose output the forward waits for; -1: it has not begun, or has ended
         self.call = Call((), {})
         self.head_input: Tensor | None = None
         self._to_thread: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -121,7 +131,10 @@ class SuspendedForward(Driver):
         self._thread.join()
 
     def step(self, output: Any) -> None:
-        """Go on to the next block, or to the end."""
+        """Give the current block's output, and let the forward run to its next block or to its end.
+
+        Raises what the forward raises, and Broken if the forward has already ended with an exception.
+        """
         self._let_run(lambda: self._to_thread.put(output))
 
     def _let_run(self, start: Callable[[], None]) -> None:
@@ -146,6 +159,7 @@ class SuspendedForward(Driver):
             self._to_owner.put(error)
 
     def block(self, index: int, call: Call) -> Any:
+        """Hand the call to the owner, and wait in the forward's thread for the block's output."""
         self._to_owner.put((index, call))
         output = self._to_thread.get()
         if isinstance(output, _Closed):
@@ -153,20 +167,23 @@ class SuspendedForward(Driver):
         return output
 
     def head(self, x: Tensor) -> None:
+        """Keep the output head's input, (1, tokens, hidden), and count it if inputs count now."""
         self.head_input = x
         self.runner.count_head(x)
 
 
 @dataclass
 class PagedForward(Driver):
-    """Brings each block in when it is called."""
+    """An ordinary forward that loads each block when it is called."""
 
     runner: BlockRunner
     head_input: Tensor | None = None
 
     def block(self, index: int, call: Call) -> Any:
+        """Load block `index`, run it, drop its weights, and return its output."""
         return self.runner.with_block(index, lambda: self.runner.run_block(index, call))
 
     def head(self, x: Tensor) -> None:
+        """Keep the output head's input, (1, tokens, hidden), and count it if inputs count now."""
         self.head_input = x
         self.runner.count_head(x)

@@ -1,9 +1,9 @@
-"""Watches what modules are given: the mean |x| of each input channel of every weight that AIM scales.
+"""The mean |x| of each input channel of every weight that AIM scales, collected while the modules run.
 
-The statistic of a weight is the mean over tokens (and heads: all dimensions but the last) of one call, then over
-calls, in float64. A module is called once a sequence, so that is the mean over sequences; an expert's mean is over
-the sequences that sent it a token. Modules are seen through forward hooks, fused experts (one 3-D parameter, no
-`.weight`) through the matrix products that their slices take part in.
+The statistic of a weight is the mean over the tokens (and heads: all dimensions but the last) of one call, then over
+calls, in float64. A module is called once a sequence, so this is the mean over sequences; an expert's mean is over the
+sequences that sent the expert a token. Modules are observed through forward hooks, fused experts (one 3-D parameter, no
+`.weight`) through the matrix products in which slices of that parameter take part.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.errors import ModelError
 
-# At most so many numbers are turned to float64 at a time (8 MiB), however long the sequence.
+# Numbers that are converted to float64 at a time (8 MiB), however long the sequence is.
 CHUNK_NUMEL = 1 << 20
 
-# How experts multiply, by the position of the weight: x @ W.T for linear, x @ W for the others.
+# The products that experts use: linear computes x @ W.T, the others x @ W.
 _LINEAR = frozenset({F.linear})
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm})
 
 
 def mean_abs(x: Tensor) -> Tensor:
-    """(..., tokens, channels) -> (channels,) float64: the mean of |x| over all but the last dimension."""
+    """Mean of |x| over all dimensions but the last: (..., channels) -> (channels,).
+
+    The result is float64, and float32 on Apple GPUs, which have no float64.
+    """
     rows = x.detach().reshape(-1, x.shape[-1])
     step = max(1, CHUNK_NUMEL // rows.shape[-1])
     total = torch.zeros(rows.shape[-1], dtype=_wide(x.device), device=x.device)
@@ -45,42 +48,44 @@ def _wide(device: torch.device) -> torch.dtype:
 
 @dataclass
 class Tally:
-    """Sums of means of one parameter; a row is an expert, or all there is."""
+    """Sums of means for one parameter: a row for each expert, or a single row."""
 
     total: Tensor  # (rows, channels)
-    calls: list[int]  # of each row
-    shape: tuple[int, ...]  # in which the statistic broadcasts against the parameter
+    calls: list[int]  # the number of means in each row
+    shape: tuple[int, ...]  # of the statistic, which broadcasts against the parameter
 
     def add(self, row: int, mean: Tensor) -> None:
+        """Add the mean of one call, (channels,), to a row."""
         self.total[row] += mean
         self.calls[row] += 1
 
     def statistic(self) -> Tensor:
-        """float32 on the CPU; zero where nothing was seen."""
+        """Return the mean over calls, float32 on the CPU, in `shape`; zero for a row without a call."""
+        # Divided in float64, and rounded once.
         calls = torch.tensor(self.calls, dtype=torch.float64).clamp(min=1)[:, None]
         return (self.total.cpu().double() / calls).float().reshape(self.shape)
 
     def unreached(self) -> Tensor:
-        """bool, of the statistic's shape: where no token came."""
+        """Return a bool tensor of the statistic's shape: True where no token arrived."""
         seen = torch.tensor(self.calls)[:, None] > 0
         return (~seen).expand(self.total.shape).reshape(self.shape)
 
 
 class Watch:
-    """The tallies of a calibration. Inputs are counted within `counting` only, so that the canary passes unseen.
+    """The tallies of a calibration. Inputs count only within `counting`, so that the canary's do not.
 
-    What was counted is noted until it is committed, so that a forward that fails half-way can be done again.
+    Means are noted first and counted by `commit`, so that a forward that fails half-way can be run again.
     """
 
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}  # by parameter name
-        self.stacks: set[str] = set()  # the fused experts that were met, seen or not
+        self.stacks: set[str] = set()  # names of all fused experts met, even if no product of theirs was noted
         self._counts = False
-        self._seen: list[tuple[Tally, int, Tensor]] = []  # (tally, its row, a mean)
+        self._seen: list[tuple[Tally, int, Tensor]] = []  # (tally, its row, a mean), not yet counted
 
     @contextlib.contextmanager
     def counting(self, on: bool) -> Iterator[None]:
-        """Count inputs in here, or do not; afterwards as before."""
+        """Count inputs during this block if `on`, or else do not; restore the earlier state at its end."""
         before, self._counts = self._counts, on
         try:
             yield
@@ -88,7 +93,7 @@ class Watch:
             self._counts = before
 
     def switch(self, on: bool) -> None:
-        """Count, or do not count, until the `counting` around this call ends: for a forward whose parts differ."""
+        """Count, or stop counting, until the surrounding `counting` ends: for a forward whose parts differ."""
         self._counts = on
 
     @property
@@ -97,21 +102,22 @@ class Watch:
         return self._counts
 
     def note(self, tally: Tally, row: int, mean: Tensor) -> None:
+        """Note a mean for one row of a tally; only `commit` counts the mean."""
         self._seen.append((tally, row, mean))
 
     def commit(self) -> None:
-        """Count what was seen since the last time."""
+        """Count all noted means."""
         for tally, row, mean in self._seen:
             tally.add(row, mean)
         self._seen.clear()
 
     def discard(self) -> None:
-        """Forget it instead."""
+        """Drop all noted means: the forward that gave them has failed."""
         self._seen.clear()
 
     @contextlib.contextmanager
     def on(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-        """Watch the scaled modules among `parts`, given as (path, module); no hook stays behind."""
+        """Observe the scaled modules among `parts`, given as (path, module); all hooks are removed at the end."""
         handles = []
         try:
             for path, part in parts:
@@ -125,20 +131,23 @@ class Watch:
 
     @contextlib.contextmanager
     def experts(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-        """Watch the fused experts among `parts`, in this thread."""
+        """Observe the fused experts among `parts`, given as (path, module), in this thread only."""
         stacks = [stack for path, part in parts for stack in _stacks(path, part)]
         self.stacks |= {name for name, _, _ in stacks}
         with _ExpertProducts(self, stacks) if stacks else contextlib.nullcontext():
             yield
 
     def count(self, parameter: str, weight: Tensor, x: Tensor, *, transposed: bool = False) -> None:
-        """One call of the module that holds `weight`, with input `x`; `transposed`: (in, out) instead of (out, in)."""
+        """Note the input `x` of one call of the module that holds `weight`, (out, in), or (in, out) if `transposed`.
+
+        Does nothing unless inputs count now and the last dimension of `x` is that of the weight's input channels.
+        """
         channels = weight.shape[0] if transposed else weight.shape[-1]
         if self.counts and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
             self.note(self._tally(parameter, weight, x.device, transposed=transposed), 0, mean_abs(x))
 
     def check(self, prefix: str) -> None:
-        """Commit; raises ModelError naming a module under `prefix` whose inputs are not finite."""
+        """Commit, then raise ModelError naming a module under `prefix` whose inputs are not finite."""
         self.commit()
         for name, tally in self.tallies.items():
             if name.startswith(prefix) and not bool(tally.total.isfinite().all()):
@@ -160,7 +169,10 @@ class Watch:
         return hook
 
     def _tally(self, name: str, weight: Tensor, device: torch.device | None, *, transposed: bool) -> Tally:
-        """A tally is made when its module is first known, so that one which is never called counts as unreached."""
+        """Return the tally of a module, made when the module is first met.
+
+        A module that is never called thus has a tally too, and counts as unreached.
+        """
         tally = self.tallies.get(name)
         if tally is None:
             channels = weight.shape[0] if transposed else weight.shape[-1]
@@ -172,7 +184,7 @@ class Watch:
 
 
 def _is_scaled(part: nn.Module) -> bool:
-    """Whether AIM scales the module's weight: 1-D and 2-D ones, embeddings excepted; no convolutions."""
+    """Whether AIM scales the module's weight: 1-D and 2-D weights, but no embeddings or convolutions."""
     weight = part._parameters.get("weight")
     return weight is not None and weight.dim() in (1, 2) and not isinstance(part, nn.Embedding)
 
@@ -181,14 +193,14 @@ Stack = tuple[str, nn.Module, str]  # a parameter's name, its module, its name t
 
 
 def _stacks(path: str, part: nn.Module) -> Iterator[Stack]:
-    """Its 3-D parameters (experts, a, b)."""
+    """Yield a Stack for each 3-D parameter (experts, a, b) of a module."""
     for name, value in part._parameters.items():
         if value is not None and value.dim() == 3 and not isinstance(part, nn.Conv1d):
             yield f"{path}.{name}", part, name
 
 
 class _ExpertProducts(TorchFunctionMode):
-    """Sees every matrix product; counts those whose weight is a slice of a stack, or a whole stack."""
+    """Intercepts every matrix product, and notes those whose weight is a slice of a stack, or a whole stack."""
 
     def __init__(self, watch: Watch, stacks: list[Stack]) -> None:
         super().__init__()
@@ -218,7 +230,10 @@ class _ExpertProducts(TorchFunctionMode):
             self.watch.note(tally, offset // stack.stride(0), mean_abs(x))
 
     def _stack_of(self, weight: Tensor) -> tuple[str, Tensor] | None:
-        """By storage: a slice is a view, and shares it. Looked up anew, as weights come and go."""
+        """Find the stack that a weight is a slice of: a slice is a view and shares its stack's storage.
+
+        The storage is looked up anew each time, since weights come and go.
+        """
         pointer = weight.untyped_storage().data_ptr()
         for name, owner, key in self.stacks:
             value = owner.get_parameter(key)
@@ -236,7 +251,10 @@ class _ExpertProducts(TorchFunctionMode):
         return tally
 
     def _note_all(self, tally: Tally, x: Tensor) -> None:
-        """All experts in one batched product, x (experts, tokens, channels): rows of zeros are routed elsewhere."""
+        """Note one batched product over all experts, x (experts, tokens, channels).
+
+        Rows of zeros stand for tokens that are routed elsewhere.
+        """
         for expert, rows in enumerate(x):
             routed = rows[rows.ne(0).any(-1)]
             if routed.shape[0]:

@@ -1,4 +1,4 @@
-"""The base's weights as they come from its files and go: for as long as a block is at work, or while a module is."""
+"""A model's weights, read from its files when they are needed and dropped afterwards: block by block, or by module."""
 
 from __future__ import annotations
 
@@ -18,30 +18,38 @@ from lowmem_aim.system.tensors import digest
 
 
 class Source(Protocol):
-    """Where a model's weights come from: a checkpoint, or what is merged on the way."""
+    """The interface that weights are read through: of a checkpoint, or of weights merged on demand."""
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its own shape and dtype. Raises ModelError."""
+        ...
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of a tensor seen as (rows, columns), see `headers.matrix_shape`. Raises ModelError."""
+        ...
 
-    def expect(self, names: Iterable[str]) -> None: ...
+    def expect(self, names: Iterable[str]) -> None:
+        """Announce tensors that will be read soon, so that the system may fetch them meanwhile."""
+        ...
 
-    def check_unchanged(self) -> None: ...
+    def check_unchanged(self) -> None:
+        """Raise ModelError if a file has changed since it was opened."""
+        ...
 
 
 class Weights(Mapping[str, Tensor]):
-    """Parameter name -> value, read from the checkpoint when asked for: accelerate's `weights_map`."""
+    """Parameter name -> value, read from the checkpoint at each access: accelerate's `weights_map`."""
 
     def __init__(self, base: Source, meta_model: MetaModel, device: torch.device, emit: Emit = silent) -> None:
         self.base, self.map, self._device, self._emit = base, meta_model.weights, device, emit
         self.names = [name for name, _ in meta_model.model.named_parameters()]
-        self.digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}  # tensor name -> xxh3-128 of its bytes, as first read
 
     def __getitem__(self, parameter: str) -> Tensor:
         return self.map.load(parameter, self._read)
 
     def expect(self, parameters: Iterable[str]) -> None:
-        """Have the disk fetch them while something else is at work."""
+        """Announce parameters that will be loaded soon, so that the disk can fetch them while something else runs."""
         self.base.expect({source for name in parameters for source in self.map.sources(name)})
 
     def _read(self, name: str) -> Tensor:
@@ -58,10 +66,10 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.names)
 
-    # -- of one module
+    # -- one module
 
     def _hook(self, path: str, module: nn.Module) -> AlignDevicesHook:
-        """Brings the module's own parameters in, and drops them."""
+        """The hook of accelerate that loads the module's own parameters, and drops them."""
         hook = AlignDevicesHook(
             execution_device=self._device,
             offload=True,
@@ -74,6 +82,7 @@ class Weights(Mapping[str, Tensor]):
 
     @contextlib.contextmanager
     def there(self, path: str, module: nn.Module) -> Iterator[None]:
+        """Keep the module's weights on the device during this block."""
         hook = self._hook(path, module)
         try:
             hook.pre_forward(module)
@@ -83,7 +92,7 @@ class Weights(Mapping[str, Tensor]):
 
     @contextlib.contextmanager
     def coming(self, path: str, module: nn.Module) -> Iterator[None]:
-        """The module has its weights only while it is called."""
+        """Give the module its weights only while it is called; between calls, `Absent` tensors take their place."""
         hook = self._hook(path, module)
         on_meta = {name: value for name, value in module._parameters.items() if value is not None}
 
@@ -106,7 +115,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 class ReadWhileAbsent(Exception):
-    """A weight was used that is not there just now: its model reads it without calling its module."""
+    """A weight was used while it was not loaded: the model reads the weight without calling its module."""
 
     def __init__(self, module: str) -> None:
         super().__init__(module)
@@ -114,7 +123,10 @@ class ReadWhileAbsent(Exception):
 
 
 class Absent(Tensor):
-    """Stands for a weight that is not there. torch would not always say so: products with it may just be garbage."""
+    """Takes the place of a weight that is not loaded, and raises ReadWhileAbsent when it is used.
+
+    A plain meta tensor would not always raise: a product with one may just be garbage.
+    """
 
     _is_param = True  # for nn.Module.get_parameter
     module: str
@@ -125,6 +137,7 @@ class Absent(Tensor):
 
     @classmethod
     def like(cls, value: Tensor, module: str, place: torch.device) -> Any:
+        """Make a stand-in for a meta tensor of the module at path `module`, one that names `place` as its device."""
         absent = value.detach().as_subclass(cls)
         absent.module, absent.place = module, place
         return absent
@@ -140,7 +153,7 @@ class Absent(Tensor):
 
     @classmethod
     def _modules(cls, value: Any) -> Iterator[str]:
-        """Of the absent weights among a call's arguments, in whatever they are nested."""
+        """Yield the modules of the absent weights among a call's arguments, however they are nested."""
         if isinstance(value, cls):
             yield value.module
         elif isinstance(value, (tuple, list, dict)):

@@ -1,9 +1,9 @@
-"""A meta_model made runnable, and cut open at its blocks and its output head.
+"""A model made runnable, its blocks and its output head left to a driver.
 
-What lies outside the blocks is loaded (embeddings stand for their rows in the checkpoint), each block's weights come
-and go through accelerate's offload hooks, whole or, where the room is small, module by module, and every forward meets
-a *driver* at each block and at the head, which decides what happens there. All of it is undone when the set-up ends,
-also by an exception.
+What lies outside the blocks is loaded; embeddings stay in the checkpoint and are read by row. A block's weights are
+loaded and dropped through accelerate's offload hooks, all at once or, where memory is short, module by module. In every
+forward a *driver* decides what happens at each block and at the head. All changes to the model are undone when the
+set-up ends, also after an exception.
 """
 
 from __future__ import annotations
@@ -36,38 +36,42 @@ SHORTER = "shorter sequences (`--block-size`) take less; close other programs, o
 
 
 class Driver:
-    """What a forward meets at the places where the model is cut open."""
+    """Decides what happens at each block and at the output head of a forward."""
 
     def block(self, index: int, call: Call) -> Any:
+        """Return the output of block `index` for this call."""
         raise NotImplementedError
 
     def head(self, x: Tensor) -> None:
-        """`x`: what the output head is given, (1, tokens, hidden)."""
+        """Take what the output head is given: `x`, (1, tokens, hidden)."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a block. The hidden state is the first, by position or by keyword."""
+    """The arguments of one call of a block. The hidden state is the first, by position or by keyword."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def key(self) -> str:
+        """The keyword of the hidden state, in a call without positional arguments."""
         return next(iter(self.kwargs)) if "hidden_states" not in self.kwargs else "hidden_states"
 
     @property
     def hidden(self) -> Tensor:
+        """The hidden state, in most models (1, tokens, hidden)."""
         state: Tensor = self.args[0] if self.args else self.kwargs[self.key]
         return state
 
     def having(self, hidden: Tensor | None) -> Call:
+        """Copy the call with `hidden` as its hidden state."""
         if self.args:
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, self.key: hidden})
 
     def mapped(self, change: Callable[[Any], Any]) -> Call:
-        """With `change` done to each argument, and to each part of those that are tuples."""
+        """Copy the call with `change` applied to each argument, and to each part of an argument that is a tuple."""
 
         def changed(value: Any) -> Any:
             return tuple(map(changed, value)) if type(value) is tuple else change(value)
@@ -75,24 +79,24 @@ class Call:
         return Call(tuple(map(changed, self.args)), {key: changed(value) for key, value in self.kwargs.items()})
 
     def slots(self) -> list[Stored]:
-        """The places of its tensors, if it is on the store."""
+        """The places of the call's tensors in the store, if they were put there."""
         found: list[Stored] = []
         self.mapped(lambda value: found.append(value) if isinstance(value, Stored) else None)
         return found
 
     def from_store(self, store: TensorStore) -> Call:
-        """With the tensors themselves instead of their places."""
+        """Copy the call with the tensors themselves instead of their places in the store. Raises DiskError."""
         return self.mapped(lambda value: store.get(value) if isinstance(value, Stored) else value)
 
 
 def hidden_of(output: Any) -> Tensor:
-    """A block returns the hidden state, or a tuple that begins with it."""
+    """The hidden state in a block's output: the output itself, or the first item of a tuple or list."""
     state: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return state
 
 
 class EmbeddingRows(Tensor):
-    """Stands for an embedding's weight; looking tokens up in it reads just their rows from the checkpoint."""
+    """Takes the place of an embedding's weight: looking tokens up reads only their rows from the checkpoint."""
 
     fetch: Callable[[Tensor], Tensor]
     place: torch.device
@@ -108,7 +112,7 @@ class EmbeddingRows(Tensor):
 
 
 class BlockRunner:
-    """The meta_model with what lies outside the blocks loaded, and blocks and head handed to the forward's driver."""
+    """A model with everything outside its blocks loaded; blocks and head are left to each forward's driver."""
 
     def __init__(
         self,
@@ -120,29 +124,33 @@ class BlockRunner:
         spill: Path | None = None,
         emit: Emit = silent,
     ) -> None:
-        """`shares` are those of `budget`; `spill`: a folder for hidden states that find no room in memory."""
+        """Prepare the runner; the model itself is changed only by `set_up`.
+
+        `shares` are the parts of `budget`; `spill` is a folder for hidden states that do not fit in memory.
+        """
         self.meta_model, self.device, self._emit = meta_model, device, emit
         self.model, self.blocks = meta_model.model, meta_model.blocks
         self.weights = Weights(base, meta_model, device, emit)
         self.watch = Watch()
         self.store = TensorStore(device, device_bytes=shares.device_states, ram_bytes=shares.ram_states, folder=spill)
-        self.shares, self._room = shares, shares.weights
+        self.shares, self._room = shares, shares.weights  # _room: bytes of a block's weights in memory at a time
         self._budget = budget
         self._stay: set[str] = set()  # modules whose weights are read without calling them
         self._short = False  # an allocation has failed
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
-        self._driver = threading.local()
+        self._driver = threading.local()  # suspended forwards run in threads of their own, each with its driver
 
     def forward(self, tokens: Tensor, driver: Driver) -> None:
-        """One ordinary forward of the model, unpadded; blocks and head are the driver's."""
+        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `driver` handles blocks and head."""
         self._driver.now = driver
         self.model(input_ids=tokens[None].to(self.device), use_cache=False)
-        trim()  # what is kept of many forwards would lie between the holes that they leave
+        trim()  # else tensors kept from many forwards end up between the holes that those forwards leave
 
     def run_block(self, index: int, call: Call) -> Any:
-        """The block itself; its weights must be loaded. What is seen of a run that fails does not count.
+        """Run block `index`, whose weights must be loaded, and return its output.
 
-        What is seen of one that does not counts once it is committed, by the caller or by the next run.
+        Means noted in a run that fails are discarded; those of a run that succeeds count once they are committed, by
+        the caller or by the next run.
         """
         self.watch.commit()
         if self._budget is not None and self._budget.ram_left() < self.shares.ram_work:
@@ -158,7 +166,10 @@ class BlockRunner:
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """Block `index` with its weights, or with as many as fit the room while the others come and go; watched."""
+        """Load block `index`, or as much as fits while its other modules come and go, and observe its inputs.
+
+        Raises ModelError at the end if inputs were not finite, and MemoryBudgetError if what must stay does not fit.
+        """
         path, block = self.blocks[index]
         parts = list(block.named_modules(prefix=path))
         away = self._paged(index)
@@ -167,7 +178,7 @@ class BlockRunner:
             for name, module in owners(path, block):
                 bring = self.weights.coming if name in away else self.weights.there
                 undo.enter_context(bring(name, module))
-            if index + 1 < len(self.blocks) and not away:  # else this block is read again, and needs the system's cache
+            if index + 1 < len(self.blocks) and not away:  # a paged block is read again: it needs the system's cache
                 following, after = self.blocks[index + 1]
                 self.weights.expect(name for name, _ in after.named_parameters(prefix=following))
             with self.watch.on(parts), self.watch.experts(parts):
@@ -175,9 +186,9 @@ class BlockRunner:
             self.watch.check(f"{path}.")
 
     def with_block(self, index: int, work: Callable[[], R]) -> R:
-        """work() with the block loaded; once more with less in memory after each allocation that fails.
+        """Return work() with block `index` loaded; after each failed allocation, try again with less in memory.
 
-        What `work` has finished it must not do again. Raises MemoryBudgetError when nothing more can be let go.
+        `work` must not repeat what it has finished. Raises MemoryBudgetError when nothing more can be dropped.
         """
         while True:
             try:
@@ -197,7 +208,10 @@ class BlockRunner:
                 self._lessen(index)
 
     def with_less(self, work: Callable[[], R]) -> R:
-        """work(); once more without the hidden states on the device if an allocation fails. Not for blocks."""
+        """Return work(); if an allocation fails, try once more without hidden states on the device. Not for blocks.
+
+        Raises MemoryBudgetError if no hidden state was on the device.
+        """
         try:
             return work()
         except Exception as error:
@@ -215,21 +229,22 @@ class BlockRunner:
     def _paged(self, index: int) -> set[str]:
         path, block = self.blocks[index]
         sizes = {name: size_of(module) for name, module in owners(path, block)}
-        # The block's own never goes: its forward is called by its driver, past all hooks.
+        # A block's own parameters always stay: the driver calls the block's forward directly, past all hooks.
         away = paged(sizes, self._room, self._stay | {path})
         there = sum(size for name, size in sizes.items() if name not in away)
         if self._stay & sizes.keys() and there + max((sizes[name] for name in away), default=0) > self._room:
             raise MemoryBudgetError(
-                f"of a block of this model {shown(there)} have to stay in memory, since it reads weights past their "
-                f"modules (`{printable(min(self._stay))}`); that does not fit the budget",
+                f"this model reads weights past their modules: {shown(there)} of a block have to stay in memory, "
+                f"`{printable(min(self._stay))}` among them, and do not fit the budget",
                 hint="give more memory (`--ram`, `--vram`)",
             )
         return away
 
     def _lessen(self, index: int) -> None:
-        """Let go of something after a failed allocation. Raises MemoryBudgetError if there is nothing."""
+        """Free something after a failed allocation. Raises MemoryBudgetError if there is nothing to free."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        # Hidden states first: a paged module is read again for every sequence, a hidden state once a block.
         if self.store.leave_device():
             self._emit(Notice("calibration: memory ran short: hidden states leave the device", "warning"))
             return
@@ -246,7 +261,7 @@ class BlockRunner:
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator[None]:
-        """Make the model runnable; undo all of it at the end."""
+        """Make the model runnable during this block, and undo every change at its end. Raises ModelError, DiskError."""
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.store)
             self._place_buffers(undo)
@@ -270,7 +285,7 @@ class BlockRunner:
         return x.new_zeros(*x.shape[:-1], 1)  # one logit, for what the model does to logits
 
     def count_head(self, x: Tensor) -> None:
-        """Count the output head's input."""
+        """Count the output head's input, (1, tokens, hidden), if inputs count now."""
         head = self.model.get_submodule(self.meta_model.head)
         self.watch.count(f"{self.meta_model.head}.weight", head.weight, x)
 
@@ -314,7 +329,7 @@ class BlockRunner:
         return table
 
     def _place_rest(self, undo: contextlib.ExitStack) -> None:
-        """Load what lies beside the blocks; modules outside the decoder (a vision tower) only if they are called."""
+        """Load what lies beside the blocks; what is outside the decoder (a vision tower) is loaded only when called."""
         decoder = self.blocks[0][0].rsplit(".", 2)[0]
         rest = list(self._beside_blocks())
         for path, module in rest:
@@ -327,7 +342,7 @@ class BlockRunner:
         undo.enter_context(self.watch.on(rest))
 
     def _beside_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules with parameters that are in no block, no embedding and not the head."""
+        """Yield (path, module) of modules with parameters that are in no block, no embedding and not the head."""
         taken = self._in_blocks() | {id(module) for _, module in embeddings_of(self.model)}
         for path, module in self.model.named_modules():
             if module._parameters and id(module) not in taken and path != self.meta_model.head:
@@ -359,7 +374,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _override(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one module (not its class) another forward, until the stack unwinds."""
+    """Replace the forward of one module, not of its class, until `undo` unwinds."""
     if "forward" in vars(module):
         undo.callback(setattr, module, "forward", module.forward)
     else:

@@ -1,10 +1,10 @@
-"""What calibrating a model takes, and how a budget is divided for it. All figures are bytes.
+"""Memory that calibrating a model takes, and the division of a budget for it. All figures are bytes.
 
     fixed      what lies beside the blocks, and the work of one sequence in a block
-    weights    a whole block's where they fit; else a part stays and the rest is paged in module by module
+    weights    a whole block's if they fit; otherwise some modules stay and the others are paged, one at a time
     states     hidden states, on the device, in RAM or in a file: they get what is left
 
-A block goes before the hidden states: a module that is paged is read again for every sequence, a hidden state once a
+A block's weights go before the hidden states: a paged module is read again for every sequence, a hidden state once a
 block.
 """
 
@@ -24,19 +24,19 @@ from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.system.memory import Budget
 from lowmem_aim.units import shown
 
-# What the allocator keeps back between two uses, and what small things add up to.
+# What the allocator keeps back between two uses, and what small tensors add up to.
 SLACK_BYTES = 32 << 20
-# Modules below this are never paged: they take nothing, and some are read by their parents without being called.
+# Smaller modules are never paged: they take next to nothing, and some are read by their parents without being called.
 SMALLEST_PAGED = 1 << 16
 UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of calibrating one model with some sequences, in the dtype of its meta_model."""
+    """Bytes that calibrating one model with given sequences takes, in the dtype of its meta model."""
 
     block: int  # the weights of the largest block
-    module: int  # of the largest module in it
+    module: int  # the weights of the largest module in any block
     module_path: str
     read: int  # the largest tensor as stored, where reading takes memory of its own
     beside: int  # weights beside the blocks, and the statistics
@@ -45,16 +45,17 @@ class Needs:
 
     @property
     def fixed(self) -> int:
-        """Of what lies beside the weights of a block, on the device where it computes."""
+        """Bytes needed on the compute device besides the weights of a block."""
         return self.work + self.beside + SLACK_BYTES
 
     @property
     def least(self) -> int:
-        """There, with the largest module; if that is the host, `read` comes on top."""
+        """Least bytes on the compute device: the fixed part and the largest module. If that is the host, add `read`."""
         return self.fixed + self.module
 
     @classmethod
     def of(cls, meta_model: MetaModel, sequences: Sequence[Sized]) -> Needs:
+        """Work the needs out from the model's shapes and the lengths of the sequences."""
         blocks = [owners(path, block) for path, block in meta_model.blocks]
         sizes = [{path: size_of(module) for path, module in parts} for parts in blocks]
         largest = max((part for parts in sizes for part in parts.items()), key=lambda part: part[1], default=("", 0))
@@ -73,7 +74,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Shares:
-    """The parts of a budget that a calibration lives in."""
+    """The parts of a budget that a calibration may use, in bytes."""
 
     weights: int = UNLIMITED  # of a block, at a time
     device_states: int = UNLIMITED  # on a device with memory of its own
@@ -81,11 +82,11 @@ class Shares:
     ram_work: int = 0  # what one sequence in a block may take in RAM
 
     def spilled(self, states: int) -> int:
-        """How much of so many bytes of hidden states goes to a file."""
+        """Bytes of hidden states that go to a file, if there are `states` bytes in all."""
         return max(0, states - self.device_states - self.ram_states)
 
     def suspend(self, states: int) -> bool:
-        """Whether so many bytes may stay where forwards that are suspended keep them."""
+        """Whether `states` bytes of hidden states fit in memory, where suspended forwards keep theirs."""
         return states <= (self.device_states or self.ram_states)
 
 
@@ -93,7 +94,7 @@ BOUNDLESS = Shares()
 
 
 def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
-    """Raises MemoryBudgetError with the numbers if not even one module at a time fits."""
+    """Divide what is left of the budget. Raises MemoryBudgetError, with the figures, if not even one module fits."""
     work = needs.fixed
     if budget.vram is None:
         left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram_used())
@@ -107,10 +108,10 @@ def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
 
 
 def _after(left: int, fixed: int, needs: Needs, kind: Literal["RAM", "VRAM"], used: int) -> int:
-    """What is left when the fixed part is taken: at least one module."""
+    """Bytes left for block weights after the fixed part. Raises MemoryBudgetError if not even one module fits."""
     least = fixed + needs.module
     if left < least:
-        used += used // 50  # it differs a little from process to process
+        used += used // 50  # what the program itself uses differs a little from process to process
         enough = math.ceil((used + least) / 1e6)
         raise MemoryBudgetError(
             f"calibrating needs some {shown(least)} of {kind} (its largest module `{printable(needs.module_path)}` "
@@ -121,9 +122,10 @@ def _after(left: int, fixed: int, needs: Needs, kind: Literal["RAM", "VRAM"], us
 
 
 def paged(sizes: Mapping[str, int], room: int, stay: Set[str] = frozenset()) -> set[str]:
-    """Which modules of a block come and go with each sequence, so that what is there at a time fits the room.
+    """Names of the modules of a block to page: to load for one call at a time, so that `room` bytes are enough.
 
-    Those that `stay` never do. Of the others the largest are kept first: what is paged is read for every sequence.
+    Modules in `stay` are never paged, nor are small ones. Of the others the largest are kept first, since whatever is
+    paged is read again for every sequence.
     """
     if sum(sizes.values()) <= room:
         return set()
@@ -145,12 +147,12 @@ def paged(sizes: Mapping[str, int], room: int, stay: Set[str] = frozenset()) -> 
 
 
 def owners(path: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the modules of a block that have parameters of their own."""
+    """(path, module) of every module of a block that has parameters of its own."""
     return [(name, part) for name, part in block.named_modules(prefix=path) if next(_own(part), None) is not None]
 
 
 def size_of(module: nn.Module) -> int:
-    """Of its own parameters."""
+    """Bytes of a module's own parameters, without those of its submodules."""
     return sum(value.numel() * value.element_size() for value in _own(module))
 
 
@@ -159,14 +161,14 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _hidden_bytes(meta_model: MetaModel) -> int:
-    """Of one token's hidden state; Gemma 3n has several side by side."""
+    """Bytes of one token's hidden state; Gemma 3n has several states side by side."""
     config: Any = meta_model.model.config.get_text_config()
     copies = getattr(config, "altup_num_inputs", 1) or 1
     return int(config.hidden_size) * int(copies) * meta_model.dtype.itemsize
 
 
 def _read_bytes(meta_model: MetaModel) -> int:
-    """Mapped files take no memory of ours; what is read into it is there beside the weight that is made of it."""
+    """Bytes of the largest tensor as read, beside the weight made of it; 0 for mapped files, which take no RAM."""
     checkpoint = meta_model.weights.checkpoint
     if checkpoint.read == "mmap":
         return 0
@@ -175,7 +177,7 @@ def _read_bytes(meta_model: MetaModel) -> int:
 
 
 def _statistics(meta_model: MetaModel) -> int:
-    """Sums in float64 and the means made of them, of every input channel (of every expert)."""
+    """Bytes of the float64 sums, and of the float32 means made of them, for every input channel (of every expert)."""
     channels = 0
     for _, block in meta_model.blocks:
         for value in block.parameters():
@@ -185,7 +187,7 @@ def _statistics(meta_model: MetaModel) -> int:
 
 
 def _beside(meta_model: MetaModel) -> int:
-    """What lies beside blocks and head and is loaded once: embeddings are not, they are read by row."""
+    """Bytes of what lies beside blocks and head and is loaded once; embeddings are read by row and do not count."""
     decoder = meta_model.blocks[0][0].rsplit(".", 2)[0] if meta_model.blocks else ""
     inside = {id(part) for _, block in meta_model.blocks for part in block.modules()}
     return sum(
@@ -199,7 +201,7 @@ def _beside(meta_model: MetaModel) -> int:
 
 
 def _work(meta_model: MetaModel, parts: Sequence[tuple[str, nn.Module]], tokens: int) -> int:
-    """Everything that a block's modules take in and give out for one sequence, as if nothing were freed."""
+    """Bytes of all that a block's modules take in and give out for one sequence, as if nothing were freed."""
     size = meta_model.dtype.itemsize
     channels = sum(_channels(value) for _, part in parts for value in _own(part))
     config: Any = meta_model.model.config.get_text_config()
@@ -211,7 +213,7 @@ def _work(meta_model: MetaModel, parts: Sequence[tuple[str, nn.Module]], tokens:
 
 
 def _channels(weight: Tensor) -> int:
-    """Numbers a token that its module holds: in and out; a norm works in float32, some four times."""
+    """Numbers per token that a module with this weight holds, in and out; a norm works in float32, some four times."""
     if weight.dim() < 2:
         return 4 * weight.numel() * 4 // weight.element_size()
     return weight.shape[-1] + weight.shape[-2]

@@ -1,4 +1,4 @@
-"""What `lowmem-aim methods` tells: each method's formula, parameters and passes, and a recipe to start from."""
+"""The merge methods as `lowmem-aim methods` describes them: formula, parameters, passes, and a recipe to start from."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BASES = {
     "listed": "a base only as one of them",
     "averaged": "a base is one of them",
 }
-# Values to start from, for parameters without a default or whose default leaves all as it is.
+# Values to start from, for parameters that have no default, or one that changes nothing.
 _EXAMPLES: dict[str, Any] = {"weight": 0.5, "density": 0.5, "t": 0.4}
 
 
 def all_methods() -> tuple[list[Method], list[str]]:
-    """Every method by name, and what is wrong with those of other packages that cannot be loaded."""
+    """Every method by name, and the problems of methods of other packages that cannot be loaded."""
     found: list[Method] = []
     problems: list[str] = []
     for name in names():
@@ -35,7 +35,7 @@ def all_methods() -> tuple[list[Method], list[str]]:
 
 
 def method_of(name: str) -> Method:
-    """Raises UsageError for an unknown one."""
+    """The method of that name. Raises UsageError if there is none."""
     method = find_method(name)
     if method is None:
         raise UsageError(
@@ -45,7 +45,7 @@ def method_of(name: str) -> Method:
 
 
 def facts(method: Method) -> dict[str, Any]:
-    """All there is to know of a method, as JSON."""
+    """All there is to say about a method, as JSON values."""
     return {
         "name": method.name,
         "formula": formula(method),
@@ -60,7 +60,7 @@ def facts(method: Method) -> dict[str, Any]:
 
 
 def formula(method: Method) -> str:
-    """The first paragraph of its docstring, as one line."""
+    """The first paragraph of the method's docstring, as one line."""
     first = (inspect.getdoc(method.script) or "").partition("\n\n")[0]
     return " ".join(first.split())
 
@@ -77,7 +77,7 @@ def _parameter(parameter: Parameter) -> dict[str, Any]:
 
 
 def example(method: Method) -> str:
-    """A recipe that runs, once its models are there."""
+    """A recipe, as YAML, that runs once its models are there."""
     own = {p.name: _EXAMPLES[p.name] for p in method.parameters.values() if p.per_expert and p.name in _EXAMPLES}
     top = {p.name: _EXAMPLES[p.name] for p in method.parameters.values() if not p.per_expert and p.required}
     experts = [f"./expert-{number}" for number in range(1, min(method.most or 2, 2) + 1)]
@@ -95,7 +95,7 @@ def example(method: Method) -> str:
 
 
 def summary(methods: list[Method]) -> Iterator[str]:
-    """A few lines for each."""
+    """Yield a few lines for each method."""
     for method in methods:
         yield f"{method.name}: {formula(method)}"
         yield f"    {method.source}; {_models(method)}; {_passes(method)}"
@@ -128,7 +128,7 @@ def _shown(value: Any) -> str:
 
 
 def description(method: Method) -> Iterator[str]:
-    """All of one method."""
+    """Yield all lines about one method."""
     yield f"{method.name}: {formula(method)}"
     yield ""
     yield f"source      {method.source}" + (f"; in the package {method.package}" if method.package else "")

@@ -1,4 +1,4 @@
-"""Commands, flags, exit codes, signals. torch and transformers are imported only once work starts.
+"""The commands. torch and transformers are imported only once work starts.
 
 stdout gets the path of what was made; everything else goes to stderr. Exit codes: see `errors`; 129, 130 and 143 after
 SIGHUP, SIGINT and SIGTERM.
@@ -44,7 +44,7 @@ def cli() -> None:
 
 
 def _refuse_if_running(out: Path) -> None:
-    """At once, before anything slow is imported; the run itself asks again."""
+    """Raise LockedError if a run holds `out`, before anything slow is imported; the run itself checks again."""
     from lowmem_aim.system.lock import is_held, locked_error, owner_of
 
     lock = out / ".lowmem_aim" / "lock"
@@ -53,7 +53,7 @@ def _refuse_if_running(out: Path) -> None:
 
 
 def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = False) -> None:
-    """The work of a command with its progress shown; then the path of what it made, on stdout. `merges`: a model."""
+    """Run a command's work with its progress shown, then print the path of what it made. `merges`: that is a model."""
     from lowmem_aim.events import RunEnded, Sampled, Worked
     from lowmem_aim.view import summary
     from lowmem_aim.view.dashboard import showing
@@ -64,7 +64,7 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
         def checked(event: Event) -> None:
             if isinstance(event, Worked):
                 interrupts.hold()
-            if not isinstance(event, Sampled | RunEnded):  # those are told also when the run is being ended
+            if not isinstance(event, Sampled | RunEnded):  # these are shown also when the run is being ended
                 interrupts.check()
             view(event)
 
@@ -87,7 +87,7 @@ _PATHS = click.argument(
 
 
 def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Recipe:
-    """The recipe of a command line: the file's, with what the flags override; or the flags'."""
+    """The recipe of a command line: the file's, as the flags edit it, or the flags' alone. Raises UsageError."""
     if (
         len(paths) > 2
         or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))

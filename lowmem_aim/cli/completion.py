@@ -1,6 +1,6 @@
-"""What a shell offers after Tab, and the script that has it ask.
+"""The completions that a shell offers after Tab, and the script that has the shell ask for them.
 
-A shell asks while somebody waits: nothing slow is imported here. Names whose home is elsewhere are repeated; a test
+A shell asks while somebody waits: nothing slow is imported here. Names that belong to slow modules are repeated; a test
 compares them.
 """
 
@@ -51,35 +51,36 @@ def _beginning(incomplete: str, words: Iterable[str]) -> Items:
 
 
 def words(*known: str) -> Complete:
-    """A flag whose value is one of these."""
+    """Complete one of these words."""
     return lambda context, parameter, incomplete: _beginning(incomplete, known)
 
 
 def methods(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
-    """Those of other packages too: their names are known without importing them."""
+    """Complete merge methods, those of other packages too, whose names are known without importing them."""
     from importlib.metadata import entry_points  # slow beside `--help`
 
     return _beginning(incomplete, sorted({*METHODS, *(point.name for point in entry_points(group=METHOD_GROUP))}))
 
 
 def parameters(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
-    """`NAME=`, of the method that is asked for, or of any."""
+    """Complete `NAME=` by the parameters of the method that is asked for, or of any."""
     known = METHODS.get(context.params.get("method") or "") or {name for own in METHODS.values() for name in own}
     return _beginning(incomplete, (f"{name}=" for name in sorted(known)))
 
 
 def folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """Complete folders, as the shell itself does."""
     return [CompletionItem(incomplete, type="dir")]
 
 
 def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
-    """Recipes and folders; once a recipe is given, folders."""
+    """Complete recipes and folders; once a recipe is given, folders."""
     given = context.params.get(parameter.name or "") or ()
     return folders(context, parameter, incomplete) + ([] if given else _files(incomplete, ".yml", ".yaml"))
 
 
 def texts(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
-    """What a calibration can be of."""
+    """Complete whatever `--calibration` takes: folders, files of texts or activations, `builtin`."""
     files = _files(incomplete, ".jsonl", ".txt", ".safetensors")
     return [*folders(context, parameter, incomplete), *_beginning(incomplete, ["builtin"]), *files]
 
@@ -94,7 +95,7 @@ def _files(incomplete: str, *endings: str) -> Items:
 
 
 def script(cli: click.Command, shell: str) -> str:
-    """What a shell reads to ask this program."""
+    """The script that has a shell ask this program for completions."""
     source = _SHELLS[shell](cli, {}, PROGRAM, VARIABLE).source()
     if shell != "bash":
         return source

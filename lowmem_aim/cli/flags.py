@@ -1,4 +1,4 @@
-"""Carried here from cli.py."""
+"""The flags that several commands share, in groups, and the types of their values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `512MiB`, `1000000` -> bytes. GB is 1e9 bytes, GiB is 2^30."""
+    """Turn `5GB`, `512MiB` or `1000000` into bytes: GB is 1e9, GiB is 2^30. Raises click.BadParameter."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise click.BadParameter(f"`{text}` is no size; write 5GB, 512MB or 1GiB")
@@ -35,27 +35,32 @@ def parse_size(text: str) -> int:
 
 
 class SizeType(click.ParamType[int]):
+    """A size in bytes, written as `parse_size` takes it."""
+
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        """The value in bytes. Raises click.BadParameter."""
         return value if isinstance(value, int) else parse_size(str(value))
 
 
 class NumberRange(click.FloatRange):
-    """Not NaN either, which lies in every range."""
+    """A number in a range; NaN, which click's FloatRange lets through, is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value as a number. Raises click.BadParameter."""
         number = super().convert(value, param, context)
-        return self.fail("that is no number", param, context) if number != number else number
+        return self.fail("that is not a number", param, context) if number != number else number
 
 
 class PathType(click.Path):
-    """A pathlib.Path; too long a name is an error here, and not wherever the path is first looked at."""
+    """A pathlib.Path; a name that is too long is an error here, and not wherever the path is first looked at."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value as a path. Raises click.BadParameter."""
         if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(value).parts):
             self.fail(f"`{printable(str(value))}` is too long for a path", param, context)
         return super().convert(value, param, context)
@@ -155,6 +160,7 @@ OUTPUT_FLAGS = _options(
 
 
 def options_of(flags: dict[str, Any]) -> Options:
+    """The options of a job, from a command's flags; flags that the command does not have take their defaults."""
     from lowmem_aim.system.options import Options
 
     return Options(

@@ -1,4 +1,4 @@
-"""Carried here from cli.py."""
+"""The entry point: runs a command, and turns errors and signals into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
 
-PROBLEMS_ON_SCREEN = 100  # on the screen; a model of another size has one for each tensor
+PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
 LONGEST_PROBLEM = 2000  # characters
 
 
 def report(error: LowmemAimError) -> None:
-    """The error on stderr, plain text: what happened, then what to do."""
+    """Print an error to stderr, as plain text: what happened, then what to do."""
     first, *others = [printable(problem, LONGEST_PROBLEM) for problem in error.problems] or ["unknown"]
     lines = [f"error: {first}", *(f"       {problem}" for problem in others[:PROBLEMS_ON_SCREEN])]
     if len(others) > PROBLEMS_ON_SCREEN:
@@ -29,7 +29,7 @@ def report(error: LowmemAimError) -> None:
 
 
 def main() -> None:
-    """The entry point of the command."""
+    """Run the command line, and exit with its exit code."""
     # Spinning worker threads cost up to four times the CPU time on a shared machine. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Streams that the caller has closed (`2>&-`) lead nowhere: else the next file that is opened would be one."""
+    """Open streams that the caller has closed (`2>&-`) to nowhere; else the next file opened would take their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -70,13 +70,13 @@ def _exit_code(debug: bool) -> int:
 
 
 def _told(error: Exception, debug: bool) -> LowmemAimError:
-    """Whatever has ended a command, for the user's eyes."""
+    """The error for the user's eyes, whatever it was that has ended a command."""
     if isinstance(error, LowmemAimError):
         return error
     if isinstance(error, click.ClickException):
         return usage.explained(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return DiskError(f"what was to be written was not: {error.strerror}", "is it the device that stdout goes to?")
+        return DiskError(f"output could not be written: {error.strerror}", "check the device that stdout goes to")
     return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, command_line(), debug))
 
 

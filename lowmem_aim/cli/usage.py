@@ -1,6 +1,6 @@
-"""How commands take their words: flags that all of them have, and errors of usage in this tool's wording.
+"""Flags that all commands have, and errors of usage in this tool's wording.
 
-click finds what is wrong; `explained` says it as every other error is said.
+click finds what is wrong; `explained` words it like every other error.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ def wanted(arguments: Sequence[str]) -> bool:
 
 
 class Command(click.Command):
-    """One that has the flags of every command too."""
+    """A command that also has the flags of every command."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, then `--debug`, then `--help`."""
         *own, help_flag = super().get_params(ctx)
         return [*own, DEBUG, help_flag]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; an error of usage always knows in which command it happened."""
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -41,21 +43,22 @@ class Command(click.Command):
 
 
 class Commands(Command, click.Group):
-    """The program: its commands are of the kind above."""
+    """The program: a group of commands of the class above."""
 
     command_class = Command
 
 
 class Choice(click.Choice[str]):
-    """One of a few words; for another, what may have been meant."""
+    """One of a few words; the error for another word suggests the one that may have been meant."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """The message for a word that is none of the choices."""
         word, words = str(value), [str(choice) for choice in self.choices]
         return f"`{printable(word)}` is not one of {', '.join(words)}{did_you_mean(word, words)}"
 
 
 def explained(error: click.ClickException) -> UsageError:
-    """What click found wrong with a command line, as an error of ours."""
+    """Turn what click found wrong with a command line into a UsageError."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM
     return UsageError(_what(error, command), hint=f"see `{command} --help`")
@@ -76,12 +79,12 @@ def _what(error: click.ClickException, command: str) -> str:
 
 
 def _near(words: Sequence[str] | None) -> str:
-    """As `did_you_mean` has it; click has looked already, the nearest comes first."""
+    """A suggestion in the words of `did_you_mean`, from words that click has sorted, the nearest first."""
     return f"; did you mean `{words[0]}`?" if words else ""
 
 
 def _quoted(message: str) -> str:
-    """click's quotation marks and full stop -> backticks and none."""
+    """Turn click's quotation marks into backticks, and drop its full stop."""
     return re.sub(r"'([^'`]*)'", r"`\1`", message).removesuffix(".")
 
 

@@ -1,4 +1,4 @@
-"""The calibration by itself: the base's activations measured into a file that merges are given."""
+"""The calibration by itself: a base's activations are measured into a file, which merges can be given."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def calibrate(
     options: Options = DEFAULTS,
     emit: Emit = silent,
 ) -> Path:
-    """Measure the activations of a base model into the file `output`; returns it. Always measures, never the cache.
+    """Measure the activations of a base model into the file `output`, whatever the cache holds; return `output`.
 
-    Until it is done, what a killed run resumes from lies in the folder `output`.partial.
+    Until the file is there, what a killed run resumes from lies in the folder `output`.partial. Raises UsageError,
+    ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError, NetworkError.
     """
     with reported("calibrate", output, emit, options.command) as feed:
         return _calibrate(base, aim, output, start(options, feed), feed)
@@ -55,7 +56,7 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
             run.emit(Planned("activations", ("calibrate",), str(run.device), threads, budget.ram, budget.vram))
             made = space.private / ACTIVATIONS
             calibration.measure(run, space.private, space.journal).save(made)
-            _check_new(output, unfinished)  # another run may have been quicker
+            _check_new(output, unfinished)  # again: another run may have made the file meanwhile
             with disk_errors(output):
                 os.replace(made, output)
                 sync_folder(output.absolute().parent)

@@ -1,6 +1,7 @@
-"""What `lowmem-aim doctor` tells: all of a machine, a disk and a terminal that a merge depends on, and what to mend.
+"""The report of `lowmem-aim doctor`: facts about machine, disk and terminal that a merge depends on, and advice.
 
-A fact that cannot be had says `unknown`, and the others are told all the same. What a machine does not have is None.
+A fact that cannot be found out is `unknown`, and the others are reported all the same. What a machine does not have is
+None.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Advice:
+    """A piece of advice, with its level."""
+
     level: Literal["hint", "warning"]
     text: str
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Sections of facts by name: numbers of bytes and bytes per second, texts as the system has them."""
+    """Sections of facts by name: numbers of bytes and of bytes per second, texts as the system has them."""
 
     software: Facts
     processor: Facts
@@ -67,21 +70,22 @@ class Doctor:
 
     @property
     def advice(self) -> list[Advice]:
-        """What is worth mending, or knowing."""
+        """Advice on what is worth mending, or knowing."""
         return [*_about_software(self), *_about_the_machine(self), *_about_the_folder(self.folder)]
 
     def as_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
         return {"doctor": SCHEMA, **asdict(self), "advice": [asdict(advice) for advice in self.advice]}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as lines for people."""
         found = [f"{heading:12}{text}" for heading, text in _paragraphs(self)]
         advice = [f"{advice.level}: {advice.text}" for advice in self.advice]
         return [*found, *([""] if advice else []), *advice]
 
 
 def examine(folder: Path) -> Doctor:
-    """All of it, in some seconds; `folder`'s disk is measured. Raises UsageError if there is no such folder."""
+    """Find out all facts, in some seconds; the disk of `folder` is measured. Raises UsageError if there is none."""
     if not os.path.isdir(folder):
         raise UsageError(f"there is no folder `{printable(str(folder))}`", hint="name one that an output would lie in")
     with warnings.catch_warnings():
@@ -98,7 +102,7 @@ def examine(folder: Path) -> Doctor:
 
 
 def _asked(ask: Callable[[], Any]) -> Any:
-    """The answer; no fact is worth the others."""
+    """The answer, or `unknown` if asking fails: no fact is worth losing the others."""
     try:
         return ask()
     except Exception:
@@ -160,12 +164,12 @@ def _model() -> str:
 
 
 def _cores() -> int | None:
-    """Those that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _container_cores() -> float | None:
-    """How many cores' time the process's cgroups allow; None without a limit."""
+    """The number of cores whose time the process's cgroups allow; None without a limit."""
     limits = []
     for folder in memory.cgroup_folders("cpu"):
         with contextlib.suppress(OSError, ValueError):  # no such file; "max"
@@ -220,7 +224,7 @@ def _folder(folder: Path) -> Facts:
 
 
 def _mount(folder: Path) -> Any:
-    """What is mounted deepest above the folder; of several in one place, the last."""
+    """The mount nearest above the folder; of several in one place, the last."""
     place = folder.resolve()
     above = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
     return max(reversed(above), key=lambda mount: len(Path(mount.mountpoint).parts))
@@ -270,7 +274,7 @@ def _cache(folder: Path) -> Facts:
 
 
 def _bytes_in(folder: Path) -> int | None:
-    """None if counting takes too long."""
+    """Bytes in a folder; None if counting takes too long."""
     total, end = 0, time.monotonic() + COUNTING_SECONDS
     for place, _, files in os.walk(folder):
         for name in files:
@@ -282,7 +286,7 @@ def _bytes_in(folder: Path) -> int | None:
 
 
 def _terminal() -> Facts:
-    """Of stderr, as what draws there sees it."""
+    """Facts about stderr, as rich finds them."""
     console = partial(Console, stderr=True)
     return _known(
         terminal=lambda: console().is_terminal,
@@ -331,7 +335,7 @@ def _about_the_folder(folder: Facts) -> Iterator[Advice]:
 
 
 def _paragraphs(found: Doctor) -> Iterator[tuple[str, str]]:
-    """(heading or nothing, one line)."""
+    """Yield (heading or nothing, one line)."""
     software = found.software
     yield "software", f"lowmem-aim {software['lowmem-aim']}, Python {_text(software['python'])}"
     yield "", _text(software["platform"])

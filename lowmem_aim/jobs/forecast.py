@@ -1,7 +1,7 @@
-"""What a job will take: memory, disk and time, against what this machine has; and which flag to change.
+"""The forecast of a job: memory, disk and time that it takes, against what this machine has; and which flag to change.
 
-Memory and disk are what the run itself reckons with before it starts. Times are estimates: this disk and device are
-measured for two seconds, and the slowest of reading, computing and writing counts, since they overlap.
+Memory and disk are the figures that the run itself checks before it starts. Times are estimates: this disk and device
+are measured for two seconds, and the slowest of reading, computing and writing counts, since the three overlap.
 """
 
 from __future__ import annotations
@@ -17,32 +17,36 @@ SCHEMA = 1  # of `plan --json`
 
 @dataclass(frozen=True)
 class Requirement:
-    """So much of one thing, against what there is of it; bytes."""
+    """The need of one thing, in bytes, against what there is of it."""
 
     what: str  # `RAM`, `VRAM`, `disk`
-    least: int  # it does not go with less
+    least: int  # the job does not run with less
     there: int  # the budget, or what is free
     why: str  # what takes it
 
     @property
     def fits(self) -> bool:
+        """Whether there is enough."""
         return self.least <= self.there
 
 
 @dataclass(frozen=True)
 class Step:
-    """One phase's time; `limits`: seconds that each stage alone would take."""
+    """The time of one phase; `limits` are the seconds that reading, computing or writing alone would take."""
 
     phase: str
     limits: Mapping[str, float]
 
     @property
     def seconds(self) -> float:
+        """Seconds of the phase: the largest of its limits."""
         return max(self.limits.values(), default=0.0)
 
 
 @dataclass(frozen=True)
 class Forecast:
+    """The answer of `plan`: what a merge would do and need, and why it would not run."""
+
     survey: Mapping[str, Any]
     device: str
     needs: tuple[Requirement, ...]
@@ -55,15 +59,17 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
+        """Whether the merge would run."""
         return not self.problems
 
     def error(self) -> LowmemAimError:
-        """Why it would not run."""
+        """The problems as one error, with the exit code that a merge would end with."""
         error = LowmemAimError(self.problems, "; ".join(self.hints))
         error.exit_code = self.exit_code
         return error
 
     def as_json(self) -> dict[str, Any]:
+        """The forecast as JSON values, as `plan --json` prints it."""
         steps = [asdict(step) | {"seconds": step.seconds} for step in self.steps]
         needs = [asdict(need) | {"fits": need.fits} for need in self.needs]
         return {"plan": SCHEMA, **asdict(self), "needs": needs, "steps": steps, "fits": self.fits}

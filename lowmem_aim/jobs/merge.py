@@ -44,10 +44,10 @@ from lowmem_aim.view.feed import Feed, reported
 
 
 def merge(recipe: Recipe, out: Path, options: Options = DEFAULTS, emit: Emit = silent) -> Path:
-    """Merge by the recipe into the new folder `out`, or resume a run that was interrupted there; returns `out`.
+    """Merge by the recipe into the new folder `out`, or resume a run that was interrupted there; return `out`.
 
-    Raises the errors of `errors`, before any work where that is possible; then `out` is as it was before. What a run
-    had finished when it failed, or was killed, stays for the next.
+    Raises the errors of `errors`, before any work where that is possible; `out` is then as it was before. What a run
+    had finished when it failed, or was killed, stays for the next run.
     """
     with reported("merge", out, emit, options.command) as feed:
         return _merge(recipe, out, options, feed)
@@ -64,7 +64,7 @@ def _merge(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
 
 @dataclass
 class HeldOutput:
-    """One output at work: its plan, its folder, which this run holds, and what ACM has found for it."""
+    """One output while it is made: its plan, its folder, which this run holds, and the result of ACM for it."""
 
     name: str  # of its folder, where there are several; else empty
     plan: Plan
@@ -77,7 +77,7 @@ class HeldOutput:
 
 @contextlib.contextmanager
 def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
-    """Hold every output folder that is still to be made, once it is sure to be this job's; record in their logs.
+    """Hold every output folder that is still to be made, once it is sure to be this job's, and begin its log.
 
     Raises all errors of the preparation, LockedError, ResumeError, UsageError, DiskError.
     """
@@ -98,7 +98,7 @@ def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
 
 
 def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
-    """Whether there is work to do in an output folder: made sure to be this job's. Raises ResumeError, UsageError."""
+    """Whether an output is still to be made; its folder is checked to be this job's. Raises ResumeError, UsageError."""
     run, plan = ready.run, ready.plans[name]
     if is_finished(space.out):
         check_same(space.journal, ready.identity(name), space.out)
@@ -138,7 +138,8 @@ def _planned(ready: Prepared, outputs: Sequence[HeldOutput]) -> Planned:
 def calibrated(ready: Prepared, outputs: Sequence[HeldOutput]) -> Activations | None:
     """The base's activations, for AIM: given, kept by an interrupted run, from the cache, or measured now.
 
-    Measured ones are kept beside each output until it is finished, whatever becomes of the cache.
+    Measured activations are kept beside each output until the output is finished, whatever becomes of the cache. Raises
+    ModelError, MemoryBudgetError, DiskError.
     """
     calibration, run = ready.calibration, ready.run
     if calibration is None:
@@ -162,7 +163,7 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
     if kept:
         activations = Activations.load(kept.private / ACTIVATIONS)
     else:
-        # What was measured in two environments is nobody else's.
+        # What was measured in two environments must not reach the cache, from which other merges take.
         mixed = any(space.journal.kept(AcceptedEnvironments) for space in spaces)
         use_cache = run.options.use_cache and not mixed
         activations = measurement.activations(run, spaces[0].private, spaces[0].journal, use_cache=use_cache)
@@ -176,13 +177,13 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
 
 
 def _is_kept(space: Workspace) -> bool:
-    """Whether an output has what an interrupted run had measured."""
+    """Whether an output has the activations that an interrupted run measured."""
     file, kept = space.private / ACTIVATIONS, space.journal.kept(KeptActivations)
     return kept is not None and file.is_file() and kept.file == _digest_of(file)
 
 
 def _forget_lost(space: Workspace) -> None:
-    """Activations that are no longer there are measured again, which must then be in the same environment."""
+    """Forget kept activations whose file is gone: measuring them again then requires the same environment."""
     if space.journal.holds(KeptActivations) and not _is_kept(space):
         space.journal.forget(KeptActivations)
 
@@ -195,7 +196,10 @@ def _digest_of(file: Path) -> str:
 
 
 def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: Activations | None) -> list[Merged]:
-    """Write the shards of every output into its staging folder. With ACM, compare base and merged model first."""
+    """Write the shards of every output into its staging folder. With ACM, first compare base and merged model.
+
+    Raises ModelError, ResumeError, MemoryBudgetError, DiskError.
+    """
     inputs, run = ready.inputs, ready.run
     progress = SummedProgress(run.emit)
     targets = []
@@ -226,7 +230,7 @@ def finish(
     ready: Prepared, outputs: Sequence[HeldOutput], activations: Activations | None, merged: Sequence[Merged]
 ) -> None:
     """Make the small files of every output, then give all its files their names. Raises DiskError."""
-    # Told before cards and pictures are made: that takes a second, and belongs to no other phase.
+    # Emitted before cards and pictures are made: making them takes a second, which belongs to no other phase.
     ready.run.emit(PhaseStarted("finish", sum(len(found.shards) for found in merged), "files"))
     files = [_small_files(ready, output, activations, found) for output, found in zip(outputs, merged, strict=True)]
     for output, found, own in zip(outputs, merged, files, strict=True):

@@ -1,8 +1,8 @@
 """`plan`: what a merge would do and need here, found without doing it.
 
-All that the merge itself checks before it works is checked, and all problems are told at once. Of models on the Hub
-only headers and small files are fetched. Nothing is written but, for two seconds, a file without a name where the
-output would lie, and stand-ins of Hub models in the cache, which go again.
+All that the merge checks before it works is checked, and all problems are reported at once. Of models on the Hub only
+headers and small files are fetched. Nothing is written but, for two seconds, a file without a name where the output
+would lie, and stand-ins of Hub models in the cache, which are removed again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def plan(
     *,
     measure: bool = True,
 ) -> Forecast:
-    """What `merge` with the same arguments would do. `measure`: also how long it would take.
+    """Forecast what `merge` with the same arguments would do; `measure`: also how long it would take.
 
-    Raises the errors of `merge` where there is nothing to be told for them; what only does not fit is among the
-    forecast's problems.
+    Raises the errors of models that cannot be opened, and of options that cannot be used here; every other problem is
+    among the forecast's.
     """
     run = start(options, emit)
     cache_folder().mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def plan(
 
 
 class _Hub:
-    """Models that are not here are stood in for."""
+    """Finds models; those that are not here are stood in for by their headers."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -72,7 +72,7 @@ class _Hub:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """What a prepared merge needs of this machine, and how long it would take."""
+    """The needs of a prepared merge on this machine, and the time that it would take."""
 
     ready: Prepared
     hub: _Hub
@@ -115,7 +115,7 @@ class _Estimate:
             yield Requirement("VRAM", least, budget.vram, "one module of a block at a time" if forwards else "slices")
 
     def _disk(self) -> Requirement:
-        """Hidden states, at worst all of them and two snapshots, are gone before the output is written."""
+        """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""
         ready = self.ready
         written, spilled = ready.bytes_to_write(), ready.bytes_to_spill()
         missing = sum(self.hub.missing.values())
@@ -133,7 +133,7 @@ class _Estimate:
     # -- time
 
     def _speeds(self) -> dict[str, float]:
-        """Bytes, elements of the output and floating-point operations per second."""
+        """Bytes, elements of the output and floating-point operations per second, by name."""
         ready, run = self.ready, self.ready.run
         real = [folder for folder in ready.inputs.folders if not self.hub.stands_in(folder)]
         files = [file for folder in real for file in sorted(folder.glob("*.safetensors"))]

@@ -1,8 +1,8 @@
 """All that a merge finds out and checks before it works. `merge` and `plan` prepare here, with the same checks.
 
-A check is one function of `CHECKS`: it is given what is prepared, and raises. All of them are made, whatever the others
-say, so that the user hears of all problems at once. What is found out on the way to the checks (models, plans, texts)
-is checked as far as it is there.
+A check is a function in `CHECKS`: it is given what is prepared, and raises. All checks are made, whatever the others
+raise, so that the user hears of all problems at once. What is found out on the way (models, plans, texts) is checked as
+far as it is there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where models and texts come from."""
+    """The sources of models and texts."""
 
     find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
     has_weights: Callable[[Path], bool] = lambda folder: True  # False: a folder holds headers and small files only
@@ -75,7 +75,7 @@ class Forward:
 
     @property
     def speed(self) -> str:
-        """Its name among the speeds: short sequences are slower, and 16-bit floats on some processors."""
+        """The forward's name among the speeds, which depend on the length of sequences and on the dtype."""
         return f"forward of {self.length} tokens in {dtype_name(self.dtype)}"
 
 
@@ -94,7 +94,7 @@ class Prepared:
     calibration: Calibration | None = None
     comparison: Comparison | None = None
     forwards: list[Forward] = field(default_factory=list)  # the model runs that are still to be made
-    notes: list[str] = field(default_factory=list)  # what `plan` tells beside the figures
+    notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
     unread: bool = False  # some texts are on the Hub, and were not fetched
 
     def folder(self, name: str) -> Path:
@@ -102,20 +102,20 @@ class Prepared:
         return self.out / name
 
     def identity(self, name: str) -> Identity:
-        """What the merge of one output is of, for its journal."""
+        """The identity of one output's merge, for its journal."""
         plan = self.plans[name]
         return identity_of_merge(plan, self.inputs, self.copied, self.calibration, self.comparison, self.run.device)
 
     def unfinished(self) -> list[str]:
-        """The outputs that are still to be made."""
+        """The names of the outputs that are still to be made."""
         return [name for name in self.plans if not is_finished(self.folder(name))]
 
     def needs(self) -> shares.Needs:
-        """What the merge itself takes of the memory."""
+        """The memory that the merge itself takes."""
         return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
 
     def shares(self) -> shares.Shares:
-        """How the merge divides what is left of the budget now. Raises MemoryBudgetError."""
+        """Divide what is left of the budget now, for the merge itself. Raises MemoryBudgetError."""
         return shares.share_out(self.run.budget, self.run.device, self.needs())
 
     def bytes_to_write(self) -> int:
@@ -127,13 +127,13 @@ class Prepared:
         return max((3 * forward.needs.states for forward in self.forwards), default=0)
 
     def refuse(self) -> None:
-        """Raise all errors as one, with the first one's exit code; nothing if there are none."""
+        """Raise all errors as one, with the exit code of the first; do nothing if there are none."""
         raise_all(self.errors)
 
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) -> Iterator[Prepared]:
-    """Open, plan and check everything; errors of single checks are kept in the result.
+    """Open, plan and check everything; the errors of single checks are kept in the result.
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
@@ -174,7 +174,7 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
 
 
 def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
-    """An error for every file of texts or activations that is not there."""
+    """Yield an error for every file of texts or activations that is not there."""
     tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
     for name in dict.fromkeys(table.calibration for table in tables):
         if name and name != BUILTIN and is_here(name) and not Path(name).expanduser().is_file():
@@ -185,18 +185,21 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
 
 
 def check_place(ready: Prepared) -> None:
-    """The output folders are free, lie in no input, and can be written."""
+    """Check that the output folders are free, lie in no input, and can be written. Raises UsageError, DiskError."""
     check_outputs(ready.out, [ready.folder(name) for name in ready.plans], ready.inputs.folders)
     check_writable(existing_folder(ready.out))
 
 
 def check_small_files(ready: Prepared) -> None:
-    """Tokenizer and the like, which the output takes from the reference, are what they should be."""
+    """Read the small files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
     ready.copied = copied_files(ready.inputs.reference)
 
 
 def check_calibration(ready: Prepared) -> None:
-    """AIM's activations fit the base, or the texts to measure them with are there."""
+    """Check that AIM's activations fit the base, or that there are texts to measure them with.
+
+    Raises ModelError, NetworkError, UsageError.
+    """
     aim, base = ready.recipe.aim, ready.inputs.base
     if aim is None or base is None:
         return
@@ -210,7 +213,10 @@ def check_calibration(ready: Prepared) -> None:
 
 
 def check_comparison(ready: Prepared) -> None:
-    """The texts that ACM compares base and merged model with are there."""
+    """Check that there are texts for ACM to compare base and merged model with.
+
+    Raises ModelError, NetworkError, UsageError.
+    """
     acm, base = ready.recipe.acm, ready.inputs.base
     if acm is None or base is None:
         return
@@ -225,12 +231,15 @@ def check_comparison(ready: Prepared) -> None:
 
 
 def check_merge_memory(ready: Prepared) -> None:
-    """Single rows of the widest tensor fit the budget: that must show before hours of calibration."""
+    """Check, before hours of calibration, that single rows of the widest tensor fit the budget.
+
+    Raises MemoryBudgetError.
+    """
     ready.shares()
 
 
 def check_forward_memory(ready: Prepared) -> None:
-    """One module of a block at a time, and one sequence's work, fit the budget."""
+    """Check that one module of a block at a time, and one sequence's work, fit the budget. Raises MemoryBudgetError."""
     if ready.forwards:
         from lowmem_aim.blocks.shares import share_out  # transformers: only where models are run
 
@@ -239,7 +248,10 @@ def check_forward_memory(ready: Prepared) -> None:
 
 
 def check_begun(ready: Prepared) -> None:
-    """What lies in the output folders is of this very job, and no other run is at work there."""
+    """Check that what lies in the output folders is of this very job, and that no other run is at work there.
+
+    Raises LockedError, ResumeError, UsageError, DiskError.
+    """
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
@@ -256,7 +268,7 @@ def check_begun(ready: Prepared) -> None:
 def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) -> None:
     folder = ready.folder(name)
     if ready.unread:
-        ready.notes.append(f"whether `{printable(str(folder))}` is of the same job is seen when texts are there")
+        ready.notes.append(f"whether `{printable(str(folder))}` is of the same job shows once the texts are fetched")
     elif finished:
         check_same(journal, ready.identity(name), folder)
     else:
@@ -265,13 +277,14 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
 
 
 def check_room(ready: Prepared) -> None:
-    """The disk has room for the outputs, and before them for hidden states."""
+    """Check that the disk has space for the outputs, and before them for hidden states. Raises DiskError."""
     if ready.unfinished():
         check_disk(ready.out, max(ready.bytes_to_write(), ready.bytes_to_spill()))
 
 
 Check = Callable[[Prepared], None]
 
+# In the order in which their problems are listed; the first problem sets the exit code.
 CHECKS: list[Check] = [
     check_place,
     check_small_files,
@@ -288,7 +301,7 @@ CHECKS: list[Check] = [
 
 
 def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
-    """Whether texts can be read; if they are on the Hub and are not to be fetched, reckon with full sequences."""
+    """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
     base = ready.inputs.base
     if ready.sources.fetches or is_here(aim.calibration) or base is None:
         return True
@@ -313,7 +326,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
 
 
 def _holds(ready: Prepared, name: str, kind: type[Record]) -> bool:
-    """Whether an interrupted run of this output has left such a record to resume from."""
+    """Whether an interrupted run of this output has left a record of this kind to resume from."""
     private = ready.folder(name) / PRIVATE
     if ready.run.options.fresh or not private.is_dir():
         return False
@@ -325,7 +338,7 @@ def _forward(phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> F
     from lowmem_aim.blocks.shares import Needs
 
     compared = phase == "compare"
-    # Hidden states of both models, and what of the one waits for the other's.
+    # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
     needs = Needs.of(meta_model, [*sequences] * (3 if compared else 1))
     tokens = sum(map(len, sequences))
     return Forward(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)

@@ -1,9 +1,9 @@
-"""May an interrupted run be gone on with? Only if the same would come out: the same job on the same inputs.
+"""Whether an interrupted run may be resumed, and why not: only if the output would be the same.
 
-The journal holds what the run was of. Job and settings must be the same; so must the versions and the device (and,
-while calibration is in its midst, the number of threads), unless the user accepts others. An input whose files have
-other times or inodes (copied, downloaded anew) is read again as far as the run had come, and accepted if what it gave
-is still what it gives.
+The journal holds the run's identity. Job and settings must be the same; so must the versions and the device (and, in
+the middle of a calibration, the number of threads), unless the user accepts others. An input whose files have other
+times or inodes (copied, downloaded anew) is read again as far as the run had come, and accepted if it still gives what
+it gave.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def identity_of_merge(
     comparison: Comparison | None,
     device: torch.device,
 ) -> Identity:
-    """What the merge of one output is of. `copied`: the small files that the output takes from the reference."""
+    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
     job: dict[str, Any] = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
     job |= {
         "seed": plan.seed,
@@ -77,7 +77,7 @@ def identity_of_merge(
 
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
-    """What a calibration is of that is all there is to do."""
+    """The identity of a calibration that is a job by itself."""
     job = {"calibration": measurement.digest()}
     return Identity(job, [_of_input(measurement.base)], _environment(device, True))
 
@@ -108,9 +108,9 @@ Reread = Callable[[int], Iterator[str]]  # number of an input -> its tensors tha
 
 
 def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment: bool, emit: Emit) -> None:
-    """Write down what a new run is of, or check that an interrupted one is of the same.
+    """Record the identity of a new run, or check that an interrupted run has the same one.
 
-    Raises ResumeError with every difference.
+    Raises ResumeError with every difference; emits a notice for each that the user accepts.
     """
     before = journal.kept(Identity)
     if before is None:  # new; or what it was of is lost, and with it what the rest is worth
@@ -173,7 +173,7 @@ def _as_kept(identity: Identity) -> Identity:
 
 
 def _content(identity: Identity) -> Any:
-    """The job and the inputs, whenever and wherever their files were made."""
+    """The job and the inputs of an identity, whenever and wherever their files were made."""
     models = [(model["label"], model["tensors"], _sizes(model)) for model in identity.inputs]
     return identity.job, models
 
@@ -183,7 +183,7 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _compared(identity: Identity, journal: Journal) -> dict[str, str]:
-    """Of the environment, what still makes a difference."""
+    """The parts of the environment that still make a difference."""
     job = identity.job
     needed = ((KeptActivations, "calibration"), (KeptComparison, "texts of ACM"))
     measured = all(journal.holds(kind) for kind, key in needed if key in job)
@@ -202,7 +202,7 @@ def _shown(value: Any) -> str:
 
 
 def _changed_inputs(before: Identity, now: Identity, reread: Reread, emit: Emit) -> Iterator[str]:
-    """Why models are not what they were."""
+    """Yield why models are not what they were."""
     if len(before.inputs) == len(now.inputs):
         for number, (old, new) in enumerate(zip(before.inputs, now.inputs, strict=True)):
             yield from _changed(old, new, partial(reread, number), emit)
@@ -211,7 +211,7 @@ def _changed_inputs(before: Identity, now: Identity, reread: Reread, emit: Emit)
 def _changed(
     old: Mapping[str, Any], new: Mapping[str, Any], reread: Callable[[], Iterator[str]], emit: Emit
 ) -> Iterator[str]:
-    """Why a model is not what it was."""
+    """Yield why a model is not what it was."""
     label = printable(str(new["label"]))
     if old["tensors"] != new["tensors"] or _sizes(old) != _sizes(new):
         yield f"`{label}` has other tensors or files than before"
@@ -223,7 +223,7 @@ def _changed(
 
 
 def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int) -> Iterator[str]:
-    """Tensors of one input that do not give what they gave to an interrupted merge."""
+    """Yield the tensors of one input that do not give what they gave to an interrupted merge."""
     if inputs.base is not None and inputs.folders[number] == inputs.base.folder:
         yield from differing_weights(inputs.base, journal)
     known: dict[str, str] = {}
@@ -242,7 +242,7 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
 
 
 def differing_weights(base: Checkpoint, journal: Journal, number: int = 0) -> Iterator[str]:
-    """Tensors of the base that do not give what they gave to an interrupted calibration."""
+    """Yield the tensors of the base that do not give what they gave to an interrupted calibration."""
     seen = journal.kept(KeptActivations) or journal.kept(CalibrationSnapshot)
     for name, known in seen.weights.items() if seen else ():
         if base.digest(name) != known:

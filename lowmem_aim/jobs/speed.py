@@ -1,6 +1,6 @@
-"""How fast a disk and a device are, measured in a second or two each: what estimates of time are made from.
+"""The speed of a disk and of a device, measured in a second or two each, from which times are estimated.
 
-Nothing stays on the disk, and files that are given are only read. What else the machine does meanwhile counts too.
+Nothing stays on the disk, and files that are given are only read. Whatever else the machine does meanwhile counts too.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _sync = getattr(os, "fdatasync", os.fsync)
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """Bytes per second."""
+    """The speed of a disk, in bytes per second."""
 
-    read: float | None  # None: it cannot be told
+    read: float | None  # None: unknown
     write: float
 
 
 def disk_speed(folder: Path, inputs: Sequence[Path] = (), seconds: float = 1.0) -> DiskSpeed:
-    """How fast files in the existing `folder` are written and become durable, and how fast `inputs` are read, or what
-    has been written.
+    """Measure how fast files in the folder are written durably, and how fast `inputs`, or what was written, are read.
 
-    What is written has no name, or loses it at once, and is at most a tenth of the free space. Raises DiskError.
+    The folder must exist. What is written has no name, or loses its name at once, and is at most a tenth of the free
+    space. Raises DiskError.
     """
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder, buffering=0) as scratch:
         most = min(MOST_BYTES, max(1, shutil.disk_usage(folder).free // 10))
@@ -61,7 +61,7 @@ def disk_speed(folder: Path, inputs: Sequence[Path] = (), seconds: float = 1.0) 
 
 
 def _write_speed(file: IO[bytes], most: int, seconds: float) -> float:
-    """Batches double, and each ends on the disk: a slow one is never left with a gigabyte to sync."""
+    """Bytes per second. Batches double, and each is made durable: a slow disk never has a gigabyte left to sync."""
     piece = os.urandom(min(PIECE_BYTES, most))  # zeros would be fast where the filesystem compresses
     written, batch = 0, 1
     begun = time.perf_counter()
@@ -78,7 +78,7 @@ def _write_speed(file: IO[bytes], most: int, seconds: float) -> float:
 
 
 def _read_speed(files: Sequence[IO[bytes]], seconds: float) -> float | None:
-    """Of pieces here and there in the files, read from the disk where the system can be told to let go of its copy."""
+    """Bytes per second of random pieces of the files, read from the disk where the system can drop its own copy."""
     pieces = [(file, start) for file in files for start in range(0, os.fstat(file.fileno()).st_size, PIECE_BYTES)]
     buffer = bytearray(STEP_BYTES)
     read, elapsed = 0, 0.0
@@ -93,7 +93,7 @@ def _read_speed(files: Sequence[IO[bytes]], seconds: float) -> float | None:
         elapsed += time.perf_counter() - begun
         if elapsed >= seconds:
             break
-    return read / elapsed if read >= STEP_BYTES else None  # of less, opening and seeking would be most of the time
+    return read / elapsed if read >= STEP_BYTES else None  # for less, opening and seeking take most of the time
 
 
 def _let_go(file: IO[bytes], start: int) -> None:
@@ -121,11 +121,11 @@ def merge_speed(
     seconds: float = 1.0,
     slice_elements: int | None = None,
 ) -> float:
-    """How many elements of the output are computed per second from random weights, by a merge's own means: the
-    method's rounds and its combine, AIM if `relaxed`, rounding, and the way to the device and back.
+    """The number of elements of the output that are computed per second from random weights, by the code of a merge.
 
-    Reading, checking and writing are not in it. `parameters` are those of one tensor (`Recipe.resolve`); `threads`, and
-    `slice_elements` unless it is left out, those of `memory.Shares`.
+    These are the method's rounds and its combine, AIM if `relaxed`, rounding, and the copies to the device and back,
+    but not reading, checking and writing. `parameters` are those of one tensor (`Recipe.resolve`); `threads`, and
+    `slice_elements` if given, are those of `merging.shares.Shares`.
     """
     based = method.builds_on("a base")
     rows = max(1, (slice_elements or _slice_elements(method, device)) // COLUMNS)
@@ -149,7 +149,7 @@ def _slice_elements(method: Method, device: torch.device) -> int:
 
 
 def _random_slices(experts: int, rows: int, count: int, dtype: torch.dtype, *, with_base: bool) -> list[Rows]:
-    """`count` slices of numbers that are spread as weights are: methods that look at them have their usual work."""
+    """`count` slices of numbers that are distributed like weights: methods that look at them have their usual work."""
     noise = torch.randn(DISTINCT_SLICES * rows, COLUMNS, generator=torch.Generator().manual_seed(0))
 
     def stored(model: int) -> tuple[Tensor, ...]:  # 0: the base
@@ -176,12 +176,13 @@ class _Sample:
     merged: int = 0  # elements
 
     def jobs(self, until: float) -> Iterator[Job]:
-        """One at least."""
+        """Yield jobs until the time `until`, in seconds of `time.perf_counter`, and at least one."""
         yield self.job()
         while time.perf_counter() < until:
             yield self.job()
 
     def job(self) -> Job:
+        """Yield the passes of one merge of the tensor."""
         rounds = Rounds(self.script())
         for fold in rounds:
             yield Pass(self.slices, partial(self._in_stream, fold.part), fold.add, last=False)
@@ -211,7 +212,7 @@ TOKENS = 512  # of one sequence
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, tokens: int = TOKENS) -> float:
-    """Floating-point operations per second of a linear layer, as calibration's forward passes have them."""
+    """Floating-point operations per second of a linear layer on `tokens` rows, as in calibration's forward passes."""
     width = 1024 if device.type == "cpu" else 8192  # a GPU is not kept busy by less
     sequence = torch.randn(tokens, width, device=device).to(dtype)
     weight = torch.randn(width, width, device=device).to(dtype)
@@ -226,7 +227,7 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3,
 
 
 def _multiply(sequence: Tensor, weight: Tensor) -> None:
-    """Returns when the device is done."""
+    """Multiply, and return when the device is done."""
     linear(sequence, weight)
     if sequence.device.type == "cuda":
         torch.cuda.synchronize(sequence.device)

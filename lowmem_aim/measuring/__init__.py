@@ -1,1 +1,10 @@
-"""What AIM and ACM must know of the models: mean activations, mutual information."""
+"""Measurements on the models themselves: mean activations for AIM, mutual information for ACM.
+
+texts.py                calibration texts as token sequences
+snapshots.py            the progress of a calibration, kept so that a killed run can be resumed
+mean_activations.py     the mean |x| of each input channel, block by block
+calibration.py          the activations of a base: from a file, from the cache, or measured now
+mutual_information.py   exact mutual information of two streams of numbers
+two_models.py           base and merged model run side by side, block by block
+comparison.py           ACM's measurement within a merge
+"""

@@ -1,7 +1,7 @@
-"""The activations for a base: from a file, from the cache, or measured now and cached.
+"""The activations of a base: from a file, from the cache, or measured now and cached.
 
 The cache is a folder of small files, $XDG_CACHE_HOME/lowmem_aim (~/.cache/lowmem_aim), one for each combination of base
-files, tokens, dtype, device and versions: whatever the measurement's low bits may depend on.
+files, tokens, dtype, device and versions: everything that the measurement's low bits may depend on.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GivenActivations:
-    """Activations that a file already holds, for a base; checked before any work."""
+    """Activations of a base that a file holds already; they are checked before any work."""
 
     aim: Aim
     base: Checkpoint
     activations: Activations
 
     def digest(self) -> str:
-        """xxh3-128 of the statistics."""
+        """xxh3-128 of the statistics, as 32 hex digits."""
         facts = [(name, digest(value)) for name, value in sorted(self.activations.means.items())]
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement of a base's activations: texts read and tokenised, the model checked, before any work."""
+    """A measurement of a base's activations; the texts are tokenised, and the model is checked, before any work."""
 
     aim: Aim
     base: Checkpoint
@@ -57,13 +57,16 @@ class Measurement:
     sequences: Sequence[Tensor]  # each (tokens,) int64
 
     def digest(self) -> str:
-        """xxh3-128 of what is to be measured: the texts' tokens, the forward's dtype, the base's config."""
+        """xxh3-128 of what is to be measured: the texts' tokens, the forward's dtype and the base's config."""
         config = sorted(self.base.config.items())
         facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences], config)
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def activations(self, run: Run, folder: Path, journal: Journal, *, use_cache: bool) -> Activations:
-        """Load the activations from the cache, or measure them (see `measure`). Raises ModelError."""
+        """Load the activations from the cache, or measure and cache them; without `use_cache`, always measure.
+
+        Raises the errors of `measure`.
+        """
         cached = self.cached(run.device)
         if use_cache and cached.is_file():
             try:
@@ -79,14 +82,14 @@ class Measurement:
         return measured
 
     def cached(self, device: torch.device) -> Path:
-        """The file in which the cache has these activations, if it has them."""
+        """The file in the cache that these activations have, or would have, for a device."""
         return cache_folder() / f"{self._key(str(device))}.safetensors"
 
     def measure(self, run: Run, folder: Path, journal: Journal) -> Activations:
-        """Measure now, whatever the cache holds, within the budget.
+        """Measure now, within the budget, whatever the cache holds.
 
-        `folder` takes what does not fit it and, with a record in the journal, what an interrupted run resumes from.
-        Raises ModelError, MemoryBudgetError, DiskError.
+        `folder` takes hidden states that do not fit the budget, and snapshots: with their records in the journal, they
+        are what an interrupted run resumes from. Raises ModelError, MemoryBudgetError, DiskError.
         """
         from lowmem_aim.measuring.mean_activations import mean_activations
         from lowmem_aim.measuring.snapshots import Snapshots
@@ -104,7 +107,7 @@ class Measurement:
         )
 
     def warn_if_slow(self, run: Run) -> None:
-        """Give a notice if this processor is slow at the forward's dtype."""
+        """Emit a notice if this processor is slow at the forward's dtype."""
         if run.device.type == "cpu" and self._is_slow_here():
             run.emit(
                 Notice(
@@ -115,7 +118,7 @@ class Measurement:
             )
 
     def weights(self, measured: Activations) -> dict[str, str]:
-        """Tensor name -> xxh3-128 of its bytes, for all that the measurement depends on in the base's files."""
+        """Tensor name -> xxh3-128 of its bytes, for all tensors of the base that the measurement depends on."""
         rows = {name: self.base.digest(name) for name in self.meta_model.embeddings if name in self.base.tensors}
         return {**measured.base_digests, **rows}
 
@@ -135,7 +138,7 @@ Calibration = GivenActivations | Measurement
 
 
 def calibration_of(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
-    """Load the activations file that the recipe names, or prepare a measurement with its texts.
+    """Load the activations file that the recipe names, or prepare a measurement with the recipe's texts.
 
     Raises ModelError, NetworkError, UsageError.
     """
@@ -145,7 +148,7 @@ def calibration_of(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
 
 
 def measurement_of(aim: Aim, base: Checkpoint, emit: Emit) -> Measurement:
-    """Read and tokenise the texts. Blocks are no longer than the base's context.
+    """Read and tokenise the texts, in blocks no longer than the base's context.
 
     Raises ModelError, NetworkError, UsageError.
     """
@@ -169,7 +172,7 @@ def measurement_of(aim: Aim, base: Checkpoint, emit: Emit) -> Measurement:
 
 
 def _keep(measured: Activations, path: Path, emit: Emit) -> None:
-    """A cache that cannot be written is a pity, not a failure."""
+    """Cache the activations; a cache that cannot be written costs a notice, not the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         measured.save(path)

@@ -1,4 +1,4 @@
-"""ACM's measurement for a merge: what is compared, what comes of it, kept for a run that is interrupted."""
+"""ACM's measurement within a merge: base and merged model are compared, and the result is kept for a resumed run."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ WORK_BYTES = 96 << 20  # what counting pairs, parts of the heads and slices of m
 
 
 class Merged(Source, contextlib.AbstractContextManager["Merged"], Protocol):
-    """Where the merged model's weights come from."""
+    """A source of the merged model's weights."""
 
-    def forget(self) -> None: ...
+    def forget(self) -> None:
+        """Drop whatever is kept of the weights so far: the next block has other ones."""
+        ...
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of base and merged model, for ACM: its texts read and tokenised before any work."""
+    """A comparison of base and merged model for ACM; its texts are read and tokenised before any work."""
 
     acm: Acm
     measurement: Measurement  # of the base
@@ -70,7 +72,11 @@ class Comparison:
         run: Run,
         space: Workspace,
     ) -> Consensus:
-        """The coefficients of one output's groups: from its journal if an interrupted run had them, else measured."""
+        """The coefficients of one output's groups: kept in the output's journal by an interrupted run, or measured now.
+
+        Raises ResumeError if the models differ by other amounts than when this merge began, and ModelError,
+        MemoryBudgetError, DiskError.
+        """
         stamp = _stamp(inputs)
         before = space.journal.kept(KeptComparison)
         if before is not None and before.stamp == stamp:
@@ -80,7 +86,7 @@ class Comparison:
             measured = self._measure(plan, inputs, merged, run, space)
             if before and before.information != measured and space.journal.holds(Group):
                 raise ResumeError(
-                    "the models now differ by other amounts than when this merge began (ACM)",
+                    "ACM's comparison of the models no longer gives what it gave when this merge began",
                     hint="`--fresh` starts over",
                 )
             space.journal.keep(KeptComparison(stamp, measured))
@@ -100,8 +106,8 @@ class Comparison:
     ) -> dict[str, list[float]]:
         base, meta_model = self.measurement.base, self.measurement.meta_model
         texts = list(self.measurement.sequences)
-        # Hidden states of both models, and what of the one waits for the other; one block of weights at a time.
-        # The merged weight that is being made is there beside the one that the block gets.
+        # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
+        # A merged weight takes memory twice: while it is being made, and in its block.
         largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.roles.vocabulary), default=0)
         three = [*texts, *texts, *texts]
         shares = shares_for(meta_model, three, run.budget, run.device, space.private, beside=WORK_BYTES + largest)
@@ -117,22 +123,22 @@ class Comparison:
 
 
 def texts_of(acm: Acm) -> Aim:
-    """The texts that ACM compares with, as AIM's table would ask for them."""
+    """The texts that ACM compares with, as the settings that `measurement_of` reads."""
     return Aim(calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT, dtype=acm.dtype)
 
 
 def _place(group: str) -> tuple[int, int]:
-    """Where a group stands in the model."""
+    """The sort key of a group: its place in the model."""
     return (1, int(group)) if group.isdecimal() else ({EMBEDDING: 0, NORM: 2, HEAD: 3}[group], 0)
 
 
 def _part(shares: Shares, thirds: int) -> Shares:
-    """So much of the place for hidden states."""
+    """Copy the shares, with only so many thirds of the memory for hidden states."""
     return replace(shares, device_states=shares.device_states * thirds // 3, ram_states=shares.ram_states * thirds // 3)
 
 
 def _stamp(inputs: Inputs) -> str:
-    """Of the files that are compared, as they lie there."""
+    """xxh3-128 of the names, sizes, times and inodes of the files that are compared."""
     stats = [
         (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
         for checkpoint in inputs.checkpoints
@@ -143,7 +149,7 @@ def _stamp(inputs: Inputs) -> str:
 
 
 def _named(meta_model: MetaModel, information: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor -> group, of those outside the layers."""
+    """Tensor -> group, for the tensors outside the layers."""
     model, weights = meta_model.model, meta_model.weights
     embeddings = model.get_input_embeddings()
     paths = dict(model.named_modules())

@@ -1,24 +1,27 @@
 """Mean |x| of each input channel of the base model, one block of weights in memory at a time.
 
-    1. record    one forward a sequence with every block an identity: what each block is called with
-    2. drive     block by block: bring its weights in (accelerate's offload hook over the checkpoint's own files), run
-                 every sequence's hidden state through it with its own recorded arguments, drop it
-    3. tail      the same forward again with the last block giving the true hidden state: final norm, output head
+    1. record    one forward a sequence, every block an identity: finds what each block is called with
+    2. run       block by block: load the block's weights (accelerate's offload hook over the checkpoint's own files),
+                 run every sequence's hidden state through it with that sequence's recorded arguments, drop the weights
+    3. finish    the same forward again, the last block giving the true hidden state: final norm, output head
 
 Memory: one block, the activations of one sequence, the hidden states of all; under a budget (`shares`) hidden states go
-to a file and a block's modules come in one by one. Each weight is read once, or, where it is paged, once a sequence;
-embeddings are read by row; the output head is never loaded and no logits are computed. The recorder assumes that
-nothing happens between blocks but handing the hidden state on. A *canary* checks that on this very model: one short
-sequence goes through the model's own forward, suspended at each block, and is compared bit for bit with the recorded
-way. If they differ, a notice is given and the whole is done again
+to a file and a block's modules are loaded one by one. Each weight is read once, or, if it is paged, once a sequence;
+embeddings are read by row; the output head is never loaded and no logits are computed.
+
+The recorder assumes that nothing happens between blocks except passing the hidden state on. A *canary* checks that on
+the very model: one short sequence goes through the model's own forward, suspended at each block, and is compared bit
+for bit with the recorded way. If the two differ, a notice is given and everything is done again in a way that gives the
+same numbers at a higher price:
 
     in lock-step      every sequence an ordinary forward in a suspended thread: each weight is read once (and once
-                      more for a canary of its own), memory also holds what those forwards keep alive
-                      (only where the budget has room for all hidden states)
-    paged             one ordinary forward a sequence, blocks brought in as they are called: right for any order of
-                      calls, each block is read once a sequence
+                      more for a canary of its own), and memory also holds what those forwards keep alive; only if the
+                      budget has space for all hidden states
+    paged             one ordinary forward a sequence, blocks loaded as they are called: right for any order of calls;
+                      each block is read once a sequence
 
-which give the same numbers. Forwards are one sequence each, unpadded, without gradients or caches.
+Forwards are one sequence each, unpadded, without gradients or caches: no padding enters a mean, and no result depends
+on which sequences share a batch.
 """
 
 from __future__ import annotations
@@ -62,14 +65,15 @@ def mean_activations(
     snapshots: Snapshots | None = None,
     emit: Emit = silent,
 ) -> Activations:
-    """The activation statistics of `base` (AIM, arXiv 2502.02421): mean over tokens, then over sequences.
+    """The activation statistics of `base` (AIM, arXiv 2502.02421): the mean of |x| over tokens, then over sequences.
 
-    The forward runs in the meta model's dtype, within `budget` (None: no bound); what does not fit it goes to a file
-    without a name in the folder `spill` (None: it stays in RAM). Where it stands is kept in `snapshots`, and a run that
-    was killed goes on from there. Reproducible for one device, set of versions and
-    thread count, whatever the budget. The model is left as it was found, also after an exception. Raises ModelError
-    (a sequence that the model cannot take, weights that do not load, inputs that overflow), MemoryBudgetError where
-    not even single modules fit, DiskError.
+    The forward runs in the meta model's dtype, within `budget` (None: no bound). What does not fit goes to a file
+    without a name in the folder `spill` (None: stays in RAM). Progress is kept in `snapshots`, from which a killed run
+    is resumed. The result is reproducible for one device, set of versions and thread count, whatever the budget. The
+    model is left as it was found, also after an exception.
+
+    Raises ModelError (a sequence that the model cannot take, weights that do not load, inputs that overflow),
+    MemoryBudgetError if not even single modules fit, and DiskError.
     """
     _check_sequences(sequences)
     place = torch.device(device)
@@ -94,10 +98,10 @@ def shares_for(
     spill: Path | None,
     beside: int = 0,
 ) -> Shares:
-    """How the budget is divided; `beside`: bytes that something else takes meanwhile.
+    """Divide the budget for a calibration; `beside` is the number of bytes that something else takes meanwhile.
 
-    Raises MemoryBudgetError if it is too small, DiskError if the disk of `spill` is. `spill` also has to take two
-    snapshots of the hidden states: the last one stays until the next is whole.
+    The disk of `spill` must also have space for two snapshots of the hidden states: the last one stays until the next
+    is whole. Raises ModelError for a model without a list of blocks, MemoryBudgetError, DiskError.
     """
     if not meta_model.blocks:
         label = printable(meta_model.weights.checkpoint.label)
@@ -113,7 +117,7 @@ def shares_for(
 
 @contextlib.contextmanager
 def _as_budget_errors() -> Iterator[None]:
-    """What fails for want of memory outside the blocks, where nothing can be made smaller."""
+    """Raise MemoryBudgetError for an allocation that fails outside the blocks, where nothing can be made smaller."""
     try:
         yield
     except Exception as error:
@@ -134,21 +138,22 @@ def _check_sequences(sequences: Sequence[Tensor]) -> None:
 
 
 class _Progress:
-    """Advances once a block, also when the blocks are gone through again by a fallback."""
+    """Reports progress once a block, also when a fallback goes through the blocks again."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit, self.done = emit, 0
 
     def found(self, blocks: int, of: int, path: str) -> None:
-        """An earlier run has finished some."""
+        """Report the blocks that an earlier run has finished."""
         self.emit(Notice(f"resuming: {blocks}/{of} blocks are calibrated"))
         self.block(blocks - 1, path)
 
     def within(self, index: int, share: float) -> None:
-        """So much of a block's work is done."""
+        """Report that `share` of block `index` is done."""
         self.emit(Worked("compute", 0, 0.0, done=index + share))
 
     def block(self, index: int, path: str) -> None:
+        """Report that block `index` is done."""
         if index >= self.done:
             self.done = index + 1
             self.emit(Advanced(self.done, path))
@@ -160,8 +165,9 @@ def _run(
     progress: _Progress,
     snapshots: Snapshots | None,
 ) -> BlockRunner:
-    """The first way that holds for this model; what it saw is in the runner's `watch`."""
+    """Run the first way that works for this model; the runner that is returned has the counted means in its `watch`."""
     recorded = partial(_recorded, snapshots=snapshots)
+    # The cheapest first: lock-step also holds what all forwards keep alive, paged reads every block once a sequence.
     ways: list[tuple[Callable[..., None], str]] = [
         (recorded, "suspending a forward of every sequence instead"),
         (_lock_step, "reading each block again for every sequence instead, which takes longer"),
@@ -179,12 +185,12 @@ def _run(
         except Broken as reason:
             progress.emit(Notice(f"calibration: {reason}; {instead}", "warning"))
             if snapshots:
-                snapshots.forget()  # of what does not hold
+                snapshots.forget()  # of a way that does not work
         except MemoryBudgetError as reason:
             if way is not _lock_step:
                 raise
             progress.emit(Notice(f"{reason}; {instead}", "warning"))
-        runner = open_runner()
+        runner = open_runner()  # with empty tallies: nothing that the failed way has counted may stay
     return runner
 
 
@@ -194,7 +200,7 @@ def _run(
 def _recorded(
     runner: BlockRunner, sequences: Sequence[Tensor], progress: _Progress, snapshots: Snapshots | None = None
 ) -> None:
-    """Raises Broken when the canary shows that the recorder's assumption does not hold for this model."""
+    """Run the blocks one by one, by the recorder. Raises Broken if the canary shows that the model forbids it."""
     watched = len(sequences)  # the canary comes after them, uncounted
     texts = [*sequences, sequences[0][:CANARY_TOKENS]]
     so_far = BlockProgress(*_record(runner, texts))
@@ -205,20 +211,20 @@ def _recorded(
         _stepped_again(canary, so_far, runner, progress)
         for index, (path, _) in list(enumerate(runner.blocks))[so_far.blocks :]:
             must_be_same(canary.call.hidden if canary.index == index else None, runner.store.get(states[watched]), path)
-            output = _driven(runner, index, so_far.tapes, states, canary.call, progress)
+            output = _driven(runner, index, so_far.calls, states, canary.call, progress)
             so_far.outputs.append(in_store(output, runner))
             canary.step(output)
             progress.block(index, path)
             if snapshots:
                 snapshots.offer(runner, so_far, progress.emit)
         for number in range(len(texts)):
-            tail = runner.with_less(partial(_finished, runner, texts[number], states[number], number < watched))
+            forward = runner.with_less(partial(_finished, runner, texts[number], states[number], number < watched))
             runner.watch.commit()
-        must_be_same(canary.head_input, tail.head_input, "the output head")
+        must_be_same(canary.head_input, forward.head_input, "the output head")
 
 
 def _stepped_again(canary: SuspendedForward, so_far: BlockProgress, runner: BlockRunner, progress: _Progress) -> None:
-    """Bring the canary over the blocks that an earlier run has finished."""
+    """Step the canary over the blocks that an earlier run has finished, by their kept outputs."""
     for output in so_far.outputs:
         canary.step(output.from_store(runner.store).args[0])
     if so_far.blocks:
@@ -226,56 +232,62 @@ def _stepped_again(canary: SuspendedForward, so_far: BlockProgress, runner: Bloc
 
 
 def _finished(runner: BlockRunner, tokens: Tensor, state: Stored, counted: bool) -> TailForward:
-    """A forward that ends with a known hidden state of the last block."""
-    tail = TailForward(runner, runner.store.get(state), counted)
-    with runner.watch.counting(False):  # the tail switches it on after the last block
-        runner.forward(tokens, tail)
-    return tail
+    """Run the forward whose last block gives `state`, the known hidden state; return the forward."""
+    forward = TailForward(runner, runner.store.get(state), counted)
+    with runner.watch.counting(False):  # `TailForward` switches counting on at the last block
+        runner.forward(tokens, forward)
+    return forward
 
 
 def _driven(
     runner: BlockRunner,
     index: int,
-    tapes: Sequence[Sequence[Call]],
+    calls: Sequence[Sequence[Call]],
     states: Sequence[Stored],
     canary: Call,
     progress: _Progress,
 ) -> Any:
-    """Every sequence's state through block `index`, the last one's uncounted; what the block makes of `canary`."""
+    """Run every sequence's state through block `index`; return the block's output for `canary`.
+
+    The last sequence is the canary's recorded copy, and is not counted.
+    """
     store = runner.store
-    left = deque(range(len(tapes)))  # so that what is done is not done again after a failed allocation
+    left = deque(range(len(calls)))  # so that what is done is not done again after a failed allocation
 
     def drive() -> Any:
         while left:
             number = left[0]
-            call = tapes[number][index].from_store(store).having(store.get(states[number]))
-            with runner.watch.counting(number < len(tapes) - 1):
+            call = calls[number][index].from_store(store).having(store.get(states[number]))
+            with runner.watch.counting(number < len(calls) - 1):
                 store.put(hidden_of(runner.run_block(index, call)), states[number])
             runner.watch.commit()
             left.popleft()
-            progress.within(index, 1 - len(left) / len(tapes))
-        return runner.run_block(index, canary)
+            progress.within(index, 1 - len(left) / len(calls))
+        return runner.run_block(index, canary)  # while the block's weights are still there
 
     return runner.with_block(index, drive)
 
 
 def _record(runner: BlockRunner, texts: Sequence[Tensor]) -> tuple[list[list[Call]], list[Stored]]:
-    """(the calls of every text, their first hidden states)."""
+    """Record every text, the last one uncounted; return each text's calls, and each text's first hidden state."""
     shared: dict[tuple[Any, ...], Stored] = {}
-    tapes, states = [], []
+    calls, states = [], []
     for number, tokens in enumerate(texts):
-        calls, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, number < len(texts) - 1))
+        own, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, number < len(texts) - 1))
         runner.watch.commit()
         states.append(state)
-        tapes.append(calls)
-    return tapes, states
+        calls.append(own)
+    return calls, states
 
 
 # --- the fallbacks ------------------------------------------------------------------------------------------------
 
 
 def _lock_step(runner: BlockRunner, sequences: Sequence[Tensor], progress: _Progress) -> None:
-    """Raises Broken when the blocks are not called once each, in order, or keep something from call to call."""
+    """Run all sequences as suspended forwards, block by block.
+
+    Raises Broken if the blocks are not called once each, in order, or keep something from call to call.
+    """
     canary = SuspendedForward(runner, sequences[0][:CANARY_TOKENS])
     with contextlib.ExitStack() as stack:
         runs = [SuspendedForward(runner, tokens, counted=True) for tokens in sequences]
@@ -292,7 +304,7 @@ def _lock_step(runner: BlockRunner, sequences: Sequence[Tensor], progress: _Prog
 
 
 def _stepped(runner: BlockRunner, index: int, left: deque[SuspendedForward]) -> None:
-    """Every suspended forward over its block `index`; those that are over it are taken out of `left`."""
+    """Run every suspended forward over block `index`; a forward that is over it is taken out of `left`."""
     while left:
         run = left[0]
         if run.index != index:
@@ -305,6 +317,7 @@ def _stepped(runner: BlockRunner, index: int, left: deque[SuspendedForward]) -> 
 
 
 def _paged(runner: BlockRunner, sequences: Sequence[Tensor], progress: _Progress) -> None:
+    """Run one ordinary forward a sequence, each block loaded whenever it is called."""
     for tokens in sequences:
         with runner.watch.counting(True):
             runner.forward(tokens, PagedForward(runner))
@@ -331,7 +344,7 @@ def _gather(runner: BlockRunner, sequences: Sequence[Tensor], emit: Emit) -> Act
 
 
 def _by_checkpoint_name(runner: BlockRunner) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """(statistics, experts that saw nothing, parameters whose statistic has no place in the checkpoint)."""
+    """(statistics, experts that no token reached, parameters whose statistic has no place in the checkpoint)."""
     weights, tallies = runner.meta_model.weights, runner.watch.tallies
     means: dict[str, Tensor] = {}
     unreached: dict[str, int] = {}
@@ -341,6 +354,7 @@ def _by_checkpoint_name(runner: BlockRunner) -> tuple[dict[str, Tensor], dict[st
         if parameter == f"{runner.meta_model.head}.weight":
             # By its own name: a tied head may be absent from the file, or stand there twice.
             means[weights.name(parameter)] = tally.statistic()
+        # Outside the blocks, a module that is never called (of a vision tower) is not one that text fails to reach.
         elif any(tally.calls) or parameter.startswith(blocks):
             found = dict(weights.scatter(parameter, tally.statistic()))
             means |= found
@@ -351,7 +365,7 @@ def _by_checkpoint_name(runner: BlockRunner) -> tuple[dict[str, Tensor], dict[st
 
 
 def _experts_in(flag: Tensor) -> int:
-    """How many experts of a tensor saw nothing; `flag` is (experts, ...) or of one expert."""
+    """Number of experts of a tensor that no token reached; `flag` is (experts, ...), or of a single expert."""
     return int(flag.flatten(1).any(1).sum()) if flag.dim() == 3 else int(flag.any())
 
 
@@ -367,6 +381,6 @@ def _tell(unreached: dict[str, int], lost: list[str], emit: Emit) -> None:
 def _tokens_digest(sequences: Sequence[Tensor]) -> str:
     state = xxhash.xxh3_128()
     for tokens in sequences:
-        state.update(len(tokens).to_bytes(8, "little"))
+        state.update(len(tokens).to_bytes(8, "little"))  # the same tokens, cut elsewhere, are other sequences
         state.update(tokens.cpu().contiguous().numpy().tobytes())
     return str(state.hexdigest())

@@ -1,8 +1,8 @@
-"""Exact plug-in mutual information of two streams of numbers, each distinct bfloat16 value a label.
+"""Exact plug-in mutual information of two streams of numbers, each distinct bfloat16 value being a label.
 
-A pair of labels is a code of 32 bits. What is kept of any number of pairs is how often each code has come, sorted by
-code, in parts by the first label's lowest bits, so that a part at a time is in memory. Where values come near each
-other, as those of two versions of a model do, there are far fewer codes than pairs.
+A pair of labels is a code of 32 bits. For any number of pairs only the count of each distinct code is kept, sorted by
+code, in parts by the lowest bits of the first label, so that one part at a time is in memory. Where two streams have
+values near each other, as the outputs of two versions of a model do, there are far fewer codes than pairs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ LABELS = 1 << 16
 
 
 class PairCounts:
-    """How often each pair of labels has come."""
+    """The count of each pair of labels."""
 
     def __init__(self, store: TensorStore | None = None) -> None:
-        """Counts lie on the store, if there is one."""
+        """Keep the counts in `store` if it is given, and in memory otherwise."""
         self._store = store
-        self._parts: list[tuple[Any, Any] | None] = [None] * PARTS  # codes and counts, as arrays or slots
+        self._parts: list[tuple[Any, Any] | None] = [None] * PARTS  # (codes, counts), as arrays or in the store
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Count the pairs of the elements of two tensors of one shape. ValueError where one is not finite."""
+        """Count the pairs of the elements of two tensors of one shape. Raises ValueError if one is not finite."""
         first, second = x.reshape(-1), y.reshape(-1)
         for start in range(0, len(first), CHUNK):
             labels = [_labels(values[start : start + CHUNK]) for values in (first, second)]
@@ -66,7 +66,10 @@ class PairCounts:
         self._parts[number] = tuple(self._store.put(a, slot) for a, slot in zip(arrays, slots, strict=True))  # type: ignore[assignment]
 
     def mutual_information(self) -> float:
-        """In nats: log n + (sum c log c over pairs - over first labels - over second labels) / n; 0 of nothing."""
+        """Mutual information in nats; 0 if nothing was counted.
+
+        log n + (sum of c log c over pairs - over first labels - over second labels) / n, for n pairs and counts c.
+        """
         pairs: Counter[int] = Counter()
         sides = [np.zeros(LABELS, np.int64), np.zeros(LABELS, np.int64)]
         for number in range(PARTS):
@@ -85,15 +88,15 @@ class PairCounts:
 
 
 def _labels(values: Tensor) -> Any:  # (n,) uint32
-    """The bits of the values as bfloat16; both zeros are one label."""
-    rounded = values.to(torch.bfloat16).cpu() + 0.0
+    """The bits of the values as bfloat16, both zeros being one label. Raises ValueError if a value is not finite."""
+    rounded = values.to(torch.bfloat16).cpu() + 0.0  # -0.0 becomes 0.0
     if not bool(rounded.isfinite().all()):
         raise ValueError("a value is NaN, or beyond bfloat16")
     return rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
 
 
 def _runs(codes: Any, counts: Any) -> tuple[Any, Any]:
-    """Sorted codes -> each once, with the sum of its counts."""
+    """Merge equal codes of a sorted array, adding up their counts."""
     if not len(codes):
         return codes, counts
     starts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
@@ -101,11 +104,11 @@ def _runs(codes: Any, counts: Any) -> tuple[Any, Any]:
 
 
 def _multiplicities(counts: Any) -> dict[int, int]:
-    """Count -> how often it occurs, zeros aside."""
+    """Count -> how many codes have that count, zeros left out."""
     values, times = np.unique(counts[counts > 0], return_counts=True)
     return dict(zip(values.tolist(), times.tolist(), strict=True))
 
 
 def _entropy_sum(multiplicities: Counter[int]) -> float:
-    """sum c log c, added up exactly, so that no order shows."""
+    """Sum of c log c over counts c, exactly rounded, so that the order of the terms does not show."""
     return math.fsum(times * count * math.log(count) for count, times in multiplicities.items())

@@ -1,9 +1,9 @@
-"""Where a calibration stands after a block, kept durably, so that a killed run goes on at the next one.
+"""Snapshots of a calibration after a block, kept durably, so that a killed run is resumed at the next block.
 
-A snapshot is a file of tensors, one after another (hidden states of every text, sums so far, what each block made of
-the canary), and a row in the journal that says what they are, with the file's digest. The row is written once the file
-is durable; only then is the file before it removed. What the recorder finds out (arguments of the blocks) is not kept:
-recording again costs next to nothing. A snapshot is made after a block, at most every `SECONDS`.
+A snapshot is a file of tensors, one after another (hidden states of every text, sums so far, each block's output for
+the canary), and a record in the journal that describes them, with the file's digest. The record is written once the
+file is durable; only then is the previous file removed. What the recorder finds out (the blocks' arguments) is not
+kept: recording again costs next to nothing. A snapshot is made after a block, at most every `SECONDS`.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from lowmem_aim.system.files import disk_errors, sync_folder
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import dtype_name, dtype_named, raw
 
-# Rarer than blocks where those are quick: a snapshot of a 13B model's hidden states has some 600 MB.
+# Not after every block, where blocks are quick: a snapshot of a 13B model's hidden states has some 600 MB.
 SECONDS = 60.0
 
 
 @dataclass
 class BlockProgress:
-    """What the blocks have made so far."""
+    """The progress of a calibration: what its blocks have made so far."""
 
-    tapes: Sequence[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
+    calls: Sequence[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
     states: Sequence[Stored]  # of each text: the hidden state after the last finished block
-    outputs: list[Call] = field(default_factory=list)  # what each made of the canary, as an only argument
+    outputs: list[Call] = field(default_factory=list)  # each block's output for the canary, as the only argument
 
     @property
     def blocks(self) -> int:
-        """How many are finished."""
+        """The number of finished blocks."""
         return len(self.outputs)
 
     def is_whole(self) -> bool:
-        """Whether this is all that blocks hand to each other; objects that their calls share could carry more."""
-        calls = [*self.outputs, *(call for tape in self.tapes for call in tape)]
+        """Whether these tensors are all that blocks pass on; other objects that their calls share could carry more."""
+        calls = [*self.outputs, *(call for own in self.calls for call in own)]
         values = [value for call in calls for value in (*call.args, *call.kwargs.values())]
         return all(map(_is_plain, values)) and all(slot.is_contiguous for slot in self.states)
 
@@ -70,7 +70,7 @@ class Snapshots:
         self._recorded = ""  # digest of what the recorder found
 
     def offer(self, runner: BlockRunner, so_far: BlockProgress, emit: Emit) -> None:
-        """A block is finished: make a snapshot, if the last would be too old after another block as long as this."""
+        """Make a snapshot after a finished block, if the last one would be too old after one more block as long."""
         now = time.monotonic()
         took, self._block = now - self._block, now
         if not self._possible or now - self._last + took < SECONDS:
@@ -91,6 +91,7 @@ class Snapshots:
         store, tallies = runner.store, runner.watch.tallies
         with disk_errors(file), _whole_or_absent(file) as stream:
             out = _Out(stream)
+            # In the order in which `restore` reads.
             states = [out.put(store.get(stored)) for stored in so_far.states]
             outputs = [out.put(call.from_store(store).args[0]) for call in so_far.outputs]
             sums = [(name, out.put(t.total), t.calls, t.shape) for name, t in tallies.items()]
@@ -109,13 +110,14 @@ class Snapshots:
             weights=runner.weights.digests,
             digest=out.digest(),
         )
+        # The record once its file is durable, the file before it only then: one of the two is always whole.
         self._journal.keep(snapshot)
         remove_snapshots(self._folder, but=file.name)
 
     def restore(self, runner: BlockRunner, so_far: BlockProgress) -> None:
-        """Bring the so_far, and what the runner has seen, to where the last snapshot was made; if there is one.
+        """Bring the progress, and the runner's tallies, to where the last snapshot was made, if there is one.
 
-        One that is damaged counts as none, and so does one of other embeddings or masks, which the so_far begins with.
+        A damaged snapshot counts as none, and so does one of other embeddings or masks than the progress begins with.
         """
         self._recorded = _digest_of(so_far, runner)
         last = self._journal.kept(CalibrationSnapshot)
@@ -138,13 +140,13 @@ class Snapshots:
         runner.weights.digests.update(last.weights)
 
     def forget(self) -> None:
-        """There is nothing to go on with."""
+        """Remove all snapshots, so that there is nothing to resume from."""
         self._journal.forget(CalibrationSnapshot)
         remove_snapshots(self._folder)
 
 
 def in_store(output: Any, runner: BlockRunner) -> Call:
-    """A block's output for the so_far: its tensors on the store."""
+    """Turn a block's output into the form of `BlockProgress.outputs`: a call whose tensors are in the store."""
     return Call((output,), {}).mapped(lambda value: runner.store.put(value) if isinstance(value, Tensor) else value)
 
 
@@ -152,13 +154,16 @@ def in_store(output: Any, runner: BlockRunner) -> Call:
 
 
 class _Out:
-    """Appends tensors to a file, and knows the digest of all of it."""
+    """Appends tensors to a file, and digests what it appends."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._state = stream, xxhash.xxh3_128()
 
     def put(self, value: Any) -> Any:
-        """What `_taken` makes the same value of: a tensor's dtype and shape, a tuple's parts, anything else itself."""
+        """Append the tensors in a value, and return a description of the value from which `_taken` restores it.
+
+        A tensor is described by its dtype and shape, a tuple by its parts, anything else by itself.
+        """
         if isinstance(value, tuple):
             return [self.put(part) for part in value]
         if not isinstance(value, Tensor):
@@ -169,11 +174,12 @@ class _Out:
         return {"dtype": dtype_name(value.dtype), "shape": list(value.shape)}
 
     def digest(self) -> str:
+        """xxh3-128 of all that was appended, as 32 hex digits."""
         return str(self._state.hexdigest())
 
 
 def _taken(stream: IO[bytes], stored: Any) -> Any:
-    """The next value of the file; `stored` is what `put` said of it."""
+    """Read the next value of the file; `stored` is what `_Out.put` returned for it."""
     if isinstance(stored, list):
         return tuple(_taken(stream, part) for part in stored)
     if not isinstance(stored, dict):
@@ -184,7 +190,7 @@ def _taken(stream: IO[bytes], stored: Any) -> Any:
 
 
 def _digest_of_file(file: Path) -> str:
-    """Empty if it cannot be read."""
+    """xxh3-128 of a file; empty if the file cannot be read."""
     state = xxhash.xxh3_128()
     try:
         with file.open("rb") as stream:
@@ -197,7 +203,7 @@ def _digest_of_file(file: Path) -> str:
 
 @contextlib.contextmanager
 def _whole_or_absent(file: Path) -> Iterator[IO[bytes]]:
-    """A new file that does not stay if writing it fails."""
+    """Open a new file, and remove it again if writing it fails."""
     try:
         with file.open("wb") as stream:
             yield stream
@@ -208,9 +214,9 @@ def _whole_or_absent(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _digest_of(so_far: BlockProgress, runner: BlockRunner) -> str:
-    """Of what the recorder found: the hidden states before the first block, the tensors that blocks are called with."""
+    """xxh3-128 of what the recorder found: the hidden states before the first block, and the tensors in all calls."""
     state, seen = xxhash.xxh3_128(), set[int]()
-    calls = (call for tape in so_far.tapes for call in tape)
+    calls = (call for own in so_far.calls for call in own)
     for slot in (*so_far.states, *(slot for call in calls for slot in call.slots())):
         if id(slot) not in seen:
             seen.add(id(slot))

@@ -1,7 +1,7 @@
-"""Calibration input: texts from a file, the package or the Hub -> token sequences, as METHODS of AIM take them.
+"""Calibration texts, from a file, from the package or from the Hub, as token sequences.
 
-Texts are stripped, encoded with the tokenizer's own special tokens, joined, and cut into blocks; or, with
-`pack: false`, each runs by itself, its tokens beyond block_size dropped.
+Texts are stripped, encoded with the tokenizer's own special tokens, joined, and cut into blocks, the remainder dropped;
+with `pack: false`, each text is a sequence of its own, its tokens beyond block_size dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ Encode = Callable[[str], list[int]]
 
 
 def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # each (tokens,) int64
-    """The sequences to run. Raises ModelError for an empty or malformed file, NetworkError, UsageError."""
+    """Return the sequences to run, each (tokens,) int64.
+
+    Raises ModelError for a file that is missing, malformed or too short, NetworkError, UsageError.
+    """
     encoded = [tokens for text in _texts(aim, encode) if (tokens := encode(text))]
     if aim.pack:
         joined = [token for tokens in encoded for token in tokens]
@@ -44,7 +47,7 @@ def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # ea
 
 
 def _texts(aim: Aim, encode: Encode) -> list[str]:
-    """At most `samples` texts, stripped, none empty."""
+    """Return at most `samples` texts, stripped, none of them empty."""
     calibration = aim.calibration or PILE
     path = Path(calibration).expanduser()
     if calibration == BUILTIN:
@@ -95,7 +98,7 @@ def _from_jsonl(content: str, shown: str) -> Iterator[str]:
 
 
 def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
-    """A text dataset of the Hub in the authors' order: shuffled by `seed`, texts beyond block_size tokens skipped."""
+    """Yield the texts of a Hub dataset in the AIM authors' order: shuffled by `seed`, too long ones skipped."""
     shown = printable(dataset)
     hint = "pass a text file of yours or the small text that comes along: `--calibration file.jsonl|file.txt|builtin`"
     try:
@@ -110,7 +113,7 @@ def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
         rows = load_dataset(dataset, split=split).shuffle(seed=aim.seed)
     except Exception as error:  # the library raises whatever its readers and its network layer do
         raise NetworkError(
-            f"the calibration dataset `{shown}` is not to be had: {printable(str(error))}", hint
+            f"the calibration dataset `{shown}` cannot be loaded: {printable(str(error))}", hint
         ) from error
     if "text" not in rows.column_names:
         raise ModelError(f"the calibration dataset `{shown}` has no column `text`", hint)

@@ -1,8 +1,8 @@
 """Two versions of a model side by side, block by block: how much their outputs have in common, text by text.
 
-Each model goes as in `calibrate`, by the recorder with its canary: what each block is called with is recorded, then
-block by block one model's weights come in, every text goes through them, and they make way for the other model's. What
-the first makes of a text waits on the store for the second's. Each weight is read once.
+Each model is run as in `mean_activations`, by the recorder with its canary: what each block is called with is recorded;
+then, block by block, one model's weights are loaded, every text goes through them, and they make way for the other
+model's. The first model's outputs wait in the store for the second's. Each weight is read once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
 from lowmem_aim.relaxing.acm import EMBEDDING, HEAD, NORM
 from lowmem_aim.system.tensor_store import Stored
 
-# What a block calls the module whose output is its MLP's, by its path in the block; the first that is there counts.
+# Paths within a block of the module whose output is the MLP's; the first that exists counts.
 MLPS = ("mlp.down_proj", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
 HEAD_ELEMENTS = 1 << 20  # of each head, in memory at a time
 Information = dict[str, list[float]]  # group -> nats for each text
@@ -35,10 +35,11 @@ Information = dict[str, list[float]]  # group -> nats for each text
 def information_between(
     base: BlockRunner, merged: BlockRunner, texts: Sequence[Tensor], emit: Emit, between: Callable[[], None]
 ) -> Information:
-    """The mutual information of both models' outputs: of each layer's MLP, embedding, final norm and output head.
+    """Mutual information of both models' outputs: of each layer's MLP, embedding, final norm and output head.
 
-    `between` is called when a block's weights are of no more use. Raises ModelError where the blocks cannot be run one
-    by one, MemoryBudgetError, DiskError.
+    The result is in nats, by group, with a value for each text. `texts`: (tokens,) int64 each. `between` is called when
+    a block's weights are no longer needed. Raises ModelError if the blocks cannot be run one by one, MemoryBudgetError,
+    DiskError.
     """
     emit(PhaseStarted("compare", len(base.blocks), "blocks"))
     with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -66,14 +67,14 @@ Take = Callable[[int, Tensor], None]  # number of the text, output
 
 @dataclass
 class _Pairs:
-    """The base's outputs, kept for the merged model's."""
+    """Compares both models' outputs of one step: the base's are kept until the merged model's come."""
 
     sides: Sequence[_Side]
     texts: int
     slots: list[Stored] = field(default_factory=list)
 
     def of(self, run: Callable[[_Side, Take], None]) -> list[float]:
-        """Mutual information of what a step gives on both sides, for each text."""
+        """Mutual information, in nats, of what `run` gives for both models, for each text."""
         base, merged = self.sides
         self.slots = self.slots or [Stored() for _ in range(self.texts)]
         found = [0.0] * self.texts
@@ -101,11 +102,11 @@ def _count(counts: PairCounts, x: Tensor, y: Tensor) -> None:
 
 
 class _Side:
-    """One of the models, with where every text stands in it. A context manager."""
+    """One of the two models, and the hidden state that each text has reached in it. A context manager."""
 
     def __init__(self, runner: BlockRunner, texts: Sequence[Tensor]) -> None:
         self.runner, self._texts = runner, texts
-        self._tapes: list[list[Call]] = []
+        self._calls: list[list[Call]] = []  # of each text: every block's call, without the hidden state
         self.states: list[Stored] = []
         self._canary = SuspendedForward(runner, texts[-1])
         self._stack = contextlib.ExitStack()
@@ -120,30 +121,30 @@ class _Side:
         self._stack.__exit__(*error)
 
     def embedded(self, take: Take) -> None:
-        """Record every text; its embedding is the output."""
+        """Record every text; `take` is given its embedding."""
         shared: dict[tuple[Any, ...], Stored] = {}
         runner = self.runner
         with _watching(runner.model.get_input_embeddings()) as seen:
             for number, tokens in enumerate(self._texts):
                 calls, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, counted=False))
-                self._tapes.append(calls)
+                self._calls.append(calls)
                 self.states.append(state)
                 take(number, seen[-1])
         self._stack.enter_context(self._canary)
 
     def over_block(self, take: Take, index: int) -> None:
-        """Every text through one block; the output of its MLP is the output."""
+        """Run every text through one block; `take` is given the output of the block's MLP."""
         runner, store, canary = self.runner, self.runner.store, self._canary
         path, block = runner.blocks[index]
         true = canary.call.hidden if canary.index == index else None
         must_be_same(true, store.get(self.states[-1]), path)
-        left = deque(range(len(self._texts)))  # what is done is not done again after a failed allocation
+        left = deque(range(len(self._texts)))  # so that what is done is not done again after a failed allocation
 
         def drive() -> Any:
             with _watching(_mlp_of(path, block)) as seen:
                 while left:
                     number = left[0]
-                    call = self._tapes[number][index].from_store(store).having(store.get(self.states[number]))
+                    call = self._calls[number][index].from_store(store).having(store.get(self.states[number]))
                     output = runner.run_block(index, call)
                     if not seen:
                         raise ModelError(f"ACM: `{printable(path)}` does not call its MLP")
@@ -155,26 +156,26 @@ class _Side:
         canary.step(runner.with_block(index, drive))
 
     def finished(self, take: Take) -> None:
-        """The rest of every forward; what the output head is given is the output, and the state from now on."""
+        """Run the rest of every forward; `take` is given the output head's input, which becomes the text's state."""
         head_inputs = []
         for number, tokens in enumerate(self._texts):
-            tail = self.runner.with_less(partial(self._tail, tokens, number))
-            if tail.head_input is None:
+            forward = self.runner.with_less(partial(self._tail, tokens, number))
+            if forward.head_input is None:
                 raise Broken("this model does not call its output head")
-            self.runner.store.put(tail.head_input, self.states[number])
-            take(number, tail.head_input)
-            head_inputs.append(tail.head_input if number == len(self._texts) - 1 else None)
+            self.runner.store.put(forward.head_input, self.states[number])
+            take(number, forward.head_input)
+            head_inputs.append(forward.head_input if number == len(self._texts) - 1 else None)
         must_be_same(self._canary.head_input, head_inputs[-1], "the output head")
 
     def _tail(self, tokens: Tensor, number: int) -> TailForward:
-        tail = TailForward(self.runner, self.runner.store.get(self.states[number]), counted=False)
-        self.runner.forward(tokens, tail)
-        return tail
+        forward = TailForward(self.runner, self.runner.store.get(self.states[number]), counted=False)
+        self.runner.forward(tokens, forward)
+        return forward
 
 
 @contextlib.contextmanager
 def _watching(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module gives, the last one last."""
+    """Yield a list that holds the module's latest output."""
     seen: list[Tensor] = []
 
     def hook(part: nn.Module, args: Any, output: Any) -> None:
@@ -192,8 +193,8 @@ def _mlp_of(path: str, block: nn.Module) -> nn.Module:
     name = next((name for name in MLPS if name in parts), None)
     if name is None:
         raise ModelError(
-            f"ACM: `{printable(path)}` has no MLP of a name that is known",
-            hint=f"known are {', '.join(MLPS)}",
+            f"ACM: `{printable(path)}` has no MLP under a known name",
+            hint=f"known names are {', '.join(MLPS)}",
         )
     return parts[name]
 
@@ -207,7 +208,7 @@ def _has_own_head(runner: BlockRunner) -> bool:
 
 
 def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
-    """Some rows of both heads at a time: the logits of all texts would be as many as tokens times vocabulary."""
+    """Compare the heads some rows at a time: the logits of all texts would be as many as tokens times vocabulary."""
     store = sides[0].runner.store
     counts = [PairCounts(store) for _ in range(texts)]
     longest = max(store.get(state).shape[-2] for state in sides[0].states[:texts])

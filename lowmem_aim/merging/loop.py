@@ -45,21 +45,22 @@ R = TypeVar("R")
 
 
 def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: Shares) -> list[Merged]:
-    """Write all shards of each target, durably; what their journals know to be there is checked and kept.
+    """Write all shards of each target, durably; tensors that are finished already are checked and kept.
 
-    The targets' plans differ in how merged rows are relaxed, in nothing else: inputs are read once for all of them.
-    Raises ModelError (NaN, changed inputs), DiskError, and MemoryBudgetError where not even a row fits.
+    The targets' plans differ only in how merged rows are relaxed, so that inputs are read once for all of them. Raises
+    ModelError (NaN, changed inputs), DiskError, and MemoryBudgetError if not even a row fits.
     """
     run.emit(PhaseStarted("merge", sum(target.plan.tensor_bytes for target in targets), "bytes"))
     reads = ReadLog(inputs)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(one_thread_an_operation())
+        stack.enter_context(one_thread_an_operation())  # slices run in parallel already
         for target in targets:
             reads.add_all(stack.enter_context(target.shards).read_before)
         stride = Stride(shares.slice_elements, run.options.slice_rows, run.emit)
         streams = DeviceStreams(run.device)
         settings = PassSettings(stride, shares, run.emit, streams.release)
         loop = _Loop(targets[0].plan, targets, inputs, reads, streams, settings)
+        # Left in reverse order: after an error reading stops first, then computing, then writing.
         workers = stack.enter_context(Workers(shares.workers))
         stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
         workers.run(loop.passes_over(task, stream) for task in loop.left())
@@ -75,6 +76,8 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
 
 @dataclass(frozen=True)
 class _Loop:
+    """The loop over the tensors that any target lacks."""
+
     plan: Plan  # of the first target: the others' tasks are the same but for their relaxation
     targets: Sequence[Target]
     inputs: Inputs
@@ -83,11 +86,11 @@ class _Loop:
     settings: PassSettings
 
     def left(self) -> Iterator[Task]:
-        """The tasks that any of the targets lacks, in order."""
+        """The tasks that any of the targets lacks, in the plan's order."""
         return (task for task in self.plan.tasks if any(task.name in target.left for target in self.targets))
 
     def read_all(self) -> Iterator[TensorInputs | Rows | EndOfTensor]:
-        """The first pass over every tensor that is left: the tensor, its slices, an end, the next tensor."""
+        """Yield the first pass over every tensor that is left: the tensor, its slices, an end, the next tensor."""
         for task in self.left():
             relaxed = any(target.relaxation.touches(task) for target in self.targets)
             with_base = self.plan.recipe.builds_on_base or relaxed
@@ -97,7 +100,7 @@ class _Loop:
             yield EndOfTensor()
 
     def passes_over(self, task: Task, stream: Stream) -> Job:
-        """The passes over one tensor; the last gives its finished rows to the targets that lack it."""
+        """Yield the passes over one tensor; the last one gives finished rows to the targets that lack the tensor."""
         passes = TensorPasses(self.settings, task, stream)
         parts = [
             TargetTensor.of(target, own) for target in self.targets if (own := target.left.get(task.name)) is not None
@@ -105,7 +108,7 @@ class _Loop:
         append = functools.partial(_append_all, parts)
         done = functools.partial(self._done, passes, parts)
         if task.action == "copy":
-            # Not by way of the device: it may not have the dtype.
+            # Not through the device, which may not have the dtype.
             yield passes.last(lambda rows: [FinishedRows(rows.stored_experts[0])] * len(parts), append, done)
             return
         subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
@@ -121,7 +124,7 @@ class _Loop:
         yield passes.last(self._on_device(finished), append, done)
 
     def _on_device(self, work: Callable[[Rows], R]) -> Callable[[Rows], R]:
-        """`work` for slices as they were read: copied to the device, and computed in a stream of its own."""
+        """Wrap `work` for slices as they were read: copy them to the device, and compute in a stream of their own."""
 
         def computed(rows: Rows) -> R:
             with self.streams.own_stream():
@@ -131,8 +134,9 @@ class _Loop:
         return computed
 
     def _done(self, passes: TensorPasses, parts: Sequence[TargetTensor]) -> None:
-        """All rows of a tensor are finished: check what was read of it, and let it be kept."""
+        """Check what was read of a tensor whose rows are all finished, and have the targets keep the tensor."""
         task = passes.task
+        # Before any target keeps the tensor: rows of a changed file, or relaxed for another base, must not stay.
         read = self.reads.add(passes.tensor)
         for target in self.targets:
             target.relaxation.check_base(task, self.reads.digest_of_base(task.name))
@@ -146,7 +150,7 @@ def _add_all(fold: Fold, parts: list[Any]) -> None:
 
 
 def _append_all(parts: Sequence[TargetTensor], results: list[list[FinishedRows]]) -> None:
-    """`results`: for each piece of a slice, its finished rows for each part."""
+    """Append finished rows in order; `results` has, for each piece of a slice, the finished rows for each part."""
     for result in results:
         for part, finished in zip(parts, result, strict=True):
             part.append(finished)

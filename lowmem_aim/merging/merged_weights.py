@@ -1,4 +1,4 @@
-"""The weights of a merged model that is not on disk: each made when it is asked for, as the output will have it."""
+"""The weights of a merged model that is not on disk, each computed when it is asked for, as the output will have it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ ELEMENTS = 1 << 17  # of each model, in work at a time
 
 
 class MergedWeights:
-    """As a checkpoint's, for `stage.Stage`. A context manager: what is kept goes with it.
+    """The merged model's weights, computed on demand, with a checkpoint's interface (`blocks.offload.Source`).
 
-    A weight that is asked for again, because its block does not fit the budget and its modules come and go, is kept in
-    a file without a name in `folder` until the next block: merging it for every text would take its time.
+    A context manager: what is kept is dropped at its end. A weight that is asked for again, because its block does not
+    fit the budget and is loaded module by module, is kept until the next block in a file without a name in `folder`:
+    merging it again for every text would take too long.
     """
 
     def __init__(self, plan: Plan, inputs: Inputs, relaxation: Relaxation, folder: Path) -> None:
         self._plan, self._inputs, self._relaxation, self._folder = plan, inputs, relaxation, folder
         self._tasks = {task.name: task for task in plan.tasks}
         self._stride = Stride(ELEMENTS)
-        self._made: dict[str, Callable[[Rows], Tensor]] = {}  # what makes finished rows
+        self._made: dict[str, Callable[[Rows], Tensor]] = {}  # tensor -> what makes finished rows of it
         self._opened: dict[str, TensorInputs] = {}
-        self._asked: set[str] = set()
+        self._asked: set[str] = set()  # tensors of this block that were asked for
         self._kept: dict[str, Stored] = {}
         self._store = self._new_store()
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor in the output's dtype. Raises ModelError."""
+        """A whole tensor in the output's dtype. Raises ModelError, DiskError."""
         if name in self._kept:
             return self._store.get(self._kept[name])
         task = self._tasks[name]
@@ -53,7 +54,7 @@ class MergedWeights:
         return whole.view(task.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop of `matrix_shape`. Raises ModelError."""
+        """Rows start:stop of a tensor seen as (rows, columns), in the output's dtype. Raises ModelError."""
         task = self._tasks[name]
         if task.action == "copy":
             return self._inputs.reference.rows(name, start, stop)
@@ -64,7 +65,7 @@ class MergedWeights:
         return part
 
     def _fill(self, task: Task, part: Tensor, start: int) -> None:
-        """`part`: rows from `start` on; some of them are merged at a time."""
+        """Fill `part` with the tensor's merged rows from `start` on, some of them at a time."""
         if task.action == "copy":
             part.copy_(self._inputs.reference.rows(task.name, start, start + len(part)))
             return
@@ -91,7 +92,7 @@ class MergedWeights:
         return self._made[task.name]
 
     def _measured(self, task: Task) -> Combine:
-        """The method's rounds over the tensor."""
+        """Run the method's rounds over the tensor, and return the method's combine."""
         subject = subject_of(task.name, task.shape, self._plan.recipe, self._inputs, self._plan.seed)
         rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
@@ -102,7 +103,7 @@ class MergedWeights:
         return rounds.combine
 
     def forget(self) -> None:
-        """The next weights are others."""
+        """Drop what is kept of the weights so far: the next block has other ones."""
         self._made.clear()
         self._opened.clear()
         self._asked.clear()
@@ -115,12 +116,13 @@ class MergedWeights:
         return TensorStore(torch.device("cpu"), device_bytes=0, ram_bytes=0, folder=self._folder)
 
     def expect(self, names: Iterable[str]) -> None:
-        """Have the disk fetch what they are made of."""
+        """Announce the tensors that these weights are made of, so that the disk can fetch them meanwhile."""
         wanted = list(names)
         for checkpoint in dict.fromkeys(self._inputs.checkpoints):
             checkpoint.expect([name for name in wanted if name in checkpoint.tensors])
 
     def check_unchanged(self) -> None:
+        """Raise ModelError if a file of a model has changed since it was opened."""
         for checkpoint in dict.fromkeys(self._inputs.checkpoints):
             checkpoint.check_unchanged()
 

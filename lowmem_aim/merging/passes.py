@@ -17,7 +17,7 @@ from lowmem_aim.planning.tasks import Task
 
 
 class EndOfTensor:
-    """Stands in the stream of slices after the last of a tensor."""
+    """Marks the end of a tensor's slices in a stream."""
 
 
 Stream = Iterator[TensorInputs | Rows | EndOfTensor]  # a tensor, its slices, an end, the next tensor
@@ -25,7 +25,7 @@ Stream = Iterator[TensorInputs | Rows | EndOfTensor]  # a tensor, its slices, an
 
 @dataclass(frozen=True)
 class PassSettings:
-    """What the passes over all tensors have in common."""
+    """The settings that the passes over all tensors have in common."""
 
     stride: Stride
     shares: Shares
@@ -34,7 +34,7 @@ class PassSettings:
 
 
 class TensorPasses:
-    """The passes over one tensor. Its slices are kept between them if they fit `Shares.kept_bytes`, else read again."""
+    """The passes over one tensor. Between them, its slices are kept if they fit `Shares.kept_bytes`, or read again."""
 
     tensor: TensorInputs  # set once the first pass has begun
 
@@ -45,20 +45,21 @@ class TensorPasses:
         self._kept: deque[Rows] | None = None
 
     def measuring(self, work: Callable[[Rows], Any], take: Callable[[list[Any]], None]) -> Pass:
-        """A pass that another follows: work(rows) for each slice; `take` is given lists, one a slice, in order.
+        """A pass that another one follows: work(rows) for each slice; `take` is given a list for each slice, in order.
 
-        A list has more than one result where memory ran short and the slice was worked on in parts.
+        A list has more than one result if memory ran short and the slice was worked on in parts.
         """
         return Pass(self._slices(last=False), self._timed(work), take, last=False)
 
     def last(self, work: Callable[[Rows], Any], take: Callable[[list[Any]], None], done: Callable[[], None]) -> Pass:
-        """The last pass; `done` is called when all results are taken."""
+        """The last pass over the tensor; `done` is called once all its results are taken."""
         return Pass(self._slices(last=True), self._timed(work), take, last=True, done=done)
 
     def _timed(self, work: Callable[[Rows], Any]) -> Callable[[Rows], list[Any]]:
         def worked(rows: Rows) -> list[Any]:
             begun = time.perf_counter()
             results = in_halves(work, rows, self._failed)
+            # Workers run side by side: the shares of all of them add up to the time that has passed.
             seconds = (time.perf_counter() - begun) / self._settings.shares.workers
             self._settings.emit(Worked("compute", _nbytes(rows), seconds, self.task.name, self.task.shape))
             return results
@@ -66,7 +67,7 @@ class TensorPasses:
         return worked
 
     def _failed(self, rows: Rows) -> None:
-        """An allocation has failed: give back what can be, and have slices halved. Raises MemoryBudgetError."""
+        """Free what can be freed after a failed allocation, and have slices halved. Raises MemoryBudgetError."""
         self._settings.release()
         columns = rows.stored_experts[0].shape[1]
         self._settings.stride.too_large(rows.count, columns, self.task.name, whole=self.task.whole)
@@ -103,7 +104,7 @@ class TensorPasses:
 
 
 def timed(slices: Iterator[Rows], emit: Emit) -> Iterator[Rows]:
-    """The same slices, with an event for each: its bytes, and the seconds that reading it took."""
+    """Pass the slices on, and emit for each its bytes and the seconds that reading it took."""
     while True:
         begun = time.perf_counter()
         rows = next(slices, None)

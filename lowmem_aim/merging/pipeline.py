@@ -1,6 +1,7 @@
-"""Stages of a pipeline, each in threads of its own, with bounded queues between them: the slowest sets the pace.
+"""Steps of a pipeline, each in threads of its own, with bounded queues between them: the slowest sets the pace.
 
-An exception in a stage surfaces in the thread that takes its results. Whoever leaves early stops what is upstream.
+An exception in a step is raised in the thread that takes the step's results. Leaving a step early stops the steps
+before it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.05  # how soon a stage that waits to hand on notices that nobody wants it any more
+_POLL_SECONDS = 0.05  # how soon a step that waits for space in a queue notices that it is to stop
 
 
 class _End:
-    """After the last item."""
+    """Marks the end of the items."""
 
 
 class Ahead(Generic[T]):
-    """Iterates over `items` in a thread of its own, at most `depth` items ahead of who iterates over this."""
+    """An iterator over `items` that reads in a thread of its own, at most `depth` items ahead of its user.
+
+    A context manager: leaving it stops the thread.
+    """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
         self._items = items
@@ -63,7 +67,7 @@ class Ahead(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stop reading, and wait until it has stopped."""
+        """Stop reading, and wait until the thread has ended."""
         self._unwanted.set()
         self._thread.join()
         while not self._queue.empty():  # let go of what nobody will take
@@ -86,10 +90,11 @@ class Pass:
     work: Callable[[Any], Any]
     take: Callable[[Any], None]
     last: bool  # of its job
-    done: Callable[[], None] = lambda: None  # called when all is taken
+    done: Callable[[], None] = lambda: None  # called when all results are taken
     open: int = 1  # results to come, and one until all items are begun
 
     def close_one(self) -> None:
+        """Count one result as taken; call `done` after the last."""
         self.open -= 1
         if not self.open:
             self.done()
@@ -99,7 +104,7 @@ Job = Iterator[Pass]  # its passes; each is asked for when the one before has be
 
 
 class Workers:
-    """Threads that compute the passes of a row of jobs. A context manager."""
+    """Threads that compute the passes of a sequence of jobs. A context manager."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -107,10 +112,11 @@ class Workers:
         self._begun: deque[tuple[Future[Any], Pass]] = deque()  # in the order in which they are taken
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """To the end of all jobs.
+        """Run all jobs to their end.
 
-        The next job's first pass is begun before the end of this one's is awaited, so that the threads always have
-        something to do; but results of last passes come in the order of the jobs.
+        The next job's first pass begins before the end of this job is awaited, so that the threads always have
+        something to do; results of last passes still come in the order of the jobs. Raises whatever work or `take`
+        raises.
         """
         current: tuple[Job, Pass] | None = None
         for job in jobs:
@@ -128,7 +134,7 @@ class Workers:
             self._take()
 
     def _go_on(self, job: Job, begun: Pass) -> None:
-        """Until the job's last pass has begun."""
+        """Run a job until its last pass has begun."""
         while not begun.last:
             while begun.open:
                 self._take()
@@ -139,7 +145,7 @@ class Workers:
         for item in begun.items:
             begun.open += 1
             self._begun.append((self._pool.submit(begun.work, item), begun))
-            del item  # it must not outlive its work
+            del item  # a slice must not stay in memory longer than the work on it
             if len(self._begun) > self._count + 1:
                 self._take()
         begun.close_one()

@@ -1,4 +1,4 @@
-"""What was read of the models: a digest of every tensor, and how many of its elements were not finite."""
+"""A log of what was read of the models: a digest of every tensor, and how many of its elements were not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowmem_aim.planning.tasks import Plan
 
 
 class ReadLog:
-    """What this run, and those before it, have read of each model."""
+    """A log of what this run, and those before it, have read of each model."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
@@ -23,7 +23,7 @@ class ReadLog:
         self._replaced: dict[Path, dict[str, int]] = {}  # model folder -> tensor -> elements that were not finite
 
     def add(self, tensor: TensorInputs) -> Read:
-        """Add a tensor that has been read to its end, and return what was seen of it.
+        """Add a tensor that has been read to its end, and return the facts about it.
 
         Raises ModelError if a model's file has changed meanwhile.
         """
@@ -40,7 +40,7 @@ class ReadLog:
         return read
 
     def add_all(self, reads: Iterable[Read]) -> None:
-        """Add what an earlier run has read."""
+        """Add what earlier runs have read."""
         for read in reads:
             for model, digests in read.digests.items():
                 self._digests.setdefault(self._inputs.folders[int(model)], {}).update(digests)
@@ -48,7 +48,7 @@ class ReadLog:
                 self._replaced.setdefault(self._inputs.folders[int(model)], {}).update(replaced)
 
     def digest_of_base(self, tensor: str) -> str | None:
-        """xxh3-128 of a tensor of the base as read; None if there is no base, or it was not read."""
+        """xxh3-128 of a tensor of the base as read; None if there is no base, or the tensor was not read."""
         base = self._inputs.base
         return self._digests.get(base.folder, {}).get(tensor) if base else None
 
@@ -62,7 +62,7 @@ class ReadLog:
         return found
 
     def replaced_elements(self, plan: Plan) -> list[Replaced]:
-        """Every tensor that took some of the base's values, model by model, in the output's order."""
+        """List every tensor that took some of the base's values, model by model, in the output's order."""
         return [
             Replaced(checkpoint.label, task.name, count)
             for checkpoint in dict.fromkeys(self._inputs.checkpoints)

@@ -1,4 +1,4 @@
-"""How a merge divides its budget."""
+"""Memory that a merge takes, and the division of a budget for it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.system.memory import Budget
 from lowmem_aim.units import shown
 
-# A slice of three experts and a base then has 2 MB of bfloat16: it stays in a processor's cache from read to write.
+# A slice then has 2 MB of bfloat16 in each model: it stays in a processor's cache from read to write.
 CPU_SLICE_ELEMENTS = 1 << 20
 # Without compiled loops each operation makes a tensor of its own, of which these stay in the cache.
 TORCH_SLICE_ELEMENTS = 1 << 17
 # Large enough that starting a kernel costs nothing against running it.
 GPU_SLICE_ELEMENTS = 1 << 22
-# What a method may hold between its rounds, an expert: histograms, collected magnitudes.
+# What a method may hold between its rounds for each expert: histograms, collected magnitudes.
 STATS_BYTES = 24 << 20
 # Slices read ahead, and finished ones that wait to be written, where the budget allows it.
 AHEAD, WAITING = 4, 4
@@ -31,7 +31,7 @@ STREAMS = 3
 
 @dataclass(frozen=True)
 class Needs:
-    """What a merge takes at a time, by its plans and models."""
+    """Figures of a merge's plans and models that decide how much memory each element in work takes."""
 
     models: int  # whose rows are in memory at the same time, the base's included
     stored_bytes: int  # of one element in all models and in all outputs
@@ -41,7 +41,7 @@ class Needs:
 
     @classmethod
     def of(cls, plans: Sequence[Plan], inputs: Inputs, device: torch.device) -> Needs:
-        """The needs of a merge that writes all `plans` at once; they differ in their relaxation only."""
+        """The needs of a merge that writes all `plans` at once; the plans differ in their relaxation only."""
         plan = plans[0]
         tasks = [task for task in plan.tasks if task.action == "merge"]
         models = len(inputs.experts) + 1
@@ -66,14 +66,14 @@ class Needs:
         return self.stored_bytes * (ahead + 2 * workers + WAITING) + work * workers
 
     def least_ram(self, on_host: bool) -> int:
-        """Bytes of RAM, beside the program itself, with which `share_out` finds room for single rows."""
+        """Least bytes of RAM, besides the program itself, with which `share_out` succeeds, slices being single rows."""
         rows = 2 * self.row * self.held_bytes(1, 1, on_host)
         return min(rows + self.models * STATS_BYTES, -(-rows * 4 // 3))
 
 
 @dataclass(frozen=True)
 class Shares:
-    """The parts of a budget that a merge lives in."""
+    """The parts of a budget that a merge may use."""
 
     slice_elements: int  # of each model, in work at a time
     workers: int  # slices computed at the same time
@@ -96,10 +96,10 @@ def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
             on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
             largest = on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS
             elements = max(needs.row, min(room, largest))
-            return Shares(elements, workers, ahead, kept_bytes=ram // 6)  # two tensors at a time
+            return Shares(elements, workers, ahead, kept_bytes=ram // 6)  # of two tensors: the next begins early
     where, there = ("RAM", left) if on_host else ("RAM or VRAM", min(left, budget.vram_left(device)))
     raise MemoryBudgetError(
-        f"a row of {needs.row} elements in {needs.models} models needs some {shown(3 * needs.row * held)}, but of the "
-        f"budget {shown(there)} of {where} are left",
+        f"a row of {needs.row} elements in {needs.models} models needs some {shown(3 * needs.row * held)}, but only "
+        f"{shown(there)} of {where} are left in the budget",
         hint="give more memory (`--ram`, `--vram`), close other programs, or merge fewer models at a time",
     )

@@ -1,7 +1,7 @@
 """The matching rows of one tensor in all models, slice by slice, as they are stored.
 
-The first pass over a tensor also checks every model's rows for NaN and Inf, and takes the digest of its bytes. An
-expert's NaN and Inf end the merge, or, if the user says so, take the base's value: there its delta is 0.
+The first pass over a tensor also checks every model's rows for NaN and Inf, and digests their bytes. NaN and Inf of an
+expert end the merge, or, if the user says so, take the base's value, so that the expert's delta is 0 there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ R = TypeVar("R")
 
 
 class Stride:
-    """How much is in work at a time: `elements` of each model, in whole rows; `rows` overrides it.
+    """The size of slices: `elements` of each model, in whole rows, unless `rows` sets the number of rows.
 
-    It is halved when an allocation fails, in whatever thread.
+    The size is halved when an allocation fails, in whatever thread.
     """
 
     def __init__(self, elements: int, rows: int | None = None, emit: Emit = lambda event: None) -> None:
@@ -45,11 +45,14 @@ class Stride:
         self._lock = threading.Lock()
 
     def rows(self, columns: int) -> int:
+        """The number of rows in a slice of a tensor with so many columns, at least 1."""
         return self._rows or max(1, self.elements // max(columns, 1))
 
     def too_large(self, count: int, columns: int, name: str, *, whole: bool = False) -> None:
-        """`count` rows of `name` were too many. Raises MemoryBudgetError if they cannot be fewer; else halves the
-        stride."""
+        """Halve the stride, since an allocation for `count` rows of the tensor `name` has failed.
+
+        Raises MemoryBudgetError for a single row, and for a tensor that must come in one slice (`whole`).
+        """
         if count <= 1 or whole:
             columns = max(columns, count) if whole else columns
             raise MemoryBudgetError(
@@ -58,13 +61,13 @@ class Stride:
             )
         with self._lock:
             if self.rows(columns) < count:
-                return  # another thread met the same
+                return  # another thread has halved it already
             self._rows, self.elements = None, max(1, count * columns // 2)
             size = shown(self.elements * torch.float32.itemsize)
         self._emit(Notice(f"memory ran short: going on with slices of {size}", "warning"))
 
     def cuts(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-        """(start, stop) in rows of the slices of a tensor."""
+        """Yield (start, stop), in rows, of each slice of a tensor."""
         rows, columns = matrix_shape(shape)
         start = 0
         while start < rows:
@@ -74,7 +77,10 @@ class Stride:
 
 
 def in_halves(work: Callable[[Rows], R], rows: Rows, failed: Callable[[Rows], None]) -> list[R]:
-    """[work(rows)], or the same for both halves where an allocation fails; `failed` is told of each such slice."""
+    """Return [work(rows)], or, after a failed allocation, the results for both halves.
+
+    `failed` is called with every slice that was too large, and raises if halving is of no use.
+    """
     try:
         return [work(rows)]
     except Exception as error:
@@ -94,7 +100,7 @@ def finite(rows: Tensor) -> bool:
 
 
 def _mended(rows: Rows) -> tuple[Rows, list[int]]:
-    """The rows with the base's value where an expert's is not finite, and how many those are of each expert."""
+    """Replace an expert's values that are not finite by the base's; return the rows, and a count for each expert."""
     base, mended, counts = rows.stored_base, [], []
     for expert in rows.stored_experts:
         if finite(expert):
@@ -111,7 +117,7 @@ def _mended(rows: Rows) -> tuple[Rows, list[int]]:
 
 
 class TensorReader:
-    """One model's rows of one tensor, and the digest of those that were seen by `digest_of`."""
+    """One model's rows of one tensor, and the digest of the rows given to `enter_digest`."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, row_map: Tensor | None = None) -> None:
         self.checkpoint = checkpoint
@@ -120,7 +126,10 @@ class TensorReader:
         self._hash = xxhash.xxh3_128()
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, Tensor]]:
-        """Rows start:stop of the reference's numbering as (place, rows as stored), but those that are missing."""
+        """Rows start:stop of the reference's numbering as (place, rows as stored), without those that this model lacks.
+
+        Raises ModelError.
+        """
         if self._row_map is None:
             return [(0, self.checkpoint.rows(self.name, start, stop))]
         runs = _runs(self._row_map[start:stop])
@@ -131,11 +140,12 @@ class TensorReader:
         ]
 
     def enter_digest(self, pieces: list[tuple[int, Tensor]]) -> None:
+        """Add the bytes of these pieces to the digest."""
         for _, rows in pieces:
             self._hash.update(raw(rows))
 
     def assembled(self, pieces: list[tuple[int, Tensor]], count: int, fill: Tensor | None) -> Tensor:
-        """The pieces as (count, columns); missing rows are `fill`'s, or zeros."""
+        """Put pieces together as (count, columns); missing rows are those of `fill`, or zeros."""
         if self._row_map is None:
             return pieces[0][1]
         info = self.checkpoint.tensors[self.name]
@@ -149,11 +159,15 @@ class TensorReader:
         return rows
 
     def digest(self) -> str:
+        """xxh3-128 of all pieces entered, as 32 hex digits."""
         return str(self._hash.hexdigest())
 
 
 def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(place, run) for each stretch of consecutive rows, or of missing ones (-1): few, as vocabularies mostly agree."""
+    """Yield (place, run) for each stretch of consecutive rows, or of missing ones (-1).
+
+    They are few, since vocabularies mostly agree.
+    """
     before, after = wanted[:-1], wanted[1:]
     goes_on = torch.where(before == -1, after == -1, after == before + 1)
     breaks = (~goes_on).nonzero().flatten() + 1
@@ -164,7 +178,8 @@ def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
 class TensorInputs:
     """One tensor of the plan in all models that its merge reads.
 
-    `replaced`: for each expert, how many of its elements the first pass found not finite and gave the base's value.
+    `replaced` is, for each expert, the number of elements that the first pass found not finite and gave the base's
+    value.
     """
 
     def __init__(
@@ -187,20 +202,21 @@ class TensorInputs:
 
     @property
     def readers(self) -> list[TensorReader]:
+        """The readers of all models, the base's first if the base is read."""
         return [*([self._base] if self._base else []), *self._experts]
 
     def replaced_of(self, reader: TensorReader) -> int:
-        """How many elements of one of the `readers` took the base's value."""
+        """The number of elements, of one of the `readers`, that took the base's value."""
         return self.replaced[self._experts.index(reader)] if reader in self._experts else 0
 
     @property
     def nbytes(self) -> int:
-        """Of the rows of all models, as stored."""
+        """Bytes of the rows of all models, as stored."""
         sizes = [reader.checkpoint.tensors[reader.name].dtype.itemsize for reader in self.readers]
         return sum(sizes) * math.prod(self.task.shape)
 
     def slices(self, first_pass: bool) -> Iterator[Rows]:
-        """One pass over all slices. The first checks and takes digests. Raises ModelError, MemoryBudgetError."""
+        """Yield all slices once. The first pass checks and digests them. Raises ModelError, MemoryBudgetError."""
         rows, columns = matrix_shape(self.task.shape)
         start = 0
         while start < rows:
@@ -218,7 +234,7 @@ class TensorInputs:
             if read is None:
                 self._stride.too_large(stop - start, columns, self.task.name, whole=self.task.whole)
                 continue
-            if first_pass:
+            if first_pass:  # not before this: rows that fail to be allocated are read again, but digested once
                 self._look_at(pieces)
                 self.replaced = [before + now for before, now in zip(self.replaced, replaced, strict=True)]
             yield read
@@ -226,7 +242,7 @@ class TensorInputs:
             start = stop
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows start:stop, uncounted. Raises ModelError for NaN and Inf, or mends them."""
+        """Rows start:stop, not entered in any digest. Raises ModelError for NaN and Inf, or replaces them."""
         columns = matrix_shape(self.task.shape)[1]
         pieces = [reader.pieces(start, stop) for reader in self.readers]
         self._check(pieces)
@@ -251,7 +267,7 @@ class TensorInputs:
 
     @property
     def _strict(self) -> list[TensorReader]:
-        """Those whose NaN and Inf end the merge: the base's always do, there is nothing to put in their place."""
+        """The readers whose NaN and Inf end the merge: the base's always do, since nothing can take their place."""
         if self.task.action == "copy":
             return []
         return self.readers if not self._mends else [self._base] if self._base else []

@@ -25,7 +25,7 @@ from lowmem_aim.system.tensors import dtype_name
 
 @dataclass(frozen=True)
 class Target:
-    """One output: what is to be written, where, and what becomes of merged rows on the way."""
+    """One output: its plan, its shards, and how it relaxes merged rows."""
 
     plan: Plan
     shards: Shards  # entered by the loop
@@ -33,11 +33,11 @@ class Target:
 
     @functools.cached_property
     def left(self) -> dict[str, Task]:
-        """The tasks that no earlier run has finished, by tensor; known once the shards are entered."""
+        """The tasks that no earlier run has finished, by tensor name; known once the shards are entered."""
         return {task.name: task for task in self.shards.left}
 
     def merged(self, models: Sequence[tuple[str, str]], replaced: Sequence[Replaced]) -> Merged:
-        """What was written, in the plan's order, with what was read for all targets."""
+        """Digests and figures of what was written, in the plan's order; `models` and `replaced` are of all targets."""
         shards = {shard.name: self.shards.digests[shard.name] for shard in self.plan.shards}
         kept = {task.name: self.shards.kept[task.name] for task in self.plan.tasks if task.name in self.shards.kept}
         return Merged(shards, models, replaced, kept)
@@ -65,16 +65,16 @@ class SummedProgress:
 
 @dataclass(frozen=True)
 class FinishedRows:
-    """A slice of a target's tensor, and the slice's part of the sums that `DeltaSampler` takes."""
+    """A slice of a target's tensor, ready to be written, and the slice's part of the sums of `DeltaSampler`."""
 
-    rows: Tensor
-    before: int = 0
+    rows: Tensor  # (rows, columns), in the output's dtype, on the CPU
+    before: int = 0  # in the units of `methods.exact`
     after: int = 0
 
 
 @dataclass(frozen=True)
 class TargetTensor:
-    """What one target does to the merged rows of one tensor."""
+    """One tensor in one target: its merged rows are relaxed, rounded and written."""
 
     target: Target
     task: Task
@@ -83,11 +83,14 @@ class TargetTensor:
 
     @classmethod
     def of(cls, target: Target, task: Task) -> TargetTensor:
-        """A tensor that the target lacks."""
+        """The tensor of a task that the target lacks."""
         return cls(target, task, target.relaxation.of(task), DeltaSampler(task))
 
     def finish(self, merged: Tensor, rows: Rows, streams: DeviceStreams) -> FinishedRows:
-        """Relax and round a merged slice, (rows, columns) float32, which is overwritten; the result is on the CPU."""
+        """Relax and round a merged slice, (rows, columns) float32, which is overwritten. The result is on the CPU.
+
+        Raises ModelError for values that the output's dtype cannot hold.
+        """
         if self.relax is None:
             return FinishedRows(streams.down(rounded(merged, self.task)))
         before = self.sampler.of(merged, rows.stored_base, rows.start)
@@ -101,14 +104,14 @@ class TargetTensor:
         self.target.shards.append(self.task, finished.rows)
 
     def done(self, read: Read) -> None:
-        """All rows are written; `read` is what was seen of the models' tensors."""
+        """Mark the tensor as finished once all rows are written; `read` is what was read of it. Raises DiskError."""
         if self.relax is not None:
             read = replace(read, kept={self.task.name: DeltaKept(*self.sampler.sums())})
         self.target.shards.tensor_done(self.task, read)
 
 
 def rounded(merged: Tensor, task: Task) -> Tensor:
-    """The one rounding, to the output's dtype. Raises ModelError for a finite result that the dtype cannot hold."""
+    """Round merged rows to the output's dtype, once. Raises ModelError for finite values that the dtype cannot hold."""
     if task.dtype == torch.bfloat16 and kernels.usable([merged]):
         rounded, good = kernels.to_bfloat16(merged)
     else:

@@ -27,6 +27,10 @@ SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps",
 
 
 def check_configs(inputs: Inputs, emit: Emit) -> None:
+    """Compare every model's config.json with the reference's.
+
+    Raises ModelError for keys that must agree; those that should are reported as warnings.
+    """
     problems = [text for other in inputs.others for text in _differences(other, inputs.reference, MUST_AGREE)]
     if problems:
         raise ModelError(problems, hint="only models of one architecture and size can be merged")
@@ -46,6 +50,10 @@ def _differences(other: Checkpoint, reference: Checkpoint, keys: Sequence[str]) 
 
 
 def check_tensors(inputs: Inputs, emit: Emit) -> None:
+    """Compare every model's tensors with the reference's: names, shapes, and whether they are floats.
+
+    Raises ModelError with every tensor that cannot be merged; tensors that the reference lacks are a warning.
+    """
     problems: list[str] = []
     vocabulary_differs = False
     for other in inputs.others:

@@ -50,4 +50,5 @@ def _by_text(inputs: Inputs, other: Checkpoint) -> Tensor | None:
 
 
 def vocabulary_rows(roles: TensorRoles, checkpoint: Checkpoint) -> int:
+    """Rows of a model's embedding, padding included; 0 if the model has none."""
     return next((t.shape[0] for t in checkpoint if t.name in roles.vocabulary), 0)

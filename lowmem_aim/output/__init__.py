@@ -1,1 +1,17 @@
-"""The output folder: shards, journal, card; nothing that loads until all is there."""
+"""The output folder: shards, journal, card; nothing in it loads as a model until everything is there.
+
+folder.py        the output folder from outside: what lies where, and what is in the way of a run
+workspace.py     the output folder while a run holds it: locked, filled, published
+records.py       the kinds of records that a journal may hold
+journal.py       the journal of a run, in sqlite
+writer.py        one shard's file, written front to back and made durable
+shards.py        all shards of an output
+merged.py        digests and figures of what a merge has written and read
+small_files.py   every small file of an output, by name
+portable.py      the recipe as others may run it
+provenance.py    lowmem_aim.json: inputs, outputs, versions
+card.py          the model card
+heatmap.py       how much of the delta is left, by layer and kind of module
+picture.py       the heat map as a PNG
+verify.py        the list of digests, and the check against it
+"""

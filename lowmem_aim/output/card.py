@@ -1,7 +1,7 @@
-"""What stands beside the weights: config and tokenizer, the model card, mergekit_config.yml, and provenance.
+"""The model card, README.md: what was merged and how, how much of the delta is left, recipe, digests, versions.
 
-All of it follows from the inputs alone: the same merge twice gives the same bytes in every file. Models are named by
-their folder's name or Hub id, never by a local path.
+All of it follows from the inputs alone: the same merge twice gives the same bytes. Models are named by their folder's
+name or Hub id, never by a local path.
 """
 
 from __future__ import annotations
@@ -21,26 +21,21 @@ PICTURE = "delta-kept.png"
 
 
 def yaml_text(value: Any) -> str:
+    """A value as YAML, keys in their order; if a character is invisible or misleading, such characters are escaped."""
     text = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
     return text if is_printable(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
 
 
 def is_printable(text: str) -> bool:
-    """Whether all is as it looks: no direction marks, no halves of a surrogate pair."""
+    """Whether every character of a text is visible as what it is: no direction marks, no halves of a surrogate pair."""
     return all(line.isprintable() for line in text.split("\n"))
 
 
-# --- the recipe as others may run it --------------------------------------------------------------------------------
-
-
-# --- provenance and card --------------------------------------------------------------------------------------------
-
-
-# --- how much of the delta is left ----------------------------------------------------------------------------------
-
-
 def delta_left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
-    """The card's section; the heat map in it as a picture or, without one, as text."""
+    """The card's section on the delta that is left; the heat map in it is `picture` or, without one, text.
+
+    Empty if nothing was relaxed.
+    """
     share = joined(kept.values()).share
     if share is None:
         return ""
@@ -58,6 +53,11 @@ def delta_left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
 
 
 def card_text(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left: str) -> str:
+    """The model card as markdown.
+
+    `facts` are those of lowmem_aim.json, `portable` is the recipe as others may run it, `left` is the text of
+    `delta_left`.
+    """
     models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
     tags = (
         ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
@@ -94,7 +94,7 @@ def _relaxed_by(recipe: Recipe) -> str:
 
 
 def _consensus(facts: dict[str, Any], acm: Acm) -> str:
-    """What ACM did, layer by layer."""
+    """The paragraph and the table on ACM, layer by layer."""
     rows = [
         f"| {group} | {found['mutual_information']:.4f} | {found['kept']:.4f} |"
         for group, found in facts["acm"]["groups"].items()
@@ -114,7 +114,7 @@ def _omega(aim: Aim) -> str:
 
 
 def _replaced(facts: dict[str, Any]) -> str:
-    """Which elements the base's stand in for, where the run was to replace what is not finite (`--nonfinite base`)."""
+    """The section on elements that took the base's value, if the run was to replace what is not finite."""
     if "nonfinite" not in facts:
         return ""
     if not facts["nonfinite"]:
@@ -148,12 +148,12 @@ def _tokens(facts: dict[str, Any]) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block that nothing in it can close: its fence is longer than any run of backticks inside."""
+    """A code block that nothing in the text can close: its fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}{fence}"
 
 
 def _inline(text: str) -> str:
-    """A name from outside as markdown code: no markup of its own, no line break."""
+    """A name from outside as markdown code, without markup or line breaks of its own."""
     return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"

@@ -1,4 +1,4 @@
-"""The output folder from outside: where a run keeps what, whether it is finished, what is in the way of a run."""
+"""The output folder from outside: where a run keeps what, whether a run is finished, what is in the way of one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL_FILES_BYTES = 50_000_000
 
 
 def check_output(out: Path, inputs: Sequence[Path]) -> None:
-    """Raises UsageError if `out` is a file, holds anything, or overlaps an input folder; DiskError if unreadable."""
+    """Raise UsageError if `out` is a file, holds anything, or lies in an input folder; DiskError if unreadable."""
     shown = printable(str(out))
     with disk_errors(out):
         place = out.resolve()
@@ -37,15 +37,15 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
         if any(place == folder or folder in place.parents for folder in inputs):
             raise UsageError(f"the output `{shown}` lies inside an input model", hint="name a folder elsewhere")
         if is_finished(out):
-            return  # by the same job? that is seen once the inputs are open
+            return  # whether by the same job is checked once the inputs are open
         if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - set(_left_over(out)):
             raise UsageError(f"the output folder `{shown}` is not empty", hint="name a new folder, or empty this one")
 
 
 def _left_over(out: Path) -> list[str]:
-    """The files in `out` that a killed run had published, in that order; others of the same names do not count.
+    """Files in `out` that a killed run had published, in that order; other files of the same names do not count.
 
-    They are known by inode and size, which a rename keeps.
+    A file is recognised by its inode and size, which a rename keeps.
     """
     try:
         listed = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
@@ -64,29 +64,32 @@ def _known(file: Path) -> list[int] | None:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a run has come to its end there."""
+    """Whether a run has come to its end in the folder `out`."""
     return (out / PRIVATE / SUMS).is_file() and (out / CONFIG).is_file() and not (out / PRIVATE / PUBLISHING).exists()
 
 
 def outputs_in(out: Path) -> list[Path]:
-    """The outputs of a run: the folder itself, or, of several omegas, those in it."""
+    """The outputs of a run: the folder itself or, with several omegas, the folders in it."""
     several = [] if (out / PRIVATE).exists() else sorted(out.glob(f"omega-*/{PRIVATE}"))
     return [private.parent for private in several] or [out]
 
 
 def check_writable(folder: Path) -> None:
-    """Raises DiskError if no file can be made in `folder`."""
+    """Raise DiskError if no file can be made in `folder`."""
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def existing_folder(out: Path) -> Path:
-    """The folder that is there of `out` and those that it lies in."""
+    """The nearest folder that exists: `out` itself, or the folder that it would lie in."""
     return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
 
 
 def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
-    """Raises DiskError if the disk that `out` will be on has less than `needed_bytes` (and small files) free."""
+    """Raise DiskError if the disk that `out` will be on has no space for `needed_bytes` and the small files.
+
+    `what` names, in the message, what needs the space.
+    """
     with disk_errors(out):
         disk = shutil.disk_usage(existing_folder(out))
     if disk.total and needed_bytes + SMALL_FILES_BYTES > disk.free:  # a total of 0: no real disk, nothing is known
@@ -98,14 +101,14 @@ def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
 
 
 def staged_bytes(out: Path) -> int:
-    """Bytes that an interrupted run's unfinished shards take of the disk."""
+    """Bytes of the disk that an interrupted run's unfinished shards take."""
     with contextlib.suppress(OSError):
         return sum(file.stat().st_size for file in (out / PRIVATE / STAGING).iterdir())
     return 0
 
 
 def remove_snapshots(private: Path, but: str = "") -> None:
-    """Remove those of calibration, except the file of one name."""
+    """Remove the snapshots of calibration, except the file named `but`."""
     for file in private.glob(SNAPSHOTS):
         if file.name != but:
             with contextlib.suppress(OSError):
@@ -113,12 +116,12 @@ def remove_snapshots(private: Path, but: str = "") -> None:
 
 
 def snapshot_bytes(private: Path) -> int:
-    """What those of calibration take of the disk."""
+    """Bytes of the disk that the snapshots of calibration take."""
     return sum(file.stat().st_size for file in private.glob(SNAPSHOTS))
 
 
 def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
-    """Raises UsageError for what is in the way of the output, or of the outputs in it."""
+    """Raise UsageError or DiskError for what is in the way of the output, or of the outputs in it."""
     for folder in folders:
         check_output(folder, inputs)
     if out not in folders and ((out / CONFIG).exists() or (out / PRIVATE).exists()):

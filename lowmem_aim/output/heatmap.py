@@ -1,4 +1,4 @@
-"""How much of the delta AIM and ACM have left, layers by kinds of module: for the screen, and for the model card."""
+"""The share of the delta that AIM and ACM have left, layers by kinds of module: for the screen and the model card."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class DeltaSums:
     after: float = 0.0
 
     def add(self, sums: tuple[float, float]) -> None:
+        """Add the sums (before, after) of one tensor."""
         self.before, self.after = self.before + sums[0], self.after + sums[1]
 
     @property
     def share(self) -> float | None:
-        """None where there was no delta."""
+        """The share that is left; None if there was no delta."""
         return self.after / self.before if self.before else None
 
 
@@ -35,7 +36,7 @@ Modules = Mapping[tuple[str, str], DeltaSums]  # (layer or, outside of all, "", 
 
 
 def by_module(tensors: Iterable[tuple[int | None, str, tuple[float, float]]]) -> dict[tuple[str, str], DeltaSums]:
-    """What is kept of each kind in each layer, from (layer, kind, sums) of each tensor, in any order."""
+    """The sums of each kind in each layer, from (layer, kind, sums) of each tensor, in any order."""
     parts: dict[tuple[str, str], list[DeltaSums]] = {}
     for layer, kind, sums in tensors:
         parts.setdefault(("" if layer is None else str(layer), kind), []).append(DeltaSums(*sums))
@@ -43,12 +44,13 @@ def by_module(tensors: Iterable[tuple[int | None, str, tuple[float, float]]]) ->
 
 
 def joined(parts: Iterable[DeltaSums]) -> DeltaSums:
+    """The sums of several parts together, exactly rounded, so that their order does not matter."""
     parts = list(parts)
     return DeltaSums(math.fsum(part.before for part in parts), math.fsum(part.after for part in parts))
 
 
 def shares_by(kept: Modules, what: int) -> dict[str, float]:
-    """What is left in each layer (0) or of each kind (1), in the order in which they come; only where it is known."""
+    """The share left in each layer (0) or of each kind (1), in the order in which they come, without empty deltas."""
     found: dict[str, list[DeltaSums]] = {}
     for key, part in kept.items():
         found.setdefault(key[what], []).append(part)
@@ -57,7 +59,7 @@ def shares_by(kept: Modules, what: int) -> dict[str, float]:
 
 
 def inside(kept: Modules) -> Modules:
-    """Those in the layers."""
+    """The modules that are in the layers."""
     return {key: part for key, part in kept.items() if key[0]}
 
 
@@ -70,12 +72,12 @@ def colour_of(share: float) -> str:
 
 
 def block_of(share: float | None) -> str:
-    """A character whose height is the share; a dot where there is none."""
+    """A character whose height is the share; a dot for None."""
     return "·" if share is None else BLOCKS[min(int(share * len(BLOCKS)), len(BLOCKS) - 1)]
 
 
 def heat_rows(kept: Modules) -> Iterator[tuple[str, list[float | None]]]:
-    """(kind, share left in each layer, None where it was not relaxed); outside the layers nothing."""
+    """Yield (kind, share left in each layer, None where it was not relaxed); nothing for modules outside the layers."""
     layers = layers_of(kept)
     for kind in dict.fromkeys(kind for layer, kind in kept if layer):
         row = [kept[layer, kind].share if (layer, kind) in kept else None for layer in layers]
@@ -84,16 +86,17 @@ def heat_rows(kept: Modules) -> Iterator[tuple[str, list[float | None]]]:
 
 
 def layers_of(kept: Modules) -> Sequence[str]:
+    """The numbers of the layers, ascending, as text."""
     return [str(number) for number in sorted({int(layer) for layer, _ in kept if layer})]
 
 
 def label_of(kind: str) -> str:
-    """A kind's name for pictures and maps: every character of it one column wide, in every font."""
+    """A kind's name for pictures and maps, each of its characters one column wide in every font."""
     return printable(kind.encode("ascii", "backslashreplace").decode(), 40)
 
 
 def block_map(kept: Modules) -> Iterator[str]:
-    """The heat map as lines of text: some layers' numbers, then each kind with its blocks and its share over all."""
+    """Yield the heat map as lines of text: some layers' numbers, then each kind with its blocks and its total share."""
     rows, over_all = list(heat_rows(kept)), shares_by(inside(kept), 1)
     shown = rows[:MOST_KINDS]
     width = max((len(label_of(kind)) for kind, _ in shown), default=0)

@@ -1,10 +1,12 @@
-"""The journal of a run: what was asked for, on which inputs, and which bytes are finished. sqlite beside the output.
+"""The journal of a run: what was asked for, on which inputs, and which bytes are finished; in sqlite beside the output.
 
-Guarantee: a row speaks only of bytes that were durable before it was written, and is durable itself when `put` returns
-(journal_mode DELETE, synchronous EXTRA; WAL would fail on network filesystems). Every row carries a digest of itself.
-A row that is damaged, and a journal that is, count as absent: that leads to work done again, never to wrong bytes.
-Limit: durable is what the system's fsync makes so. A disk that lies about it may lose bytes whose row it kept; the
-digests show that when the run is resumed.
+Guarantee: a record describes only bytes that were durable before it was written, and is durable itself when `keep`
+returns (journal_mode DELETE, synchronous EXTRA; WAL would fail on network filesystems). Every row carries a digest of
+itself. A damaged row counts as absent, and so does a damaged journal: that leads to work done again, never to wrong
+bytes.
+
+Limit: a record is as durable as the system's fsync makes it. A disk that lies about fsync may lose bytes whose record
+it kept; the digests show that when the run is resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ CREATE TABLE IF NOT EXISTS entries
     (kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (kind, name))
 """
 _COLUMNS = "kind, name, value, digest"
-# What sqlite says when something is in its way now. All else that it says of a file means damage.
+# sqlite's errors when something is in its way now. Every other error about a file means damage.
 _IN_ITS_WAY = {
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY,
@@ -50,12 +52,12 @@ R = TypeVar("R", bound=Record)
 
 
 class Journal:
-    """A context manager; its methods may be called from any thread."""
+    """The journal of one run. A context manager; its methods may be called from any thread."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        """The journal in `folder`; a new one if there is none or it is damaged beyond reading. Raises DiskError.
+        """Open the journal in `folder`, or begin one if there is none or it is beyond reading. Raises DiskError.
 
-        `read_only`: one that is not there, or damaged, is empty.
+        `read_only`: a journal that is absent or damaged reads as empty.
         """
         self._file = folder / NAME
         self._lock = threading.Lock()
@@ -75,7 +77,7 @@ class Journal:
 
     @staticmethod
     def remove(folder: Path) -> None:
-        """Forget all that a folder's journal says."""
+        """Remove the journal of a folder, and all records with it."""
         for name in (f"{NAME}-journal", NAME):  # the rollback journal first: it must never meet another database
             (folder / name).unlink(missing_ok=True)
 
@@ -87,7 +89,7 @@ class Journal:
             self._connection.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
 
     def kept(self, kind: type[R]) -> R | None:
-        """The record of a kind that has one; None if it is absent or damaged."""
+        """The record of a kind that has only one; None if it is absent or damaged. Raises DiskError."""
         return next(iter(self._records(kind)), None)
 
     def holds(self, *kinds: type[Record]) -> bool:
@@ -107,7 +109,7 @@ class Journal:
         self.keep(group, f"{group.shard}\0{group.tensors:09}")
 
     def groups(self, shard: str) -> list[Group]:
-        """The groups of one shard, in file order."""
+        """The groups of one shard, in file order. Raises DiskError."""
         return sorted(self._records(Group, f"{shard}\0", f"{shard}\1"), key=lambda group: group.tensors)
 
     def _records(self, kind: type[R], first: str = "", last: str = "\U0010ffff") -> list[R]:
@@ -118,7 +120,7 @@ class Journal:
         return found
 
     def _rows(self, kind: str, first: str, last: str) -> list[dict[str, Any]]:
-        """The rows of a kind, from the name `first` to `last`. Raises DiskError where they cannot be read now."""
+        """The rows of a kind, from the name `first` to `last`. Raises DiskError if they cannot be read now."""
         query = f"SELECT {_COLUMNS} FROM entries WHERE kind = ? AND name >= ? AND name < ?"
         try:
             with self._lock:
@@ -140,6 +142,7 @@ class Journal:
             ) from error
 
     def close(self) -> None:
+        """Close the file."""
         with self._lock:
             self._connection.close()
 
@@ -158,7 +161,7 @@ def _only_read(file: Path) -> str:
 
 
 def _connected(file: Path) -> sqlite3.Connection:
-    """Raises a sqlite3.DatabaseError of whatever would be in the way later."""
+    """Open the database. Raises sqlite3.DatabaseError now for whatever would be in the way later."""
     connection = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
     connection.text_factory = _text
     try:

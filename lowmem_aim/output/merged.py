@@ -1,4 +1,7 @@
-"""What a merge has written and read, as the card and the provenance tell it; all of it follows from the inputs."""
+"""Digests and figures of what a merge has written and read, for the card and the provenance.
+
+All of it follows from the inputs alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import NamedTuple
 
 
 class DeltaKept(NamedTuple):
-    """Sums of |delta| of one tensor, before and after it was relaxed (see `relaxing.delta_sampler`)."""
+    """Sums of |delta| of one tensor, before and after relaxation (see `relaxing.delta_sampler`)."""
 
     before: float
     after: float

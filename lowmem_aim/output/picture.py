@@ -1,7 +1,7 @@
-"""The heat map as a PNG, by matplotlib (the extra `[report]`), which is imported here alone, and only to draw.
+"""The heat map as a PNG, by matplotlib (the extra `[report]`), which is imported only here, and only to draw.
 
 The bytes follow from the figures and from the versions in `drawn_with`: no date, none of the user's settings, and the
-fonts that matplotlib brings along. Nothing of pyplot, so that no window system is asked and no state is left behind.
+fonts that matplotlib brings along. pyplot is not used, so that no window system is asked and no state is left behind.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
 
-DOTS = 120  # an inch
+DOTS = 120  # per inch
 COLUMN, ROW, CHARACTER = 0.16, 0.24, 0.078  # inches
 NARROWEST, WIDEST = 3.0, 24.0  # inches of cells: a thousand layers get three dots each
 NOT_RELAXED = "#e6e6e6"
 
 
 def drawn_with() -> dict[str, str]:
-    """The versions that a picture depends on, asked without importing anything; none where none can be drawn."""
+    """The versions that a picture depends on, found without importing anything; empty if no picture can be drawn."""
     if find_spec("matplotlib") is None:
         return {}
     try:
@@ -41,7 +41,7 @@ def drawn_with() -> dict[str, str]:
 
 
 def heatmap_png(kept: Modules) -> bytes | None:
-    """Layers by kinds of module; None where no layer was relaxed, or matplotlib is absent or does not work here."""
+    """Draw layers by kinds of module; None if no layer was relaxed, or matplotlib is absent or does not work here."""
     if not drawn_with() or not any(heat_rows(kept)):
         return None
     try:
@@ -53,9 +53,9 @@ def heatmap_png(kept: Modules) -> bytes | None:
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """What matplotlib says does not reach the terminal; what it writes as it is imported goes to the project's cache.
+    """Keep matplotlib's messages off the terminal, and its files in the project's cache.
 
-    It looks for fonts then, and keeps a list of them; so does the fontconfig that it asks.
+    When it is imported, matplotlib looks for fonts and keeps a list of them; so does fontconfig, which matplotlib asks.
     """
     cache, logger = str(cache_folder()), logging.getLogger("matplotlib")
     own = {"XDG_CACHE_HOME": cache, "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR") or os.path.join(cache, "matplotlib")}
@@ -111,7 +111,7 @@ def _figure(kept: Modules) -> Figure:
 
 
 def _label(cells: Axes, bar: Axes, labels: Sequence[str], layers: Sequence[str]) -> None:
-    """All texts, in matplotlib's own fonts by file: the system may have others of the same names."""
+    """Draw all texts, in matplotlib's own fonts by file: the system may have others of the same names."""
     text, names = _font("DejaVuSans.ttf"), _font("DejaVuSansMono.ttf")
     each = next(step for step in (1, 5, 10, 50, 100) if len(layers) <= 20 * step or step == 100)
     columns = range(0, len(layers), each)

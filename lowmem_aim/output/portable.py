@@ -1,4 +1,4 @@
-"""Carried here from card.py."""
+"""The recipe as others may run it: mergekit's YAML, with labels in place of local paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file
 
 
 def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """The recipe as mergekit's YAML, with labels for local paths."""
+    """The recipe as a table for mergekit's YAML, with labels for local paths."""
     portable: dict[str, Any] = {"merge_method": recipe.method.name}
     if inputs.base:
         portable["base_model"] = inputs.base.label
@@ -35,6 +35,7 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
 
 
 def calibration_label(calibration: str) -> str:
+    """The name of calibration texts: of a file without its folder, a Hub dataset's id, or `builtin`."""
     if calibration in ("", BUILTIN):
         return calibration or PILE
     local = is_activations_file(calibration) or calibration.endswith((".jsonl", ".txt"))

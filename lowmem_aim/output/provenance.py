@@ -1,4 +1,4 @@
-"""Carried here from card.py."""
+"""The provenance of an output, lowmem_aim.json: what was merged, how, with which versions, and all digests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowmem_aim.relaxing.activations import Activations
 def provenance(
     plan: Plan, inputs: Inputs, activations: Activations | None, merged: Merged, recipe: dict[str, Any]
 ) -> dict[str, Any]:
-    """lowmem_aim.json: what was merged, how, with what, and the digests of what was read and written."""
+    """The content of lowmem_aim.json: what was merged, how, with what, and digests of what was read and written."""
     facts: dict[str, Any] = {
         "format": "lowmem-aim provenance 1",
         "versions": versions(plan.recipe.method),
@@ -48,7 +48,7 @@ def provenance(
 
 
 def versions(method: Method | None = None) -> dict[str, str]:
-    """Of what is installed, and of the package that brings the method; asked without importing it, which is slow."""
+    """Versions of what is installed, and of the package that brings the method, without importing it, which is slow."""
     others = {name: metadata.version(name) for name in ("transformers", "safetensors")}
     if method is not None and method.package:
         package, _, version = method.package.rpartition(" ")
@@ -57,12 +57,15 @@ def versions(method: Method | None = None) -> dict[str, str]:
 
 
 def kept_by_module(plan: Plan, merged: Merged) -> Modules:
-    """By module; one that was not relaxed is there, with no delta."""
+    """The sums of the delta by module; a module that was not relaxed is there, without a delta."""
     return by_module((task.layer, task.kind, merged.kept.get(task.name, (0.0, 0.0))) for task in plan.tasks)
 
 
 def kept_shares(kept: Modules) -> dict[str, Any]:
-    """In four decimals: what follows is no more exact, and does not depend on the order of tensors."""
+    """The shares of the delta that are left: in all, by layer and by kind.
+
+    Rounded to four decimals: the estimate is no more exact, and the result does not depend on the order of tensors.
+    """
     layers, kinds = shares_by(inside(kept), 0), shares_by(kept, 1)
     return {
         "delta": round(joined(kept.values()).share or 0.0, 4),

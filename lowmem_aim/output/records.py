@@ -1,6 +1,6 @@
-"""What the journal of a run may hold, each kind of row as a record. All fields are JSON values.
+"""The records that the journal of a run may hold, a class for each kind. All fields are JSON values.
 
-A new kind is a class here; if its rows are progress that a later run can build on, it stands in `PROGRESS` too.
+A new kind is a class here; if a later run can build on its records, the class also stands in `PROGRESS`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the journal; `kind` is its name there."""
+    """A row of the journal; `kind` is the name that its kind has there."""
 
     kind: ClassVar[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The record as the journal gives it back: lists for tuples."""
+        """The record as the journal gives it back: JSON values, lists in place of tuples."""
         same: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return same
 
 
 @dataclass(frozen=True)
 class Identity(Record):
-    """What a run is of: the same job on the same inputs may be resumed."""
+    """The identity of a run: an interrupted run may be resumed by the same job on the same inputs."""
 
     kind = "identity"
 
@@ -36,7 +36,7 @@ class Identity(Record):
 
 @dataclass(frozen=True)
 class AcceptedEnvironments(Record):
-    """The environments of a run that was resumed in another one, because the user said so; the first one first."""
+    """The environments of a run that was resumed in another one because the user allowed it; the first one first."""
 
     kind = "accepted"
 
@@ -45,7 +45,7 @@ class AcceptedEnvironments(Record):
 
 @dataclass(frozen=True)
 class PlanSize(Record):
-    """How much there is to do, for `status`."""
+    """The amount of work in a plan, for `status`."""
 
     kind = "plan"
 
@@ -56,7 +56,7 @@ class PlanSize(Record):
 
 @dataclass(frozen=True)
 class CalibrationSnapshot(Record):
-    """Where a calibration stands after a block, and the file that holds its tensors (see `measuring.snapshots`)."""
+    """The progress of a calibration after a block, and the file that holds its tensors (see `measuring.snapshots`)."""
 
     kind = "calibration"
 
@@ -84,7 +84,7 @@ class KeptActivations(Record):
 
 @dataclass(frozen=True)
 class KeptComparison(Record):
-    """What ACM has measured."""
+    """The mutual information that ACM has measured."""
 
     kind = "acm"
 
@@ -94,13 +94,13 @@ class KeptComparison(Record):
 
 @dataclass(frozen=True)
 class Group(Record):
-    """Finished tensors of one shard, from number `start` on: now its first `tensors`, the bytes up to `end`, are."""
+    """Tensors of one shard that became durable together: numbers `start` to `tensors` - 1, whose bytes end at `end`."""
 
     kind = "group"
 
     shard: str  # file name
     start: int
-    tensors: int
+    tensors: int  # the number of the shard's tensors that are finished with this group
     end: int
     sha256: str  # of the file's bytes up to `end`
     digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor of this group -> xxh3-128 of its bytes as read
@@ -108,5 +108,5 @@ class Group(Record):
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensor -> sums, see `relaxing.delta_sampler`
 
 
-# What a later run can build on. Without any of them nothing is lost if a run's folder goes.
+# The kinds that a later run can build on. If a run's folder has none of them, nothing is lost with it.
 PROGRESS: tuple[type[Record], ...] = (CalibrationSnapshot, KeptActivations, KeptComparison, Group)

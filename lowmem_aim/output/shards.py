@@ -1,4 +1,4 @@
-"""The shards of an output on their way: what an earlier run has finished, what is left, what becomes durable."""
+"""The shards of an output while they are written: what an earlier run has finished, what is left, what is durable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ByModel = Mapping[str, Mapping[str, V]]  # number of the model's folder -> tenso
 
 @dataclass(frozen=True)
 class Read:
-    """What was seen of tensors that were read to their end."""
+    """Facts about tensors that were read to their end."""
 
     digests: ByModel[str]  # xxh3-128 of the bytes as read
     replaced: ByModel[int]  # how many elements were not finite, and took the base's value
@@ -37,11 +37,14 @@ class Read:
 class Shards:
     """The shards of one output, each begun with its first row and closed with its last. A context manager.
 
-    Entering it checks what an earlier run has finished: that is not among the tasks that are `left`.
+    Entering it checks what an earlier run has finished, and lists the tasks that are `left`.
     """
 
     def __init__(self, plan: Plan, staging: Path, journal: Journal, emit: Emit, output: str = "") -> None:
-        """`output`: how events name it, where there are several."""
+        """Prepare; nothing is read or written before the shards are entered.
+
+        `output` is the output's name in events, if there are several.
+        """
         self._plan, self._staging, self._journal, self._emit, self._output = plan, staging, journal, emit, output
         self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
         self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
@@ -71,9 +74,14 @@ class Shards:
         return shard.tasks[prefix.tensors :]
 
     def append(self, task: Task, rows: Tensor) -> None:
+        """Write the next rows of a tensor; tensors come in the plan's order.
+
+        Raises DiskError, perhaps for rows given earlier.
+        """
         self._writer(self._shards[task.name]).append(raw(rows))
 
     def tensor_done(self, task: Task, read: Read) -> None:
+        """Mark a tensor as whole; with the last one, its shard is made durable and closed. Raises DiskError."""
         shard = self._shards[task.name]
         writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
         writer.tensor_done(read)

@@ -1,4 +1,7 @@
-"""Carried here from card.py."""
+"""The small files of an output: config, tokenizer, index, recipe, provenance, card.
+
+All of them follow from the inputs alone: the same merge twice gives the same bytes in every file.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,11 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-LARGEST_COPY = 200_000_000
+LARGEST_COPY = 200_000_000  # bytes
 
 
 def copied_files(reference: Checkpoint) -> dict[str, bytes]:
-    """Tokenizer, chat template and the like, by name. Raises ModelError for a file that is no such thing."""
+    """The reference's tokenizer files, chat template and the like, by name. Raises ModelError if one is too large."""
     return {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
 
 
@@ -59,7 +62,7 @@ def output_files(
 ) -> dict[str, bytes]:
     """Every small file of the output by name, config.json last. `copied` is from `copied_files`.
 
-    `environments`: versions and devices, where there was more than one on the way to this output.
+    `environments` are versions and devices, if there was more than one on the way to this output.
     """
     files = dict(copied)
     if len(plan.shards) > 1:
@@ -83,7 +86,7 @@ def output_files(
     files["mergekit_config.yml"] = yaml_text(recipe).encode()
     files["lowmem_aim.json"] = _json(facts)
     files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
-    files[CONFIG] = _json(_config(inputs.reference, plan))
+    files[CONFIG] = _json(_config(inputs.reference, plan))  # last: without it, no loader takes the folder for a model
     return files
 
 

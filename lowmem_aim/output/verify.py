@@ -1,6 +1,6 @@
-"""sha256.txt beside a finished output, in the form that `sha256sum --check` takes, and the check itself.
+"""The list of digests of a finished output, in the form that `sha256sum --check` takes, and the check of the output.
 
-Its last line is a digest of the lines before it, so that damage to the list itself shows too.
+The list is sha256.txt. Its last line is a digest of the lines before, so that damage to the list itself shows too.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ _LAST = "# sha256 of the lines above: "
 
 
 def sums_text(sums: Mapping[str, str]) -> bytes:
-    """File name (relative to the output folder) -> sha256, as the list's text."""
+    """The text of the list, from file name (relative to the output folder) -> sha256."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
     return lines + f"{_LAST}{hashlib.sha256(lines).hexdigest()}\n".encode()
 
 
 def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
-    """Read every file again; returns how many. Raises VerifyError naming all that differ, UsageError without a list."""
+    """Read every file of one output again, and return their number.
+
+    Raises VerifyError naming all files that differ, UsageError without a list.
+    """
     file = out / list_name
     if not file.is_file():
         raise UsageError(
-            f"`{printable(str(out))}` is no finished output of this tool: there is no `{list_name}`",
-            hint="`lowmem-aim status` tells what is there",
+            f"`{printable(str(out))}` is not a finished output of this tool: there is no `{list_name}`",
+            hint="`lowmem-aim status` shows what is there",
         )
     sums = _read(file)
     present = [name for name in sums if (out / name).is_file()]
@@ -46,12 +49,12 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
         emit(Advanced(done, name))
     emit(PhaseEnded("verify"))
     if problems:
-        raise VerifyError(problems, hint="merge again into a new folder; if it comes again, suspect the disk")
+        raise VerifyError(problems, hint="merge again into a new folder; if it happens again, suspect the disk")
     return len(sums)
 
 
 def verify_outputs(out: Path, emit: Emit = silent) -> Path:
-    """Verify every output of the run in `out` (several omegas have a folder each); returns `out`.
+    """Verify every output of the run in `out` (with several omegas, each has a folder), and return `out`.
 
     Raises VerifyError naming all files of an output that differ, UsageError for a folder without a finished output.
     """
@@ -87,7 +90,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _sha256(file: Path, emit: Emit, before: int) -> str:
-    """`before`: bytes of other files that have been read."""
+    """sha256 of a file; `before` is the number of bytes of other files that have been read, for the progress."""
     digest, done = hashlib.sha256(), before
     with file.open("rb", buffering=0) as stream:
         while data := stream.read(PIECE_BYTES):

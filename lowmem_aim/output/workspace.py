@@ -1,10 +1,10 @@
-"""The output folder: checked before work, locked during it, filled only once everything is whole.
+"""The output folder while a run holds it: checked before work, locked during it, filled only once everything is whole.
 
-Until `publish`, all that a run writes lies in OUT/.lowmem_aim: the shards in staging/, the journal of what is finished.
-Then files get their final names, in an order in which the folder is no loadable model until the last of them,
-config.json, is there. A run that fails or is killed leaves what it had finished for the same command to go on with; one
-that had finished nothing leaves nothing. Files that a killed run had published (a list, written first, says which) are
-taken back to staging by the next. What stays beside a finished model: the journal and sha256.txt.
+Until `publish`, all that a run writes lies in OUT/.lowmem_aim: the shards in staging/, and the journal of what is
+finished. Then files get their final names, in an order in which the folder is no loadable model until the last of them,
+config.json, is there. A run that fails or is killed leaves what it had finished, for the same command to build on; a
+run that had finished nothing leaves nothing. Files that a killed run had published (a list, written first, says which)
+are taken back to staging by the next run. What stays beside a finished model: the journal and sha256.txt.
 """
 
 from __future__ import annotations
@@ -51,18 +51,20 @@ class Workspace:
 
     @property
     def private(self) -> Path:
+        """The folder of all that is not the model."""
         return self.out / PRIVATE
 
     @property
     def staging(self) -> Path:
+        """The folder of files that do not have their final names yet."""
         return self.private / STAGING
 
     def take_back(self) -> None:
-        """What a killed run had published goes back to staging. Raises DiskError."""
+        """Move what a killed run had published back to staging. Raises DiskError."""
         _take_back(self.out)
 
     def forget_calibration(self) -> None:
-        """Its snapshots are of no more use. Raises DiskError."""
+        """Remove the snapshots of calibration, which are of no more use. Raises DiskError."""
         if self.journal.holds(CalibrationSnapshot):
             self.journal.forget(CalibrationSnapshot)
         remove_snapshots(self.private)
@@ -70,19 +72,19 @@ class Workspace:
 
 @contextlib.contextmanager
 def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
-    """Make `out` if need be and lock it against other runs; `take_back` then puts what is finished into staging.
+    """Make `out` if need be, and hold it against other runs during this block; a merge then calls `take_back`.
 
-    `fresh` discards what an interrupted run has left. On an exception what this run made is removed again, unless there
-    is something finished for the same command to go on with. Raises DiskError, LockedError, UsageError.
+    `fresh` discards what an interrupted run has left. On an exception, what this run made is removed again, unless
+    something is finished that the same command can build on. Raises DiskError, LockedError, UsageError.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     private = out / PRIVATE
-    keep = private.exists()  # what is there is another's until its journal, once read, says that nothing is finished
+    keep = private.exists()  # what was there before stays, until its journal says that nothing is finished
     try:
         with disk_errors(out):
             private.mkdir(parents=True, exist_ok=True)
             for folder in (private, *made):
-                sync_folder(folder.parent)  # what becomes durable in a folder is worth as much as the folder
+                sync_folder(folder.parent)  # a durable file is lost if its folder is lost
         with locked(private / "lock"):
             check_output(out, [])  # again: another run may have been here in the meantime
             finished = is_finished(out)
@@ -99,9 +101,9 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                 try:
                     yield space
                 finally:
-                    keep = True
+                    keep = True  # also if the journal cannot be asked
                     keep = finished or journal.holds(*PROGRESS)
-            if space.sums:
+            if space.sums:  # after the journal is closed: the list has its digest
                 _seal(out, space.sums)
     except BaseException as error:
         if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
@@ -113,13 +115,13 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
 
 
 def discard(out: Path) -> None:
-    """Remove what runs have left in `out`, and the folder if that was all. Not while a run holds it."""
+    """Remove what runs have left in `out`, and the folder if nothing else is in it. Not while a run holds it."""
     _clear(out / PRIVATE)
     _remove_empty([out / PRIVATE, out])
 
 
 def _clear(private: Path) -> None:
-    """Remove what runs put there, and nothing else."""
+    """Remove what runs put into the private folder, and nothing else."""
     shutil.rmtree(private / STAGING, ignore_errors=True)
     _remove_half_written(private)
     with contextlib.suppress(OSError):
@@ -129,7 +131,7 @@ def _clear(private: Path) -> None:
 
 
 def _remove_half_written(private: Path) -> None:
-    """What a kill may have left of small files and snapshots."""
+    """Remove what a kill may have left of small files and snapshots."""
     remove_snapshots(private)
     for file in private.glob(".*.partial"):
         with contextlib.suppress(OSError):
@@ -137,14 +139,14 @@ def _remove_half_written(private: Path) -> None:
 
 
 def _take_back(out: Path) -> None:
-    """Published files of a killed run go back to staging, config.json first: half a model is never one that loads."""
+    """Move published files of a killed run back to staging, config.json first, so that half a model never loads."""
     staging = out / PRIVATE / STAGING
     with disk_errors(staging):
         staging.mkdir(exist_ok=True)
         for name in reversed(_left_over(out)):
             os.replace(out / name, staging / name)
         for folder in (staging, staging.parent, out):
-            sync_folder(folder)  # a power loss must not keep the list's end and lose a renaming: whose were the files?
+            sync_folder(folder)  # before the list goes: a power loss must not lose a rename and keep that
         (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
 
 
@@ -157,7 +159,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, bytes]) -> None:
     """Give the staged shards and then `files` (in their order, config.json last) their final names, durably.
 
-    `shards`: name -> sha256. Can be done again after it was interrupted at any point. Raises DiskError.
+    `shards`: name -> sha256. After an interruption at any point, the same can be done again. Raises DiskError.
     """
     out, staging = space.out, space.staging
     for name, content in files.items():
@@ -169,6 +171,7 @@ def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, byt
             f"`{printable(str(out / there[0]))}` has been put into the output folder meanwhile",
             hint="move it away, and give the same command again",
         )
+    # Before any rename: if this run is killed, the next one learns from the list which files are ours.
     write_file(space.private / PUBLISHING, json.dumps({name: _known(staging / name) for name in names}).encode())
     with disk_errors(out):
         for name in names[:-1]:
@@ -181,13 +184,14 @@ def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, byt
 
 
 def _seal(out: Path, sums: dict[str, str]) -> None:
-    """The list of digests, the closed journal's with them; with it the run is finished."""
+    """Write the list of digests, the closed journal's among them; with it the run is finished."""
     private = out / PRIVATE
     with disk_errors(private):
         own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256((private / JOURNAL).read_bytes()).hexdigest()}
         write_file(private / SUMS, sums_text(sums | own))
+        # Only after the digests are durable: a run is finished once these are there and the list of names is not.
         (private / PUBLISHING).unlink(missing_ok=True)
-        sync_folder(private)  # finished, whatever happens after the run has said so
+        sync_folder(private)  # finished for good, before the run says so
         shutil.rmtree(private / STAGING, ignore_errors=True)
         _remove_half_written(private)
         (private / ACTIVATIONS).unlink(missing_ok=True)

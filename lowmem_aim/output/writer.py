@@ -1,9 +1,9 @@
 """Output shards: preallocated, written front to back under a temporary name, hashed as they are written.
 
-Hashing, writing and syncing have threads of their own: who appends waits only when they are behind. Finished tensors
-are committed in groups: a group is told of only after its bytes are durable (fdatasync), and `close` returns after all
-are. Nothing here gives a file its final name. A full disk shows when the shard is begun (posix_fallocate), where the
-filesystem can reserve space.
+Hashing, writing and syncing have threads of their own: `append` waits only when they are behind. Finished tensors are
+committed in groups, each only after its bytes are durable (fdatasync); `close` returns once all bytes are. Nothing here
+gives a file its final name. A full disk shows when the shard is begun (posix_fallocate), if the filesystem can reserve
+space.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lowmem_aim.system.files import disk_errors, sync_folder
 
 # Appended pieces that may wait to be written.
 WAITING = 4
-# The disk is told to write so much at a time while the shard still grows; else all of it would wait for the fsync.
+# A sync begins each time the shard has grown by this much; otherwise all of it would wait for the last one.
 SYNC_BYTES = 64 << 20
-# Tensors are committed together up to so many bytes: a commit costs some 16 ms, on many disks more. While one group is
-# made durable the next is filled; a kill costs both.
+# Tensors are committed together until they have this many bytes: a commit costs some 16 ms, on many disks more. While
+# one group is made durable the next one is filled; a kill costs both.
 GROUP_BYTES = 32_000_000
 CHUNK = 8 << 20
 
 Data = bytes | memoryview
-Facts = Any  # what the journal is told of a tensor
+Facts = Any  # about a tensor, for the journal
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Prefix:
 
 @dataclass(frozen=True)
 class _Done:
-    """In the queue: a tensor has been appended whole."""
+    """An entry of the queue: a tensor has been appended whole."""
 
     facts: Facts
 
 
 @dataclass(frozen=True)
 class Commit:
-    """Tensors that have become durable; `tensors`, `end` and `sha256` are of the whole file so far."""
+    """Tensors that have become durable; `tensors`, `end` and `sha256` are those of the whole file so far."""
 
     tensors: int
     end: int
@@ -63,7 +63,7 @@ class Commit:
 
 
 class ShardWriter:
-    """One file of a known size. A context manager: leaving it without `close` drops the descriptor, nothing more."""
+    """One file of a known size. A context manager: leaving it without `close` closes the descriptor, nothing more."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class ShardWriter:
         prefix: Prefix | None = None,
         worked: Callable[[int, float], None] = lambda nbytes, seconds: None,
     ) -> None:
-        """Create `path` with `size` bytes (it must not exist), or go on after its `prefix`. Raises DiskError.
+        """Create `path` with `size` bytes (it must not exist), or go on after its finished `prefix`. Raises DiskError.
 
-        Called in other threads: `commit` with what has become durable, `worked` with bytes that were written, and how
-        long that took.
+        Two functions are called in other threads: `commit` with what has become durable, `worked` with a number of
+        bytes written and the seconds that writing them took.
         """
         self._path, self._size, self._commit, self._worked = path, size, commit, worked
         self._tensors, self._written, self._hash = 0, 0, hashlib.sha256()
@@ -107,15 +107,21 @@ class ShardWriter:
             thread.start()
 
     def append(self, data: Data) -> None:
-        """The next bytes of the file; they must not change from now on. Raises DiskError, perhaps of earlier ones."""
+        """Write the next bytes of the file; `data` must not change from now on.
+
+        Raises DiskError, perhaps for bytes given earlier.
+        """
         self._put(data)
 
     def tensor_done(self, facts: Facts = None) -> None:
-        """What was appended since the last time, or since the header, is a whole tensor. Raises as `append`."""
+        """Mark what was appended since the last call, or since the header, as a whole tensor.
+
+        Raises DiskError, perhaps for bytes given earlier.
+        """
         self._put(_Done(facts))
 
     def close(self) -> str:
-        """Make the file durable; its sha256 in hex. Raises DiskError."""
+        """Make the file durable, close it, and return its sha256 in hex. Raises DiskError."""
         self._stop()
         if self._error:
             raise self._error
@@ -189,7 +195,7 @@ class ShardWriter:
 
     def _stop(self) -> None:
         threads, self._threads = self._threads, []
-        if threads:
+        if threads:  # the writing thread first: it may still have commits for the other
             self._waiting.put(None)
             threads[0].join()
             self._to_sync.put(False)
@@ -212,9 +218,9 @@ class ShardWriter:
 
 
 def finished_prefix(path: Path, groups: Sequence[Group]) -> tuple[Prefix | None, list[Group]]:
-    """How far a shard's file is what the journal says, by reading it; and the groups that are. Raises DiskError.
+    """The front of a shard's file that is what the journal says, found by reading it, and the groups in it.
 
-    `groups` in file order; what comes after the first that differs does not count.
+    `groups` are in file order; whatever comes after the first that differs does not count. Raises DiskError.
     """
     state, good, position = hashlib.sha256(), [], 0
     prefix = None
@@ -243,4 +249,4 @@ def _reserve(descriptor: int, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
-    os.ftruncate(descriptor, size)
+    os.ftruncate(descriptor, size)  # reserves nothing: a full disk shows later

@@ -1,5 +1,7 @@
-"""ACM, Activation-Guided Consensus Merging (arXiv 2505.14009, NeurIPS 2025): the more a layer of the merged model still
-says what the base's said, the less of the merged delta it takes:
+"""ACM, Activation-Guided Consensus Merging (arXiv 2505.14009, NeurIPS 2025): the delta shrinks by layer.
+
+The more the outputs of a layer of the merged model have in common with the base's, the less of the merged delta the
+layer takes:
 
     W = W0 + (1 - t) * (Wm - W0)        for every weight and bias of a layer
 
@@ -26,7 +28,7 @@ def freezing(
     theta: float,
     normalise: Normalise,
 ) -> dict[str, float]:  # group -> t
-    """How much of the delta each group does not take."""
+    """t of the formula for each group: the share of the delta that the group does not take."""
     means = {group: math.fsum(m) / len(m) for group, m in information.items()}
     top = max((mean for group, mean in means.items() if group.isdecimal()), default=0.0)
     return {
@@ -38,6 +40,6 @@ def freezing(
 
 
 def _sigmoid(x: float) -> float:
-    """Of x <= 0."""
+    """Sigmoid of x <= 0, for which exp cannot overflow."""
     power = math.exp(x)
     return power / (1.0 + power)

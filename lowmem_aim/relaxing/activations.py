@@ -27,7 +27,11 @@ FORMAT = "lowmem-aim activations 1"
 
 @dataclass(frozen=True)
 class Activations:
-    """`means`: see the module. `tied`: head's weight name -> the embedding's weight name it shares."""
+    """The activation statistics of a base, and the identity of what they were measured on.
+
+    `means`: weight name -> statistic, shaped as this module's docstring says. `tied`: name of the head's weight -> name
+    of the embedding's weight that the head shares.
+    """
 
     means: Mapping[str, Tensor]
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -40,7 +44,7 @@ class Activations:
     unreached_experts: Mapping[str, int] = field(default_factory=dict)  # weight name -> experts that saw no token
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file, whole or not at all. Raises DiskError."""
         facts = {key: value for key, value in asdict(_facts(self)).items() if key != "means"}
         header = json.dumps({"format": FORMAT} | facts, sort_keys=True)
         # One metadata key only: with more, the library's order differs from process to process.
@@ -48,7 +52,7 @@ class Activations:
 
     @classmethod
     def load(cls, path: Path) -> Activations:
-        """Raises ModelError when the file is missing, damaged or something else."""
+        """Read a file that `save` wrote. Raises ModelError if the file is missing, damaged or something else."""
         shown = printable(os.fspath(path))
         if not path.is_file():
             raise ModelError(f"there is no activations file `{shown}`")
@@ -84,5 +88,5 @@ def _well_formed(facts: dict[str, Any]) -> bool:
 
 
 def _facts(activations: Activations) -> Activations:
-    """The same without tensors, which asdict would copy."""
+    """Copy all but the means, whose tensors `asdict` would copy."""
     return Activations({}, **{k: v for k, v in vars(activations).items() if k != "means"})

@@ -1,12 +1,14 @@
-"""AIM, Activation-Informed Merging (arXiv 2502.02421, NeurIPS 2025): the more active an input channel of the base
-model is, the less of the merged delta it takes:
+"""AIM, Activation-Informed Merging (arXiv 2502.02421, NeurIPS 2025): the delta shrinks by input channel.
+
+The more active an input channel of the base model is, the less of the merged delta the channel takes:
 
     W = W0 + (Wm - W0) * (1 - s_j),    s_j = f(a_j / max_k a_k) * (1 - omega)
 
-a_j is the mean |x_j| over the calibration tokens, the maximum is over the module's channels. f is the identity, unless
-another scaling is asked for (the paper leaves room for one that is not linear): the square root relaxes all but the
-least active channels, the square few, and `rank` spreads them evenly, whatever their activations' distribution.
-omega = 1 changes nothing, omega = 0 freezes the most active channel at the base; both hold to the bit.
+a_j is the mean |x_j| over the calibration tokens, the maximum is over the module's channels. f is the identity unless
+another scaling is asked for (the paper allows for one that is not linear): the square root relaxes all but the least
+active channels, the square only few, and `rank` spreads them evenly, whatever their activations' distribution.
+
+An omega of 1 changes nothing, an omega of 0 freezes the most active channel at the base; both hold to the bit.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from lowmem_aim.methods import kernels
 
-FEW_COLUMNS = 256  # a compiled loop over fewer has nothing to be fast with
+FEW_COLUMNS = 256  # over rows of fewer columns, a compiled loop has nothing to be fast with
 
 
 def shrinkage(
@@ -24,8 +26,8 @@ def shrinkage(
     omega: float,
     scaling: str = "identity",  # one of SCALINGS
 ) -> Tensor:  # the same shape, float32 in [0, 1 - omega]
-    """s of the formula. A module whose statistics are all zero is not shrunk; fused experts are modules each."""
-    means = means.to(torch.float64)
+    """s of the formula for each channel; 0 in a module whose statistics are all zero. Each fused expert is a module."""
+    means = means.to(torch.float64)  # so that s is rounded once, at the end
     inner = tuple(range(1, means.ndim)) if means.ndim == 3 else tuple(range(means.ndim))
     top = means.amax(dim=inner, keepdim=True)
     shares = torch.where(top == 0.0, 0.0, _SCALINGS[scaling](means / top.masked_fill(top == 0.0, 1.0)))
@@ -33,7 +35,7 @@ def shrinkage(
 
 
 def _rank(shares: Tensor) -> Tensor:
-    """The place of each channel of its module, from 0 to 1; equal ones in the order in which they stand."""
+    """The place of each channel within its module, from 0 to 1; equal values keep the order in which they stand."""
     modules = shares.reshape(shares.shape[0] if shares.ndim == 3 else 1, -1)
     order = modules.argsort(dim=-1, stable=True)
     last = modules.shape[-1] - 1
@@ -50,7 +52,7 @@ def shrinkage_rows(
     start: int,
     stop: int,
 ) -> Tensor:  # (1 or stop - start, 1 or columns)
-    """The part of `shrink` that applies to rows start:stop of the weight seen as rows (`checkpoint.matrix_shape`)."""
+    """The part of `shrink` that applies to rows start:stop of the weight seen as rows (`headers.matrix_shape`)."""
     if len(shape) < 2:
         return shrink.reshape(-1, 1)[start:stop]
     by_row = shrink.reshape(-1, shrink.shape[-1])

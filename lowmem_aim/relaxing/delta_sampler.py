@@ -1,4 +1,4 @@
-"""Carried here from relaxation.py."""
+"""An estimate of how much of a tensor's delta a relaxation has left, from a sample of the tensor's elements."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 from lowmem_aim.methods.exact import exact_sum, to_float
 from lowmem_aim.planning.tasks import Task
 
-# How much of a delta is left is told by so many of a tensor's elements, evenly spread over rows and columns.
+# Elements of a tensor in the sample, evenly spread over rows and columns.
 SAMPLED_ELEMENTS = 1 << 16
 
 
 class DeltaSampler:
-    """Sums of |delta| before and after it was relaxed, over the elements of one tensor that are looked at.
+    """Sums of |delta| before and after relaxation, over a sample of one tensor's elements.
 
-    The same for any slices: elements are chosen by their place in the tensor, their sums are exact.
+    The sums do not depend on how the tensor is cut into slices: elements are sampled by their place in the tensor, and
+    sums are exact.
     """
 
     def __init__(self, task: Task) -> None:
@@ -28,15 +29,20 @@ class DeltaSampler:
         self._sums = (0, 0)
 
     def of(self, rows: Tensor, base: Tensor, start: int) -> int:
-        """A slice's part of a sum, in the units of `methods.exact`; `start`: place of its first element."""
+        """One slice's part of a sum, in the units of `methods.exact`.
+
+        `rows` are merged or relaxed, `base` the base's, both (rows, columns); `start` is the flat index of the first
+        element.
+        """
         looked_at = slice(-start % self._step, None, self._step)
         delta = rows.reshape(-1)[looked_at].float() - base.reshape(-1)[looked_at].float()
         return exact_sum(delta.cpu().double().abs())
 
     def add(self, before: int, after: int) -> None:
+        """Add one slice's parts of the two sums."""
         self._sums = (self._sums[0] + before, self._sums[1] + after)
 
     def sums(self) -> tuple[float, float]:
-        """Of the whole tensor, as far as those elements tell."""
+        """(before, after), extrapolated from the sampled elements to the whole tensor."""
         before, after = map(to_float, self._sums)
         return before * self._step, after * self._step

@@ -1,4 +1,4 @@
-"""What becomes of merged rows after the method: AIM's relaxation of each weight, then ACM's of its layer."""
+"""The relaxation of merged rows, after the method: AIM's of each weight, then ACM's of the weight's layer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lowmem_aim.relaxing.aim import relax, shrinkage, shrinkage_rows
 
 Relax = Callable[[Tensor, Rows], Tensor]  # merged rows (overwritten) and their inputs -> relaxed rows
 
-UNFITTING_WEIGHTS_NAMED = 5  # of one kind that are told: activations of another model fit none of its weights
+UNFITTING_WEIGHTS_NAMED = 5  # more are only counted: activations of another model fit none of the weights
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What ACM has found for one merged model, by group: "0", "1", ... the layers, and those of `relax.acm`."""
+    """The result of ACM for one merged model, by group: "0", "1", ... the layers, and those of `relaxing.acm`."""
 
     information: Mapping[str, Sequence[float]]  # nats between base and merged model, for each text
     freezing: Mapping[str, float]  # the share of the delta that is not taken
@@ -126,7 +126,7 @@ class ByLayer:
         return relaxed
 
     def check_base(self, task: Task, digest: str | None) -> None:
-        """Nothing to check: ACM is measured in the run that applies it, and `Consensus` is stamped with its inputs."""
+        """Check nothing: ACM is measured in the run that applies it, and `Consensus` is stamped with its inputs."""
 
     def _frozen(self, task: Task) -> float:
         """The share of the delta that ACM takes back."""
@@ -136,7 +136,7 @@ class ByLayer:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """All that becomes of one output's merged rows after the method; nothing, without a step."""
+    """All relaxations of one output's merged rows, one after another; without a step, rows stay as they are."""
 
     steps: tuple[Step, ...] = ()
 
@@ -163,7 +163,7 @@ class Relaxation:
             step.check_base(task, digest)
 
     def then(self, step: Step) -> Relaxation:
-        """The same relaxation with one more step at its end."""
+        """Return this relaxation with one more step at its end."""
         return Relaxation((*self.steps, step))
 
 
@@ -173,7 +173,7 @@ def _known(
     first: int,
     count: int,
 ) -> Tensor:
-    """`part` with zeros in the rows that the base does not have: new vocabulary is not relaxed."""
+    """Return `part` with zeros in the rows that the base does not have: new vocabulary is not relaxed."""
     if row_map is None:
         return part
     known = row_map[first : first + count] >= 0
@@ -181,7 +181,7 @@ def _known(
 
 
 def statistic_of(name: str, activations: Activations, aim: Aim) -> str | None:
-    """Whose statistic relaxes the weight `name`: its own; its head's, for a tied embedding; or none."""
+    """Name of the statistic that relaxes the weight `name`: its own, its head's for a tied embedding, or None."""
     return None if any(part in name for part in aim.exclude) else _fitting(name, activations, aim)
 
 
@@ -195,7 +195,7 @@ def _fitting(name: str, activations: Activations, aim: Aim) -> str | None:
 
 
 def check_activations(activations: Activations, base: Checkpoint, aim: Aim) -> None:
-    """Raises ModelError unless the statistics fit the weights they are for; all problems at once."""
+    """Raise ModelError, with all problems at once, unless the statistics fit the weights they are for."""
     problems = []
     fitting = 0
     for info in base:
@@ -210,8 +210,8 @@ def check_activations(activations: Activations, base: Checkpoint, aim: Aim) -> N
         problems[UNFITTING_WEIGHTS_NAMED:] = [f"nor do those of {len(problems) - UNFITTING_WEIGHTS_NAMED} more weights"]
     strange = [name for name in activations.means if name not in base.tensors and name not in activations.tied]
     if fitting and strange:
-        what = f"the activations of {len(strange)} weights, `{printable(strange[0])}` the first"
-        problems.append(f"{what}, are of none that `{printable(base.label)}` has")
+        what = f"{len(strange)} weights of the activations, such as `{printable(strange[0])}`"
+        problems.append(f"{what}, do not exist in `{printable(base.label)}`")
     if not fitting:
         problems.append(f"the activations name no weight of `{printable(base.label)}`")
     if problems:
@@ -219,6 +219,6 @@ def check_activations(activations: Activations, base: Checkpoint, aim: Aim) -> N
 
 
 def idle_exclusions(activations: Activations, base: Checkpoint, aim: Aim) -> Iterator[str]:
-    """Those of `aim.exclude` that are part of no weight that would be relaxed."""
+    """The entries of `aim.exclude` that are part of no weight that would be relaxed."""
     relaxed = [info.name for info in base if _fitting(info.name, activations, aim) is not None]
     return (part for part in aim.exclude if not any(part in name for name in relaxed))

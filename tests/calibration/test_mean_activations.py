@@ -57,7 +57,7 @@ class Plain:
         self.experts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # module -> (hidden states, chosen experts)
         for path, module in self.model.named_modules():
             if isinstance(getattr(module, "weight", None), Tensor) and not isinstance(module, nn.Embedding):
-                module.register_forward_pre_hook(self.count(f"{path}.weight"), with_kwargs=True)
+                module.register_forward_pre_hook(self.see(f"{path}.weight"), with_kwargs=True)
             if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # fused experts, not a linear
                 module.register_forward_pre_hook(self.see_experts(path))
         with torch.no_grad():

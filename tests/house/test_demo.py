@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -68,9 +69,16 @@ class TestSkills:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's models, tiny. Read only."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     make(folder, TINY, lambda line: None)
     return folder
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """The demo's models, in a folder that a test may add to."""
+    return shutil.copytree(made, tmp_path / "copy")
 
 
 class TestModels:
@@ -146,23 +154,23 @@ def test_the_evaluation_counts_whole_right_answers() -> None:
     assert exact_matches(_Knowing(torch.zeros_like(labels), len(tokenizer)), tokenizer, examples) == 0
 
 
-def test_the_mean_factor_is_that_of_all_elements(made: Path) -> None:
+def test_the_mean_factor_is_that_of_all_elements(copy: Path) -> None:
     sizes, factors = 0, 0.0
-    tensors = {k: v for f in (made / MODELS.base).glob("*.safetensors") for k, v in load_file(f).items()}
+    tensors = {k: v for f in (copy / MODELS.base).glob("*.safetensors") for k, v in load_file(f).items()}
     means = {name: torch.rand(1, value.shape[1]) for name, value in tensors.items() if "proj" in name}
-    Activations(means).save(made / "activations.safetensors")
+    Activations(means).save(copy / "activations.safetensors")
     for name, value in tensors.items():
         share = means[name] / means[name].max() if name in means else torch.zeros(1)
         factors += float((1 - share * (1 - OMEGA)).double().expand_as(value).sum())
         sizes += value.numel()
-    assert mean_factor(made, MODELS) == pytest.approx(factors / sizes, rel=1e-6)
+    assert mean_factor(copy, MODELS) == pytest.approx(factors / sizes, rel=1e-6)
 
 
-def test_its_recipes_merge(made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(made)
+def test_its_recipes_merge(copy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
     calibrate = ("calibrate", MODELS.base, "-o", tmp_path / "a.safetensors", "--calibration", "calibration.jsonl")
     assert run(*calibrate, "--no-pack").code == 0
-    recipe = write_recipe(made, "r.yml", MODELS, aim=True)
+    recipe = write_recipe(copy, "r.yml", MODELS, aim=True)
     done = run("merge", recipe, tmp_path / "out", "--calibration", tmp_path / "a.safetensors")
     assert done.code == 0, done.err
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +69,7 @@ def test_every_package_imports_only_from_those_before_it() -> None:
         f"{name} imports {other}"
         for name, others in IMPORTS.items()
         for other in others
-        if place[package_of(other)] >= place[package_of(name)]
-        and package_of(other) != package_of(name)
+        if place[package_of(other)] >= place[package_of(name)] and package_of(other) != package_of(name)
     ]
     assert not wrong
 
@@ -120,4 +121,34 @@ def test_the_tree_of_the_architecture_has_one_line_for_each_file() -> None:
         if name.endswith(".py"):
             named.append(f"{folder}{name}")
     files = {file.relative_to(PACKAGE).as_posix() for file in FILES.values()}
+    for face in PACKAGE.glob("*/__init__.py"):  # the same words in both
+        said = [line.split(maxsplit=1) for line in face.read_text().splitlines() if re.match(r"\w+\.py +\S", line)]
+        assert [line for line in said if not re.search(rf"^ +{line[0]} +{re.escape(line[1])}$", tree, re.M)] == []
     assert sorted(named) == sorted(file for file in files if not file.endswith("__init__.py"))
+
+
+# First words of docstrings that make sense only beside their caller.
+DANGLING = {
+    "of", "what", "that", "so", "there", "its", "as", "how", "where", "when", "in", "such", "also", "not", "those", "it"
+}  # fmt: skip
+
+
+def documented(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
+    """(name, docstring) of the module, and of every public class, function and method."""
+    yield "", ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, ast.get_docstring(node)
+            for part in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                    yield f"{node.name}.{part.name}", ast.get_docstring(part)
+
+
+def test_every_public_name_has_a_docstring_that_stands_alone() -> None:
+    wrong = []
+    for module, file in FILES.items():
+        for name, said in documented(ast.parse(file.read_text())):
+            first = re.match(r"\W*(\w+)", said or "")
+            if first is None or first[1].lower() in DANGLING:
+                wrong.append(f"{module}: {name}: {(said or 'no docstring').splitlines()[0]}")
+    assert not wrong

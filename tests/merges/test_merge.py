@@ -18,6 +18,7 @@ import tiny
 import torch
 import yaml
 from conftest import Run
+from long_cases import others_long
 from merge_cases import BY_METHOD, FLAGS, digests, recipe, tensors_in
 from safetensors.torch import load_file, save_file
 from stopping import held
@@ -462,7 +463,10 @@ class TestKilled:
     def start(self, llama: Path, out: Path, hold: str) -> subprocess.Popen[str]:
         return held(hold, "merge", out, "--method", "linear", "--expert", llama / "math", "--shard-size", "40KB")
 
-    @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+    @pytest.mark.parametrize(
+        ("name", "code"),
+        others_long([("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)], (("SIGINT", 130),)),
+    )
     def test_a_signal_before_anything_is_finished_takes_everything_back(
         self, name: str, code: int, llama: Path, tmp_path: Path, known: None
     ) -> None:
@@ -482,7 +486,13 @@ class TestKilled:
             assert run("merge", tmp_path / "out", "--method", "linear", "--expert", llama / "math").code == 2
             assert (tmp_path / "out/mine.txt").exists()
 
-    @pytest.mark.parametrize("hold", ["lowmem_aim.output.shards.raw", "lowmem_aim.output.workspace.sync_folder"])
+    @pytest.mark.parametrize(
+        "hold",
+        others_long(
+            ["lowmem_aim.output.shards.raw", "lowmem_aim.output.workspace.sync_folder"],
+            ("lowmem_aim.output.workspace.sync_folder",),
+        ),
+    )
     def test_after_a_kill_the_same_command_does_the_job(
         self, hold: str, llama: Path, tmp_path: Path, run: Run, known: None
     ) -> None:
