@@ -3,7 +3,7 @@
 shares.py       memory that running a model takes, and the division of a budget for it
 observer.py     the mean |x| of each input channel, collected while modules run
 offload.py      the weights of a block, or of one module, loaded and dropped
-runner.py       a model whose blocks and output head are left to a driver
-forwards.py     the drivers: forwards that record, end, stop at or load each block
+runner.py       a model that hands its blocks and its output head to whoever runs a forward
+forwards.py     forwards that record, end, stop at or load each block
 recorder.py     each block's arguments, recorded in one cheap forward, and the canary's comparison
 """

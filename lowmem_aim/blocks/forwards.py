@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_aim.blocks.runner import BlockRunner, Call, Driver
+from lowmem_aim.blocks.runner import BlockRunner, Call, Forward
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import digest
 
@@ -39,7 +39,7 @@ class _Handed(Tensor):
 
 
 @dataclass
-class RecordingForward(Driver):
+class RecordingForward(Forward):
     """A forward of one sequence that records each block's arguments; every block passes its input on unchanged."""
 
     runner: BlockRunner
@@ -74,7 +74,7 @@ class RecordingForward(Driver):
 
 
 @dataclass
-class TailForward(Driver):
+class TailForward(Forward):
     """A forward that ends as the true one does: its last block gives the true hidden state."""
 
     runner: BlockRunner
@@ -101,7 +101,7 @@ class _Closed(BaseException):
     """Unwinds a suspended forward that is no longer wanted; a BaseException, so that no model code catches it."""
 
 
-class SuspendedForward(Driver):
+class SuspendedForward(Forward):
     """An ordinary forward in a thread of its own that stops at each block until its owner gives the block's output.
 
     A context manager. Either the owner or the thread runs, never both. Blocks run in the owner's thread, so that the
@@ -173,7 +173,7 @@ class SuspendedForward(Driver):
 
 
 @dataclass
-class PagedForward(Driver):
+class PagedForward(Forward):
     """An ordinary forward that loads each block when it is called."""
 
     runner: BlockRunner

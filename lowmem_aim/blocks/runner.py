@@ -1,4 +1,4 @@
-"""A model made runnable, its blocks and its output head left to a driver.
+"""A model made runnable, its blocks and its output head left to whoever runs a forward.
 
 What lies outside the blocks is loaded; embeddings stay in the checkpoint and are read by row. A block's weights are
 loaded and dropped through accelerate's offload hooks, all at once or, where memory is short, module by module. In every
@@ -35,7 +35,7 @@ R = TypeVar("R")
 SHORTER = "shorter sequences (`--block-size`) take less; close other programs, or use `--device cpu`"
 
 
-class Driver:
+class Forward:
     """Decides what happens at each block and at the output head of a forward."""
 
     def block(self, index: int, call: Call) -> Any:
@@ -112,7 +112,7 @@ class EmbeddingRows(Tensor):
 
 
 class BlockRunner:
-    """A model with everything outside its blocks loaded; blocks and head are left to each forward's driver."""
+    """A model with everything outside its blocks loaded; each forward decides what happens at blocks and head."""
 
     def __init__(
         self,
@@ -138,11 +138,11 @@ class BlockRunner:
         self._stay: set[str] = set()  # modules whose weights are read without calling them
         self._short = False  # an allocation has failed
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
-        self._driver = threading.local()  # suspended forwards run in threads of their own, each with its driver
+        self._current = threading.local()  # suspended forwards run in threads of their own
 
-    def forward(self, tokens: Tensor, driver: Driver) -> None:
-        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `driver` handles blocks and head."""
-        self._driver.now = driver
+    def forward(self, tokens: Tensor, forward: Forward) -> None:
+        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head."""
+        self._current.now = forward
         self.model(input_ids=tokens[None].to(self.device), use_cache=False)
         trim()  # else tensors kept from many forwards end up between the holes that those forwards leave
 
@@ -229,7 +229,7 @@ class BlockRunner:
     def _paged(self, index: int) -> set[str]:
         path, block = self.blocks[index]
         sizes = {name: size_of(module) for name, module in owners(path, block)}
-        # A block's own parameters always stay: the driver calls the block's forward directly, past all hooks.
+        # A block's own parameters always stay: the block's forward is called directly, past all hooks.
         away = paged(sizes, self._room, self._stay | {path})
         there = sum(size for name, size in sizes.items() if name not in away)
         if self._stay & sizes.keys() and there + max((sizes[name] for name in away), default=0) > self._room:
@@ -276,12 +276,12 @@ class BlockRunner:
 
     def _block_stub(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._driver.now.block(index, Call(args, kwargs))
+            return self._current.now.block(index, Call(args, kwargs))
 
         return forward
 
     def _head_stub(self, x: Tensor) -> Tensor:
-        self._driver.now.head(x)
+        self._current.now.head(x)
         return x.new_zeros(*x.shape[:-1], 1)  # one logit, for what the model does to logits
 
     def count_head(self, x: Tensor) -> None:

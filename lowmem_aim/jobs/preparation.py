@@ -276,7 +276,7 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
         check_same_job(journal, ready.identity(name), accept_environment=accept)
 
 
-def check_room(ready: Prepared) -> None:
+def check_disk_space(ready: Prepared) -> None:
     """Check that the disk has space for the outputs, and before them for hidden states. Raises DiskError."""
     if ready.unfinished():
         check_disk(ready.out, max(ready.bytes_to_write(), ready.bytes_to_spill()))
@@ -292,7 +292,7 @@ CHECKS: list[Check] = [
     check_comparison,
     check_merge_memory,
     check_begun,
-    check_room,
+    check_disk_space,
     check_forward_memory,
 ]
 

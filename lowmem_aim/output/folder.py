@@ -38,11 +38,11 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
             raise UsageError(f"the output `{shown}` lies inside an input model", hint="name a folder elsewhere")
         if is_finished(out):
             return  # whether by the same job is checked once the inputs are open
-        if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - set(_left_over(out)):
+        if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - set(published_before(out)):
             raise UsageError(f"the output folder `{shown}` is not empty", hint="name a new folder, or empty this one")
 
 
-def _left_over(out: Path) -> list[str]:
+def published_before(out: Path) -> list[str]:
     """Files in `out` that a killed run had published, in that order; other files of the same names do not count.
 
     A file is recognised by its inode and size, which a rename keeps.
@@ -53,10 +53,10 @@ def _left_over(out: Path) -> list[str]:
         return []
     if not isinstance(listed, dict):  # not written by `publish`: then nothing in the folder is ours
         return []
-    return [name for name, known in listed.items() if Path(name).name == name and _known(out / name) == known]
+    return [name for name, known in listed.items() if Path(name).name == name and inode_and_size(out / name) == known]
 
 
-def _known(file: Path) -> list[int] | None:
+def inode_and_size(file: Path) -> list[int] | None:
     with contextlib.suppress(OSError, ValueError):
         found = file.lstat()
         return [found.st_ino, found.st_size] if stat.S_ISREG(found.st_mode) else None

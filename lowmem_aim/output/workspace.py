@@ -27,10 +27,10 @@ from lowmem_aim.output.folder import (
     PUBLISHING,
     STAGING,
     SUMS,
-    _known,
-    _left_over,
     check_output,
+    inode_and_size,
     is_finished,
+    published_before,
     remove_snapshots,
 )
 from lowmem_aim.output.journal import NAME as JOURNAL
@@ -143,7 +143,7 @@ def _take_back(out: Path) -> None:
     staging = out / PRIVATE / STAGING
     with disk_errors(staging):
         staging.mkdir(exist_ok=True)
-        for name in reversed(_left_over(out)):
+        for name in reversed(published_before(out)):
             os.replace(out / name, staging / name)
         for folder in (staging, staging.parent, out):
             sync_folder(folder)  # before the list goes: a power loss must not lose a rename and keep that
@@ -172,7 +172,8 @@ def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, byt
             hint="move it away, and give the same command again",
         )
     # Before any rename: if this run is killed, the next one learns from the list which files are ours.
-    write_file(space.private / PUBLISHING, json.dumps({name: _known(staging / name) for name in names}).encode())
+    listed = {name: inode_and_size(staging / name) for name in names}
+    write_file(space.private / PUBLISHING, json.dumps(listed).encode())
     with disk_errors(out):
         for name in names[:-1]:
             os.replace(staging / name, out / name)

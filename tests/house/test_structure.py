@@ -87,6 +87,18 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not without_leaves(IMPORTS)
 
 
+def test_no_file_imports_a_private_name_of_another() -> None:
+    wrong = [
+        f"{name}: {alias.name}"
+        for name, file in FILES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowmem_aim")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.endswith("__")
+    ]
+    assert not wrong
+
+
 def test_every_package_says_what_it_is_for_and_in_which_order_to_read_its_files() -> None:
     for face in PACKAGE.glob("*/__init__.py"):
         said = ast.get_docstring(ast.parse(face.read_text())) or ""

@@ -129,7 +129,7 @@ class TestUnknown:
             ("psutil.disk_partitions", "folder", ["mount", "filesystem", "network"]),
             ("shutil.disk_usage", "folder", ["free", "read", "write"]),
             ("tempfile.TemporaryFile", "folder", ["preallocates", "sparse", "read", "write"]),
-            ("lowmem_aim.system.files.cache_folder", "caches", ["activations"]),
+            ("lowmem_aim.jobs.doctor.cache_folder", "caches", ["activations"]),
             ("os.walk", "caches", ["activations", "hub"]),
             ("rich.console.Console.is_terminal", "terminal", ["terminal", "columns"]),
         ],
