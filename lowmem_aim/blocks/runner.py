@@ -2,7 +2,7 @@
 
 What lies outside the blocks is loaded; embeddings stay in the checkpoint and are read by row. A block's weights are
 loaded and dropped through accelerate's offload hooks, all at once or, where memory is short, module by module. In every
-forward a *driver* decides what happens at each block and at the head. All changes to the model are undone when the
+forward a `Forward` decides what happens at each block and at the head. All changes to the model are undone when the
 set-up ends, also after an exception.
 """
 

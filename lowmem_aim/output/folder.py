@@ -57,6 +57,7 @@ def published_before(out: Path) -> list[str]:
 
 
 def inode_and_size(file: Path) -> list[int] | None:
+    """[inode, bytes] of a regular file, which a rename keeps; None for anything else."""
     with contextlib.suppress(OSError, ValueError):
         found = file.lstat()
         return [found.st_ino, found.st_size] if stat.S_ISREG(found.st_mode) else None
