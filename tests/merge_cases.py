@@ -33,7 +33,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 # Each differs in its path through a merge: one pass; several, with cuts; random masks; angles of whole tensors; ranks
 # within whole rows; columns. The others are close to one of these; `make test-long` merges with them too.
-BY_METHOD = others_long(FLAGS, ("linear", "ties", "dare_ties", "slerp", "della", "widen"))
+BY_METHOD = others_long(FLAGS, ("ties", "dare_ties", "slerp", "della", "widen"))
 
 
 def recipe(

@@ -253,6 +253,7 @@ def test_ctrl_z_gives_the_terminal_back_until_the_run_goes_on(tmp_path: Path) ->
         assert screen.settings() == screen.before
 
 
+@pytest.mark.long  # eight seconds, most of them waiting
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="only a shell stops and continues a job")
 def test_keys_work_again_when_a_run_comes_back_from_the_background(tmp_path: Path) -> None:
     with on_a_terminal(tmp_path, shell="set -m; RUN; echo stopped $?; bg; read; fg; echo ended $?") as screen:
