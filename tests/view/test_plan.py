@@ -203,6 +203,12 @@ class TestItsVerdictIsTheMerges:
         for said in ("bfloat16", "omega", "did you mean `density`", *(["did you mean `ties`"] if method else [])):
             assert said in wrong
 
+    def test_a_tied_head_that_differs_from_its_embedding(self, place: Place) -> None:
+        for name in ("base", "math", "code"):
+            tiny.edit_config(place.folder / name, tie_word_embeddings=True)
+        wrong = self.same(place.run, written(ties(place.folder), place.folder), place.out, 3)
+        assert "`base`: `lm_head.weight` should be tied" in wrong
+
     def test_another_jobs_output(self, llama: Path, tmp_path: Path, run: Run) -> None:
         recipe = written(ties(llama), tmp_path)
         assert run("merge", recipe, tmp_path / "out").code == 0
