@@ -99,20 +99,20 @@ class _Estimate:
     # -- memory and disk
 
     def _memory(self) -> Iterator[Requirement]:
-        budget, forwards = self.ready.run.budget, self.ready.forwards
+        budget, model_runs = self.ready.run.budget, self.ready.model_runs
         used, on_host = budget.ram_used(), budget.vram is None
         wants = [(self.ready.needs().least_ram(on_host), "single rows of the widest tensor")]
-        for forward in forwards:
-            needs = forward.needs
+        for model_run in model_runs:
+            needs = model_run.needs
             least = needs.read + (needs.least if on_host else needs.module)
-            wants.append((least, f"{forward.phase}: one module of a block at a time, and one sequence's work"))
+            wants.append((least, f"{model_run.phase}: one module of a block at a time, and one sequence's work"))
         least, why = max(wants)
         # The run's own check has the last word: what the program itself takes differs from moment to moment.
         refused = on_host and any(isinstance(error, MemoryBudgetError) for error in self.ready.errors)
         yield Requirement("RAM", max(used + least, budget.ram + 1) if refused else used + least, budget.ram, why)
         if budget.vram is not None:
-            least = max((forward.needs.least for forward in forwards), default=0)
-            yield Requirement("VRAM", least, budget.vram, "one module of a block at a time" if forwards else "slices")
+            least = max((model_run.needs.least for model_run in model_runs), default=0)
+            yield Requirement("VRAM", least, budget.vram, "one module of a block at a time" if model_runs else "slices")
 
     def _disk(self) -> Requirement:
         """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""
@@ -156,9 +156,9 @@ class _Estimate:
                     seconds=MEASURED_SECONDS / 2,
                     slice_elements=shares.slice_elements,
                 )
-            for forward in ready.forwards:
+            for model_run in ready.model_runs:
                 seconds = MEASURED_SECONDS / 2
-                speeds[forward.speed] = matmul_speed(run.device, forward.dtype, seconds, tokens=forward.length)
+                speeds[model_run.speed] = matmul_speed(run.device, model_run.dtype, seconds, tokens=model_run.length)
             return speeds
         return {}
 
@@ -167,11 +167,11 @@ class _Estimate:
         first = next(iter(plans.values()))
         blocks = [task for task in first.tasks if task.layer is not None]
         operations = 2.0 * sum(task.numel for task in blocks)  # of a token's forward
-        for forward in self.ready.forwards:
-            limits = {"compute": forward.models * operations * forward.tokens / speeds[forward.speed]}
+        for model_run in self.ready.model_runs:
+            limits = {"compute": model_run.models * operations * model_run.tokens / speeds[model_run.speed]}
             if "read" in speeds:
-                limits["read"] = forward.models * sum(task.nbytes for task in blocks) / speeds["read"]
-            yield Step(forward.phase, limits)
+                limits["read"] = model_run.models * sum(task.nbytes for task in blocks) / speeds["read"]
+            yield Step(model_run.phase, limits)
         elements = sum(task.numel for plan in plans.values() for task in plan.tasks if task.action == "merge")
         limits = {"write": write / speeds["write"]}
         limits |= {"compute": elements / speeds["compute"]} if "compute" in speeds else {}

@@ -63,7 +63,7 @@ FETCHED = Sources()
 
 
 @dataclass(frozen=True)
-class Forward:
+class ModelRun:
     """A phase in which a model is run: the base for AIM, base and merged model for ACM."""
 
     phase: str
@@ -93,7 +93,7 @@ class Prepared:
     copied: Mapping[str, bytes] = field(default_factory=dict)  # small files that the output takes from the reference
     calibration: Calibration | None = None
     comparison: Comparison | None = None
-    forwards: list[Forward] = field(default_factory=list)  # the model runs that are still to be made
+    model_runs: list[ModelRun] = field(default_factory=list)  # the model runs that are still to be made
     notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
     unread: bool = False  # some texts are on the Hub, and were not fetched
 
@@ -124,7 +124,7 @@ class Prepared:
 
     def bytes_to_spill(self) -> int:
         """Bytes of hidden states that may go to the disk at worst: all of them, and two snapshots."""
-        return max((3 * forward.needs.states for forward in self.forwards), default=0)
+        return max((3 * model_run.needs.states for model_run in self.model_runs), default=0)
 
     def refuse(self) -> None:
         """Raise all errors as one, with the exit code of the first; do nothing if there are none."""
@@ -209,7 +209,7 @@ def check_calibration(ready: Prepared) -> None:
     if isinstance(calibration, GivenActivations):
         check_activations(calibration.activations, base, aim)
     elif not _is_measured(ready, calibration):
-        ready.forwards.append(_forward("calibrate", calibration.meta_model, calibration.sequences))
+        ready.model_runs.append(_model_run("calibrate", calibration.meta_model, calibration.sequences))
 
 
 def check_comparison(ready: Prepared) -> None:
@@ -227,7 +227,7 @@ def check_comparison(ready: Prepared) -> None:
     comparison = ready.comparison = Comparison.of(acm, base, ready.run)
     if not all(_holds(ready, name, KeptComparison) for name in ready.unfinished()):
         measurement = comparison.measurement
-        ready.forwards.append(_forward("compare", measurement.meta_model, measurement.sequences))
+        ready.model_runs.append(_model_run("compare", measurement.meta_model, measurement.sequences))
 
 
 def check_merge_memory(ready: Prepared) -> None:
@@ -238,13 +238,13 @@ def check_merge_memory(ready: Prepared) -> None:
     ready.shares()
 
 
-def check_forward_memory(ready: Prepared) -> None:
+def check_model_run_memory(ready: Prepared) -> None:
     """Check that one module of a block at a time, and one sequence's work, fit the budget. Raises MemoryBudgetError."""
-    if ready.forwards:
+    if ready.model_runs:
         from lowmem_aim.blocks.shares import share_out  # transformers: only where models are run
 
-        for forward in ready.forwards:
-            share_out(ready.run.budget, ready.run.device, forward.needs)
+        for model_run in ready.model_runs:
+            share_out(ready.run.budget, ready.run.device, model_run.needs)
 
 
 def check_begun(ready: Prepared) -> None:
@@ -293,7 +293,7 @@ CHECKS: list[Check] = [
     check_merge_memory,
     check_begun,
     check_disk_space,
-    check_forward_memory,
+    check_model_run_memory,
 ]
 
 
@@ -310,7 +310,7 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     ready.unread = True
     ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
-    ready.forwards.append(_forward(phase, meta_model, [range(aim.block_size)] * aim.samples))
+    ready.model_runs.append(_model_run(phase, meta_model, [range(aim.block_size)] * aim.samples))
     return False
 
 
@@ -334,11 +334,11 @@ def _holds(ready: Prepared, name: str, kind: type[Record]) -> bool:
         return journal.kept(kind) is not None
 
 
-def _forward(phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> Forward:
+def _model_run(phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> ModelRun:
     from lowmem_aim.blocks.shares import Needs
 
     compared = phase == "compare"
     # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
     needs = Needs.of(meta_model, [*sequences] * (3 if compared else 1))
     tokens = sum(map(len, sequences))
-    return Forward(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)
+    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)
