@@ -53,7 +53,7 @@ def applied(tree: Node, flags: dict[str, Any]) -> Node:
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
     tree = _with_models(tree, flags)
     tree = _with_parameters(tree, flags.get("parameter", ()))
-    if (table := tree.get("acm")) is not None:
+    if (table := tree.switched_on("acm")) is not None:
         tree, flags = _with_acm(tree, table, flags)
     elif own := [flag for flag in ("theta", "normalise") if flags.get(flag) is not None]:
         raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
@@ -79,7 +79,7 @@ def _with_acm(tree: Node, table: Node, flags: dict[str, Any]) -> tuple[Node, dic
     """The tree with ACM's flags in it, and the flags that are left for AIM."""
     if not isinstance(table.value, dict):
         return tree, flags  # the recipe's reader reports it
-    with_aim = tree.get("aim") is not None or flags.get("omega") is not None
+    with_aim = tree.switched_on("aim") is not None or flags.get("omega") is not None
     for flag, key in ACM_FLAGS.items():
         value = flags.get(flag)
         # A file of activations is for AIM alone; ACM needs texts.
@@ -197,13 +197,15 @@ def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
 
     Calibration flags alone do not ask for AIM: that takes an `aim:` key or `--omega`.
     """
-    aim, given = tree.get("aim"), _given_aim(flags)
+    aim, given = tree.switched_on("aim"), _given_aim(flags)
     if aim is None and "omega" not in given:
         if given:
             flag = next(iter(given)).replace("_", "-")
             raise RecipeError(f"--{flag} has no meaning without AIM", hint="add `--omega 0.4`, or `aim:` to the recipe")
         return tree
-    table = aim if aim is not None and isinstance(aim.value, dict) else empty_recipe()
+    if aim is not None and not isinstance(aim.value, dict):
+        return tree  # the recipe's reader reports it
+    table = empty_recipe() if aim is None else aim
     return tree.with_item("aim", _aim_table(table, given))
 
 

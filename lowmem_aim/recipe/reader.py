@@ -116,7 +116,7 @@ class _Reader(Values):
 
     def _parameters(self, table: Node, method: Method | None) -> dict[str, Setting]:
         node = table.get("parameters")
-        if node is None or node.value is None:
+        if node is None:
             return {}
         if not isinstance(node.value, dict):
             self.problem(node, "`parameters` must be a table")
@@ -127,6 +127,8 @@ class _Reader(Values):
         at_model = table is not self.root
         settings = {}
         for name, value in node.value.items():
+            if value.value is None:
+                continue  # as if it were absent
             parameter = method.parameters.get(name)
             if parameter is None or (at_model and not parameter.per_expert):
                 self._unused_parameter(name, value, method, at_model)
@@ -200,11 +202,11 @@ class _Reader(Values):
 
     def _table(self, key: str, example: str, base: str | None, needed: str) -> Node | None:
         """A relaxation's table; None if the recipe has none, or has something else in its place."""
-        node = self.root.get(key)
+        node = self.root.switched_on(key)
         if node is None:
             return None
         if not isinstance(node.value, dict):
-            self.problem(node, f"`{key}` must be a table, such as `{key}: {{{example}}}`")
+            self.problem(node, f"`{key}` must be a table, or `false`, such as `{key}: {{{example}}}`")
             return None
         if base is None:
             self.problem(node, f"`{key}` needs a `base_model`: {needed}")

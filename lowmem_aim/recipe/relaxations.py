@@ -28,7 +28,7 @@ _THETA = Parameter("acm.theta", per_expert=False, kind="number", default=0.7, lo
 def aim_table(read: Values, node: Node) -> Aim:
     """Build an Aim from an `aim` table. Problems are collected in `read`, and keys with one keep their defaults."""
     read.check_keys(node, AIM_KEYS, {})
-    keys = {key: item for key, item in node.value.items() if key in AIM_KEYS}
+    keys = {key: item for key, item in node.value.items() if key in AIM_KEYS and item.value is not None}
     readers: dict[str, Callable[[Values, Node], Any]] = {"omega": _omega, "exclude": _exclude}
     checked: dict[str, Any] = {
         key: readers[key](read, item) if key in readers else _plain(read, key, item) for key, item in keys.items()
@@ -44,7 +44,11 @@ def acm_table(read: Values, node: Node, aim: Aim | None) -> Acm:
     A missing `calibration` or `dtype` is that of `aim`, except that a file of activations is not taken.
     """
     read.check_keys(node, ACM_KEYS, {})
-    checked = {key: _acm_value(read, key, item) for key, item in node.value.items() if key in ACM_KEYS}
+    checked = {
+        key: _acm_value(read, key, item)
+        for key, item in node.value.items()
+        if key in ACM_KEYS and item.value is not None
+    }
     acm = Acm(**{key: value for key, value in checked.items() if value is not None})
     if aim is None:
         return acm

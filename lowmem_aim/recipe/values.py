@@ -28,6 +28,8 @@ class Values:
     def check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, str]) -> None:
         """Note a problem for each key of `table` that is unknown, or known to mergekit but not supported."""
         for key, node in table.value.items():
+            if node.value is None:
+                continue  # as if it were absent
             if key in unsupported:
                 self.problem(node, f"`{key}` is not supported: {unsupported[key]}")
             elif key not in known:

@@ -32,9 +32,14 @@ class Node:
     where: str
 
     def get(self, key: str) -> Node | None:
-        """The value of a key; None if there is none, or if the node is no table."""
+        """The value of a key; None if the key is absent or null, or if the node is no table."""
         found: Node | None = self.value.get(key) if isinstance(self.value, dict) else None
-        return found
+        return None if found is None or found.value is None else found
+
+    def switched_on(self, key: str) -> Node | None:
+        """The value of a key that `false` switches off; None as in `get`, and for `false`."""
+        found = self.get(key)
+        return None if found is None or found.value is False else found
 
     def with_item(self, key: str, node: Node) -> Node:
         """A copy of the table with `key` set to `node`; a node that is no table counts as an empty one."""

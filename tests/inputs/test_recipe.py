@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
 from lowmem_aim.recipe.reader import read_recipe
-from lowmem_aim.recipe.recipe import Recipe, Setting
+from lowmem_aim.recipe.recipe import Aim, Recipe, Setting
 from lowmem_aim.recipe.yaml_tree import load_tree, parse
 
 GOOD = """\
@@ -265,3 +266,68 @@ class TestFlags:
 def test_bounds_on_one_side_are_named() -> None:
     text = "merge_method: nearswap\nbase_model: b\nmodels: [{model: a}]\nparameters: {t: -1}\n"
     assert problems(text) == ["recipe.yml:4: `t` must be 0 or more, not -1"]
+
+
+TWO = """merge_method: ties
+base_model: base
+models:
+  - {model: math, parameters: {weight: 0.5}}
+  - model: code
+    parameters: {weight: 0.5}
+"""
+NULLS = ("", "~", "null", "#name")
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_null_where_a_value_is_needed_is_a_missing_value(null: str) -> None:
+    for line, missing in (
+        ("merge_method: ties", "recipe.yml:1: `merge_method` is missing"),
+        ("base_model: base", "recipe.yml:1: `ties` needs a `base_model`"),
+        ("  - model: code", "recipe.yml:5: `model` is missing"),
+    ):
+        assert missing in problems(TWO.replace(line, line.partition(": ")[0] + f": {null}"))
+    assert problems("merge_method: ties\nbase_model: base\nmodels: " + null) == [
+        "recipe.yml:1: `models` must be a list with at least one model",
+        "recipe.yml:1: `ties` takes at least 1 model(s) besides the base, not 0",
+    ]
+    assert problems(TWO.replace("    parameters: {weight: 0.5}", f"    parameters:\n      weight: {null}")) == [
+        "recipe.yml:5: `code` needs a `weight`"
+    ]
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_null_where_a_value_may_be_absent_is_an_absent_key(null: str) -> None:
+    more = "".join(f"{key}: {null}\n" for key in ("dtype", "tokenizer_source", "parameters", "aim", "acm", "slices"))
+    found, plain = read(TWO + more), read(TWO)
+    assert (found.aim, found.acm, found.dtype, found.parameters) == (None, None, None, {})
+    assert found.models == plain.models
+    if null != "#name":
+        assert read(TWO + f"aim: {{omega: {null}, samples: 8}}").aim == Aim(samples=8)
+
+
+def test_false_switches_a_table_off_and_anything_else_that_is_no_table_is_refused() -> None:
+    assert read(TWO + "aim: false\nacm: false\n").aim is None
+    for table in ("aim", "acm"):
+        for wrong in ("true", "0", "[]", "yes please"):
+            assert f"`{table}` must be a table, or `false`" in problems(TWO + f"{table}: {wrong}\n")[0]
+
+
+class TestFlagsOnARecipe:
+    """The command line changes what the recipe says, and nothing else."""
+
+    def given(self, text: str, **flags: Any) -> Recipe:
+        return read_recipe(applied(parse(text, "recipe.yml"), flags))
+
+    def test_aim_that_is_switched_off_stays_off(self) -> None:
+        for off in ("aim: false", "aim: ~", ""):
+            assert self.given(TWO + off).aim is None
+            assert self.given(TWO + off + "\nacm: false").acm is None
+        found = self.given(TWO + "aim: false", omega="0.2")
+        assert found.aim is not None
+        assert found.aim.omega == Setting(0.2)
+
+    def test_what_is_no_table_is_refused_with_flags_too(self) -> None:
+        with pytest.raises(RecipeError, match="`aim` must be a table"):
+            self.given(TWO + "aim: true", omega="0.2")
+        with pytest.raises(RecipeError, match="`aim` must be a table"):
+            self.given(TWO + "aim: true")
