@@ -234,7 +234,7 @@ def finish(
     ready.run.emit(PhaseStarted("finish", sum(len(found.shards) for found in merged), "files"))
     files = [_small_files(ready, output, activations, found) for output, found in zip(outputs, merged, strict=True)]
     for output, found, own in zip(outputs, merged, files, strict=True):
-        publish(output.space, found.shards, own)
+        publish(output.space, found.shards, {shard.name: shard.nbytes for shard in output.plan.shards}, own)
     ready.run.emit(PhaseEnded("finish"))
 
 

@@ -53,7 +53,8 @@ def published_before(out: Path) -> list[str]:
         return []
     if not isinstance(listed, dict):  # not written by `publish`: then nothing in the folder is ours
         return []
-    return [name for name, known in listed.items() if Path(name).name == name and inode_and_size(out / name) == known]
+    plain = {name: known for name, known in listed.items() if Path(name).name == name and known is not None}
+    return [name for name, known in plain.items() if inode_and_size(out / name) == known]
 
 
 def inode_and_size(file: Path) -> list[int] | None:

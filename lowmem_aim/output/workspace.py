@@ -156,15 +156,25 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, bytes]) -> None:
+def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int], files: Mapping[str, bytes]) -> None:
     """Give the staged shards and then `files` (in their order, config.json last) their final names, durably.
 
-    `shards`: name -> sha256. After an interruption at any point, the same can be done again. Raises DiskError.
+    `shards`: name -> sha256; `sizes`: name -> bytes, of the shards. After an interruption at any point, the same can be
+    done again. Raises DiskError, also for a staged file that is lost or has another size: the next run makes it again.
     """
     out, staging = space.out, space.staging
     for name, content in files.items():
         write_file(staging / name, content)
     names = [*shards, *files]
+    listed = {name: inode_and_size(staging / name) for name in names}
+    expected = {**sizes, **{name: len(content) for name, content in files.items()}}
+    for name, found in listed.items():
+        if found is None or found[1] != expected[name]:
+            state = "is gone" if found is None else f"has {found[1]} bytes instead of {expected[name]}"
+            raise DiskError(
+                f"the staged file `{printable(str(staging / name))}` {state}: something else changed it",
+                hint="the next run makes it again",
+            )
     there = [name for name in names if os.path.lexists(out / name)]
     if there:  # it was not when the run began
         raise DiskError(
@@ -172,7 +182,6 @@ def publish(space: Workspace, shards: Mapping[str, str], files: Mapping[str, byt
             hint="move it away, and give the same command again",
         )
     # Before any rename: if this run is killed, the next one learns from the list which files are ours.
-    listed = {name: inode_and_size(staging / name) for name in names}
     write_file(space.private / PUBLISHING, json.dumps(listed).encode())
     with disk_errors(out):
         for name in names[:-1]:

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,39 @@ def test_killed_at_any_step_of_the_finish_it_is_no_model_and_goes_on(
         if steps:
             break
     assert steps > 15
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("trouble", ["lost", "truncated"])
+def test_a_staged_shard_that_is_spoilt_before_the_finish_is_made_again(
+    trouble: str, fresh: bool, llama: Path, tmp_path: Path, each_tensor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+
+    def spoiling(space: output.Workspace, *given: Any) -> None:
+        shard = sorted(space.staging.glob("*.safetensors"))[1]
+        if trouble == "truncated":
+            os.truncate(shard, shard.stat().st_size - 1)
+        else:
+            shard.unlink()
+        output.publish(space, *given)
+
+    monkeypatch.setattr("lowmem_aim.jobs.merge.publish", spoiling)
+    with pytest.raises(DiskError, match=r"the staged file .* (is gone|has .* bytes instead of)") as caught:
+        merge(job, out, SHARDS)
+    assert "the next run makes it again" in caught.value.hint
+    assert not (out / "config.json").exists()
+    monkeypatch.undo()
+    assert digests(merge(job, out, replace(SHARDS, fresh=fresh))) == digests(merge(job, tmp_path / "whole", SHARDS))
+
+
+def test_a_list_of_names_that_another_version_wrote_of_lost_shards_is_no_dead_end(
+    llama: Path, tmp_path: Path, each_tensor: None
+) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+    stop(job, out, 7)
+    (out / PRIVATE / "publishing.json").write_text(json.dumps({"model-00001-of-00003.safetensors": None}))
+    assert digests(merge(job, out, SHARDS)) == digests(merge(job, tmp_path / "whole", SHARDS))
 
 
 @pytest.mark.parametrize("trouble", ["locked journal", "lock", "foreign file", "take back"])
