@@ -262,6 +262,7 @@ def check_begun(ready: Prepared) -> None:
         state = "is finished already" if finished else "holds an interrupted run, which goes on"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
         with Journal(private, read_only=True) as journal:
+            journal.check_version()
             _check_same(ready, name, journal, finished)
 
 

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from lowmem_aim.errors import DiskError, printable
-from lowmem_aim.output.records import Group, Record
+from lowmem_aim.errors import DiskError, ResumeError, printable
+from lowmem_aim.output.records import VERSION, Group, Record, Schema
 
 NAME = "journal.sqlite"
 _TABLE = """
@@ -55,9 +55,10 @@ class Journal:
     """The journal of one run. A context manager; its methods may be called from any thread."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        """Open the journal in `folder`, or begin one if there is none or it is beyond reading. Raises DiskError.
+        """Open the journal in `folder`, or begin one if there is none or it is beyond reading.
 
-        `read_only`: a journal that is absent or damaged reads as empty.
+        `read_only`: a journal that is absent or damaged reads as empty, and its version is not checked. Raises
+        DiskError, and ResumeError for a journal of another version.
         """
         self._file = folder / NAME
         self._lock = threading.Lock()
@@ -74,6 +75,26 @@ class Journal:
                     raise
                 self.remove(folder)
                 self._connection = _connected(self._file)
+        try:
+            self.check_version()
+            if not self.holds(Schema):
+                self.keep(Schema(VERSION))
+        except BaseException:
+            self.close()
+            raise
+
+    def check_version(self) -> None:
+        """Raise ResumeError if another version of this tool wrote the journal, in records that this one cannot read.
+
+        A journal without a version is taken for one of this version whose row was lost.
+        """
+        schema = self.kept(Schema)
+        if schema is not None and schema.version != VERSION:
+            raise ResumeError(
+                f"the journal `{printable(str(self._file))}` has records of version {schema.version}, and this is "
+                f"version {VERSION}: another version of lowmem-aim began this run",
+                hint="resume it with that version, or start over with `--fresh`",
+            )
 
     @staticmethod
     def remove(folder: Path) -> None:

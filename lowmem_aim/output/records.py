@@ -24,6 +24,18 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Schema(Record):
+    """The version of the records in a journal."""
+
+    kind = "schema"
+
+    version: int
+
+
+VERSION = 1  # to be raised when a record gets other fields, or a field another meaning
+
+
+@dataclass(frozen=True)
 class Identity(Record):
     """The identity of a run: an interrupted run may be resumed by the same job on the same inputs."""
 

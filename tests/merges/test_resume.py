@@ -25,12 +25,14 @@ from stopping import SHARDS, Stopped, held, stop, stopping_after
 from lowmem_aim.errors import DiskError, LockedError, ResumeError, UsageError, VerifyError
 from lowmem_aim.events import Event, TensorDone
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.jobs.plan import plan
 from lowmem_aim.merging.slices import TensorInputs
+from lowmem_aim.output import journal as journal_file
 from lowmem_aim.output import workspace as output
 from lowmem_aim.output import writer as write
 from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, is_finished
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import Group, Identity, PlanSize
+from lowmem_aim.output.records import VERSION, Group, Identity, PlanSize, Schema
 from lowmem_aim.output.verify import verify
 from lowmem_aim.output.writer import Commit, ShardWriter, finished_prefix
 from lowmem_aim.system import lock
@@ -614,3 +616,30 @@ def test_a_commit_that_fails_stops_the_writer(tmp_path: Path) -> None:
         shard.tensor_done()
         with pytest.raises(DiskError, match="journal is full"):
             shard.close()
+
+
+class TestAnotherVersionsJournal:
+    def test_it_is_refused_with_the_way_out(self, llama: Path, tmp_path: Path, run: Run, each_tensor: None) -> None:
+        job, out = recipe(llama, "linear"), tmp_path / "out"
+        stop(job, out, 15)
+        with Journal(out / PRIVATE) as journal:
+            journal.keep(Schema(VERSION + 1))
+        with pytest.raises(ResumeError, match="has records of version 2, and this is version 1") as caught:
+            merge(job, out, SHARDS)
+        assert caught.value.exit_code == 7
+        assert "`--fresh`" in caught.value.hint
+        assert plan(job, out, SHARDS, measure=False).exit_code == 7
+        assert json.loads(run("status", out, "--json").out)["state"] == "interrupted"
+        assert digests(merge(job, out, replace(SHARDS, fresh=True))) == digests(merge(job, tmp_path / "whole", SHARDS))
+
+    def test_a_row_with_other_fields_counts_as_absent(self, llama: Path, tmp_path: Path, each_tensor: None) -> None:
+        job, out = recipe(llama, "linear"), tmp_path / "out"
+        stop(job, out, 15)
+        with Journal(out / PRIVATE) as journal:
+            for kind, name in journal._connection.execute("SELECT kind, name FROM entries").fetchall():
+                if kind == "group":
+                    text = json.dumps({"shard": "model.safetensors", "colour": "red"})
+                    row = (text, journal_file._digest(kind, name, text), name)
+                    journal._connection.execute("UPDATE entries SET value = ?, digest = ? WHERE name = ?", row)
+            assert journal.groups("model-00001-of-00003.safetensors") == []
+        assert digests(merge(job, out, SHARDS)) == digests(merge(job, tmp_path / "whole", SHARDS))
