@@ -10,11 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lowmem_aim.errors import UsageError, VerifyError, printable
-from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.output.folder import PRIVATE, SUMS, outputs_in
+from lowmem_aim.output.strays import strays_in
+from lowmem_aim.system.files import disk_errors
 
 LONGEST_NAME = 200  # characters
 PIECE_BYTES = 64 << 20  # read at a time
+_HINT = "merge again into a new folder; if it happens again, suspect the disk"
+_STRAY_HINT = "move these files elsewhere"
 _LAST = "# sha256 of the lines above: "
 
 
@@ -25,9 +29,10 @@ def sums_text(sums: Mapping[str, str]) -> bytes:
 
 
 def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
-    """Read every file of one output again, and return their number.
+    """Read every file of one output again, and return their number. Files of unknown use beside them are a notice.
 
-    Raises VerifyError naming all files that differ, UsageError without a list.
+    Raises VerifyError naming all files that differ, and all others that a loader would take for a part of the model;
+    UsageError without a list.
     """
     file = out / list_name
     if not file.is_file():
@@ -48,8 +53,13 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
         done += (out / name).stat().st_size
         emit(Advanced(done, name))
     emit(PhaseEnded("verify"))
+    with disk_errors(out):
+        read, unknown = strays_in(out, sums)
+    problems += [f"`{printable(name)}` is not of this output, and a loader would read it" for name in read]
+    for name in unknown:
+        emit(Notice(f"`{printable(name)}` is not of this output", "warning"))
     if problems:
-        raise VerifyError(problems, hint="merge again into a new folder; if it happens again, suspect the disk")
+        raise VerifyError(problems, hint=_HINT if len(problems) > len(read) else _STRAY_HINT)
     return len(sums)
 
 

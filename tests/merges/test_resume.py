@@ -376,6 +376,33 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.parametrize("options", [SHARDS, Options()])
+def test_verify_finds_what_a_loader_would_take_for_the_model(
+    options: Options, llama: Path, tmp_path: Path, run: Run
+) -> None:
+    out = merge(recipe(llama, "linear"), tmp_path / "out", options)
+    for name in ("NOTES.md", "shot.PNG", "model.Q4_0.gguf", ".gitattributes", "LICENSE.txt", "eval.csv"):
+        (out / name).write_text("mine")
+    (out / ".git").mkdir()
+    done = run("verify", out)
+    assert done.code == 0
+    assert [line for line in done.err.splitlines() if "warning" in line] == [
+        "warning: `eval.csv` is not of this output"
+    ]
+    strays = ["adapter_config.json", "consolidated.00.safetensors", "model-00009.safetensors", "params.json", "x.py"]
+    for name in strays:
+        (out / name).write_text("{}")
+    done = run("verify", out)
+    assert done.code == 8
+    assert [
+        name for name in strays if f"`{name}` is not of this output, and a loader would read it" in done.err
+    ] == strays
+    assert "move these files elsewhere" in done.err
+    if options is SHARDS:
+        (out / "model.safetensors").write_bytes((llama / "base" / "model.safetensors").read_bytes())
+        assert "`model.safetensors` is not of this output" in run("verify", out).err
+
+
 def test_verify_finds_any_flipped_bit(llama: Path, tmp_path: Path, run: Run) -> None:
     out = merge(recipe(llama, "linear"), tmp_path / "out", SHARDS)
     assert run("verify", out).code == 0
