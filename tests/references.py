@@ -179,8 +179,8 @@ def deltas(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
 
 
 def largest_mask(delta: Tensor, density: float) -> Tensor:
-    """The int(density n) largest magnitudes, equal ones from the lowest flat index on."""
-    k = int(density * delta.numel())
+    """The max(1, int(density n)) largest magnitudes (none at density 0), equal ones from the lowest flat index on."""
+    k = max(1, int(density * delta.numel())) if density else 0
     order = sorted(range(delta.numel()), key=lambda i: (-abs(float(delta.flatten()[i])), i))
     mask = torch.zeros(delta.numel(), dtype=torch.bool)
     mask[order[:k]] = True

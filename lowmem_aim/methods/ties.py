@@ -29,5 +29,13 @@ def ties(
 
 
 def largest(tensor: Subject, density: Sequence[float]) -> Generator[Fold, Any, list[Largest]]:
-    """The selections that keep exactly int(density_i n) elements of each delta. Up to four rounds, mostly two."""
-    return (yield from first_by_size(tensor.numel, [(i, int(d * tensor.numel)) for i, d in enumerate(density)]))
+    """The selections that keep exactly max(1, int(density_i n)) elements of each delta, or none at density 0.
+
+    Up to four rounds, mostly two.
+    """
+    return (yield from first_by_size(tensor.numel, [(i, _kept(d, tensor.numel)) for i, d in enumerate(density)]))
+
+
+def _kept(density: float, numel: int) -> int:
+    # One element at least, as in mergekit since 0.1.5: a small tensor must not lose its whole delta.
+    return max(1, int(density * numel)) if density else 0

@@ -115,9 +115,12 @@ def _by_size() -> Iterator[Case]:
     yield Case("ties", 3, own=_weighted())
     yield Case("ties", 3, {"normalize": False, "rescale": True, "lambda": 0.8}, _weighted("density"))
     yield Case("ties", 3, {"int8_mask": True}, _weighted("density"))
+    # Of these no tensor keeps an element by int(density n) alone: ties keeps one, and all others give the base.
+    yield Case("ties", 2, own={"weight": WEIGHTS, "density": (1e-9, 0.0)})
+    yield Case("breadcrumbs", 2, own={"weight": WEIGHTS, "density": (0.0, 0.5)}, top={"gamma": 0.0})
+    yield Case("sce", 3, {"select_topk": 0.0})
     for method in ("breadcrumbs", "breadcrumbs_ties"):
         for count in (1, 3):
-            # On tensors of fewer than 1 / gamma elements mergekit drops the whole delta: all of these are larger.
             yield Case(method, count, {"gamma": 0.05}, _weighted("density"))
         yield Case(method, 2, {"gamma": 0.1, "normalize": True, "rescale": True, "lambda": 0.7}, _weighted("density"))
     for count in (1, 2, 4):

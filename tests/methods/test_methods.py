@@ -69,9 +69,10 @@ class TestAgainstFloat64:
     def test_breadcrumbs_that_drop_nothing_keep_as_ties_do(self, shape: tuple[int, ...]) -> None:
         base, expert = tensors(shape, 1)
         for gamma in (0.0, 0.5 / base.numel()):
-            given = {"weight": (1.0,), "density": (0.5,), "gamma": (gamma,)}
+            density = 0.5 if base.numel() > 1 else 1.0  # of one element ties keeps that one, breadcrumbs none
+            given = {"weight": (1.0,), "density": (density,), "gamma": (gamma,)}
             ours = merge("breadcrumbs", base, [expert], given)
-            assert torch.equal(ours, merge("ties", base, [expert], {"weight": (1.0,), "density": (0.5,)}))
+            assert torch.equal(ours, merge("ties", base, [expert], {"weight": (1.0,), "density": (density,)}))
 
     @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
     @pytest.mark.parametrize("rescale", [True, False, "density"])
@@ -186,10 +187,11 @@ class TestTraps:
         for step in (1, 3):
             assert torch.equal(merge("ties", base, [expert], {"weight": (1.0,), "density": (0.4,)}, step), ours)
 
-    def test_a_density_that_keeps_nothing_gives_the_base(self) -> None:
+    def test_ties_keeps_one_element_at_least_and_none_at_density_0(self) -> None:
         base, expert = tensors((3, 3), 1)
-        for density in (0.0, 0.1):
-            assert torch.equal(merge("ties", base, [expert], {"weight": (1.0,), "density": (density,)}), base)
+        assert torch.equal(merge("ties", base, [expert], {"weight": (1.0,), "density": (0.0,)}), base)
+        kept = merge("ties", base, [expert], {"weight": (1.0,), "density": (0.1,)}) != base
+        assert kept.flatten().nonzero().flatten().tolist() == [int((expert - base).abs().argmax())]
 
     def test_a_merge_of_bfloat16_is_rounded_once(self) -> None:
         """Arithmetic in bfloat16 rounds a good third of the elements wrongly."""
