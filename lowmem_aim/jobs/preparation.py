@@ -192,7 +192,7 @@ def check_place(ready: Prepared) -> None:
 
 def check_small_files(ready: Prepared) -> None:
     """Read the small files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
-    ready.copied = copied_files(ready.inputs.reference)
+    ready.copied = copied_files(ready.inputs.reference, ready.run.emit)
 
 
 def check_calibration(ready: Prepared) -> None:

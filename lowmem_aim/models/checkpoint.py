@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
-from lowmem_aim.models.config import config_of
+from lowmem_aim.models.config import config_of, refuse_lfs_pointer
 from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.system.memory import is_allocation_failure
@@ -212,14 +212,16 @@ class Checkpoint:
     def small_file(self, name: str, limit_bytes: int) -> bytes | None:
         """The content of a file beside the weights, such as the tokenizer's; None if there is none.
 
-        Raises ModelError for a file of more than `limit_bytes`.
+        Raises ModelError for a file of more than `limit_bytes`, and for a Git LFS pointer in its place.
         """
         file = self.folder / name
         if not file.is_file():
             return None
         if file.stat().st_size > limit_bytes:
             raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")
-        return file.read_bytes()
+        content = file.read_bytes()
+        refuse_lfs_pointer(content, printable(str(file)))
+        return content
 
     def close(self) -> None:
         """Close all files, and let go of their windows."""

@@ -31,6 +31,18 @@ def too_many_values(text: bytes) -> bool:
     return sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_lfs_pointer(content: bytes, shown: str) -> None:
+    """Raise ModelError if a file's first bytes are those of a Git LFS pointer; `shown` names the file."""
+    if content.startswith(LFS_POINTER):
+        raise ModelError(
+            f"`{shown}` is a Git LFS pointer, not the file itself",
+            hint="`git lfs pull` in that folder fetches the files",
+        )
+
+
 def load_json(file: Path, limit_bytes: int) -> Any:
     """The value in a JSON file.
 
@@ -42,6 +54,7 @@ def load_json(file: Path, limit_bytes: int) -> Any:
             content = stream.read(limit_bytes + 1)
         if len(content) > limit_bytes:
             raise ModelError(f"`{shown}` has more than {limit_bytes} bytes")
+        refuse_lfs_pointer(content, shown)
         if too_many_values(content):
             raise ModelError(f"`{shown}` holds more than {MAX_MARKS} values")
         value = json.loads(content.decode("utf-8"))

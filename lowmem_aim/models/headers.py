@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.models.config import MAX_MARKS, too_many_values
+from lowmem_aim.models.config import LFS_POINTER, MAX_MARKS, refuse_lfs_pointer, too_many_values
 
 # The safetensors library refuses headers above 100 MB; so do we, before reading them.
 MAX_HEADER_BYTES = 100_000_000
@@ -119,6 +119,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
+            refuse_lfs_pointer(prefix + stream.read(len(LFS_POINTER) - 8), printable(str(file)))
+            stream.seek(len(prefix))
             if len(prefix) < 8:
                 raise _BadHeader("it is too short to be a safetensors file")
             length = int.from_bytes(prefix, "little")

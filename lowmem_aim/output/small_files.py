@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.config import CONFIG
+from lowmem_aim.models.config import CONFIG, load_json
 from lowmem_aim.models.folder import INDEX
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.card import PICTURE, card_text, delta_left, is_printable, yaml_text
+from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.output.heatmap import joined
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import drawn_with, heatmap_png
@@ -43,12 +45,30 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MAY_RUN_CODE = ("generation_config.json", "tokenizer_config.json")
 LARGEST_COPY = 200_000_000  # bytes
 
 
-def copied_files(reference: Checkpoint) -> dict[str, bytes]:
-    """The reference's tokenizer files, chat template and the like, by name. Raises ModelError if one is too large."""
-    return {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
+def copied_files(reference: Checkpoint, emit: Emit = silent) -> dict[str, bytes]:
+    """The reference's tokenizer files, chat template and the like, by name; keys that run code are left out.
+
+    Raises ModelError for a file that is too large, or is not what its name says.
+    """
+    found = {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
+    for name in [name for name in MAY_RUN_CODE if name in found]:
+        value, gone = without_code(load_json(reference.folder / name, LARGEST_COPY))
+        if gone:
+            found[name] = _json(value)
+            _tell_of_code(name, gone, emit)
+    _, gone = without_code(reference.config)
+    if gone:
+        _tell_of_code(CONFIG, gone, emit)
+    return found
+
+
+def _tell_of_code(name: str, gone: Sequence[str], emit: Emit) -> None:
+    keys = ", ".join(f"`{key}`" for key in gone)
+    emit(Notice(f"the output's {name} has no {keys}: a loader would run code for it", "warning"))
 
 
 def output_files(
@@ -99,7 +119,8 @@ def _json(value: Any) -> bytes:
 
 def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The reference's config.json with the dtype that most of the output has, and nothing that would run code."""
-    config = {key: value for key, value in reference.config.items() if key not in ("auto_map", "_name_or_path")}
+    plain, _ = without_code(reference.config)
+    config = {key: value for key, value in plain.items() if key != "_name_or_path"}
     sizes: dict[torch.dtype, int] = {}
     for task in plan.tasks:
         if task.dtype.is_floating_point:

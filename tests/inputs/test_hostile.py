@@ -78,8 +78,33 @@ class TestConfig:
             (place.folder / name / "evil.py").write_text(f"open({str(place.folder / 'ran')!r}, 'w')")
         assert place.merge("--omega", "0.4", "--calibration", texts, "--block-size", "16").code == 0
         assert not (place.folder / "ran").exists()
-        assert "auto_map" not in (place.out / "config.json").read_text()
+        for file in place.out.glob("*.json"):
+            assert "auto_map" not in file.read_text()
         assert not (place.out / "evil.py").exists()
+
+    def test_keys_that_make_a_loader_run_code_stay_behind_and_the_rest_comes_along(self, place: Place) -> None:
+        mine = {"custom_generate": "evil/loop", "temperature": 0.5}
+        (place.folder / "base/generation_config.json").write_text(json.dumps(mine))
+        for name in ("base", "math", "code"):
+            kernel = {
+                "attn_implementation": "evil/kernel",
+                "task_specific_params": {"x": {"custom_pipelines": {"y": {}}}},
+            }
+            tiny.edit_config(place.folder / name, _attn_implementation="sdpa", **kernel)
+        done = place.merge()
+        assert done.code == 0
+        assert json.loads((place.out / "generation_config.json").read_text()) == {"temperature": 0.5}
+        config = json.loads((place.out / "config.json").read_text())
+        assert (config["_attn_implementation"], config["task_specific_params"]) == ("sdpa", {"x": {}})
+        assert "attn_implementation" not in config
+        assert "generation_config.json has no `custom_generate`" in done.err
+        assert "config.json has no `attn_implementation`, `custom_pipelines`" in done.err
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors", "tokenizer.model"])
+    def test_a_git_lfs_pointer_is_named_as_one(self, name: str, place: Place) -> None:
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+        (place.folder / "base" / name).write_text(pointer)
+        place.refused(place.merge(), 3, f"base/{name}` is a Git LFS pointer, not the file itself", "`git lfs pull`")
 
     def test_a_model_that_needs_its_code_is_refused(self, place: Place, texts: Path) -> None:
         for name in ("base", "math", "code"):
