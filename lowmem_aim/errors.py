@@ -105,9 +105,11 @@ def noted(errors: list[LowmemAimError]) -> Iterator[None]:
 
 
 def raise_all(errors: list[LowmemAimError]) -> None:
-    """Raise `errors` as one error (see `joined`); nothing if there are none."""
+    """Raise the one error, or all as one (see `joined`); nothing if there are none."""
+    if len(errors) == 1:
+        raise errors[0]  # with its traceback and cause
     if errors:
-        raise joined(errors)
+        raise joined(errors) from errors[0]
 
 
 def joined(errors: list[LowmemAimError]) -> LowmemAimError:

@@ -2,12 +2,14 @@
 
 Every function raises the errors of `lowmem_aim.errors`, prints nothing, and leaves signals alone. `on_event` is called
 with each event of `lowmem_aim.events`, from any thread of the run; an exception that it raises ends the run, which can
-then be resumed like any other. A run that is interrupted (KeyboardInterrupt too) is resumed by the same call.
+then be resumed like any other. In one process, jobs that are called from several threads run one after another. A run
+that is interrupted (KeyboardInterrupt too) is resumed by the same call.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_ev
     as it is. Raises RecipeError, UsageError, ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError and
     NetworkError, before any work where that is possible; what was finished before an error stays for the next call.
     """
-    with _threads_restored():
+    with _alone():
         return merge_job.merge(_read(recipe), Path(out), options, _emit(on_event))
 
 
@@ -90,7 +92,7 @@ def calibrate(
     `block_size`, `seed`, `pack`, `dtype`. Merges take the file as their `calibration`. Raises the errors of `merge`.
     """
     aim = reader.read_aim(tree_of(settings or {}, "settings"))
-    with _threads_restored():
+    with _alone():
         return calibrate_job.calibrate(str(base), aim, Path(out), options, _emit(on_event))
 
 
@@ -107,7 +109,7 @@ def plan(
     Nothing is merged and nothing is downloaded but headers. `measure`: spend two seconds on an estimate of the time.
     Raises the errors of models that cannot be opened; all else is among `Forecast.problems`.
     """
-    with _threads_restored():
+    with _alone():
         return plan_job.plan(_read(recipe), Path(out), options, _emit(on_event), measure=measure)
 
 
@@ -127,11 +129,18 @@ def _emit(on_event: OnEvent | None) -> Emit:
     return silent if on_event is None else on_event
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
-def _threads_restored() -> Iterator[None]:
-    """Give torch back the number of threads that the caller has set: `Options.threads` is for the run alone."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _alone() -> Iterator[None]:
+    """Run the jobs of one process one after another, and give torch back the number of threads that it had.
+
+    Jobs set torch's threads, and measure the memory of the whole process: two at a time would disturb each other.
+    """
+    with _ONE_AT_A_TIME:
+        before = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

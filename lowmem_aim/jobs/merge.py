@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import xxhash
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
 from lowmem_aim.jobs.preparation import Prepared, prepared
-from lowmem_aim.jobs.resume import agree, check_same, differing_tensors
+from lowmem_aim.jobs.resume import activations_kept, agree, check_same, differing_tensors, digest_of_file
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
 from lowmem_aim.merging.loop import merge_tensors
 from lowmem_aim.merging.merged_weights import MergedWeights
@@ -54,6 +53,8 @@ def merge(recipe: Recipe, out: Path, options: Options = DEFAULTS, emit: Emit = s
 
 
 def _merge(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
+    for notice in recipe.notices:
+        feed(Notice(notice, "warning"))
     with prepared(recipe, out, start(options, feed)) as ready, agreed(ready, feed) as outputs:
         if outputs:
             activations = calibrated(ready, outputs)
@@ -81,8 +82,6 @@ def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
 
     Raises all errors of the preparation, LockedError, ResumeError, UsageError, DiskError.
     """
-    for notice in ready.recipe.notices:
-        feed(Notice(notice, "warning"))
     ready.refuse()
     with contextlib.ExitStack() as stack:
         outputs = []
@@ -158,7 +157,7 @@ def calibrated(ready: Prepared, outputs: Sequence[HeldOutput]) -> Activations | 
 
 
 def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -> Activations:
-    lacking = [space for space in spaces if not _is_kept(space)]
+    lacking = [space for space in spaces if not activations_kept(space.private, space.journal)]
     kept = next((space for space in spaces if space not in lacking), None)
     if kept:
         activations = Activations.load(kept.private / ACTIVATIONS)
@@ -172,24 +171,14 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
         for space in lacking:
             file = space.private / ACTIVATIONS
             activations.save(file)
-            space.journal.keep(KeptActivations(_digest_of(file), weights))
+            space.journal.keep(KeptActivations(digest_of_file(file), weights))
     return activations
-
-
-def _is_kept(space: Workspace) -> bool:
-    """Whether an output has the activations that an interrupted run measured."""
-    file, kept = space.private / ACTIVATIONS, space.journal.kept(KeptActivations)
-    return kept is not None and file.is_file() and kept.file == _digest_of(file)
 
 
 def _forget_lost(space: Workspace) -> None:
     """Forget kept activations whose file is gone: measuring them again then requires the same environment."""
-    if space.journal.holds(KeptActivations) and not _is_kept(space):
+    if space.journal.holds(KeptActivations) and not activations_kept(space.private, space.journal):
         space.journal.forget(KeptActivations)
-
-
-def _digest_of(file: Path) -> str:
-    return xxhash.xxh3_128_hexdigest(file.read_bytes())
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from lowmem_aim.errors import LowmemAimError, ModelError, joined, noted, printable, raise_all
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit
-from lowmem_aim.jobs.resume import check_same, check_same_job, identity_of_merge
+from lowmem_aim.jobs.resume import activations_kept, check_same, check_same_job, identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration, GivenActivations, Measurement, calibration_of
 from lowmem_aim.merging import shares
 from lowmem_aim.models.hub import Located, locate
@@ -33,14 +33,14 @@ from lowmem_aim.output.folder import (
     staged_bytes,
 )
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import Identity, KeptActivations, KeptComparison, Record
+from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActivations, KeptComparison, Record
 from lowmem_aim.output.small_files import copied_files
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Aim, Recipe, one_by_one
 from lowmem_aim.recipe.words import BUILTIN, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
-from lowmem_aim.system.lock import is_held, locked_error, owner_of
+from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
 from lowmem_aim.system.run import Run
 from lowmem_aim.system.tensors import dtype_name, dtype_named
 
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from lowmem_aim.blocks.shares import Needs
     from lowmem_aim.measuring.comparison import Comparison
     from lowmem_aim.models.meta_model import MetaModel
+
+
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Prepared:
     model_runs: list[ModelRun] = field(default_factory=list)  # the model runs that are still to be made
     notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
     unread: bool = False  # some texts are on the Hub, and were not fetched
+    incomplete: bool = False  # something that tells this job from others could not be had
 
     def folder(self, name: str) -> Path:
         """The folder of one output."""
@@ -126,6 +130,12 @@ class Prepared:
         """Bytes of hidden states that may go to the disk at worst: all of them, and two snapshots."""
         return max((3 * model_run.needs.states for model_run in self.model_runs), default=0)
 
+    def check_writable(self) -> None:
+        """Raise DiskError if an output that is still to be made cannot be written."""
+        for name in self.unfinished():
+            check_writable(existing_folder(self.folder(name)))
+            check_writable(existing_folder(self.folder(name) / PRIVATE))
+
     def refuse(self) -> None:
         """Raise all errors as one, with the exit code of the first; do nothing if there are none."""
         raise_all(self.errors)
@@ -142,7 +152,8 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
     errors: list[LowmemAimError] = []
     with noted(errors):
         check_outputs(out, folders, [])
-        check_writable(existing_folder(out))
+        if not all(map(is_finished, folders)):
+            check_writable(existing_folder(out))
     if errors and sources.fetches:
         raise_all(errors)  # nothing is downloaded for an output that cannot be made
     options = run.options
@@ -165,11 +176,14 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
                 for name, one in recipes.items()
             }
         except LowmemAimError as error:
-            raise joined([*errors, error, *_missing_texts(recipe)]) from error
+            raise_all([*errors, error, *_missing_texts(recipe)])
+            raise
         ready = Prepared(recipe, out, run, sources, inputs, plans, errors)
         for check in CHECKS:
+            known = len(errors)
             with noted(errors):
                 check(ready)
+            ready.incomplete |= len(errors) > known and check in OF_THE_IDENTITY
         yield ready
 
 
@@ -187,7 +201,7 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
 def check_place(ready: Prepared) -> None:
     """Check that the output folders are free, lie in no input, and can be written. Raises UsageError, DiskError."""
     check_outputs(ready.out, [ready.folder(name) for name in ready.plans], ready.inputs.folders)
-    check_writable(existing_folder(ready.out))
+    ready.check_writable()
 
 
 def check_small_files(ready: Prepared) -> None:
@@ -209,7 +223,7 @@ def check_calibration(ready: Prepared) -> None:
     if isinstance(calibration, GivenActivations):
         check_activations(calibration.activations, base, aim)
     elif not _is_measured(ready, calibration):
-        ready.model_runs.append(_model_run("calibrate", calibration.meta_model, calibration.sequences))
+        ready.model_runs.append(_model_run(ready, "calibrate", calibration.meta_model, calibration.sequences))
 
 
 def check_comparison(ready: Prepared) -> None:
@@ -220,14 +234,15 @@ def check_comparison(ready: Prepared) -> None:
     acm, base = ready.recipe.acm, ready.inputs.base
     if acm is None or base is None:
         return
-    from lowmem_aim.measuring.comparison import Comparison, texts_of  # transformers: only where models are run
+    from lowmem_aim.measuring.comparison import Comparison, is_of, texts_of  # transformers: only where models are run
 
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
     comparison = ready.comparison = Comparison.of(acm, base, ready.run)
-    if not all(_holds(ready, name, KeptComparison) for name in ready.unfinished()):
+    kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
+    if not all(found is not None and is_of(found, ready.inputs) for found in kept):
         measurement = comparison.measurement
-        ready.model_runs.append(_model_run("compare", measurement.meta_model, measurement.sequences))
+        ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
 
 
 def check_merge_memory(ready: Prepared) -> None:
@@ -238,13 +253,17 @@ def check_merge_memory(ready: Prepared) -> None:
     ready.shares()
 
 
-def check_model_run_memory(ready: Prepared) -> None:
-    """Check that one module of a block at a time, and one sequence's work, fit the budget. Raises MemoryBudgetError."""
-    if ready.model_runs:
-        from lowmem_aim.blocks.shares import share_out  # transformers: only where models are run
+def check_model_runs(ready: Prepared) -> None:
+    """Check that one module of a block at a time, and one sequence's work, fit the budget, and hidden states the disk.
+
+    Raises MemoryBudgetError, DiskError.
+    """
+    unfinished = ready.unfinished()
+    if ready.model_runs and unfinished:
+        from lowmem_aim.measuring.mean_activations import shares_for  # transformers: only where models are run
 
         for model_run in ready.model_runs:
-            share_out(ready.run.budget, ready.run.device, model_run.needs)
+            shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
 
 
 def check_begun(ready: Prepared) -> None:
@@ -255,7 +274,7 @@ def check_begun(ready: Prepared) -> None:
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
-        if is_held(private / "lock"):
+        if is_held(private / "lock", PATIENCE_SECONDS):  # others hold it for a moment when they ask
             raise locked_error(private / "lock", owner_of(private / "lock"))
         if not private.is_dir() or (ready.run.options.fresh and not finished):
             continue
@@ -268,22 +287,28 @@ def check_begun(ready: Prepared) -> None:
 
 def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) -> None:
     folder = ready.folder(name)
+    if ready.incomplete:
+        return  # what is missing would be reported as a difference
     if ready.unread:
         ready.notes.append(f"whether `{printable(str(folder))}` is of the same job shows once the texts are fetched")
     elif finished:
         check_same(journal, ready.identity(name), folder)
     else:
         accept = ready.run.options.accept_environment
-        check_same_job(journal, ready.identity(name), accept_environment=accept)
+        lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)
+        check_same_job(journal, ready.identity(name), accept_environment=accept, lost=lost)
 
 
 def check_disk_space(ready: Prepared) -> None:
-    """Check that the disk has space for the outputs, and before them for hidden states. Raises DiskError."""
+    """Check that the disk has space for the outputs. Raises DiskError."""
     if ready.unfinished():
-        check_disk(ready.out, max(ready.bytes_to_write(), ready.bytes_to_spill()))
+        check_disk(ready.out, ready.bytes_to_write())
 
 
 Check = Callable[[Prepared], None]
+
+# Checks that find out what tells this job from others: without that, an interrupted run cannot be compared.
+OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
 
 # In the order in which their problems are listed; the first problem sets the exit code.
 CHECKS: list[Check] = [
@@ -294,7 +319,7 @@ CHECKS: list[Check] = [
     check_merge_memory,
     check_begun,
     check_disk_space,
-    check_model_run_memory,
+    check_model_runs,
 ]
 
 
@@ -311,35 +336,47 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     ready.unread = True
     ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
-    ready.model_runs.append(_model_run(phase, meta_model, [range(aim.block_size)] * aim.samples))
+    ready.model_runs.append(_model_run(ready, phase, meta_model, [range(aim.block_size)] * aim.samples))
     return False
 
 
 def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
     """Whether the activations of the base are at hand, from the cache or from an interrupted run."""
     unfinished = ready.unfinished()
-    if not unfinished or any(_holds(ready, name, KeptActivations) for name in unfinished):
+    if not unfinished or any(_has_activations(ready, name) for name in unfinished):
         return True
-    if ready.run.options.use_cache and measurement.cached(ready.run.device).is_file():
+    mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used
+    if ready.run.options.use_cache and not mixed and measurement.cached(ready.run.device).is_file():
         ready.notes.append("the activations were measured before, and are reused")
         return True
     return False
 
 
-def _holds(ready: Prepared, name: str, kind: type[Record]) -> bool:
-    """Whether an interrupted run of this output has left a record of this kind to resume from."""
+def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
+    """The record of this kind that an interrupted run of this output has left to resume from."""
+    private = ready.folder(name) / PRIVATE
+    if ready.run.options.fresh or not private.is_dir():
+        return None
+    with Journal(private, read_only=True) as journal:
+        return journal.kept(kind)
+
+
+def _has_activations(ready: Prepared, name: str) -> bool:
     private = ready.folder(name) / PRIVATE
     if ready.run.options.fresh or not private.is_dir():
         return False
     with Journal(private, read_only=True) as journal:
-        return journal.kept(kind) is not None
+        return activations_kept(private, journal)
 
 
-def _model_run(phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> ModelRun:
-    from lowmem_aim.blocks.shares import Needs
+def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> ModelRun:
+    from lowmem_aim.measuring.comparison import needs_of_comparison  # transformers: only where models are run
+    from lowmem_aim.measuring.mean_activations import needs_of
 
     compared = phase == "compare"
-    # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
-    needs = Needs.of(meta_model, [*sequences] * (3 if compared else 1))
+    if compared:
+        needs = needs_of_comparison(meta_model, sequences, next(iter(ready.plans.values())), ready.inputs)
+    else:
+        needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))
     return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)

@@ -8,7 +8,7 @@ it gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.output.folder import ACTIVATIONS
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.picture import drawn_with
 from lowmem_aim.output.portable import portable_recipe
@@ -34,6 +35,7 @@ from lowmem_aim.output.records import (
     Identity,
     KeptActivations,
     KeptComparison,
+    Record,
 )
 from lowmem_aim.planning.tasks import Plan
 
@@ -128,24 +130,45 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
     journal.keep(now)
 
 
-def check_same_job(journal: Journal, now: Identity, *, accept_environment: bool) -> None:
-    """Raise ResumeError if an interrupted run is certain to be another one. Nothing is read of the models."""
+def activations_kept(private: Path, journal: Journal) -> bool:
+    """Whether the activations that an interrupted run has measured lie in its folder as they were written."""
+    file, kept = private / ACTIVATIONS, journal.kept(KeptActivations)
+    return kept is not None and file.is_file() and kept.file == digest_of_file(file)
+
+
+def digest_of_file(file: Path) -> str:
+    """xxh3-128 of a small file's bytes."""
+    return _digest(file.read_bytes())
+
+
+def check_same_job(
+    journal: Journal, now: Identity, *, accept_environment: bool, lost: Sequence[type[Record]] = ()
+) -> None:
+    """Raise ResumeError if an interrupted run is certain to be another one. Nothing is read of the models.
+
+    `lost`: kinds of records that the run would find to be worth nothing.
+    """
     before = journal.kept(Identity)
     if before is not None:
         now = _as_kept(now)
         changed = list(_changed_inputs(before, now, lambda number: iter(()), silent))
-        _refuse_differences(journal, before, now, changed, accept_environment)
+        _refuse_differences(journal, before, now, changed, accept_environment, lost)
 
 
 def _refuse_differences(
-    journal: Journal, before: Identity, now: Identity, changed: list[str], accept_environment: bool
+    journal: Journal,
+    before: Identity,
+    now: Identity,
+    changed: list[str],
+    accept_environment: bool,
+    lost: Sequence[type[Record]] = (),
 ) -> list[str]:
     """Raise ResumeError for another job, changed inputs, or another environment that the user does not accept.
 
     Returns the differences of the environment that are accepted.
     """
     problems = [*_differences(before.job, now.job), *changed]
-    elsewhere = list(_differences(_compared(before, journal), _compared(now, journal)))
+    elsewhere = list(_differences(_compared(before, journal, lost), _compared(now, journal, lost)))
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
@@ -182,12 +205,13 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
     return {name: facts[0] for name, facts in model["files"].items()}
 
 
-def _compared(identity: Identity, journal: Journal) -> dict[str, str]:
+def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]] = ()) -> dict[str, str]:
     """The parts of the environment that still make a difference."""
     job = identity.job
     needed = ((KeptActivations, "calibration"), (KeptComparison, "texts of ACM"))
-    measured = all(journal.holds(kind) for kind, key in needed if key in job)
-    dropped = () if journal.holds(*PROGRESS) and not measured else (_THREADS, _INSTRUCTIONS)
+    there = [kind for kind in PROGRESS if kind not in lost and journal.holds(kind)]
+    measured = all(kind in there for kind, key in needed if key in job)
+    dropped = () if there and not measured else (_THREADS, _INSTRUCTIONS)
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 

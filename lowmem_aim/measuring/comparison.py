@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +12,11 @@ import xxhash
 
 from lowmem_aim.blocks.offload import Source
 from lowmem_aim.blocks.runner import BlockRunner
-from lowmem_aim.blocks.shares import Shares
+from lowmem_aim.blocks.shares import Needs, Shares
 from lowmem_aim.errors import ResumeError, UsageError
 from lowmem_aim.events import Notice
 from lowmem_aim.measuring.calibration import Measurement, measurement_of
-from lowmem_aim.measuring.mean_activations import shares_for
+from lowmem_aim.measuring.mean_activations import needs_of, shares_for
 from lowmem_aim.measuring.two_models import information_between
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -77,9 +77,8 @@ class Comparison:
         Raises ResumeError if the models differ by other amounts than when this merge began, and ModelError,
         MemoryBudgetError, DiskError.
         """
-        stamp = _stamp(inputs)
         before = space.journal.kept(KeptComparison)
-        if before is not None and before.stamp == stamp:
+        if before is not None and is_of(before, inputs):
             run.emit(Notice("resuming: ACM's comparison is done"))
             measured = before.information
         else:
@@ -89,7 +88,7 @@ class Comparison:
                     "ACM's comparison of the models no longer gives what it gave when this merge began",
                     hint="`--fresh` starts over",
                 )
-            space.journal.keep(KeptComparison(stamp, measured))
+            space.journal.keep(KeptComparison(_stamp(inputs), measured))
         # In the order of the model: the journal's records have an order of their own.
         information = {group: measured[group] for group in sorted(measured, key=_place)}
         sequences = self.measurement.sequences
@@ -106,11 +105,8 @@ class Comparison:
     ) -> dict[str, list[float]]:
         base, meta_model = self.measurement.base, self.measurement.meta_model
         texts = list(self.measurement.sequences)
-        # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
-        # A merged weight takes memory twice: while it is being made, and in its block.
-        largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.roles.vocabulary), default=0)
-        three = [*texts, *texts, *texts]
-        shares = shares_for(meta_model, three, run.budget, run.device, space.private, beside=WORK_BYTES + largest)
+        needs = needs_of_comparison(meta_model, texts, plan, inputs)
+        shares = shares_for(needs, run.budget, run.device, space.private)
         merged_meta_model = load_meta_model(inputs.reference, meta_model.dtype)
         with merged(space.private) as weights:
             of_base, of_merged = (
@@ -120,6 +116,14 @@ class Comparison:
             found = information_between(of_base, of_merged, texts, run.emit, between=weights.forget)
             weights.check_unchanged()  # a change between reading and computing would count
         return found
+
+
+def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, inputs: Inputs) -> Needs:
+    """The needs of running base and merged model side by side over the texts."""
+    # A merged weight takes memory twice: while it is being made, and in its block.
+    largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.roles.vocabulary), default=0)
+    # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
+    return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest)
 
 
 def texts_of(acm: Acm) -> Aim:
@@ -135,6 +139,11 @@ def _place(group: str) -> tuple[int, int]:
 def _part(shares: Shares, thirds: int) -> Shares:
     """Copy the shares, with only so many thirds of the memory for hidden states."""
     return replace(shares, device_states=shares.device_states * thirds // 3, ram_states=shares.ram_states * thirds // 3)
+
+
+def is_of(kept: KeptComparison, inputs: Inputs) -> bool:
+    """Whether a comparison was made of these very files, as they lie there now."""
+    return kept.stamp == _stamp(inputs)
 
 
 def _stamp(inputs: Inputs) -> str:

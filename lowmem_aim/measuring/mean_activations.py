@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def mean_activations(
     """
     _check_sequences(sequences)
     place = torch.device(device)
-    shares = BOUNDLESS if budget is None else shares_for(meta_model, sequences, budget, place, spill)
+    shares = BOUNDLESS if budget is None else shares_for(needs_of(meta_model, sequences), budget, place, spill)
     progress = _Progress(emit)
     emit(PhaseStarted("calibrate", len(meta_model.blocks), "blocks"))
     with torch.no_grad(), _as_budget_errors():
@@ -90,24 +90,24 @@ def mean_activations(
     return result
 
 
-def shares_for(
-    meta_model: MetaModel,
-    sequences: Sequence[Tensor],
-    budget: Budget,
-    device: torch.device,
-    spill: Path | None,
-    beside: int = 0,
-) -> Shares:
-    """Divide the budget for a calibration; `beside` is the number of bytes that something else takes meanwhile.
+def needs_of(meta_model: MetaModel, sequences: Sequence[Sized], beside: int = 0) -> Needs:
+    """The needs of a calibration; `beside` is the number of bytes that something else takes meanwhile.
 
-    The disk of `spill` must also have space for two snapshots of the hidden states: the last one stays until the next
-    is whole. Raises ModelError for a model without a list of blocks, MemoryBudgetError, DiskError.
+    Raises ModelError for a model without a list of blocks.
     """
     if not meta_model.blocks:
         label = printable(meta_model.weights.checkpoint.label)
         raise ModelError(f"`{label}` is not built of a list of blocks: it cannot be calibrated")
     needs = Needs.of(meta_model, sequences)
-    needs = replace(needs, beside=needs.beside + beside)
+    return replace(needs, beside=needs.beside + beside)
+
+
+def shares_for(needs: Needs, budget: Budget, device: torch.device, spill: Path | None) -> Shares:
+    """Divide the budget, and check that the disk of `spill` has space for hidden states.
+
+    Beside what does not fit the budget, the disk takes two snapshots: the last one stays until the next is whole. Those
+    of an interrupted run that lie in `spill` make way for them. Raises MemoryBudgetError, DiskError.
+    """
     shares = share_out(budget, device, needs)
     if spill is not None:
         needed = shares.spilled(needs.states) + 2 * needs.states - snapshot_bytes(spill)

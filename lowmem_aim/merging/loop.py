@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Notice, PhaseEnded, PhaseStarted
-from lowmem_aim.merging.passes import EndOfTensor, PassSettings, Stream, TensorPasses, timed
+from lowmem_aim.merging.passes import PassSettings, Stream, TensorPasses, timed
 from lowmem_aim.merging.pipeline import Ahead, Job, Workers
 from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.shares import Shares
@@ -89,15 +89,16 @@ class _Loop:
         """The tasks that any of the targets lacks, in the plan's order."""
         return (task for task in self.plan.tasks if any(task.name in target.left for target in self.targets))
 
-    def read_all(self) -> Iterator[TensorInputs | Rows | EndOfTensor]:
-        """Yield the first pass over every tensor that is left: the tensor, its slices, an end, the next tensor."""
+    def read_all(self) -> Stream:
+        """Yield the first pass over every tensor that is left."""
         for task in self.left():
             relaxed = any(target.relaxation.touches(task) for target in self.targets)
             with_base = self.plan.recipe.builds_on_base or relaxed
             tensor = TensorInputs(task, self.inputs, with_base, self.settings.stride, self.plan.nonfinite)
-            yield tensor
-            yield from timed(tensor.slices(first_pass=True), self.settings.emit)
-            yield EndOfTensor()
+            for rows in timed(tensor.slices(first_pass=True), self.settings.emit):
+                yield tensor, rows
+                del rows  # before the next are read
+            yield tensor, None
 
     def passes_over(self, task: Task, stream: Stream) -> Job:
         """Yield the passes over one tensor; the last one gives finished rows to the targets that lack the tensor."""

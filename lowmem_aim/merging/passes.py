@@ -15,12 +15,8 @@ from lowmem_aim.merging.slices import Stride, TensorInputs, in_halves
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.planning.tasks import Task
 
-
-class EndOfTensor:
-    """Marks the end of a tensor's slices in a stream."""
-
-
-Stream = Iterator[TensorInputs | Rows | EndOfTensor]  # a tensor, its slices, an end, the next tensor
+# Each slice with the tensor that it is of, and None after a tensor's last.
+Stream = Iterator[tuple[TensorInputs, Rows | None]]
 
 
 @dataclass(frozen=True)
@@ -81,16 +77,16 @@ class TensorPasses:
         return self._let_go(self._kept) if last else iter(self._kept)
 
     def _from(self, stream: Stream, last: bool) -> Iterator[Rows]:
-        for found in stream:
-            if isinstance(found, EndOfTensor):
+        first = True
+        for self.tensor, rows in stream:
+            if first and not last and self.tensor.nbytes <= self._settings.shares.kept_bytes:
+                self._kept = deque()
+            first = False
+            if rows is None:
                 return
-            if isinstance(found, TensorInputs):
-                self.tensor = found
-                self._kept = deque() if not last and found.nbytes <= self._settings.shares.kept_bytes else None
-                continue
             if self._kept is not None:
-                self._kept.append(found)
-            yield found
+                self._kept.append(rows)
+            yield rows
 
     def _read_again(self) -> Iterator[Rows]:
         slices = timed(self.tensor.slices(first_pass=False), self._settings.emit)

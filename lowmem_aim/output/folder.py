@@ -103,9 +103,10 @@ def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
 
 
 def staged_bytes(out: Path) -> int:
-    """Bytes of the disk that an interrupted run's unfinished shards take."""
+    """Bytes that an interrupted run's files take of the disk, in staging and where the run had published them."""
     with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in (out / PRIVATE / STAGING).iterdir())
+        files = [*(out / PRIVATE / STAGING).iterdir(), *(out / name for name in published_before(out))]
+        return sum(file.stat().st_size for file in files)
     return 0
 
 

@@ -36,8 +36,8 @@ class Owner:
         return f"process {self.pid} on {printable(self.host)}, since {printable(self.since)}"
 
 
-def is_held(lock: Path) -> bool:
-    """Whether a living process holds the lock.
+def is_held(lock: Path, patience_seconds: float = 0.0) -> bool:
+    """Whether a living process holds the lock, and goes on holding it for `patience_seconds`.
 
     The lock itself is tried: clocks and process numbers in a file can be wrong.
     """
@@ -45,7 +45,7 @@ def is_held(lock: Path) -> bool:
         return False
     asked = FileLock(lock)
     try:
-        asked.acquire(timeout=0)
+        asked.acquire(timeout=patience_seconds, poll_interval=PATIENCE_SECONDS / 10)
     except Timeout:
         return True
     except OSError:  # a folder that cannot be written to

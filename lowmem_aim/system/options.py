@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 ReadMode = Literal["mmap", "pread"]  # how model files are read
 NonFinite = Literal["stop", "base"]  # what an expert's NaN and Inf lead to: an error, or the base's value
@@ -33,3 +34,18 @@ class Options:
 
 
 DEFAULTS = Options()
+
+
+def wrong_options(options: Options) -> Iterator[str]:
+    """Yield what is wrong with options that were not checked by the command line."""
+    for name, words in (("read", get_args(ReadMode)), ("nonfinite", get_args(NonFinite))):
+        if getattr(options, name) not in words:
+            yield f"`{name}` must be one of {', '.join(words)}, not {getattr(options, name)!r:.100}"
+    for name, least in (("threads", 1), ("slice_rows", 1), ("ram", 0), ("vram", 0), ("shard_bytes", 1), ("seed", None)):
+        value = getattr(options, name)
+        optional = name not in ("shard_bytes", "seed")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and (least is None or value >= least)) and not (optional and value is None):
+            yield f"`{name}` must be a whole number{f' of at least {least}' if least else ''}, not {value!r:.100}"
+    if not isinstance(options.device, str):
+        yield f"`device` must be text, not {options.device!r:.100}"

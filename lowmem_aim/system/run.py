@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem_aim.errors import UsageError
 from lowmem_aim.events import Emit
 from lowmem_aim.system.devices import usable_device
 from lowmem_aim.system.memory import Budget, make_budget
-from lowmem_aim.system.options import Options
+from lowmem_aim.system.options import Options, wrong_options
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class Run:
 def start(options: Options, emit: Emit) -> Run:
     """Apply the options that hold for the whole process (threads), and find the device and the memory budget.
 
-    Raises UsageError for a device that is not there, MemoryBudgetError for a budget that the program itself exceeds.
+    Raises UsageError for wrong options and for a device that is not there, MemoryBudgetError for a budget that the
+    program itself exceeds.
     """
+    if problems := list(wrong_options(options)):
+        raise UsageError(problems, hint="docs/python.md has the options")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = usable_device(options.device)

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -153,3 +155,32 @@ def test_errors_are_those_of_the_command_line(here: Path) -> None:
     (out / "model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(errors.VerifyError):
         lowmem_aim.verify(out)
+
+
+def test_wrong_options_are_usage_errors_all_at_once(here: Path) -> None:
+    wrong: dict[str, Any] = {
+        "read": "x",
+        "nonfinite": None,
+        "threads": 0,
+        "ram": "4GB",
+        "slice_rows": -3,
+        "seed": 0.5,
+        "shard_bytes": None,
+        "device": None,
+    }
+    with pytest.raises(errors.UsageError) as caught:
+        lowmem_aim.merge("recipe.yml", "out", lowmem_aim.Options(**wrong))
+    assert len(caught.value.problems) == len(wrong)
+    for name, problem in zip(sorted(wrong), sorted(caught.value.problems), strict=True):
+        assert problem.startswith(f"`{name}` must be ")
+    assert not (here / "out").exists()
+
+
+def test_jobs_of_several_threads_run_one_after_another(here: Path) -> None:
+    threads = torch.get_num_threads()
+    table = {"merge_method": "linear", "models": [{"model": "math", "parameters": {"weight": 1.0}}]}
+    with ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(lowmem_aim.merge, table, f"out-{number}") for number in range(3)]
+        assert [job.result() for job in made] == [Path(f"out-{number}") for number in range(3)]
+    assert torch.get_num_threads() == threads
+    assert len({json.dumps(digests(here / f"out-{number}")) for number in range(3)}) == 1

@@ -112,29 +112,30 @@ def commands(models: Path, folder: Path) -> Iterator[tuple[str, Command]]:
     yield recipe("ties-both", "llama", ties | {"aim": {"omega": 0.4, **calibration}, "acm": compared})
     yield recipe("ties-tokens", "llama", ties | {"tokenizer_source": "base"})
     base = str(models / "llama" / "base")
+    yield "activations.safetensors", ["calibrate", base, "-o", "activations.safetensors", "--calibration", texts]
+    yield recipe("ties-file", "llama", ties | {"aim": {"calibration": str(folder / "activations.safetensors")}})
     for how in ("aim", "acm", "both"):
         flags = ["--base", base, "--with", how, "--calibration", texts, "--samples", "12", "--block-size", "32"]
         yield f"relax-{how}", ["relax", "ties-alone", *flags, f"relax-{how}"]
-    yield "activations.safetensors", ["calibrate", base, "-o", "activations.safetensors", "--calibration", texts]
 
 
 def outcome(tree: Path, folder: Path, models: Path) -> dict[str, str]:
     """What the program in `tree` makes: "name: exit code", and the sha256 of every file that it writes, by path."""
     folder.mkdir()
-    given = [arguments for _, arguments in commands(models, folder)]
+    given = dict(commands(models, folder))
     environment = os.environ | {
         "PYTHONPATH": str(tree),
         "TREE": str(tree),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    lines = "".join(json.dumps([str(folder), arguments]) + "\n" for arguments in given)
+    lines = "".join(json.dumps([str(folder), arguments]) + "\n" for arguments in given.values())
     ran = [sys.executable, "-c", DRIVER]
     done = subprocess.run(ran, input=lines, capture_output=True, text=True, env=environment, cwd=folder)
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
     if len(answers) != len(given):
         raise SystemExit(f"{tree}: {len(answers)} of {len(given)} commands ended\n{done.stderr[-3000:]}")
-    ended = {" ".join(Path(word).name for word in arguments[:3]): f"exit {code}" for arguments, code in answers}
+    ended = {f"{name}: ": f"exit {code}" for name, (_, code) in zip(given, answers, strict=True)}
     failed = {name: code for name, code in ended.items() if code != "exit 0"}
     print(f"{tree}: {len(given)} commands, {len(failed)} failed", failed or "")
     if failed:

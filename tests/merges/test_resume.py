@@ -22,7 +22,7 @@ from merge_cases import BY_METHOD, FLAGS, digests, recipe
 from safetensors.torch import load_file, save_file
 from stopping import SHARDS, Stopped, held, stop, stopping_after
 
-from lowmem_aim.errors import DiskError, LockedError, ResumeError, UsageError, VerifyError
+from lowmem_aim.errors import DiskError, LockedError, ModelError, ResumeError, UsageError, VerifyError
 from lowmem_aim.events import Event, TensorDone
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.jobs.plan import plan
@@ -30,11 +30,13 @@ from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.output import journal as journal_file
 from lowmem_aim.output import workspace as output
 from lowmem_aim.output import writer as write
-from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, is_finished
+from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, is_finished, staged_bytes
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import VERSION, Group, Identity, PlanSize, Schema
 from lowmem_aim.output.verify import verify
 from lowmem_aim.output.writer import Commit, ShardWriter, finished_prefix
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.yaml_tree import parse
 from lowmem_aim.system import lock
 from lowmem_aim.system.options import Options
 from lowmem_aim.view.status import status_of
@@ -670,3 +672,55 @@ class TestAnotherVersionsJournal:
                     journal._connection.execute("UPDATE entries SET value = ?, digest = ? WHERE name = ?", row)
             assert journal.groups("model-00001-of-00003.safetensors") == []
         assert digests(merge(job, out, SHARDS)) == digests(merge(job, tmp_path / "whole", SHARDS))
+
+
+def test_a_folder_that_can_only_be_read_is_enough_for_a_finished_output(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+    merge(job, out, SHARDS)
+
+    def refuse(folder: Path) -> None:
+        raise DiskError(f"{folder} cannot be written")
+
+    monkeypatch.setattr("lowmem_aim.jobs.preparation.check_writable", refuse)
+    assert merge(job, out, SHARDS) == out
+    with pytest.raises(DiskError, match="cannot be written"):
+        merge(job, tmp_path / "another", SHARDS)
+
+
+def test_files_that_a_killed_run_had_published_count_as_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = recipe(llama, "linear"), tmp_path / "out"
+    sync = output.sync_folder
+
+    def stopped(folder: Path) -> None:
+        if folder == out and list(out.glob("*.safetensors")):
+            raise Stopped
+        sync(folder)
+
+    monkeypatch.setattr(output, "sync_folder", stopped)
+    with pytest.raises(Stopped):
+        merge(job, out, SHARDS)
+    monkeypatch.undo()
+    shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert shards <= staged_bytes(out) < shards + 100_000
+
+
+def test_an_error_keeps_its_cause_through_the_preparation(llama: Path, tmp_path: Path) -> None:
+    job = recipe(llama, "linear", omega=0.4, calibration=str(tmp_path / "folder.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ModelError) as caught:
+        merge(job, tmp_path / "out", SHARDS)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_what_a_recipe_is_warned_of_is_told_before_anything_else(llama: Path, tmp_path: Path) -> None:
+    text = (
+        f"merge_method: linear\nmodels:\n  - model: {tmp_path / 'none'}\n    parameters: {{weight: 1, density: 0.5}}\n"
+    )
+    notices: list[str] = []
+    with pytest.raises(ModelError):
+        merge(read_recipe(parse(text, "recipe.yml")), tmp_path / "out", SHARDS, stopping_after(9, notices))
+    assert notices == ["recipe.yml:4: `density` has no meaning for `linear` and is ignored"]

@@ -17,14 +17,17 @@ from merge_cases import recipe as merge_recipe
 from safetensors.torch import load_file, save_file
 from stopping import Stopped, stopping_after
 
-from lowmem_aim.errors import UsageError
+from lowmem_aim.errors import ResumeError, UsageError
 from lowmem_aim.events import Planned, RunStarted
 from lowmem_aim.jobs import plan
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.models import checkpoint
 from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.stand_in import FIRST_BYTES
-from lowmem_aim.output.folder import LOG, PRIVATE
+from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, SMALL_FILES_BYTES
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.yaml_tree import load_tree
+from lowmem_aim.system import memory
 from lowmem_aim.system.files import cache_folder
 from lowmem_aim.system.lock import locked
 from lowmem_aim.system.options import Options
@@ -167,7 +170,8 @@ class TestItsVerdictIsTheMerges:
         assert problems[0] in done.err
         return foreseen.err
 
-    def test_too_little_memory(self, llama: Path, tmp_path: Path, run: Run) -> None:
+    def test_too_little_memory(self, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: 400_000_000)  # both messages name it
         wrong = self.same(run, written(ties(llama), tmp_path), tmp_path / "out", 5, "--ram", "1MB")
         assert "hint: " in wrong
 
@@ -175,6 +179,54 @@ class TestItsVerdictIsTheMerges:
         real = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
         self.same(run, written(ties(llama), tmp_path), tmp_path / "out", 4)
+
+    def test_a_disk_with_room_for_the_output_and_for_some_hidden_states(
+        self, llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two snapshots of them are what it takes where all of them fit the memory."""
+        aim = {"omega": 0.4, "calibration": "builtin", "samples": 8, "block_size": 128}
+        recipe = written(ties(llama, aim=aim, dtype="bfloat16"), tmp_path)
+        [disk] = [need for need in planned(run, recipe, tmp_path / "out")["needs"] if need["what"] == "disk"]
+        states = (disk["least"] - SMALL_FILES_BYTES) // 3
+        real, free = shutil.disk_usage, [SMALL_FILES_BYTES + 3 * states // 2]
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
+        assert "calibration, for hidden states, needs" in self.same(run, recipe, tmp_path / "out", 4)
+        free[0] = SMALL_FILES_BYTES + 5 * states // 2
+        assert run("plan", recipe, tmp_path / "out", "--no-measure").code == 0
+        assert run("merge", recipe, tmp_path / "out").code == 0
+
+    def test_too_little_memory_for_acm(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It takes some 100 MB beside what a calibration of the same texts takes."""
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: 100_000_000)
+        recipe = written(ties(llama, acm={"calibration": str(texts)}), tmp_path)
+        wrong = self.same(run, recipe, tmp_path / "out", 5, "--ram", "200MB")
+        assert "calibrating needs some" in wrong
+
+    def test_lost_activations_are_measured_again_and_in_the_same_environment(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, each_tensor: None
+    ) -> None:
+        job = merge_recipe(llama, "ties", omega=0.4, calibration=str(texts))
+        with pytest.raises(Stopped):
+            merge(job, tmp_path / "out", Options(use_cache=False, threads=1), stopping_after(5))
+        (tmp_path / "out" / PRIVATE / ACTIVATIONS).unlink()
+        found = plan.plan(job, tmp_path / "out", Options(use_cache=False, threads=2), measure=False)
+        assert found.exit_code == 7
+        assert any("threads of calibration" in problem for problem in found.problems)
+        with pytest.raises(ResumeError, match="threads of calibration"):
+            merge(job, tmp_path / "out", Options(use_cache=False, threads=2))
+
+    def test_missing_texts_do_not_make_an_interrupted_run_another_one(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, each_tensor: None
+    ) -> None:
+        recipe = written(ties(llama, aim={"omega": 0.4, "calibration": str(texts)}), tmp_path)
+        with pytest.raises(Stopped):
+            merge(read_recipe(load_tree(recipe)), tmp_path / "out", Options(), stopping_after(5))
+        texts.rename(tmp_path / "moved.jsonl")
+        wrong = self.same(run, recipe, tmp_path / "out", 3)
+        assert "another one" not in wrong
+        assert "--fresh" not in wrong
 
     def test_an_output_that_is_taken(self, llama: Path, tmp_path: Path, run: Run) -> None:
         (tmp_path / "out").mkdir()
