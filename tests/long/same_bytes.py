@@ -115,7 +115,8 @@ def commands(models: Path, folder: Path) -> Iterator[tuple[str, Command]]:
     yield "activations.safetensors", ["calibrate", base, "-o", "activations.safetensors", "--calibration", texts]
     yield recipe("ties-file", "llama", ties | {"aim": {"calibration": str(folder / "activations.safetensors")}})
     for how in ("aim", "acm", "both"):
-        flags = ["--base", base, "--with", how, "--calibration", texts, "--samples", "12", "--block-size", "32"]
+        flags = ["--base", base, "--with", how, "--calibration", texts, "--samples", "12"]
+        flags += [] if how == "acm" else ["--block-size", "32"]
         yield f"relax-{how}", ["relax", "ties-alone", *flags, f"relax-{how}"]
 
 
