@@ -44,22 +44,32 @@ def refuse_lfs_pointer(content: bytes, shown: str) -> None:
 
 
 def load_json(file: Path, limit_bytes: int) -> Any:
-    """The value in a JSON file.
+    """The value in a JSON file; see `parse_json`.
 
-    Raises ModelError for a file that has more than `limit_bytes`, cannot be read, is not JSON, or is nested too deep.
+    Raises ModelError, also for a file that has more than `limit_bytes` or cannot be read.
     """
     shown = printable(str(file))
     try:
         with file.open("rb") as stream:
-            content = stream.read(limit_bytes + 1)
-        if len(content) > limit_bytes:
-            raise ModelError(f"`{shown}` has more than {limit_bytes} bytes")
-        refuse_lfs_pointer(content, shown)
-        if too_many_values(content):
-            raise ModelError(f"`{shown}` holds more than {MAX_MARKS} values")
-        value = json.loads(content.decode("utf-8"))
+            content = stream.read(limit_bytes + 1)  # a buffer of that size: the limit must be small
     except OSError as error:
         raise ModelError(f"`{shown}` cannot be read: {error.strerror or error}") from error
+    if len(content) > limit_bytes:
+        raise ModelError(f"`{shown}` has more than {limit_bytes} bytes")
+    return parse_json(content, file)
+
+
+def parse_json(content: bytes, file: Path) -> Any:
+    """The value of JSON text, which was read from `file`.
+
+    Raises ModelError for a Git LFS pointer, and for text that is not JSON, has too many values, or is nested too deep.
+    """
+    shown = printable(str(file))
+    refuse_lfs_pointer(content, shown)
+    if too_many_values(content):
+        raise ModelError(f"`{shown}` holds more than {MAX_MARKS} values")
+    try:
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"`{shown}` is not valid JSON: {printable(str(error))}") from error
     if _deeper(value, MAX_DEPTH):

@@ -14,7 +14,7 @@ import torch
 
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.config import CONFIG, load_json
+from lowmem_aim.models.config import CONFIG, parse_json
 from lowmem_aim.models.folder import INDEX
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.card import PICTURE, card_text, delta_left, is_printable, yaml_text
@@ -56,7 +56,7 @@ def copied_files(reference: Checkpoint, emit: Emit = silent) -> dict[str, bytes]
     """
     found = {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
     for name in [name for name in MAY_RUN_CODE if name in found]:
-        value, gone = without_code(load_json(reference.folder / name, LARGEST_COPY))
+        value, gone = without_code(parse_json(found[name], reference.folder / name))
         if gone:
             found[name] = _json(value)
             _tell_of_code(name, gone, emit)
