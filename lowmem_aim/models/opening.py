@@ -62,7 +62,7 @@ def _open_all(
 
 
 def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], use_cache: bool) -> Inputs | None:
-    """Of the models that are open; None if the one that the others are compared with is not."""
+    """The inputs made of the models that are open; None if the reference of the others is not among them."""
     base = opened.get(recipe.base) if recipe.base else None
     references = [model.reference for model in recipe.models]
     experts = tuple(opened[reference] for reference in references if reference in opened)

@@ -13,14 +13,11 @@ from pathlib import Path
 
 from lowmem_aim.output.folder import PRIVATE
 
-# What transformers, vLLM, PEFT or sentence-transformers would read as a part of the model.
+# What transformers, vLLM, PEFT or sentence-transformers would read as a part of the model. Pickles (`*.bin`) are none:
+# beside safetensors no loader takes them, and `training_args.bin` is no weights at all.
 READ_BY_LOADERS = (
     "*.safetensors",
     "*.safetensors.index.json",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.bin.index.json",
     "adapter_config.json",
     "params.json",
     "config*.json",

@@ -383,13 +383,13 @@ def test_verify_finds_what_a_loader_would_take_for_the_model(
     options: Options, llama: Path, tmp_path: Path, run: Run
 ) -> None:
     out = merge(recipe(llama, "linear"), tmp_path / "out", options)
-    for name in ("NOTES.md", "shot.PNG", "model.Q4_0.gguf", ".gitattributes", "LICENSE.txt", "eval.csv"):
+    for name in ("NOTES.md", "shot.PNG", "model.Q4_0.gguf", ".gitattributes", "LICENSE.txt", "training_args.bin"):
         (out / name).write_text("mine")
     (out / ".git").mkdir()
     done = run("verify", out)
     assert done.code == 0
     assert [line for line in done.err.splitlines() if "warning" in line] == [
-        "warning: `eval.csv` is not of this output"
+        "warning: `training_args.bin` is not of this output"
     ]
     strays = ["adapter_config.json", "consolidated.00.safetensors", "model-00009.safetensors", "params.json", "x.py"]
     for name in strays:
