@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -29,6 +29,43 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+class SharedReader(NamedTuple):
+    """How `ReaderProcess` starts and ends without being shared."""
+
+    start: Callable[[], Any]
+    end: Callable[[Any], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_reader() -> Iterator[SharedReader]:
+    """One child process reads models' small files for all tests: importing transformers takes seconds each time."""
+    from lowmem_aim.models.reader_process import ReaderProcess
+
+    running: list[ReaderProcess] = []
+    own = SharedReader(ReaderProcess.start, ReaderProcess.end)
+
+    def shared() -> ReaderProcess:
+        if not running or running[0].process.poll() is not None:
+            running[:] = [own.start()]
+        return running[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReaderProcess, "start", shared)
+        patch.setattr(ReaderProcess, "end", lambda process: None)
+        yield own
+    for process in running:
+        own.end(process)
+
+
+@pytest.fixture
+def own_reader(shared_reader: SharedReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's readers start children of their own, with its limits."""
+    from lowmem_aim.models.reader_process import ReaderProcess
+
+    monkeypatch.setattr(ReaderProcess, "start", shared_reader.start)
+    monkeypatch.setattr(ReaderProcess, "end", shared_reader.end)
 
 
 @dataclass(frozen=True)

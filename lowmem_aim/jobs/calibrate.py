@@ -14,6 +14,7 @@ from lowmem_aim.jobs.resume import agree, differing_weights, identity_of_calibra
 from lowmem_aim.measuring.calibration import GivenActivations, calibration_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, locate
+from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
 from lowmem_aim.output.workspace import discard, workspace
 from lowmem_aim.recipe.recipe import Aim
@@ -43,7 +44,8 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
     unfinished = partial_folder(output)
     located = _checked(base, output, unfinished, run)
     with Checkpoint.open(located.folder, located.label, run.options.read) as checkpoint:
-        calibration = calibration_of(aim, checkpoint, run.emit)
+        with Reader(run.options.use_cache) as reader:
+            calibration = calibration_of(aim, checkpoint, reader, run.emit)
         if isinstance(calibration, GivenActivations):
             raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
         with workspace(unfinished, fresh=run.options.fresh) as space:

@@ -23,6 +23,7 @@ from lowmem_aim.merging import shares
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import open_inputs
+from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import (
     PRIVATE,
     check_disk,
@@ -90,6 +91,7 @@ class Prepared:
     out: Path
     run: Run
     sources: Sources
+    reader: Reader  # closed before the work begins
     inputs: Inputs
     plans: Mapping[str, Plan]  # by the output's folder in `out`; "" where the output is `out` itself
     errors: list[LowmemAimError]
@@ -158,13 +160,14 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
         raise_all(errors)  # nothing is downloaded for an output that cannot be made
     options = run.options
     with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(Reader(options.use_cache))
         try:
             inputs = stack.enter_context(
                 open_inputs(
                     recipe,
                     options.read,
                     run.emit,
-                    options.use_cache,
+                    reader,
                     find=sources.find,
                     has_weights=sources.has_weights,
                 )
@@ -178,12 +181,13 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
         except LowmemAimError as error:
             raise_all([*errors, error, *_missing_texts(recipe)])
             raise
-        ready = Prepared(recipe, out, run, sources, inputs, plans, errors)
+        ready = Prepared(recipe, out, run, sources, reader, inputs, plans, errors)
         for check in CHECKS:
             known = len(errors)
             with noted(errors):
                 check(ready)
             ready.incomplete |= len(errors) > known and check in OF_THE_IDENTITY
+        reader.close()
         yield ready
 
 
@@ -219,7 +223,7 @@ def check_calibration(ready: Prepared) -> None:
         return
     if not _are_texts_here(ready, "calibrate", aim):
         return
-    calibration = ready.calibration = calibration_of(aim, base, ready.run.emit)
+    calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.run.emit)
     if isinstance(calibration, GivenActivations):
         check_activations(calibration.activations, base, aim)
     elif not _is_measured(ready, calibration):
@@ -238,7 +242,7 @@ def check_comparison(ready: Prepared) -> None:
 
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
-    comparison = ready.comparison = Comparison.of(acm, base, ready.run)
+    comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run)
     kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
     if not all(found is not None and is_of(found, ready.inputs) for found in kept):
         measurement = comparison.measurement
@@ -333,6 +337,7 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
         return True
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run
 
+    ready.reader.roles(base)  # under limits, as before every building of a model in this process
     ready.unread = True
     ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)

@@ -20,7 +20,7 @@ from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.measuring.texts import token_sequences
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.tokenizer import load_tokenizer, tokenizer_errors
+from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_activations_file
@@ -137,23 +137,24 @@ class Measurement:
 Calibration = GivenActivations | Measurement
 
 
-def calibration_of(aim: Aim, base: Checkpoint, emit: Emit) -> Calibration:
+def calibration_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Calibration:
     """Load the activations file that the recipe names, or prepare a measurement with the recipe's texts.
 
     Raises ModelError, NetworkError, UsageError.
     """
     if is_activations_file(aim.calibration):
         return GivenActivations(aim, base, Activations.load(Path(aim.calibration).expanduser()))
-    return measurement_of(aim, base, emit)
+    return measurement_of(aim, base, reader, emit)
 
 
-def measurement_of(aim: Aim, base: Checkpoint, emit: Emit) -> Measurement:
+def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Measurement:
     """Read and tokenise the texts, in blocks no longer than the base's context.
 
     Raises ModelError, NetworkError, UsageError.
     """
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where texts are to be read
 
+    reader.roles(base)  # under limits: that model cannot fill the memory of this process, which builds it now
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
     if not meta_model.blocks:
         raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
@@ -161,14 +162,7 @@ def measurement_of(aim: Aim, base: Checkpoint, emit: Emit) -> Measurement:
     if isinstance(context, int) and 16 <= context < aim.block_size:
         emit(Notice(f"blocks of {context} tokens: that is all the context that `{printable(base.label)}` has"))
         aim = replace(aim, block_size=context)
-    tokenizer = load_tokenizer(base)
-
-    def encode(text: str) -> list[int]:
-        what = f"the tokenizer of `{printable(base.label)}` fails at the calibration text"
-        with tokenizer_errors(what, "is it the model's own?"):
-            return list(tokenizer(text, verbose=False)["input_ids"])
-
-    return Measurement(aim, base, meta_model, token_sequences(aim, encode, emit))
+    return Measurement(aim, base, meta_model, token_sequences(aim, reader.encoder(base), emit))
 
 
 def _keep(measured: Activations, path: Path, emit: Emit) -> None:

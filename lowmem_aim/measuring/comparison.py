@@ -21,6 +21,7 @@ from lowmem_aim.measuring.two_models import information_between
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.meta_model import MetaModel, load_meta_model
+from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.records import Group, KeptComparison
 from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.planning.tasks import Plan
@@ -50,13 +51,13 @@ class Comparison:
     measurement: Measurement  # of the base
 
     @classmethod
-    def of(cls, acm: Acm, base: Checkpoint, run: Run) -> Comparison:
+    def of(cls, acm: Acm, base: Checkpoint, reader: Reader, run: Run) -> Comparison:
         """Read and tokenise the texts. Raises ModelError, NetworkError, UsageError."""
         if is_activations_file(acm.calibration):
             raise UsageError(
                 "`acm.calibration` must be texts: ACM compares outputs, which an activations file does not hold"
             )
-        measurement = measurement_of(texts_of(acm), base, run.emit)
+        measurement = measurement_of(texts_of(acm), base, reader, run.emit)
         measurement.warn_if_slow(run)
         return cls(acm, measurement)
 

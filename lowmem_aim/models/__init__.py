@@ -5,11 +5,16 @@ config.py             the JSON of a model folder, above all config.json, checked
 headers.py            headers of safetensors files, checked
 folder.py             the files of a model folder: which hold tensors, which are refused
 checkpoint.py         one model on disk: the only reader of model files
-tokenizer.py          the tokenizer of a model folder
+vetted.py             what transformers is given of a model folder: vetted copies of its small files
 parameter_names.py    a checkpoint's tensor names <-> transformers' parameter names
 meta_model.py         transformers' model of a checkpoint, without weights
 roles.py              the special roles of tensors, as far as merging needs them
+vocabulary_files.py   the tokens in a tokenizer's files, read as JSON or text
+reader_program.py     the child process that reads configs and tokenizers: its program
+reader_process.py     the child process as its parent sees it: questions, answers, deadlines
+reader.py             what transformers makes of a model's small files, asked of the child, and cached
 inputs.py             all models of a recipe, and the one that is their reference
+settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which row of a model holds which token of the reference
 agreement.py          whether the models belong together: configs, tensors, tied heads
 opening.py            the models of a recipe found, opened and compared

@@ -1,8 +1,8 @@
-"""Whether the models of a recipe belong together: their configs, their tensors, their tied heads."""
+"""Whether the models of a recipe belong together: their tensors, their tied heads. (Their configs: `settings`.)"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from lowmem_aim.errors import ModelError, printable
@@ -12,41 +12,7 @@ from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.system.tensors import dtype_name
 
-# Config keys that change what a weight means without changing its shape: the first must agree, the others should.
-MUST_AGREE = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-)
 PROBLEMS_OF_A_MODEL = 20  # of one model that are told: a model of another size has one for each tensor
-SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "hidden_act")
-
-
-def check_configs(inputs: Inputs, emit: Emit) -> None:
-    """Compare every model's config.json with the reference's.
-
-    Raises ModelError for keys that must agree; those that should are reported as warnings.
-    """
-    problems = [text for other in inputs.others for text in _differences(other, inputs.reference, MUST_AGREE)]
-    if problems:
-        raise ModelError(problems, hint="only models of one architecture and size can be merged")
-    for other in inputs.others:
-        for text in _differences(other, inputs.reference, SHOULD_AGREE):
-            emit(Notice(f"{text}; the output has the latter", "warning"))
-
-
-def _differences(other: Checkpoint, reference: Checkpoint, keys: Sequence[str]) -> Iterator[str]:
-    for key in keys:
-        ours, theirs = reference.config.get(key), other.config.get(key)
-        if ours is not None and theirs is not None and ours != theirs:
-            yield (
-                f"`{printable(other.label)}` has `{key}` {printable(str(theirs))}, "
-                f"but `{printable(reference.label)}` has {printable(str(ours))}"
-            )
 
 
 def check_tensors(inputs: Inputs, emit: Emit) -> None:

@@ -7,6 +7,8 @@ with a path, pickle and quantised weights are each a ModelError.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
     r"|\.quant_state\.|_proj_(blocks|scales)$"
 )
+MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -66,16 +69,17 @@ def shard_names(folder: Path) -> set[str]:
     return {SINGLE} if weight_map is None else {name for name in weight_map.values() if _is_shard_name(name)}
 
 
-def _shard(folder: Path, name: Any) -> Path:
-    """The path of a shard that an index names. Raises ModelError if its name is not plain, or the file is missing."""
-    shown = printable(repr(name))
-    if not _is_shard_name(name):
+def _wrong_shards(folder: Path, names: Sequence[Any]) -> Iterator[str]:
+    """Yield a message for the names in an index that are not plain, and one for the files that are missing."""
+    index = printable(str(folder / INDEX))
+    for name in (name for name in names if not _is_shard_name(name)):
         what = "not a plain file name that ends in .safetensors"
-        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: {what}")
-    file = folder / str(name)
-    if not file.is_file():
-        raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}, which is missing")
-    return file
+        yield f"`{index}` names the shard {printable(repr(name))}: {what}"
+    # An index may name as many shards as it has tensors: all that are missing are one problem.
+    missing = [name for name in names if _is_shard_name(name) and not (folder / name).is_file()]
+    if missing:
+        others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
+        yield f"`{index}` names the shard {printable(repr(missing[0]))}, which is missing{others}"
 
 
 def _weight_map(folder: Path) -> dict[str, Any] | None:
@@ -94,21 +98,23 @@ def tensors_in_folder(folder: Path) -> dict[str, TensorInfo]:
     weight_map = _weight_map(folder)
     if weight_map is None:
         return _usable(folder, read_header(_single_file(folder)))
-    problems: list[str] = []
-    tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}  # repr of the name in the index -> tensors
     for name, shard_name in weight_map.items():
         shards.setdefault(repr(shard_name), []).append(name)
-    for shard_name, names in shards.items():
+    problems = [*islice(_wrong_shards(folder, [weight_map[names[0]] for names in shards.values()]), MOST_PROBLEMS)]
+    tensors: dict[str, TensorInfo] = {}
+    for names in shards.values():
+        shard_name = weight_map[names[0]]
+        if not (_is_shard_name(shard_name) and (folder / shard_name).is_file()):
+            continue
         try:
-            shard = read_header(_shard(folder, weight_map[names[0]]))
+            shard = read_header(folder / shard_name)
         except ModelError as error:
             problems += error.problems
             continue
-        missing = [name for name in names if name not in shard]
-        problems += [
-            f"shard {printable(shard_name)} of `{printable(str(folder))}` lacks `{printable(n)}`" for n in missing
-        ]
+        lacking = [name for name in names if name not in shard]
+        where = f"shard {printable(repr(shard_name))} of `{printable(str(folder))}`"
+        problems += [f"{where} lacks `{printable(name)}`" for name in lacking[:MOST_PROBLEMS]]
         tensors |= {name: shard[name] for name in names if name in shard}
     if problems:
         raise ModelError(problems, hint="download the model again, or repair its index")

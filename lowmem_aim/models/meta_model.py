@@ -1,6 +1,6 @@
 """transformers' model of a checkpoint, without its weights: modules, blocks, and the role of each tensor.
 
-Parameters are on the meta device, buffers are real. transformers gets the folder's config.json and nothing else: code
+Parameters are on the meta device, buffers are real. transformers gets a vetted config.json and nothing else: code
 that a checkpoint brings along (`auto_map`) is never executed. If transformers has the model type itself, its own class
 is used and `auto_map` ignored.
 """
@@ -8,7 +8,7 @@ is used and `auto_map` ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
+from lowmem_aim.models.roles import TensorRoles
+from lowmem_aim.models.vetted import vetted_folder
+from lowmem_aim.system.memory import is_allocation_failure
 
 transformers.utils.logging.set_verbosity_error()  # what users need comes as a Notice
 
@@ -47,6 +50,10 @@ class MetaModel:
     embeddings: frozenset[str]  # weights of token, position and other embeddings
     buffers: frozenset[str]  # state that is no parameter, today's or an older model's
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
+
+    def roles(self) -> TensorRoles:
+        """The roles of the tensors, which are all that merging needs of this model."""
+        return TensorRoles(self.tied, self.vocabulary, self.buffers, self.inputs_first)
 
 
 def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> MetaModel:
@@ -100,10 +107,12 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    config = _config(checkpoint)
+    config = config_of_transformers(checkpoint.config, checkpoint.label)
     try:
         model = _from_config(config, dtype)
     except Exception as error:  # transformers raises ValueError, KeyError, ImportError, its validators' own, ...
+        if is_allocation_failure(error):
+            raise
         raise ModelError(
             f"transformers cannot build `{printable(checkpoint.label)}` (model type "
             f"`{printable(str(config.model_type))}`) as a causal LM: {_short(error)}"
@@ -113,21 +122,25 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _config(checkpoint: Checkpoint) -> Any:
-    kind = checkpoint.config.get("model_type")
+def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
+    """The config as transformers' class for its model type; `label` names the model. Raises ModelError."""
+    kind, shown = printable(str(config.get("model_type"))), printable(label)
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        with vetted_folder(config) as folder:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except LowmemAimError:
+        raise
     except Exception as error:
-        shown = printable(checkpoint.label)
-        if checkpoint.config.get("auto_map"):
+        if is_allocation_failure(error):
+            raise
+        if config.get("auto_map"):
             raise ModelError(
-                f"`{shown}` (model type `{printable(str(kind))}`) works only with Python code from its own folder "
+                f"`{shown}` (model type `{kind}`) works only with Python code from its own folder "
                 "(`auto_map`), which is never executed here",
                 hint="only model types that transformers itself knows can be merged",
             ) from error
         raise ModelError(
-            f"transformers does not accept the config of `{shown}` (model type `{printable(str(kind))}`): "
-            f"{_short(error)}",
+            f"transformers does not accept the config of `{shown}` (model type `{kind}`): {_short(error)}",
             hint="a newer transformers may know this model type",
         ) from error
 

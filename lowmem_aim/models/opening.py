@@ -8,11 +8,13 @@ from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, joined, noted, raise_all
 from lowmem_aim.events import Emit
-from lowmem_aim.models.agreement import check_configs, check_tensors, repeated_heads
+from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.models.roles import roles_of
+from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.settings import check_settings
+from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import row_maps_of
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.options import ReadMode
@@ -23,7 +25,7 @@ def open_inputs(
     recipe: Recipe,
     read: ReadMode,
     emit: Emit,
-    use_cache: bool = True,
+    reader: Reader,
     *,
     find: Callable[[str, Emit], Located] = locate,
     has_weights: Callable[[Path], bool] = lambda folder: True,
@@ -39,10 +41,10 @@ def open_inputs(
             stack.enter_context(checkpoint)
         inputs: Inputs | None = None
         with noted(errors):  # those that could be opened are compared all the same
-            inputs = _inputs_of(recipe, opened, use_cache)
+            inputs = _inputs_of(recipe, opened, reader)
         if inputs is None:
             raise joined(errors)
-        _check(inputs, recipe, emit, errors)
+        _check(inputs, recipe, reader, emit, errors)
         raise_all(errors)
         inputs.dropped = repeated_heads(inputs, has_weights)
         yield inputs
@@ -61,21 +63,24 @@ def _open_all(
     return opened
 
 
-def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], use_cache: bool) -> Inputs | None:
+def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], reader: Reader) -> Inputs | None:
     """The inputs made of the models that are open; None if the reference of the others is not among them."""
     base = opened.get(recipe.base) if recipe.base else None
     references = [model.reference for model in recipe.models]
     experts = tuple(opened[reference] for reference in references if reference in opened)
     merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
     reference = base if recipe.base and merges_base else opened.get(references[0])
-    return Inputs(base, experts, reference, roles_of(reference, use_cache)) if reference else None
+    return Inputs(base, experts, reference, reader.roles(reference)) if reference else None
 
 
-def _check(inputs: Inputs, recipe: Recipe, emit: Emit, errors: list[LowmemAimError]) -> None:
+def _check(inputs: Inputs, recipe: Recipe, reader: Reader, emit: Emit, errors: list[LowmemAimError]) -> None:
+    for checkpoint in dict.fromkeys(inputs.checkpoints):
+        with noted(errors):
+            tokenizer_config(checkpoint)
     with noted(errors):
-        check_configs(inputs, emit)
+        check_settings(inputs, reader, emit)
     with noted(errors):
-        inputs.row_maps = row_maps_of(inputs, recipe, emit)
+        inputs.row_maps = row_maps_of(inputs, recipe, reader, emit)
         check_tensors(inputs, emit)
 
 

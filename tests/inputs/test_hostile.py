@@ -343,9 +343,15 @@ class TestTokenizer:
         if file == "tokenizer_config.json" and content.startswith(b'{"model"'):
             pytest.skip("a table that the library does not look at")
         self.hostile(place, file, content)
-        message = "`base` has no tokenizer that transformers can load"
-        place.refused(place.merge("--tokenizer-source", "base"), 3, message)
-        place.refused(place.merge("--omega", "0.4", "--calibration", texts), 3, message)
+        messages = {
+            "tokenizer.json": (
+                "the tokenizer of `base` has no vocabulary",
+                "`base` has no tokenizer that transformers",
+            ),
+            "tokenizer_config.json": ("base/tokenizer_config.json` is not", "base/tokenizer_config.json` is not"),
+        }[file]
+        place.refused(place.merge("--tokenizer-source", "base"), 3, messages[0])
+        place.refused(place.merge("--omega", "0.4", "--calibration", texts), 3, messages[1])
 
     def test_one_that_panics_at_the_text(self, place: Place, texts: Path) -> None:
         tokenizer = json.loads((place.folder / "base/tokenizer.json").read_text())

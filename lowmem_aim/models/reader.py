@@ -1,0 +1,138 @@
+"""Reading a model's small files with transformers, in a child process under limits.
+
+A config can make transformers build lists until memory is full, and a tokenizer's parsers are compiled code that reads
+whatever a file holds. So a child (`models.reader_program`) reads them, with `MEMORY_BYTES` above its imports and
+`SECONDS` for each answer. It is given copies of vetted files, answers in JSON, and its answers are cached.
+The child starts with the first question, and ends with the block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+from lowmem_aim.errors import DiskError, ModelError, printable
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.reader_process import ReaderFailed, ReaderProcess
+from lowmem_aim.models.roles import TensorRoles
+from lowmem_aim.models.vetted import tokenizer_files, vetted_folder
+from lowmem_aim.system.files import cache_folder, write_file
+
+PUT_TOKENIZER = "put its tokenizer files into the model's folder"
+FORMAT = 3  # of the cached answers; part of their names
+FOLDER = "outlines"  # of the cache folder
+READ_BY = ("transformers", "tokenizers", "torch")  # whose versions the answers depend on
+
+
+class Reader(contextlib.AbstractContextManager["Reader"]):
+    """Reads configs, models without weights and tokenizers, for all models of a job. Use as a context manager."""
+
+    def __init__(self, use_cache: bool = True) -> None:
+        """With `use_cache`, answers are kept in the cache folder, and taken from there."""
+        self._use_cache = use_cache
+        self._process: ReaderProcess | None = None
+        self._known: dict[str, Any] = {}  # answers by the name of their file in the cache
+
+    def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The config as transformers' class reads it, with defaults filled in. Raises ModelError."""
+        found = self._answer("settings", checkpoint, {"config": checkpoint.config})
+        return dict(found)
+
+    def roles(self, checkpoint: Checkpoint) -> TensorRoles:
+        """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
+        # Every shape counts, because the model is checked against it.
+        tensors = [(info.name, str(info.dtype).removeprefix("torch."), info.shape) for info in checkpoint]
+        return TensorRoles.of(self._answer("roles", checkpoint, {"config": checkpoint.config, "tensors": tensors}))
+
+    def vocabulary(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """The vocabulary of the folder's tokenizer: token text -> id. Raises ModelError."""
+        files = tokenizer_files(checkpoint)
+        if not files:
+            raise ModelError(f"`{printable(checkpoint.label)}` has no tokenizer", hint=PUT_TOKENIZER)
+        names = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
+        return dict(self._answer("vocabulary", checkpoint, {"config": checkpoint.config, "files": names}, files))
+
+    def encoder(self, checkpoint: Checkpoint) -> Callable[[str], list[int]]:
+        """A function that gives the token ids of a text, special tokens included. Raises ModelError, then and now."""
+        files = tokenizer_files(checkpoint)
+        if not files:
+            raise ModelError(f"`{printable(checkpoint.label)}` has no tokenizer", hint=PUT_TOKENIZER)
+        with vetted_folder(checkpoint.config, files) as folder:
+            self._ask("load", checkpoint, {"folder": str(folder)})
+        return lambda text: list(self._ask("encode", checkpoint, {"text": text}))
+
+    def close(self) -> None:
+        """End the child process, if there is one, and forget the answers; the next question starts another."""
+        self._known.clear()
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answer(
+        self,
+        question: str,
+        checkpoint: Checkpoint,
+        about: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
+    ) -> Any:
+        """The answer in the cache, or the child's; `about` is all that it depends on, beside versions."""
+        versions = [importlib.metadata.version(package) for package in READ_BY]
+        facts = json.dumps([FORMAT, versions, question, about], sort_keys=True)
+        name = f"{xxhash.xxh3_128_hexdigest(facts.encode())}.json"
+        if name not in self._known:
+            found = _cached(name) if self._use_cache else None
+            if found is None:
+                with vetted_folder(checkpoint.config, files) if files else contextlib.nullcontext() as folder:
+                    found = self._ask(question, checkpoint, {**about, "folder": str(folder)})
+                if self._use_cache:
+                    _keep(name, found)
+            self._known[name] = found
+        return self._known[name]
+
+    def _ask(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
+        if self._process is None:
+            self._process = ReaderProcess.start()
+        try:
+            return self._process.ask({"question": question, "label": checkpoint.label, **about})
+        except ReaderFailed as failure:
+            self._process.end()
+            self._process = None
+            what = printable(checkpoint.label)
+            raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint=_AS_PUBLISHED) from failure
+
+
+def _cached(name: str) -> Any:
+    """The answer in a file of the cache; None if there is no such file, or not one that `_keep` wrote."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((cache_folder() / FOLDER / name).read_text(encoding="utf-8"))
+    return None
+
+
+def _keep(name: str, answer: Any) -> None:
+    """Write an answer to the cache. If that fails, it costs time, nothing else."""
+    file = cache_folder() / FOLDER / name
+    with contextlib.suppress(OSError, DiskError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(answer).encode())
+
+
+# What each question reads, for messages.
+_READ = {
+    "settings": "config",
+    "roles": "config, and building the model without weights,",
+    "vocabulary": "tokenizer",
+    "load": "tokenizer",
+    "encode": "texts with its tokenizer",
+}
+_AS_PUBLISHED = "is the file the one that was published? download it again"

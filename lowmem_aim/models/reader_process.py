@@ -1,0 +1,148 @@
+"""The child process of `Reader`, as its parent sees it: questions go in, answers come back, deadlines are kept.
+
+One JSON object a line, both ways. A question is answered by two lines: the first once its imports are done, the second
+with the answer: {"answer": ...}, or {"problems": [...], "hint": ...} for a ModelError. If a child is late, too large
+or dead, that is an error of this question only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+import lowmem_aim
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.models.reader_program import is_limited
+from lowmem_aim.units import shown
+
+MEMORY_BYTES = 2_000_000_000  # that an answer may take, above the imports
+SECONDS = 60  # for an answer
+IMPORT_SECONDS = 300  # for torch and transformers, on a cold and slow disk
+LONGEST_ANSWER = 256_000_000  # characters; a vocabulary of 262,000 tokens has 7 million
+_LOOK_SECONDS = 0.1  # between two looks at the child's memory, where the system cannot limit it
+
+
+class ReaderFailed(Exception):
+    """The child did not answer; the text says why, and continues `reading the config ...`."""
+
+
+@dataclass
+class ReaderProcess:
+    """A running child. Make it with `start`, and `end` it."""
+
+    process: subprocess.Popen[str]
+    lines: queue.SimpleQueue[str]  # of the child's answers; "" once it has closed its end
+    stderr: IO[bytes]
+    _imports_bytes: int = 0  # in RAM before the answer was begun; see `_resident_bytes`
+
+    @classmethod
+    def start(cls) -> ReaderProcess:
+        """Start the child, which imports nothing large before it is asked something that needs it."""
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C at the terminal is the parent's
+        )
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
+        return cls(process, lines, stderr)
+
+    def ask(self, question: Mapping[str, Any]) -> Any:
+        """The answer. Raises ModelError if that is the answer, and ReaderFailed; then the child must be ended."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # a dead child: told below
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        self._line(IMPORT_SECONDS)
+        self._imports_bytes = self._resident_bytes()
+        answer = json.loads(self._line(SECONDS))
+        if "problems" in answer:
+            raise ModelError(answer["problems"], answer["hint"])
+        return answer["answer"]
+
+    def _line(self, seconds: float) -> str:
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                line = self.lines.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                self._look(until)
+                continue
+            if not line.endswith("\n"):
+                raise ReaderFailed(self._cause())
+            return line
+
+    def _look(self, until: float) -> None:
+        """Raise ReaderFailed if the child is late, or has grown beyond what it may where nothing else limits it."""
+        if time.monotonic() > until:
+            raise ReaderFailed(f"takes more than {SECONDS} seconds")
+        if self._imports_bytes and self._resident_bytes() > self._imports_bytes + MEMORY_BYTES:
+            raise ReaderFailed(f"takes more than {shown(MEMORY_BYTES)} of memory")
+
+    def _resident_bytes(self) -> int:
+        """Bytes that the child has in RAM; 0 if the child is gone, or the system limits its memory."""
+        if not is_limited():
+            with contextlib.suppress(psutil.Error):
+                return int(psutil.Process(self.process.pid).memory_info().rss)
+        return 0
+
+    def _cause(self) -> str:
+        """Why the child is gone: what it last said, else that it was ended for its memory."""
+        self.process.wait()
+        self.stderr.seek(0)
+        said = self.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+        if said and "memory" not in said[-1].lower():
+            return f"fails: {printable(said[-1])}"
+        # Compiled code that gets no memory aborts, or is killed, with no word.
+        return f"takes more than {shown(MEMORY_BYTES)} of memory"
+
+    def end(self) -> None:
+        """End the child, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def _environment() -> dict[str, str]:
+    """The child's environment: it finds this package, goes to no network and no GPU, and starts no threads."""
+    paths = [str(Path(lowmem_aim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _forward(stream: IO[str] | None, lines: queue.SimpleQueue[str]) -> None:
+    """Put the child's lines into the queue; in a thread of its own, because pipes have no deadlines."""
+    assert stream is not None
+    with stream:
+        with contextlib.suppress(OSError, ValueError):
+            while (line := stream.readline(LONGEST_ANSWER)).endswith("\n"):
+                lines.put(line)
+        lines.put("")

@@ -1,0 +1,160 @@
+"""The program of `Reader`'s child process: it answers questions about the small files of models, one JSON line each.
+
+Everything large is imported by the question that needs it, before the limit is set: the limit is above the imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.errors import ModelError, printable
+
+TOKENIZER_HINT = "are its files whole, and the model's own?"
+_PAGES_FILE = Path("/proc/self/statm")
+_loaded: dict[str, Any] = {}  # the tokenizer that `load` has loaded, by its label
+
+Question = Mapping[str, Any]
+
+
+def is_limited() -> bool:
+    """Whether the system limits a process's memory for data (RLIMIT_DATA, which counts all of it on Linux only)."""
+    return sys.platform == "linux" and _PAGES_FILE.exists()
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Allow this process so much more memory than it has now, if the system can do that."""
+    if not is_limited():
+        return
+    import resource
+
+    data_now = int(_PAGES_FILE.read_text().split()[5]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = data_now + more_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _lift_limit() -> None:
+    if is_limited():
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def settings(question: Question) -> Any:
+    """The config as transformers' class reads it, with its defaults."""
+    from lowmem_aim.models.meta_model import config_of_transformers
+
+    return config_of_transformers(question["config"], question["label"]).to_dict()
+
+
+def roles(question: Question) -> Any:
+    """The roles of a checkpoint's tensors, given their names, dtypes and shapes."""
+    import torch
+
+    from lowmem_aim.models.checkpoint import Checkpoint
+    from lowmem_aim.models.headers import TensorInfo
+    from lowmem_aim.models.meta_model import load_meta_model
+
+    nowhere = Path()
+    tensors = {
+        name: TensorInfo(name, getattr(torch, dtype), tuple(shape), nowhere, 0, 0)
+        for name, dtype, shape in question["tensors"]
+    }
+    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors)).roles().table()
+
+
+def vocabulary(question: Question) -> dict[str, int]:
+    """Token text -> id, from the tokenizer's files: as JSON where they are, else as transformers loads them."""
+    from lowmem_aim.models.vocabulary_files import tokens_in
+
+    try:
+        found = tokens_in(Path(question["folder"]))
+    except ValueError as error:
+        what = f"the tokenizer of `{printable(question['label'])}` has no vocabulary that can be read"
+        raise ModelError(f"{what}: {printable(str(error))}", TOKENIZER_HINT) from error
+    return dict(_tokenizer(question).get_vocab()) if found is None else found
+
+
+def load(question: Question) -> None:
+    """Load the tokenizer in a folder, for `encode`."""
+    _loaded[question["label"]] = _tokenizer(question)
+
+
+def encode(question: Question) -> list[int]:
+    """The token ids of a text, by the tokenizer that was loaded."""
+    with _tokenizer_errors(f"the tokenizer of `{printable(question['label'])}` fails at the calibration text"):
+        return list(_loaded[question["label"]](question["text"], verbose=False)["input_ids"])
+
+
+def _tokenizer(question: Question) -> Any:
+    from transformers import AutoTokenizer
+
+    with _tokenizer_errors(f"`{printable(question['label'])}` has no tokenizer that transformers can load"):
+        return AutoTokenizer.from_pretrained(question["folder"], trust_remote_code=False, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises in the block into a ModelError.
+
+    Its parsers raise anything, and its compiled parts a BaseException.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{what}: {printable(str(error))}", TOKENIZER_HINT) from error
+
+
+def import_transformers() -> None:
+    """Import what most questions need: seconds of work, and memory that is not the model's."""
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+
+# What a question imports first, and the function that answers it.
+ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
+    "settings": (import_transformers, settings),
+    "roles": (import_transformers, roles),
+    "vocabulary": (lambda: None, vocabulary),
+    "load": (import_transformers, load),
+    "encode": (lambda: None, encode),
+}
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """The answer to a question, or its ModelError, as the object of a line."""
+    _, function = ANSWERS[question["question"]]
+    try:
+        return {"answer": function(question)}
+    except ModelError as error:
+        return {"problems": error.problems, "hint": error.hint}
+
+
+def main() -> None:
+    """Answer the questions on standard input until it ends. The argument: bytes of memory above the imports."""
+    limit = int(sys.argv[1])
+    # Whatever a library prints must not get among the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
+        question = json.loads(line)
+        _lift_limit()
+        ANSWERS[question["question"]][0]()
+        limit_memory(limit)
+        print("{}", file=answers, flush=True)
+        print(json.dumps(answer(question)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Whether models have the same settings: their configs, as transformers reads them, key by key wherever a key stands.
+
+A setting has several spellings (`rope_theta` of transformers 4, `rope_parameters` of 5), and may be left out where it
+has its default. So configs whose relevant keys differ as written are read by transformers' classes: see `Reader`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.reader import Reader
+
+# Settings that change what a weight means without changing its shape. In models that are merged these must agree,
+_MUST_AGREE = re.compile(
+    r"model_type|hidden_size|d_model|n_embd|((num_hidden|num|n|encoder|decoder)_)?layers?|tie_word_embeddings"
+    r"|(.*_)?heads?(_.*)?"  # num_attention_heads, n_head, head_dim, qk_nope_head_dim, linear_num_key_heads, ...
+)
+# and these should: rotary embeddings, norms, activations, which layers attend to what, and factors.
+_SHOULD_AGREE = re.compile(
+    r".*(rope|rotary|norm|eps|epsilon|activation|hidden_act|sliding|window|layer_types|softcap|scaling|multiplier"
+    r"|query_pre_attn_scalar|experts_per_tok|top_?k|alibi|residual).*"
+)
+_WITHOUT_MEANING = re.compile(r".*(dropout|pdrop|initializer|init_|router_aux|output_).*|reduce_.*|type")
+_LONGEST_SHOWN = 60  # characters of a value in a message
+_MOST_SHOWN = 5  # settings of a model that are told
+
+
+def check_settings(inputs: Inputs, reader: Reader, emit: Emit) -> None:
+    """Compare every model's settings with the reference's.
+
+    Raises ModelError for settings that must agree, and for a config that transformers does not accept where it has to
+    be read. Settings that should agree are reported as warnings.
+    """
+    errors: list[LowmemAimError] = []
+    problems: list[str] = []
+    for other in inputs.others:
+        with noted(errors):
+            must, should = _differences(other, inputs.reference, reader)
+            problems += [_sentence(other, inputs.reference, [difference]) for difference in must]
+            if should and not must:
+                emit(Notice(f"{_sentence(other, inputs.reference, should)}; the output has the latter", "warning"))
+    if problems:
+        errors.insert(0, ModelError(problems, hint="only models of one architecture and size can be merged"))
+    raise_all(errors)
+
+
+_Difference = tuple[str, Any, Any]  # (dotted key, the other model's value, the reference's)
+
+
+def _differences(
+    other: Checkpoint, reference: Checkpoint, reader: Reader
+) -> tuple[list[_Difference], list[_Difference]]:
+    """(the settings that must agree and do not, those that should)."""
+    kinds = [("model_type", model.config.get("model_type")) for model in (other, reference)]
+    if kinds[0] != kinds[1]:
+        return [("model_type", kinds[0][1], kinds[1][1])], []  # settings of other classes have other names
+    theirs, ours = (dict(_relevant(model.config)) for model in (other, reference))
+    if theirs == ours:
+        return [], []
+    theirs, ours = (dict(_relevant(reader.settings(model))) for model in (other, reference))
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    found = [(key, theirs.get(key), ours.get(key)) for key in keys]
+    must = [difference for difference in found if _must_agree(*difference)]
+    return must, [difference for difference in found if difference not in must]
+
+
+def _must_agree(key: str, *values: Any) -> bool:
+    name = key.rpartition(".")[2]
+    flag = any(isinstance(value, bool) for value in values) and name != "tie_word_embeddings"
+    plain = all(value is None or isinstance(value, int | str) for value in values)  # a list is no count
+    return plain and not flag and bool(_MUST_AGREE.fullmatch(name))
+
+
+def _relevant(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of all settings that are compared, in tables within tables too."""
+    for key, value in table.items():
+        in_rope = "rope" in before
+        if isinstance(value, Mapping):
+            yield from _relevant(value, f"{before}{key}.")
+        elif _WITHOUT_MEANING.fullmatch(key) is None and (
+            in_rope or _MUST_AGREE.fullmatch(key) or _SHOULD_AGREE.fullmatch(key)
+        ):
+            yield f"{before}{key}", value
+
+
+def _sentence(other: Checkpoint, reference: Checkpoint, differences: list[_Difference]) -> str:
+    ours, theirs = [], []
+    for key, of_other, of_reference in differences[:_MOST_SHOWN]:
+        theirs.append(f"`{printable(key)}` {printable(str(of_other), _LONGEST_SHOWN)}")
+        ours.append(printable(str(of_reference), _LONGEST_SHOWN))
+    more = f" (and {len(differences) - _MOST_SHOWN} more)" if len(differences) > _MOST_SHOWN else ""
+    return (
+        f"`{printable(other.label)}` has {', '.join(theirs)}{more}, but `{printable(reference.label)}` has "
+        f"{', '.join(ours)}"
+    )
