@@ -6,6 +6,7 @@ has its default. So configs whose relevant keys differ as written are read by tr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,10 +65,17 @@ def _differences(
     if theirs == ours:
         return [], []
     theirs, ours = (dict(_relevant(reader.settings(model))) for model in (other, reference))
-    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    keys = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
     found = [(key, theirs.get(key), ours.get(key)) for key in keys]
     must = [difference for difference in found if _must_agree(*difference)]
     return must, [difference for difference in found if difference not in must]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values mean the same: 1e-5 is written as 9.999999747378752e-06 by tools that count in float32."""
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-6)
+    return bool(first == second)
 
 
 def _must_agree(key: str, *values: Any) -> bool:
