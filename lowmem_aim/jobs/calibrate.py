@@ -10,7 +10,8 @@ import torch
 
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Planned, silent
-from lowmem_aim.jobs.resume import agree, differing_weights, identity_of_calibration
+from lowmem_aim.jobs.identity import identity_of_calibration
+from lowmem_aim.jobs.resume import agree, differing_weights
 from lowmem_aim.measuring.calibration import GivenActivations, calibration_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, locate

@@ -13,7 +13,8 @@ import torch
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
-from lowmem_aim.jobs.preparation import Prepared, prepared
+from lowmem_aim.jobs.preparation import prepared
+from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.resume import activations_kept, agree, check_same, differing_tensors, digest_of_file
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
 from lowmem_aim.merging.loop import merge_tensors

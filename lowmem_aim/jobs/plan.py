@@ -16,7 +16,8 @@ from pathlib import Path
 from lowmem_aim.errors import MemoryBudgetError, noted, printable
 from lowmem_aim.events import Emit, silent
 from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
-from lowmem_aim.jobs.preparation import Prepared, Sources, prepared
+from lowmem_aim.jobs.preparation import prepared
+from lowmem_aim.jobs.prepared import Prepared, Sources
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.models.hub import Located
 from lowmem_aim.models.stand_in import stand_in

@@ -11,23 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-import xxhash
+from typing import Any
 
 from lowmem_aim.errors import ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.measuring.calibration import Calibration, Measurement
+from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, digest_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
-from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.folder import ACTIVATIONS
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.picture import drawn_with
-from lowmem_aim.output.portable import portable_recipe
-from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import (
     PROGRESS,
     AcceptedEnvironments,
@@ -39,72 +32,8 @@ from lowmem_aim.output.records import (
 )
 from lowmem_aim.planning.tasks import Plan
 
-if TYPE_CHECKING:
-    from lowmem_aim.measuring.comparison import Comparison
-
 REREAD_ELEMENTS = 1 << 20
-# What shows in the low bits of matrix products on a CPU.
-_THREADS, _INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 _SHOWN = 200  # characters of a value in a message
-
-
-def identity_of_merge(
-    plan: Plan,
-    inputs: Inputs,
-    copied: Mapping[str, bytes],
-    calibration: Calibration | None,
-    comparison: Comparison | None,
-    device: torch.device,
-) -> Identity:
-    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
-    job: dict[str, Any] = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
-    job |= {
-        "seed": plan.seed,
-        "nonfinite": plan.nonfinite,
-        "parameters": _digest(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
-        "shards": _digest(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
-        "tokenizer and other small files": {name: _digest(content) for name, content in sorted(copied.items())},
-        "config.json": _digest(repr(sorted(inputs.reference.config.items())).encode()),
-    }
-    if calibration is not None:
-        job["calibration"] = calibration.digest()
-    if comparison is not None:
-        job["texts of ACM"] = comparison.digest()
-    checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-    measures = comparison is not None or isinstance(calibration, Measurement)
-    environment = _environment(device, measures, plan.recipe.method)
-    if plan.recipe.aim or plan.recipe.acm:
-        environment |= drawn_with()  # the card has a picture, or has none
-    return Identity(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
-
-
-def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
-    """The identity of a calibration that is a job by itself."""
-    job = {"calibration": measurement.digest()}
-    return Identity(job, [_of_input(measurement.base)], _environment(device, True))
-
-
-def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
-    stats = {file.name: file.stat() for file in checkpoint.files}
-    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
-    return {"label": checkpoint.label, "tensors": _digest(tensors.encode("utf-8", "surrogatepass")), "files": files}
-
-
-def _environment(device: torch.device, measures: bool, method: Method | None = None) -> dict[str, str]:
-    found = {**versions(method), "device": _name(device)}
-    if measures and device.type == "cpu":
-        found |= {_THREADS: str(torch.get_num_threads()), _INSTRUCTIONS: torch.backends.cpu.get_cpu_capability()}
-    return found
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _digest(data: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(data)
-
 
 Reread = Callable[[int], Iterator[str]]  # number of an input -> its tensors that are not what they were
 
@@ -138,7 +67,7 @@ def activations_kept(private: Path, journal: Journal) -> bool:
 
 def digest_of_file(file: Path) -> str:
     """xxh3-128 of a small file's bytes."""
-    return _digest(file.read_bytes())
+    return digest_of(file.read_bytes())
 
 
 def check_same_job(
@@ -211,7 +140,7 @@ def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]]
     needed = ((KeptActivations, "calibration"), (KeptComparison, "texts of ACM"))
     there = [kind for kind in PROGRESS if kind not in lost and journal.holds(kind)]
     measured = all(kind in there for kind, key in needed if key in job)
-    dropped = () if there and not measured else (_THREADS, _INSTRUCTIONS)
+    dropped = () if there and not measured else (THREADS, INSTRUCTIONS)
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 
