@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.errors import printable
+from lowmem_aim.jobs.finished import check_same
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
-from lowmem_aim.jobs.resume import activations_kept, check_same, check_same_job
+from lowmem_aim.jobs.resume import activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
 from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, is_finished
 from lowmem_aim.output.journal import Journal
@@ -112,7 +113,7 @@ def check_begun(ready: Prepared) -> None:
         state = "is finished already" if finished else "holds an interrupted run, which goes on"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
         with Journal(private, read_only=True) as journal:
-            journal.check_version()
+            journal.check_version(finished=finished)
             _check_same(ready, name, journal, finished)
 
 
@@ -123,7 +124,10 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
     if ready.unread:
         ready.notes.append(f"whether `{printable(str(folder))}` is of the same job shows once the texts are fetched")
     elif finished:
-        check_same(journal, ready.identity(name), folder)
+        now = ready.identity(name)
+        for number in check_same(journal, now, folder):
+            label = printable(str(now.inputs[number]["label"]))
+            ready.notes.append(f"`{label}` has files of another time or place: a merge reads them, and refuses others")
     else:
         accept = ready.run.options.accept_environment
         lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)

@@ -17,10 +17,17 @@ from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
 from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.system.tensors import digest
 
 if TYPE_CHECKING:
     from lowmem_aim.measuring.comparison import Comparison
 
+# Keys of a job.
+_SMALL, _CONFIG, _ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
+_CALIBRATION, _COMPARISON = "calibration", "texts of ACM"
+_PARAMETERS, _SHARDS = "parameters", "shards"
+_CONTENT = (_SMALL, _CONFIG, _ROWS, _CALIBRATION, _COMPARISON)
+_LAID_OUT = (_PARAMETERS, _SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
 # What shows in the low bits of matrix products on a CPU.
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 
@@ -38,15 +45,18 @@ def identity_of_merge(
     job |= {
         "seed": plan.seed,
         "nonfinite": plan.nonfinite,
-        "parameters": digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
-        "shards": digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
-        "tokenizer and other small files": {name: digest_of(content) for name, content in sorted(copied.items())},
-        "config.json": digest_of(repr(sorted(inputs.reference.config.items())).encode()),
+        _PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
+        _SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
+        _SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
+        _CONFIG: digest_of(repr(sorted(inputs.reference.config.items())).encode()),
     }
+    if inputs.row_maps:  # from the experts' tokenizers
+        rows = {str(inputs.folders.index(folder)): digest(row_map) for folder, row_map in inputs.row_maps.items()}
+        job[_ROWS] = rows
     if calibration is not None:
-        job["calibration"] = calibration.digest()
+        job[_CALIBRATION] = calibration.digest()
     if comparison is not None:
-        job["texts of ACM"] = comparison.digest()
+        job[_COMPARISON] = comparison.digest()
     checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
     measures = comparison is not None or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
@@ -57,8 +67,28 @@ def identity_of_merge(
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
     """The identity of a calibration that is a job by itself."""
-    job = {"calibration": measurement.digest()}
+    job = {_CALIBRATION: measurement.digest()}
     return Identity(job, [_of_input(measurement.base)], _environment(device, True))
+
+
+def content_of(identity: Identity) -> dict[str, Any]:
+    """The part of a job that follows from what lies in the inputs' small files, texts and activations."""
+    return {key: identity.job.get(key) for key in _CONTENT}
+
+
+def asked_for(identity: Identity) -> dict[str, Any]:
+    """The part of a job that the user asks for, whatever the inputs hold."""
+    return {key: value for key, value in identity.job.items() if key not in (*_CONTENT, *_LAID_OUT)}
+
+
+def as_kept(identity: Identity) -> Identity:
+    """The identity as the journal gives it back."""
+    return Identity(**identity.as_json())
+
+
+def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
+    """File name -> bytes, of one of an identity's inputs."""
+    return {name: facts[0] for name, facts in model["files"].items()}
 
 
 def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:

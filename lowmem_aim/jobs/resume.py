@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import ResumeError, UsageError, printable
+from lowmem_aim.errors import ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, digest_of
+from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -48,7 +48,7 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
         journal.forget(AcceptedEnvironments, *PROGRESS)
         journal.keep(now)
         return
-    now = _as_kept(now)
+    now = as_kept(now)
     changed = list(_changed_inputs(before, now, reread, emit))
     elsewhere = _refuse_differences(journal, before, now, changed, accept_environment)
     if elsewhere:
@@ -79,7 +79,7 @@ def check_same_job(
     """
     before = journal.kept(Identity)
     if before is not None:
-        now = _as_kept(now)
+        now = as_kept(now)
         changed = list(_changed_inputs(before, now, lambda number: iter(()), silent))
         _refuse_differences(journal, before, now, changed, accept_environment, lost)
 
@@ -96,8 +96,8 @@ def _refuse_differences(
 
     Returns the differences of the environment that are accepted.
     """
-    problems = [*_differences(before.job, now.job), *changed]
-    elsewhere = list(_differences(_compared(before, journal, lost), _compared(now, journal, lost)))
+    problems = [*differences(before.job, now.job), *changed]
+    elsewhere = list(differences(_compared(before, journal, lost), _compared(now, journal, lost)))
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
@@ -107,31 +107,6 @@ def _refuse_differences(
             hint=f"`--fresh` starts over{only}; or give the run back what it had",
         )
     return elsewhere
-
-
-def check_same(journal: Journal, now: Identity, out: Path) -> None:
-    """Raise UsageError if the finished output in `out` is not of this very job."""
-    before = journal.kept(Identity)
-    if before is None or _content(before) != _content(_as_kept(now)):
-        why = "its journal is damaged" if before is None else "it holds another merge, or one of other inputs"
-        raise UsageError(
-            f"the output folder `{printable(str(out))}` is not empty: {why}",
-            hint="name a new folder, or empty this one",
-        )
-
-
-def _as_kept(identity: Identity) -> Identity:
-    return Identity(**identity.as_json())
-
-
-def _content(identity: Identity) -> Any:
-    """The job and the inputs of an identity, whenever and wherever their files were made."""
-    models = [(model["label"], model["tensors"], _sizes(model)) for model in identity.inputs]
-    return identity.job, models
-
-
-def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
-    return {name: facts[0] for name, facts in model["files"].items()}
 
 
 def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]] = ()) -> dict[str, str]:
@@ -144,10 +119,14 @@ def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]]
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Yield each value that differs between two tables, as a message; of tables in them, what differs there."""
     for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            yield f"`{printable(key)}` was {_shown(old.get(key))} and is now {_shown(new.get(key))}"
+        before, now, shown = old.get(key), new.get(key), f"{within}`{printable(key)}`"
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from differences(before, now, f"{shown}: ")
+        elif before != now:
+            yield f"{shown} was {_shown(before)} and is now {_shown(now)}"
 
 
 def _shown(value: Any) -> str:
@@ -166,7 +145,7 @@ def _changed(
 ) -> Iterator[str]:
     """Yield why a model is not what it was."""
     label = printable(str(new["label"]))
-    if old["tensors"] != new["tensors"] or _sizes(old) != _sizes(new):
+    if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
         yield f"`{label}` has other tensors or files than before"
     elif old["files"] != new["files"]:
         emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
@@ -179,10 +158,7 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     """Yield the tensors of one input that do not give what they gave to an interrupted merge."""
     if inputs.base is not None and inputs.folders[number] == inputs.base.folder:
         yield from differing_weights(inputs.base, journal)
-    known: dict[str, str] = {}
-    for shard in plan.shards:
-        for group in journal.groups(shard.name):
-            known |= group.digests.get(str(number), {})
+    known = digests_read(plan, journal).get(str(number), {})
     folder = inputs.folders[number]
     stride = Stride(REREAD_ELEMENTS)
     for task in (task for task in plan.tasks if task.name in known):
@@ -192,6 +168,16 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
                 reader.enter_digest(reader.pieces(start, stop))
             if reader.digest() != known[task.name]:
                 yield task.name
+
+
+def digests_read(plan: Plan, journal: Journal) -> dict[str, dict[str, str]]:
+    """xxh3-128 of what a merge has read: number of an input -> tensor -> digest."""
+    found: dict[str, dict[str, str]] = {}
+    for shard in plan.shards:
+        for group in journal.groups(shard.name):
+            for number, digests in group.digests.items():
+                found.setdefault(number, {}).update(digests)
+    return found
 
 
 def differing_weights(base: Checkpoint, journal: Journal, number: int = 0) -> Iterator[str]:
