@@ -50,7 +50,10 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
 
 
 def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, emit: Emit) -> None:
-    """As `check_same`; inputs that may have changed are read, and ResumeError names the first tensor that differs."""
+    """Check a finished output as `check_same` does, and read the inputs that may have changed.
+
+    Raises UsageError, and ResumeError with the first tensor of an input that differs.
+    """
     moved = check_same(journal, now, out)
     if moved and not _is_whole(journal):
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
