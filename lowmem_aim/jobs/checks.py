@@ -14,10 +14,10 @@ from lowmem_aim.jobs.finished import check_same
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
+from lowmem_aim.output.copied import copied_files
 from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, is_finished
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
-from lowmem_aim.output.small_files import copied_files
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_here
 from lowmem_aim.relaxing.relaxation import check_activations
@@ -37,7 +37,7 @@ def check_place(ready: Prepared) -> None:
 
 
 def check_small_files(ready: Prepared) -> None:
-    """Read the small files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
+    """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
     ready.copied = copied_files(ready.inputs.reference, ready.run.emit)
 
 

@@ -99,7 +99,9 @@ class Prepared:
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk."""
-        return sum(self.plans[name].output_bytes - staged_bytes(self.folder(name)) for name in self.unfinished())
+        copied = sum(map(len, self.copied.values()))
+        sizes = [self.plans[name].output_bytes + copied - staged_bytes(self.folder(name)) for name in self.unfinished()]
+        return sum(sizes)
 
     def bytes_to_spill(self) -> int:
         """Bytes of hidden states that may go to the disk at worst: all of them, and two snapshots."""

@@ -25,7 +25,7 @@ QUANTISED = re.compile(
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def _inside(folder: Path, file: Path) -> bool:
+def is_inside(folder: Path, file: Path) -> bool:
     """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
     try:
         target = file.resolve()
@@ -42,7 +42,7 @@ def check_links(folder: Path) -> None:
     readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
     files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
     links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
-    outside = [file for file in links if not _inside(folder, file)]
+    outside = [file for file in links if not is_inside(folder, file)]
     if outside:
         raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
 
