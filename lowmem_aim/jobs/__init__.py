@@ -6,6 +6,7 @@ prepared.py      a merge that could begin: models, plans, what the checks have f
 checks.py        the checks before work, of `plan` and `merge` alike
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
+oddities.py      what a merge tells before it works: idle filters, missing or other tokens
 identity.py      the identity of a run: all that its output follows from
 resume.py        whether an interrupted run may be resumed
 finished.py      whether a finished output is of this job, and of its inputs as they are now

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.errors import printable
 from lowmem_aim.jobs.finished import check_same
+from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
@@ -149,6 +150,7 @@ OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, chec
 CHECKS: list[Check] = [
     check_place,
     check_small_files,
+    tell_oddities,
     check_calibration,
     check_comparison,
     check_merge_memory,

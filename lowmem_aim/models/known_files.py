@@ -42,6 +42,16 @@ READ_BY_LOADERS = (
     "sentence_*config.json",
     "config_sentence_transformers.json",
 )
+TOKENIZERS = (
+    *VOCABULARIES,
+    "vocab.txt",
+    "vocab.bpe",
+    "*.model",
+    "*.spm",
+    "tokenizer.model.v*",
+    "*.tiktoken",
+    "bpe.codes",
+)
 IN_MODULES = ("*.json", "*.safetensors", *READ_BY_LOADERS)  # in the folders that modules.json names
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # Weights in any format, what training has left, descriptions and pictures, and what this tool writes by itself.
