@@ -7,7 +7,7 @@
     ├── DiskError                4  too little space, not writable, a write failed
     ├── MemoryBudgetError        5  something does not fit the memory
     ├── LockedError              6  another run owns the output folder
-    ├── ResumeError              7  the interrupted run in the output folder was a different one
+    ├── ResumeError              7  the run in the output folder was a different one, or of other inputs
     ├── VerifyError              8  a finished output is not what was written
     └── NetworkError             9  the Hub cannot be reached
 
@@ -75,7 +75,7 @@ class LockedError(LowmemAimError):
 
 
 class ResumeError(LowmemAimError):
-    """The interrupted run in the output folder was a different one."""
+    """The run in the output folder, interrupted or finished, was a different one or of other inputs."""
 
     exit_code = 7
     usual_hint = "`--fresh` starts over; another output folder leaves the interrupted run as it is"

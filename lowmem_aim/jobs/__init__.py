@@ -2,9 +2,14 @@
 
 api.py           the jobs as functions for scripts: what `import lowmem_aim` offers
 preparation.py   all that a merge finds out and checks before it works
+prepared.py      a merge that could begin: models, plans, what the checks have found out
+checks.py        the checks before work, of `plan` and `merge` alike
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
+oddities.py      what a merge tells before it works: idle filters, a missing tokenizer
+identity.py      the identity of a run: all that its output follows from
 resume.py        whether an interrupted run may be resumed
+finished.py      whether a finished output is of this job, and of its inputs as they are now
 plan.py          what a merge would do and need, found without doing it
 forecast.py      memory, disk and time of a job, as `plan` reports them
 speed.py         the speed of a disk and of a device, measured

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from lowmem_aim.errors import UsageError, printable
-from lowmem_aim.events import Emit, Planned, silent
-from lowmem_aim.jobs.resume import agree, differing_weights, identity_of_calibration
+from lowmem_aim.events import Emit, Notice, Planned, silent
+from lowmem_aim.jobs.identity import identity_of_calibration
+from lowmem_aim.jobs.resume import agree, differing_weights
 from lowmem_aim.measuring.calibration import GivenActivations, calibration_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, locate
@@ -44,6 +45,8 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
     unfinished = partial_folder(output)
     located = _checked(base, output, unfinished, run)
     with Checkpoint.open(located.folder, located.label, run.options.read) as checkpoint:
+        for text in checkpoint.oddities:
+            run.emit(Notice(text, "warning"))
         with Reader(run.options.use_cache) as reader:
             calibration = calibration_of(aim, checkpoint, reader, run.emit)
         if isinstance(calibration, GivenActivations):

@@ -56,6 +56,7 @@ class Forecast:
     steps: tuple[Step, ...] = ()  # none where nothing was measured
     speeds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what a merge would warn of; told as notices too
 
     @property
     def fits(self) -> bool:

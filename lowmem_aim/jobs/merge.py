@@ -13,8 +13,10 @@ import torch
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
-from lowmem_aim.jobs.preparation import Prepared, prepared
-from lowmem_aim.jobs.resume import activations_kept, agree, check_same, differing_tensors, digest_of_file
+from lowmem_aim.jobs.finished import check_content
+from lowmem_aim.jobs.preparation import prepared
+from lowmem_aim.jobs.prepared import Prepared
+from lowmem_aim.jobs.resume import activations_kept, agree, differing_tensors, digest_of_file
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
 from lowmem_aim.merging.loop import merge_tensors
 from lowmem_aim.merging.merged_weights import MergedWeights
@@ -99,12 +101,12 @@ def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
 def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
     """Whether an output is still to be made; its folder is checked to be this job's. Raises ResumeError, UsageError."""
     run, plan = ready.run, ready.plans[name]
+    reread = partial(differing_tensors, plan, ready.inputs, space.journal)
     if is_finished(space.out):
-        check_same(space.journal, ready.identity(name), space.out)
+        check_content(space.journal, ready.identity(name), space.out, reread, run.emit)
         run.emit(Notice(f"`{printable(str(space.out))}` is finished already"))
         return False
     _forget_lost(space)
-    reread = partial(differing_tensors, plan, ready.inputs, space.journal)
     accept = run.options.accept_environment
     agree(space.journal, ready.identity(name), reread, accept_environment=accept, emit=run.emit)
     space.journal.keep(PlanSize(**plan.size()))

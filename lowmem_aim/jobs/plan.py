@@ -10,13 +10,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_aim.errors import MemoryBudgetError, noted, printable
-from lowmem_aim.events import Emit, silent
+from lowmem_aim.events import Emit, Event, Notice, silent
 from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
-from lowmem_aim.jobs.preparation import Prepared, Sources, prepared
+from lowmem_aim.jobs.preparation import prepared
+from lowmem_aim.jobs.prepared import Prepared, Sources
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.models.hub import Located
 from lowmem_aim.models.stand_in import stand_in
@@ -44,13 +45,23 @@ def plan(
     Raises the errors of models that cannot be opened, and of options that cannot be used here; every other problem is
     among the forecast's.
     """
-    run = start(options, emit)
+    warnings: list[str] = []
+
+    def noting(event: Event) -> None:
+        if isinstance(event, Notice) and event.level == "warning":
+            warnings.append(event.text)
+        emit(event)
+
+    for notice in recipe.notices:
+        noting(Notice(notice, "warning"))
+    run = start(options, noting)
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="stand-ins-", dir=cache_folder()) as scratch:
         hub = _Hub(Path(scratch))
         sources = Sources(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
         with prepared(recipe, out, run, sources) as ready:
-            return _Estimate(ready, hub).forecast(measure)
+            found = _Estimate(ready, hub).forecast(measure)
+    return replace(found, warnings=tuple(dict.fromkeys(warnings)))
 
 
 class _Hub:

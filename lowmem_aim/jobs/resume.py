@@ -11,23 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import xxhash
-
-from lowmem_aim.errors import ResumeError, UsageError, printable
+from lowmem_aim.errors import ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.measuring.calibration import Calibration, Measurement
+from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
-from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.folder import ACTIVATIONS
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.picture import drawn_with
-from lowmem_aim.output.portable import portable_recipe
-from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import (
     PROGRESS,
     AcceptedEnvironments,
@@ -39,72 +32,8 @@ from lowmem_aim.output.records import (
 )
 from lowmem_aim.planning.tasks import Plan
 
-if TYPE_CHECKING:
-    from lowmem_aim.measuring.comparison import Comparison
-
 REREAD_ELEMENTS = 1 << 20
-# What shows in the low bits of matrix products on a CPU.
-_THREADS, _INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 _SHOWN = 200  # characters of a value in a message
-
-
-def identity_of_merge(
-    plan: Plan,
-    inputs: Inputs,
-    copied: Mapping[str, bytes],
-    calibration: Calibration | None,
-    comparison: Comparison | None,
-    device: torch.device,
-) -> Identity:
-    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
-    job: dict[str, Any] = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
-    job |= {
-        "seed": plan.seed,
-        "nonfinite": plan.nonfinite,
-        "parameters": _digest(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
-        "shards": _digest(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
-        "tokenizer and other small files": {name: _digest(content) for name, content in sorted(copied.items())},
-        "config.json": _digest(repr(sorted(inputs.reference.config.items())).encode()),
-    }
-    if calibration is not None:
-        job["calibration"] = calibration.digest()
-    if comparison is not None:
-        job["texts of ACM"] = comparison.digest()
-    checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-    measures = comparison is not None or isinstance(calibration, Measurement)
-    environment = _environment(device, measures, plan.recipe.method)
-    if plan.recipe.aim or plan.recipe.acm:
-        environment |= drawn_with()  # the card has a picture, or has none
-    return Identity(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
-
-
-def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
-    """The identity of a calibration that is a job by itself."""
-    job = {"calibration": measurement.digest()}
-    return Identity(job, [_of_input(measurement.base)], _environment(device, True))
-
-
-def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
-    stats = {file.name: file.stat() for file in checkpoint.files}
-    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
-    return {"label": checkpoint.label, "tensors": _digest(tensors.encode("utf-8", "surrogatepass")), "files": files}
-
-
-def _environment(device: torch.device, measures: bool, method: Method | None = None) -> dict[str, str]:
-    found = {**versions(method), "device": _name(device)}
-    if measures and device.type == "cpu":
-        found |= {_THREADS: str(torch.get_num_threads()), _INSTRUCTIONS: torch.backends.cpu.get_cpu_capability()}
-    return found
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _digest(data: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(data)
-
 
 Reread = Callable[[int], Iterator[str]]  # number of an input -> its tensors that are not what they were
 
@@ -119,7 +48,7 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
         journal.forget(AcceptedEnvironments, *PROGRESS)
         journal.keep(now)
         return
-    now = _as_kept(now)
+    now = as_kept(now)
     changed = list(_changed_inputs(before, now, reread, emit))
     elsewhere = _refuse_differences(journal, before, now, changed, accept_environment)
     if elsewhere:
@@ -138,7 +67,7 @@ def activations_kept(private: Path, journal: Journal) -> bool:
 
 def digest_of_file(file: Path) -> str:
     """xxh3-128 of a small file's bytes."""
-    return _digest(file.read_bytes())
+    return digest_of(file.read_bytes())
 
 
 def check_same_job(
@@ -150,7 +79,7 @@ def check_same_job(
     """
     before = journal.kept(Identity)
     if before is not None:
-        now = _as_kept(now)
+        now = as_kept(now)
         changed = list(_changed_inputs(before, now, lambda number: iter(()), silent))
         _refuse_differences(journal, before, now, changed, accept_environment, lost)
 
@@ -167,8 +96,8 @@ def _refuse_differences(
 
     Returns the differences of the environment that are accepted.
     """
-    problems = [*_differences(before.job, now.job), *changed]
-    elsewhere = list(_differences(_compared(before, journal, lost), _compared(now, journal, lost)))
+    problems = [*differences(before.job, now.job), *changed]
+    elsewhere = list(differences(_compared(before, journal, lost), _compared(now, journal, lost)))
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
@@ -180,45 +109,24 @@ def _refuse_differences(
     return elsewhere
 
 
-def check_same(journal: Journal, now: Identity, out: Path) -> None:
-    """Raise UsageError if the finished output in `out` is not of this very job."""
-    before = journal.kept(Identity)
-    if before is None or _content(before) != _content(_as_kept(now)):
-        why = "its journal is damaged" if before is None else "it holds another merge, or one of other inputs"
-        raise UsageError(
-            f"the output folder `{printable(str(out))}` is not empty: {why}",
-            hint="name a new folder, or empty this one",
-        )
-
-
-def _as_kept(identity: Identity) -> Identity:
-    return Identity(**identity.as_json())
-
-
-def _content(identity: Identity) -> Any:
-    """The job and the inputs of an identity, whenever and wherever their files were made."""
-    models = [(model["label"], model["tensors"], _sizes(model)) for model in identity.inputs]
-    return identity.job, models
-
-
-def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
-    return {name: facts[0] for name, facts in model["files"].items()}
-
-
 def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]] = ()) -> dict[str, str]:
     """The parts of the environment that still make a difference."""
     job = identity.job
     needed = ((KeptActivations, "calibration"), (KeptComparison, "texts of ACM"))
     there = [kind for kind in PROGRESS if kind not in lost and journal.holds(kind)]
     measured = all(kind in there for kind, key in needed if key in job)
-    dropped = () if there and not measured else (_THREADS, _INSTRUCTIONS)
+    dropped = () if there and not measured else (THREADS, INSTRUCTIONS)
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Yield each value that differs between two tables, as a message; of tables in them, what differs there."""
     for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            yield f"`{printable(key)}` was {_shown(old.get(key))} and is now {_shown(new.get(key))}"
+        before, now, shown = old.get(key), new.get(key), f"{within}`{printable(key)}`"
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from differences(before, now, f"{shown}: ")
+        elif before != now:
+            yield f"{shown} was {_shown(before)} and is now {_shown(now)}"
 
 
 def _shown(value: Any) -> str:
@@ -237,7 +145,7 @@ def _changed(
 ) -> Iterator[str]:
     """Yield why a model is not what it was."""
     label = printable(str(new["label"]))
-    if old["tensors"] != new["tensors"] or _sizes(old) != _sizes(new):
+    if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
         yield f"`{label}` has other tensors or files than before"
     elif old["files"] != new["files"]:
         emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
@@ -250,10 +158,7 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     """Yield the tensors of one input that do not give what they gave to an interrupted merge."""
     if inputs.base is not None and inputs.folders[number] == inputs.base.folder:
         yield from differing_weights(inputs.base, journal)
-    known: dict[str, str] = {}
-    for shard in plan.shards:
-        for group in journal.groups(shard.name):
-            known |= group.digests.get(str(number), {})
+    known = digests_read(plan, journal).get(str(number), {})
     folder = inputs.folders[number]
     stride = Stride(REREAD_ELEMENTS)
     for task in (task for task in plan.tasks if task.name in known):
@@ -263,6 +168,16 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
                 reader.enter_digest(reader.pieces(start, stop))
             if reader.digest() != known[task.name]:
                 yield task.name
+
+
+def digests_read(plan: Plan, journal: Journal) -> dict[str, dict[str, str]]:
+    """xxh3-128 of what a merge has read: number of an input -> tensor -> digest."""
+    found: dict[str, dict[str, str]] = {}
+    for shard in plan.shards:
+        for group in journal.groups(shard.name):
+            for number, digests in group.digests.items():
+                found.setdefault(number, {}).update(digests)
+    return found
 
 
 def differing_weights(base: Checkpoint, journal: Journal, number: int = 0) -> Iterator[str]:

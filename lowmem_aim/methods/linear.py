@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lowmem_aim.errors import UsageError
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
@@ -22,11 +24,14 @@ def weighted_sum(stored: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tens
     return total
 
 
-@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482", compiled=True)
+def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
+    zero = parameters["normalize"] and abs(sum(parameters["weight"])) < ZERO_WEIGHT
+    return "the weights sum to zero, and `normalize` would divide by that" if zero else ""
+
+
+@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482", compiled=True, check=_check)
 def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Script:
     """sum wi Wi, divided by sum wi."""
-    if normalize and abs(sum(weight)) < ZERO_WEIGHT:
-        raise UsageError(f"`{tensor.name}`: the weights sum to zero, so that `normalize` would divide by it")
     shares = tuple(w / sum(weight) for w in weight) if normalize else weight
 
     def combine(rows: Rows) -> Tensor:

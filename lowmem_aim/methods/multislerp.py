@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Script, Subject, Weights, Within, merge_method
@@ -15,7 +14,11 @@ from lowmem_aim.methods.task_vectors import span
 CANCELLED = 1e-7  # a length below this is 0 but for rounding
 
 
-@merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1))
+def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
+    return "all weights are zero" if not tensor.based and not any(parameters["weight"]) else ""
+
+
+@merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1), check=_check)
 def multislerp(
     tensor: Subject,
     *,
@@ -30,8 +33,6 @@ def multislerp(
     space at m. As m lies along sum wi ui, that step is zero. xi of norm 0 do not count; if the others cancel each other
     (to `eps`), the result is the first of them.
     """
-    if not tensor.based and not any(weight):
-        raise UsageError(f"`{tensor.name}`: all weights are zero")
     gram = square((yield gram_round(deltas=tensor.based)), tensor.experts)
     return span(mean_shares(gram, weight, normalize_weights, eps), tensor.based)
 

@@ -62,6 +62,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     read: ReadMode = "mmap"
+    oddities: tuple[str, ...] = ()  # of its files, for the user to know of
     _files: dict[Path, _File] = field(default_factory=dict, repr=False)
     _identities: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
 
@@ -76,9 +77,9 @@ class Checkpoint:
         with noted(errors):
             config = config_of(resolved)
         with noted(errors):
-            tensors = tensors_in_folder(resolved)
+            tensors, oddities = tensors_in_folder(resolved)
         raise_all(errors)
-        checkpoint = cls(resolved, label or resolved.name, config, tensors, read)
+        checkpoint = cls(resolved, label or resolved.name, config, tensors, read, tuple(oddities))
         checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}
         return checkpoint
 

@@ -6,8 +6,9 @@ with a path, pickle and quantised weights are each a ModelError.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def _inside(folder: Path, file: Path) -> bool:
+def is_inside(folder: Path, file: Path) -> bool:
     """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
     try:
         target = file.resolve()
@@ -45,7 +46,7 @@ def check_links(folder: Path) -> None:
     readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
     files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
     links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
-    outside = [file for file in links if not _inside(folder, file)]
+    outside = [file for file in links if not is_inside(folder, file)]
     if outside:
         raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
 
@@ -86,6 +87,10 @@ def _weight_map(folder: Path) -> dict[str, Any] | None:
     """Tensor name -> shard name, from the index; None if the model is a single file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return None
+    return _indexed(folder)
+
+
+def _indexed(folder: Path) -> dict[str, Any]:
     index = load_json(folder / INDEX, MAX_HEADER_BYTES)
     table = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(table, dict) or not table:
@@ -93,12 +98,13 @@ def _weight_map(folder: Path) -> dict[str, Any] | None:
     return table
 
 
-def tensors_in_folder(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of the model, in file order. Raises ModelError with every problem of every shard."""
+def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    """(all tensors of the model, in file order; what is odd about its files). Raises ModelError with every problem."""
     weight_map = _weight_map(folder)
     if weight_map is None:
-        return _usable(folder, read_header(_single_file(folder)))
+        return _usable(folder, read_header(_single_file(folder))), list(_stale_single_file(folder))
     shards: dict[str, list[str]] = {}  # repr of the name in the index -> tensors
+    copies: list[str] = []
     for name, shard_name in weight_map.items():
         shards.setdefault(repr(shard_name), []).append(name)
     problems = [*islice(_wrong_shards(folder, [weight_map[names[0]] for names in shards.values()]), MOST_PROBLEMS)]
@@ -116,18 +122,50 @@ def tensors_in_folder(folder: Path) -> dict[str, TensorInfo]:
         where = f"shard {printable(repr(shard_name))} of `{printable(str(folder))}`"
         problems += [f"{where} lacks `{printable(name)}`" for name in lacking[:MOST_PROBLEMS]]
         tensors |= {name: shard[name] for name in names if name in shard}
+        copies += sorted(shard.keys() - set(names))
     if problems:
         raise ModelError(problems, hint="download the model again, or repair its index")
-    return _usable(folder, tensors)
+    return _usable(folder, tensors), list(_unread_copies(folder, copies, weight_map))
+
+
+def _stale_single_file(folder: Path) -> Iterator[str]:
+    """Tell of an index that names shards beside a model.safetensors."""
+    with contextlib.suppress(ModelError):
+        weight_map = _indexed(folder) if (folder / INDEX).is_file() else {}
+        if set(map(str, weight_map.values())) - {SINGLE}:
+            yield (
+                f"`{printable(str(folder))}` has both {SINGLE} and {INDEX}: {SINGLE} is read, as loaders do, and the "
+                "shards that the index names are not"
+            )
+
+
+def _unread_copies(folder: Path, copies: Sequence[str], weight_map: Mapping[str, Any]) -> Iterator[str]:
+    """Tell of tensors in shards that the index does not look for there."""
+    twice = [name for name in copies if name in weight_map]
+    unnamed = [name for name in copies if name not in weight_map]
+    for names, what in (
+        (twice, "that stand in two shards are read where the index says"),
+        (unnamed, "that stand in a shard, but not in the index, are not read"),
+    ):
+        if names:
+            yield f"`{printable(str(folder))}`: {len(names)} tensor(s) {what}, `{printable(names[0])}` the first"
 
 
 def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors in file order. Raises ModelError if some are parts of quantised weights."""
+    """The tensors in file order. Raises ModelError if some are parts of quantised weights, or empty."""
     quantised = [name for name in tensors if QUANTISED.search(name)]
     if quantised:
         raise ModelError(
             f"`{printable(str(folder))}` is quantised (it holds `{printable(quantised[0])}`)",
             hint="merge the unquantised models, then quantise the result",
+        )
+    empty = [name for name, info in tensors.items() if info.shape == (0,)]
+    if any(name.endswith(".weight") for name in empty):
+        raise ModelError(
+            f"`{printable(str(folder))}` holds {len(empty)} empty tensors (`{printable(empty[0])}` has the shape [0]): "
+            "it was saved under DeepSpeed ZeRO-3, and its weights were not gathered",
+            hint="`zero_to_fp32.py` in the training's checkpoint gathers them; so does the setting "
+            "`stage3_gather_16bit_weights_on_model_save` when it saves",
         )
     return _in_file_order(tensors)
 

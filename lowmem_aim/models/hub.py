@@ -15,18 +15,11 @@ from pathlib import Path
 
 from lowmem_aim.errors import ModelError, NetworkError, printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
 
-# Besides safetensors and json: sentencepiece models, BPE merges, word lists and chat templates, all plain data.
-WANTED = [
-    "*.safetensors",
-    "*.json",
-    "tokenizer.model",
-    "spiece.model",
-    "merges.txt",
-    "vocab.txt",
-    "*.jinja",
-    "README.md",
-]
+# All plain data: pickles and code are never asked for.
+WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
+WANTED += [pattern for pattern in READ_BY_LOADERS if not pattern.endswith((".json", ".jinja"))]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 

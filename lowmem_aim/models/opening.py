@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, joined, noted, raise_all
-from lowmem_aim.events import Emit
+from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, locate, plain_name
@@ -75,6 +75,8 @@ def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], reader: Reader) ->
 
 def _check(inputs: Inputs, recipe: Recipe, reader: Reader, emit: Emit, errors: list[LowmemAimError]) -> None:
     for checkpoint in dict.fromkeys(inputs.checkpoints):
+        for text in checkpoint.oddities:
+            emit(Notice(text, "warning"))
         with noted(errors):
             tokenizer_config(checkpoint)
     with noted(errors):

@@ -8,6 +8,7 @@ writer.py        one shard's file, written front to back and made durable
 shards.py        all shards of an output
 merged.py        digests and figures of what a merge has written and read
 small_files.py   every small file of an output, by name
+copied.py        the files that an output takes over from its reference
 code_keys.py     keys of JSON files that make a loader run code
 portable.py      the recipe as others may run it
 provenance.py    lowmem_aim.json: inputs, outputs, versions

@@ -6,6 +6,7 @@ name or Hub id, never by a local path.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -24,6 +25,14 @@ def yaml_text(value: Any) -> str:
     """A value as YAML, keys in their order; if a character is invisible or misleading, such characters are escaped."""
     text = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
     return text if is_printable(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as indented JSON; if a character is invisible or misleading, all beyond ASCII are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not is_printable(text):
+        text = json.dumps(value, indent=2)
+    return (text + "\n").encode()
 
 
 def is_printable(text: str) -> bool:

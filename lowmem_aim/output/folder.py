@@ -43,9 +43,9 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
 
 
 def published_before(out: Path) -> list[str]:
-    """Files in `out` that a killed run had published, in that order; other files of the same names do not count.
+    """Files and folders in `out` that a killed run had published, in that order; others of these names do not count.
 
-    A file is recognised by its inode and size, which a rename keeps.
+    They are recognised by their inode and size, which a rename keeps.
     """
     try:
         listed = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
@@ -58,10 +58,12 @@ def published_before(out: Path) -> list[str]:
 
 
 def inode_and_size(file: Path) -> list[int] | None:
-    """[inode, bytes] of a regular file, which a rename keeps; None for anything else."""
+    """[inode, bytes] of a regular file, [inode, 0] of a folder: a rename keeps them. None for anything else."""
     with contextlib.suppress(OSError, ValueError):
         found = file.lstat()
-        return [found.st_ino, found.st_size] if stat.S_ISREG(found.st_mode) else None
+        if stat.S_ISREG(found.st_mode):
+            return [found.st_ino, found.st_size]
+        return [found.st_ino, 0] if stat.S_ISDIR(found.st_mode) else None
     return None
 
 

@@ -27,6 +27,7 @@ from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.output.records import VERSION, Group, Record, Schema
 
 NAME = "journal.sqlite"
+FINISHED_HINT = "a finished model is never overwritten: name a new folder, or remove this one"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS entries
     (kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (kind, name))
@@ -83,17 +84,19 @@ class Journal:
             self.close()
             raise
 
-    def check_version(self) -> None:
+    def check_version(self, *, finished: bool = False) -> None:
         """Raise ResumeError if another version of this tool wrote the journal, in records that this one cannot read.
 
-        A journal without a version is taken for one of this version whose row was lost.
+        A journal without a version is taken for one of this version whose row was lost. `finished`: whether the output
+        is, which `--fresh` then leaves as it is.
         """
         schema = self.kept(Schema)
         if schema is not None and schema.version != VERSION:
+            did = "made this output" if finished else "began this run"
             raise ResumeError(
                 f"the journal `{printable(str(self._file))}` has records of version {schema.version}, and this is "
-                f"version {VERSION}: another version of lowmem-aim began this run",
-                hint="resume it with that version, or start over with `--fresh`",
+                f"version {VERSION}: another version of lowmem-aim {did}",
+                hint=FINISHED_HINT if finished else "resume it with that version, or start over with `--fresh`",
             )
 
     @staticmethod

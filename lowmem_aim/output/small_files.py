@@ -5,19 +5,17 @@ All of them follow from the inputs alone: the same merge twice gives the same by
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.config import CONFIG, parse_json
+from lowmem_aim.models.config import CONFIG
 from lowmem_aim.models.folder import INDEX
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.output.card import PICTURE, card_text, delta_left, is_printable, yaml_text
+from lowmem_aim.output.card import PICTURE, card_text, delta_left, json_bytes, yaml_text
 from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.output.heatmap import joined
 from lowmem_aim.output.merged import Merged
@@ -29,47 +27,6 @@ from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
 from lowmem_aim.system.tensors import dtype_name
 
-# Copied from the reference as they are, where it has them. Plain data only: no code, no weights.
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-MAY_RUN_CODE = ("generation_config.json", "tokenizer_config.json")
-LARGEST_COPY = 200_000_000  # bytes
-
-
-def copied_files(reference: Checkpoint, emit: Emit = silent) -> dict[str, bytes]:
-    """The reference's tokenizer files, chat template and the like, by name; keys that run code are left out.
-
-    Raises ModelError for a file that is too large, or is not what its name says.
-    """
-    found = {name: content for name in COPIED if (content := reference.small_file(name, LARGEST_COPY)) is not None}
-    for name in [name for name in MAY_RUN_CODE if name in found]:
-        value, gone = without_code(parse_json(found[name], reference.folder / name))
-        if gone:
-            found[name] = _json(value)
-            _tell_of_code(name, gone, emit)
-    _, gone = without_code(reference.config)
-    if gone:
-        _tell_of_code(CONFIG, gone, emit)
-    return found
-
-
-def _tell_of_code(name: str, gone: Sequence[str], emit: Emit) -> None:
-    keys = ", ".join(f"`{key}`" for key in gone)
-    emit(Notice(f"the output's {name} has no {keys}: a loader would run code for it", "warning"))
-
 
 def output_files(
     plan: Plan,
@@ -80,7 +37,7 @@ def output_files(
     environments: Sequence[Mapping[str, str]] | None = None,
     consensus: Consensus | None = None,
 ) -> dict[str, bytes]:
-    """Every small file of the output by name, config.json last. `copied` is from `copied_files`.
+    """Every small file of the output by name, config.json last. `copied` is from `copied.copied_files`.
 
     `environments` are versions and devices, if there was more than one on the way to this output.
     """
@@ -104,17 +61,12 @@ def output_files(
     if environments:
         facts["environments"] = environments
     files["mergekit_config.yml"] = yaml_text(recipe).encode()
-    files["lowmem_aim.json"] = _json(facts)
+    files["lowmem_aim.json"] = json_bytes(facts)
     files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
-    files[CONFIG] = _json(_config(inputs.reference, plan))  # last: without it, no loader takes the folder for a model
+    files[CONFIG] = json_bytes(
+        _config(inputs.reference, plan)
+    )  # last: without it, no loader takes the folder for a model
     return files
-
-
-def _json(value: Any) -> bytes:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    if not is_printable(text):
-        text = json.dumps(value, indent=2)
-    return (text + "\n").encode()
 
 
 def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:

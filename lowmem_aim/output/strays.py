@@ -7,34 +7,26 @@ makes another model of it, though every file of the output is as it was written.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from lowmem_aim.models.folder import CHAT_TEMPLATES
+from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS, fits
 from lowmem_aim.output.folder import PRIVATE
 
-# What transformers, vLLM, PEFT or sentence-transformers would read as a part of the model. Pickles (`*.bin`) are none:
-# beside safetensors no loader takes them, and `training_args.bin` is no weights at all.
-READ_BY_LOADERS = (
+# What would make another model of the folder. Pickles (`*.bin`) are none: beside safetensors no loader takes them, and
+# `training_args.bin` is no weights at all.
+TAKEN_FOR_THE_MODEL = (
+    *READ_BY_LOADERS,
     "*.safetensors",
     "*.safetensors.index.json",
     "adapter_config.json",
     "params.json",
     "config*.json",
-    "generation_config.json",
     "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
     "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "chat_template*",
-    "additional_chat_templates",
-    "*processor_config.json",
-    "modules.json",
-    "sentence_*config.json",
+    CHAT_TEMPLATES,
     "1_*",
     "*.py",
 )
@@ -51,8 +43,7 @@ HARMLESS = (
     "*.pdf",
     "*.yml",
     "*.yaml",
-    "license*",
-    "notice*",
+    *LEGAL,
     ".*",  # .git, .gitattributes, .cache
 )
 
@@ -63,15 +54,21 @@ def strays_in(out: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
     Raises OSError if the folder cannot be read.
     """
     read, unknown = [], []
-    for name in sorted(entry.name for entry in out.iterdir()):
-        if name in known or name == PRIVATE:
-            continue
-        if _fits(name, READ_BY_LOADERS):
+    for name in sorted(_unknown(out, known)):
+        base = name.rpartition("/")[2]
+        if "/" in name or fits(base, TAKEN_FOR_THE_MODEL):  # in a folder of the output's own, everything may be read
             read.append(name)
-        elif not _fits(name, HARMLESS):
+        elif not fits(base, HARMLESS):
             unknown.append(name)
     return read, unknown
 
 
-def _fits(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+def _unknown(out: Path, known: Collection[str]) -> Iterator[str]:
+    """The names in `out`, and in the folders that the run made in it, that are not known."""
+    folders = {name.partition("/")[0] for name in known if "/" in name} - {PRIVATE}
+    for entry in out.iterdir():
+        if entry.name in folders and entry.is_dir() and not entry.is_symlink():
+            names = [f"{entry.name}/{file.name}" for file in entry.iterdir() if not file.name.startswith(".")]
+            yield from (name for name in names if name not in known)
+        elif entry.name not in known and entry.name != PRIVATE:
+            yield entry.name

@@ -163,11 +163,11 @@ def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int
     done again. Raises DiskError, also for a staged file that is lost or has another size: the next run makes it again.
     """
     out, staging = space.out, space.staging
-    for name, content in files.items():
-        write_file(staging / name, content)
-    names = [*shards, *files]
+    _stage(staging, files)
+    # A folder of files takes its final name as one.
+    names = list(dict.fromkeys(name.partition("/")[0] for name in (*shards, *files)))
     listed = {name: inode_and_size(staging / name) for name in names}
-    expected = {**sizes, **{name: len(content) for name, content in files.items()}}
+    expected = {**dict.fromkeys(names, 0), **sizes, **{name: len(content) for name, content in files.items()}}
     for name, found in listed.items():
         if found is None or found[1] != expected[name]:
             state = "is gone" if found is None else f"has {found[1]} bytes instead of {expected[name]}"
@@ -191,6 +191,17 @@ def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int
         sync_folder(out)
     space.sums.update(shards)
     space.sums.update({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def _stage(staging: Path, files: Mapping[str, bytes]) -> None:
+    """Write the small files, those in folders into new ones."""
+    folders = dict.fromkeys(staging / name.partition("/")[0] for name in files if "/" in name)
+    with disk_errors(staging):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+    for name, content in files.items():
+        write_file(staging / name, content)
 
 
 def _seal(out: Path, sums: dict[str, str]) -> None:

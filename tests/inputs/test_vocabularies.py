@@ -83,20 +83,6 @@ def test_relax_matches_rows_by_text_where_only_the_order_differs(place: Place, m
         assert torch.equal(matched[name][:used], expected[:used]), name
 
 
-def test_few_tokens_in_common_are_told(place: Place) -> None:
-    file = place.folder / "math/tokenizer.json"
-    data = json.loads(file.read_text())
-    known = data["model"]["vocab"]
-    data["model"]["vocab"] = {(token if number < 2 else f"<{token}>"): number for token, number in known.items()}
-    data["model"]["merges"] = []
-    file.write_text(json.dumps(data))
-    done = place.merge("--tokenizer-source", "base")
-    assert done.code == 0, done.err
-    said = " ".join(done.err.split())
-    assert "of the 259 tokens of `base` are tokens of `math` too" in said
-    assert "only " in said
-
-
 def llama_of_sentencepiece(folder: Path, model_type: str) -> None:
     """Leave the model in `folder` with a sentencepiece model only, as Llama 2's first releases."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

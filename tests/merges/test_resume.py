@@ -342,9 +342,9 @@ def test_other_versions_are_refused_or_accepted_and_told(
 ) -> None:
     job, out = recipe(models, "linear"), tmp_path / "out"
     stop(job, out, 15)
-    from lowmem_aim.jobs import resume
+    from lowmem_aim.jobs import identity
 
-    monkeypatch.setattr(resume, "versions", lambda method: {"lowmem-aim": "0.1.0", "torch": "9.9"})
+    monkeypatch.setattr(identity, "versions", lambda method: {"lowmem-aim": "0.1.0", "torch": "9.9"})
     with pytest.raises(ResumeError, match=r"`torch` was .* and is now `9\.9`") as caught:
         merge(job, out, SHARDS)
     assert "--accept-environment" in caught.value.hint

@@ -11,7 +11,6 @@ import tiny
 import torch
 from method_cases import SHAPES, assert_close, merge, tensors
 
-from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -101,8 +100,9 @@ class TestDegenerate:
         for eps in (0.0, 1e-8):
             assert torch.equal(merge("multislerp", base, [a, b], {"weight": (0.0, 0.0), "eps": eps}), base)
             assert torch.equal(merge("multislerp", base, [a, a], {"weight": (1.0, -1.0), "eps": eps}, based=False), a)
-        with pytest.raises(UsageError, match="all weights are zero"):
-            merge("multislerp", base, [a, b], {"weight": (0.0, 0.0)}, based=False)
+        for based in (False, True):
+            wrong = METHODS["multislerp"].check(Subject("w", (5, 7), 35, 2, 0, based=based), {"weight": (0.0, 0.0)})
+            assert bool(wrong) == (not based)
 
     @pytest.mark.parametrize("along", [(True, False), (False, False), (False, True)])
     def test_nuslerp_of_one_direction_is_linear_and_weights_that_cancel_meet_half_way(

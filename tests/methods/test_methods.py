@@ -9,7 +9,6 @@ import references as ref
 import torch
 from method_cases import CPU, NAME, PARAMETERS, SHAPES, assert_close, measured, merge, slices, tensors
 
-from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.masks import keep_mask
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.registry import METHODS
@@ -237,9 +236,10 @@ class TestTraps:
         assert_close(merge("task_arithmetic", base, experts, given), truth)
 
     def test_weights_that_cancel_are_an_error_in_linear(self) -> None:
-        _, *models = tensors((4, 5), 2)
-        with pytest.raises(UsageError, match="sum to zero"):
-            merge("linear", models[0], models, {"weight": (1.0, -1.0)})
+        subject = Subject("w", (4, 5), 20, 2, 0)
+        check = METHODS["linear"].check
+        assert "sum to zero" in check(subject, {"weight": (1.0, -1.0), "normalize": True})
+        assert not check(subject, {"weight": (1.0, -1.0), "normalize": False})
 
 
 def test_one_expert_at_full_density_and_weight_is_that_expert_to_a_rounding() -> None:

@@ -1,0 +1,220 @@
+"""The checks before work: `merge` and `plan` make them all, whatever the others raise.
+
+A check is a function in `CHECKS`: it is given what is prepared, and raises. What is found out on the way (models,
+plans, texts) is checked as far as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Sized
+from typing import TYPE_CHECKING, TypeVar
+
+from lowmem_aim.errors import printable
+from lowmem_aim.jobs.finished import check_same
+from lowmem_aim.jobs.oddities import tell_oddities
+from lowmem_aim.jobs.prepared import ModelRun, Prepared
+from lowmem_aim.jobs.resume import activations_kept, check_same_job
+from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
+from lowmem_aim.output.copied import copied_files
+from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, is_finished
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
+from lowmem_aim.recipe.recipe import Aim
+from lowmem_aim.recipe.words import is_here
+from lowmem_aim.relaxing.relaxation import check_activations
+from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
+from lowmem_aim.system.tensors import dtype_named
+
+if TYPE_CHECKING:
+    from lowmem_aim.models.meta_model import MetaModel
+
+R = TypeVar("R", bound=Record)
+
+
+def check_place(ready: Prepared) -> None:
+    """Check that the output folders are free, lie in no input, and can be written. Raises UsageError, DiskError."""
+    check_outputs(ready.out, [ready.folder(name) for name in ready.plans], ready.inputs.folders)
+    ready.check_writable()
+
+
+def check_small_files(ready: Prepared) -> None:
+    """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
+    ready.copied = copied_files(ready.inputs.reference, ready.run.emit)
+
+
+def check_calibration(ready: Prepared) -> None:
+    """Check that AIM's activations fit the base, or that there are texts to measure them with.
+
+    Raises ModelError, NetworkError, UsageError.
+    """
+    aim, base = ready.recipe.aim, ready.inputs.base
+    if aim is None or base is None:
+        return
+    if not _are_texts_here(ready, "calibrate", aim):
+        return
+    calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.run.emit)
+    if isinstance(calibration, GivenActivations):
+        check_activations(calibration.activations, base, aim)
+    elif not _is_measured(ready, calibration):
+        ready.model_runs.append(_model_run(ready, "calibrate", calibration.meta_model, calibration.sequences))
+
+
+def check_comparison(ready: Prepared) -> None:
+    """Check that there are texts for ACM to compare base and merged model with.
+
+    Raises ModelError, NetworkError, UsageError.
+    """
+    acm, base = ready.recipe.acm, ready.inputs.base
+    if acm is None or base is None:
+        return
+    from lowmem_aim.measuring.comparison import Comparison, is_of, texts_of  # transformers: only where models are run
+
+    if not _are_texts_here(ready, "compare", texts_of(acm)):
+        return
+    comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run)
+    kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
+    if not all(found is not None and is_of(found, ready.inputs) for found in kept):
+        measurement = comparison.measurement
+        ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
+
+
+def check_merge_memory(ready: Prepared) -> None:
+    """Check, before hours of calibration, that single rows of the widest tensor fit the budget.
+
+    Raises MemoryBudgetError.
+    """
+    ready.shares()
+
+
+def check_model_runs(ready: Prepared) -> None:
+    """Check that one module of a block at a time, and one sequence's work, fit the budget, and hidden states the disk.
+
+    Raises MemoryBudgetError, DiskError.
+    """
+    unfinished = ready.unfinished()
+    if ready.model_runs and unfinished:
+        from lowmem_aim.measuring.mean_activations import shares_for  # transformers: only where models are run
+
+        for model_run in ready.model_runs:
+            shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
+
+
+def check_begun(ready: Prepared) -> None:
+    """Check that what lies in the output folders is of this very job, and that no other run is at work there.
+
+    Raises LockedError, ResumeError, UsageError, DiskError.
+    """
+    for name in ready.plans:
+        folder = ready.folder(name)
+        private, finished = folder / PRIVATE, is_finished(folder)
+        if is_held(private / "lock", PATIENCE_SECONDS):  # others hold it for a moment when they ask
+            raise locked_error(private / "lock", owner_of(private / "lock"))
+        if not private.is_dir() or (ready.run.options.fresh and not finished):
+            continue
+        state = "is finished already" if finished else "holds an interrupted run, which goes on"
+        ready.notes.append(f"`{printable(str(folder))}` {state}")
+        with Journal(private, read_only=True) as journal:
+            journal.check_version(finished=finished)
+            _check_same(ready, name, journal, finished)
+
+
+def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) -> None:
+    folder = ready.folder(name)
+    if ready.incomplete:
+        return  # what is missing would be reported as a difference
+    if ready.unread:
+        ready.notes.append(f"whether `{printable(str(folder))}` is of the same job shows once the texts are fetched")
+    elif finished:
+        now = ready.identity(name)
+        for number in check_same(journal, now, folder):
+            label = printable(str(now.inputs[number]["label"]))
+            ready.notes.append(f"`{label}` has files of another time or place: a merge reads them, and refuses others")
+    else:
+        accept = ready.run.options.accept_environment
+        lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)
+        check_same_job(journal, ready.identity(name), accept_environment=accept, lost=lost)
+
+
+def check_disk_space(ready: Prepared) -> None:
+    """Check that the disk has space for the outputs. Raises DiskError."""
+    if ready.unfinished():
+        check_disk(ready.out, ready.bytes_to_write())
+
+
+Check = Callable[[Prepared], None]
+
+# Checks that find out what tells this job from others: without that, an interrupted run cannot be compared.
+OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
+
+# In the order in which their problems are listed; the first problem sets the exit code.
+CHECKS: list[Check] = [
+    check_place,
+    check_small_files,
+    tell_oddities,
+    check_calibration,
+    check_comparison,
+    check_merge_memory,
+    check_begun,
+    check_disk_space,
+    check_model_runs,
+]
+
+
+# --- what is to be run ------------------------------------------------------------------------------------------------
+
+
+def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
+    """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
+    base = ready.inputs.base
+    if ready.sources.fetches or is_here(aim.calibration) or base is None:
+        return True
+    from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run
+
+    ready.reader.roles(base)  # under limits, as before every building of a model in this process
+    ready.unread = True
+    ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
+    meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
+    ready.model_runs.append(_model_run(ready, phase, meta_model, [range(aim.block_size)] * aim.samples))
+    return False
+
+
+def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
+    """Whether the activations of the base are at hand, from the cache or from an interrupted run."""
+    unfinished = ready.unfinished()
+    if not unfinished or any(_has_activations(ready, name) for name in unfinished):
+        return True
+    mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used
+    if ready.run.options.use_cache and not mixed and measurement.cached(ready.run.device).is_file():
+        ready.notes.append("the activations were measured before, and are reused")
+        return True
+    return False
+
+
+def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
+    """The record of this kind that an interrupted run of this output has left to resume from."""
+    private = ready.folder(name) / PRIVATE
+    if ready.run.options.fresh or not private.is_dir():
+        return None
+    with Journal(private, read_only=True) as journal:
+        return journal.kept(kind)
+
+
+def _has_activations(ready: Prepared, name: str) -> bool:
+    private = ready.folder(name) / PRIVATE
+    if ready.run.options.fresh or not private.is_dir():
+        return False
+    with Journal(private, read_only=True) as journal:
+        return activations_kept(private, journal)
+
+
+def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> ModelRun:
+    from lowmem_aim.measuring.comparison import needs_of_comparison  # transformers: only where models are run
+    from lowmem_aim.measuring.mean_activations import needs_of
+
+    compared = phase == "compare"
+    if compared:
+        needs = needs_of_comparison(meta_model, sequences, next(iter(ready.plans.values())), ready.inputs)
+    else:
+        needs = needs_of(meta_model, sequences)
+    tokens = sum(map(len, sequences))
+    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)

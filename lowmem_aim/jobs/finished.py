@@ -1,0 +1,112 @@
+"""Whether a finished output is of this very job, and its inputs are what they were when it was made.
+
+The journal has a digest of every tensor as it was read. An input whose files have other times or inodes is read again
+and compared with these digests. If nothing differs, the new times are kept in a file beside the journal, which is
+sealed, and the next run need not read. A damaged file of that kind leads to reading again, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.errors import DiskError, ResumeError, UsageError, printable
+from lowmem_aim.events import Emit, Notice
+from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, sizes_of
+from lowmem_aim.jobs.resume import Reread, differences
+from lowmem_aim.output.folder import PRIVATE
+from lowmem_aim.output.journal import FINISHED_HINT, Journal
+from lowmem_aim.output.journal import NAME as JOURNAL
+from lowmem_aim.output.records import Identity, PlanSize
+from lowmem_aim.system.files import write_file
+
+SEEN = "inputs.json"  # beside the journal: the inputs as they were when they were last read
+
+
+def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
+    """The numbers of the inputs whose files have other times or inodes than before: only reading shows their content.
+
+    Nothing is read of the models. Raises UsageError if the finished output in `out` is of another job, ResumeError if
+    it is certain to be of other inputs.
+    """
+    before, now = journal.kept(Identity), as_kept(now)
+    if before is None:
+        raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
+    elsewhere, others = [*differences(before.job, now.job)], [*_other_inputs(before, now)]
+    inputs_changed = bool(others) or content_of(before) != content_of(now)
+    if elsewhere and (asked_for(before) != asked_for(now) or not inputs_changed):
+        raise UsageError([_not_empty(out, "it holds another merge"), *elsewhere], FINISHED_HINT)
+    if inputs_changed:
+        raise ResumeError([_not_of_these(out), *others, *elsewhere], FINISHED_HINT)
+    seen = _seen(out / PRIVATE) or before.inputs
+    return [
+        number
+        for number, (model, *known) in enumerate(zip(now.inputs, before.inputs, seen, strict=True))
+        if model not in known
+    ]
+
+
+def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, emit: Emit) -> None:
+    """Check a finished output as `check_same` does, and read the inputs that may have changed.
+
+    Raises UsageError, and ResumeError with the first tensor of an input that differs.
+    """
+    moved = check_same(journal, now, out)
+    if moved and not _is_whole(journal):
+        raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
+    for number in moved:
+        label = printable(str(now.inputs[number]["label"]))
+        emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
+        for name in reread(number):
+            raise ResumeError(
+                [_not_of_these(out), f"`{label}` has another `{printable(name)}` than before"], FINISHED_HINT
+            )
+    if moved:
+        _keep(out / PRIVATE, as_kept(now).inputs)
+
+
+def _other_inputs(before: Identity, now: Identity) -> Iterator[str]:
+    if len(before.inputs) != len(now.inputs):
+        yield f"it was made of {len(before.inputs)} models, and these are {len(now.inputs)}"
+        return
+    for old, new in zip(before.inputs, now.inputs, strict=True):
+        if (old["label"], old["tensors"], sizes_of(old)) != (new["label"], new["tensors"], sizes_of(new)):
+            yield f"`{printable(str(new['label']))}` has other tensors or files than before"
+
+
+def _is_whole(journal: Journal) -> bool:
+    """Whether the journal still has the digests of every tensor of the output."""
+    size = journal.kept(PlanSize) or PlanSize()
+    groups = [group for shard in size.shards for group in journal.groups(shard)]
+    names = {name for group in groups for digests in group.digests.values() for name in digests}
+    return len(names) == size.tensors > 0
+
+
+def _not_empty(out: Path, why: str) -> str:
+    return f"the output folder `{printable(str(out))}` is not empty: {why}"
+
+
+def _not_of_these(out: Path) -> str:
+    return f"`{printable(str(out))}` is finished, but its inputs have changed since:"
+
+
+def _seen(private: Path) -> Sequence[Mapping[str, Any]] | None:
+    """The inputs as a later run has read them; None if no run has, of this journal."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        kept = json.loads((private / SEEN).read_text(encoding="utf-8"))
+        if kept["journal"] == _digest_of_journal(private) and isinstance(kept["inputs"], list):
+            return list(kept["inputs"])
+    return None
+
+
+def _keep(private: Path, inputs: Sequence[Mapping[str, Any]]) -> None:
+    kept = {"journal": _digest_of_journal(private), "inputs": inputs}
+    with contextlib.suppress(DiskError):  # then the next run reads again
+        write_file(private / SEEN, json.dumps(kept).encode())
+
+
+def _digest_of_journal(private: Path) -> str:
+    return digest_of((private / JOURNAL).read_bytes())

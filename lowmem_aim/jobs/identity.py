@@ -1,0 +1,114 @@
+"""The identity of a run: all that its output follows from, as the journal keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from lowmem_aim.measuring.calibration import Calibration, Measurement
+from lowmem_aim.methods.method import Method
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.output.picture import drawn_with
+from lowmem_aim.output.portable import portable_recipe
+from lowmem_aim.output.provenance import versions
+from lowmem_aim.output.records import Identity
+from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.system.tensors import digest
+
+if TYPE_CHECKING:
+    from lowmem_aim.measuring.comparison import Comparison
+
+# Keys of a job.
+_SMALL, _CONFIG, _ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
+_CALIBRATION, _COMPARISON = "calibration", "texts of ACM"
+_PARAMETERS, _SHARDS = "parameters", "shards"
+_CONTENT = (_SMALL, _CONFIG, _ROWS, _CALIBRATION, _COMPARISON)
+_LAID_OUT = (_PARAMETERS, _SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
+# What shows in the low bits of matrix products on a CPU.
+THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
+
+
+def identity_of_merge(
+    plan: Plan,
+    inputs: Inputs,
+    copied: Mapping[str, bytes],
+    calibration: Calibration | None,
+    comparison: Comparison | None,
+    device: torch.device,
+) -> Identity:
+    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
+    job: dict[str, Any] = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
+    job |= {
+        "seed": plan.seed,
+        "nonfinite": plan.nonfinite,
+        _PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
+        _SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
+        _SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
+        _CONFIG: digest_of(repr(sorted(inputs.reference.config.items())).encode()),
+    }
+    if inputs.row_maps:  # from the experts' tokenizers
+        rows = {str(inputs.folders.index(folder)): digest(row_map) for folder, row_map in inputs.row_maps.items()}
+        job[_ROWS] = rows
+    if calibration is not None:
+        job[_CALIBRATION] = calibration.digest()
+    if comparison is not None:
+        job[_COMPARISON] = comparison.digest()
+    checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
+    measures = comparison is not None or isinstance(calibration, Measurement)
+    environment = _environment(device, measures, plan.recipe.method)
+    if plan.recipe.aim or plan.recipe.acm:
+        environment |= drawn_with()  # the card has a picture, or has none
+    return Identity(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
+
+
+def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
+    """The identity of a calibration that is a job by itself."""
+    job = {_CALIBRATION: measurement.digest()}
+    return Identity(job, [_of_input(measurement.base)], _environment(device, True))
+
+
+def content_of(identity: Identity) -> dict[str, Any]:
+    """The part of a job that follows from what lies in the inputs' small files, texts and activations."""
+    return {key: identity.job.get(key) for key in _CONTENT}
+
+
+def asked_for(identity: Identity) -> dict[str, Any]:
+    """The part of a job that the user asks for, whatever the inputs hold."""
+    return {key: value for key, value in identity.job.items() if key not in (*_CONTENT, *_LAID_OUT)}
+
+
+def as_kept(identity: Identity) -> Identity:
+    """The identity as the journal gives it back."""
+    return Identity(**identity.as_json())
+
+
+def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
+    """File name -> bytes, of one of an identity's inputs."""
+    return {name: facts[0] for name, facts in model["files"].items()}
+
+
+def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
+    stats = {file.name: file.stat() for file in checkpoint.files}
+    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
+    return {"label": checkpoint.label, "tensors": digest_of(tensors.encode("utf-8", "surrogatepass")), "files": files}
+
+
+def _environment(device: torch.device, measures: bool, method: Method | None = None) -> dict[str, str]:
+    found = {**versions(method), "device": _name(device)}
+    if measures and device.type == "cpu":
+        found |= {THREADS: str(torch.get_num_threads()), INSTRUCTIONS: torch.backends.cpu.get_cpu_capability()}
+    return found
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def digest_of(data: bytes) -> str:
+    """xxh3-128 of bytes, as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)

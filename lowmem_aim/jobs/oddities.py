@@ -1,0 +1,38 @@
+"""Warnings before work, of what the user may not have meant: idle filters, a missing tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lowmem_aim.errors import printable
+from lowmem_aim.events import Notice
+from lowmem_aim.jobs.prepared import Prepared
+from lowmem_aim.models.known_files import TOKENIZERS, fits
+from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.recipe.recipe import Setting
+
+
+def tell_oddities(ready: Prepared) -> None:
+    """Emit a warning for each; none of them stops the merge."""
+    plan = next(iter(ready.plans.values()))
+    for text in (*_idle_filters(plan), *_missing_tokenizer(ready)):
+        ready.run.emit(Notice(text, "warning"))
+
+
+def _idle_filters(plan: Plan) -> Iterator[str]:
+    recipe, names = plan.recipe, [task.name for task in plan.tasks if task.action == "merge"]
+    tables: list[Mapping[str, Setting]] = [recipe.parameters, *(model.parameters for model in recipe.models)]
+    tables += [{"aim.omega": recipe.aim.omega}] if recipe.aim else []
+    settings = [(key, setting) for table in tables for key, setting in table.items() if setting.filtered]
+    idle = [
+        f"`{key}`: the filter `{printable(pattern)}` is part of no name of a tensor that is merged"
+        for key, setting in settings
+        for pattern, _ in setting.value
+        if pattern not in ("", "*") and not any(pattern in name for name in names)
+    ]
+    yield from dict.fromkeys(idle)
+
+
+def _missing_tokenizer(ready: Prepared) -> Iterator[str]:
+    if not any(fits(name, TOKENIZERS) for name in ready.copied):
+        yield f"`{printable(ready.inputs.reference.label)}` has no tokenizer, and the output will have none"

@@ -1,0 +1,120 @@
+"""A merge that could begin: its models, its plans, and what the checks have found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem_aim.errors import LowmemAimError, raise_all
+from lowmem_aim.events import Emit
+from lowmem_aim.jobs.identity import identity_of_merge
+from lowmem_aim.measuring.calibration import Calibration
+from lowmem_aim.merging import shares
+from lowmem_aim.models.hub import Located, locate
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.reader import Reader
+from lowmem_aim.output.folder import PRIVATE, check_writable, existing_folder, is_finished, staged_bytes
+from lowmem_aim.output.records import Identity
+from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.run import Run
+from lowmem_aim.system.tensors import dtype_name
+
+if TYPE_CHECKING:
+    from lowmem_aim.blocks.shares import Needs
+    from lowmem_aim.measuring.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of models and texts."""
+
+    find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
+    has_weights: Callable[[Path], bool] = lambda folder: True  # False: a folder holds headers and small files only
+    fetches: bool = True  # models and texts that are on the Hub are downloaded
+
+
+FETCHED = Sources()
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A phase in which a model is run: the base for AIM, base and merged model for ACM."""
+
+    phase: str
+    needs: Needs
+    tokens: int  # of all sequences
+    length: int  # of a sequence, on the mean
+    dtype: torch.dtype
+    models: int = 1
+
+    @property
+    def speed(self) -> str:
+        """The forward's name among the speeds, which depend on the length of sequences and on the dtype."""
+        return f"forward of {self.length} tokens in {dtype_name(self.dtype)}"
+
+
+@dataclass
+class Prepared:
+    """A merge that could begin, unless there are `errors`. Nothing has been written."""
+
+    recipe: Recipe
+    out: Path
+    run: Run
+    sources: Sources
+    reader: Reader  # closed before the work begins
+    inputs: Inputs
+    plans: Mapping[str, Plan]  # by the output's folder in `out`; "" where the output is `out` itself
+    errors: list[LowmemAimError]
+    copied: Mapping[str, bytes] = field(default_factory=dict)  # small files that the output takes from the reference
+    calibration: Calibration | None = None
+    comparison: Comparison | None = None
+    model_runs: list[ModelRun] = field(default_factory=list)  # the model runs that are still to be made
+    notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
+    unread: bool = False  # some texts are on the Hub, and were not fetched
+    incomplete: bool = False  # something that tells this job from others could not be had
+
+    def folder(self, name: str) -> Path:
+        """The folder of one output."""
+        return self.out / name
+
+    def identity(self, name: str) -> Identity:
+        """The identity of one output's merge, for its journal."""
+        plan = self.plans[name]
+        return identity_of_merge(plan, self.inputs, self.copied, self.calibration, self.comparison, self.run.device)
+
+    def unfinished(self) -> list[str]:
+        """The names of the outputs that are still to be made."""
+        return [name for name in self.plans if not is_finished(self.folder(name))]
+
+    def needs(self) -> shares.Needs:
+        """The memory that the merge itself takes."""
+        return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
+
+    def shares(self) -> shares.Shares:
+        """Divide what is left of the budget now, for the merge itself. Raises MemoryBudgetError."""
+        return shares.share_out(self.run.budget, self.run.device, self.needs())
+
+    def bytes_to_write(self) -> int:
+        """Bytes of the outputs that earlier runs have not yet taken of the disk."""
+        copied = sum(map(len, self.copied.values()))
+        sizes = [self.plans[name].output_bytes + copied - staged_bytes(self.folder(name)) for name in self.unfinished()]
+        return sum(sizes)
+
+    def bytes_to_spill(self) -> int:
+        """Bytes of hidden states that may go to the disk at worst: all of them, and two snapshots."""
+        return max((3 * model_run.needs.states for model_run in self.model_runs), default=0)
+
+    def check_writable(self) -> None:
+        """Raise DiskError if an output that is still to be made cannot be written."""
+        for name in self.unfinished():
+            check_writable(existing_folder(self.folder(name)))
+            check_writable(existing_folder(self.folder(name) / PRIVATE))
+
+    def refuse(self) -> None:
+        """Raise all errors as one, with the exit code of the first; do nothing if there are none."""
+        raise_all(self.errors)
