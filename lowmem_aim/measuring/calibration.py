@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,7 +163,7 @@ def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Me
     if isinstance(context, int) and 16 <= context < aim.block_size:
         emit(Notice(f"blocks of {context} tokens: that is all the context that `{printable(base.label)}` has"))
         aim = replace(aim, block_size=context)
-    return Measurement(aim, base, meta_model, token_sequences(aim, reader.encoder(base), emit))
+    return Measurement(aim, base, meta_model, token_sequences(aim, partial(reader.encode, base), emit))
 
 
 def _keep(measured: Activations, path: Path, emit: Emit) -> None:

@@ -7,8 +7,9 @@ with `pack: false`, each text is a sequence of its own, its tokens beyond block_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import BUILTIN, PILE
 
 FEWEST_TOKENS = 16
+AT_ONCE = 64  # texts of a dataset that are read ahead, to find those that are short enough
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> token ids of each
 
 
 def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # each (tokens,) int64
@@ -29,7 +31,7 @@ def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # ea
 
     Raises ModelError for a file that is missing, malformed or too short, NetworkError, UsageError.
     """
-    encoded = [tokens for text in _texts(aim, encode) if (tokens := encode(text))]
+    encoded = [tokens for tokens in encode(_texts(aim, encode)) if tokens]
     if aim.pack:
         joined = [token for tokens in encoded for token in tokens]
         blocks = [joined[i : i + aim.block_size] for i in range(0, len(joined), aim.block_size)]
@@ -117,7 +119,6 @@ def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
         ) from error
     if "text" not in rows.column_names:
         raise ModelError(f"the calibration dataset `{shown}` has no column `text`", hint)
-    for row in rows:
-        text = row["text"].strip()
-        if len(encode(text)) <= aim.block_size:
-            yield text
+    texts = (row["text"].strip() for row in rows)
+    while batch := list(islice(texts, AT_ONCE)):
+        yield from (text for text, tokens in zip(batch, encode(batch), strict=True) if len(tokens) <= aim.block_size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ from lowmem_aim.system.files import cache_folder, write_file
 
 PUT_TOKENIZER = "put its tokenizer files into the model's folder"
 FORMAT = 3  # of the cached answers; part of their names
+TEXTS_AT_ONCE = 64
 FOLDER = "outlines"  # of the cache folder
 READ_BY = ("transformers", "tokenizers", "torch")  # whose versions the answers depend on
 
@@ -52,20 +53,20 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     def vocabulary(self, checkpoint: Checkpoint) -> dict[str, int]:
         """The vocabulary of the folder's tokenizer: token text -> id. Raises ModelError."""
-        files = tokenizer_files(checkpoint)
-        if not files:
-            raise ModelError(f"`{printable(checkpoint.label)}` has no tokenizer", hint=PUT_TOKENIZER)
-        names = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
-        return dict(self._answer("vocabulary", checkpoint, {"config": checkpoint.config, "files": names}, files))
+        return dict(self._of_tokenizer("vocabulary", checkpoint, []))
 
-    def encoder(self, checkpoint: Checkpoint) -> Callable[[str], list[int]]:
-        """A function that gives the token ids of a text, special tokens included. Raises ModelError, then and now."""
+    def encode(self, checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, special tokens included. Raises ModelError."""
+        batches = (texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE))
+        return [list(ids) for batch in batches for ids in self._of_tokenizer("encode", checkpoint, list(batch))]
+
+    def _of_tokenizer(self, question: str, checkpoint: Checkpoint, texts: list[str]) -> Any:
         files = tokenizer_files(checkpoint)
         if not files:
             raise ModelError(f"`{printable(checkpoint.label)}` has no tokenizer", hint=PUT_TOKENIZER)
-        with vetted_folder(checkpoint.config, files) as folder:
-            self._ask("load", checkpoint, {"folder": str(folder)})
-        return lambda text: list(self._ask("encode", checkpoint, {"text": text}))
+        digests = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
+        about = {"config": checkpoint.config, "files": digests, "texts": texts}
+        return self._answer(question, checkpoint, about, files)
 
     def close(self) -> None:
         """End the child process, if there is one, and forget the answers; the next question starts another."""
@@ -132,7 +133,6 @@ _READ = {
     "settings": "config",
     "roles": "config, and building the model without weights,",
     "vocabulary": "tokenizer",
-    "load": "tokenizer",
     "encode": "texts with its tokenizer",
 }
 _AS_PUBLISHED = "is the file the one that was published? download it again"

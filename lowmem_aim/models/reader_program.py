@@ -18,7 +18,7 @@ from lowmem_aim.errors import ModelError, printable
 
 TOKENIZER_HINT = "are its files whole, and the model's own?"
 _PAGES_FILE = Path("/proc/self/statm")
-_loaded: dict[str, Any] = {}  # the tokenizer that `load` has loaded, by its label
+_loaded: dict[str, Any] = {}  # the tokenizer that `encode` has loaded last, by its files
 
 Question = Mapping[str, Any]
 
@@ -83,15 +83,14 @@ def vocabulary(question: Question) -> dict[str, int]:
     return dict(_tokenizer(question).get_vocab()) if found is None else found
 
 
-def load(question: Question) -> None:
-    """Load the tokenizer in a folder, for `encode`."""
-    _loaded[question["label"]] = _tokenizer(question)
-
-
-def encode(question: Question) -> list[int]:
-    """The token ids of a text, by the tokenizer that was loaded."""
+def encode(question: Question) -> list[list[int]]:
+    """The token ids of each text, by the tokenizer in a folder."""
+    name = json.dumps(question["files"])  # with the files' digests
+    if name not in _loaded:
+        _loaded.clear()
+        _loaded[name] = _tokenizer(question)
     with _tokenizer_errors(f"the tokenizer of `{printable(question['label'])}` fails at the calibration text"):
-        return list(_loaded[question["label"]](question["text"], verbose=False)["input_ids"])
+        return [list(_loaded[name](text, verbose=False)["input_ids"]) for text in question["texts"]]
 
 
 def _tokenizer(question: Question) -> Any:
@@ -127,8 +126,7 @@ ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
     "vocabulary": (lambda: None, vocabulary),
-    "load": (import_transformers, load),
-    "encode": (lambda: None, encode),
+    "encode": (import_transformers, encode),
 }
 
 

@@ -24,6 +24,7 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import tiny
+from reading_here import read_here
 from tqdm import tqdm
 
 from lowmem_aim.cli.main import main
@@ -111,6 +112,7 @@ def make_job(work: Path) -> Job:
 
 def build_models(work: Path, **changes: Any) -> None:
     """A base and its experts; `changes` as `tiny.build` takes them."""
+    read_here()
     tqdm.monitor_interval = 0  # its thread would be missing in the forks
     with contextlib.redirect_stderr(io.StringIO()):
         base = tiny.build("llama", work / "base", **changes)

@@ -42,7 +42,7 @@ def told(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         (
             {"rms_norm_eps": 9.999999747378752e-06, "rope_theta": 10000},
             {"rms_norm_eps": 1e-5},
-        ),,  # of float32
+        ),  # of float32
         ({"tie_word_embeddings": False, "rope_scaling": None}, {"vocab_size": 99, "eos_token_id": [1, 2]}),
     ],
     ids=["two spellings", "two spellings of scaling", "defaults", "float32", "what changes no weight's meaning"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from lowmem_aim.measuring.texts import token_sequences
 from lowmem_aim.recipe.recipe import Aim
 
 
-def encode(text: str) -> list[int]:
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    return [one(text) for text in texts]
+
+
+def one(text: str) -> list[int]:
     """A token a word, its length; behind a special 1, as tokenizers put it."""
     return [1, *(len(word) for word in text.split())]
 

@@ -1,0 +1,29 @@
+"""For programs that fork: models' small files are read in this process, not by a child that each fork would start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowmem_aim.errors import ModelError
+from lowmem_aim.models import reader_program
+from lowmem_aim.models.reader_process import ReaderProcess
+
+
+class _Here:
+    """What a `ReaderProcess` is to its reader."""
+
+    def ask(self, question: Mapping[str, Any]) -> Any:
+        answer = reader_program.answer(question)
+        if "problems" in answer:
+            raise ModelError(answer["problems"], answer["hint"])
+        return answer["answer"]
+
+    def end(self) -> None:
+        pass
+
+
+def read_here() -> None:
+    """From now on; the libraries are imported at once, so that forks have them."""
+    reader_program.import_transformers()
+    ReaderProcess.start = _Here  # type: ignore[assignment]
