@@ -21,6 +21,7 @@ STAGING = "staging"
 SUMS = "sha256.txt"
 LOG = "run.log"
 FACTS = "run.json"
+SEEN = "inputs.json"  # the inputs of a finished output as they were when they were last read
 ACTIVATIONS = "activations.safetensors"
 SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.

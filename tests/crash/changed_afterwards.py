@@ -14,7 +14,7 @@ from crash.workshop import EXPERTS, Job, emptied, is_clean
 from lowmem_aim.models.headers import read_header
 
 TIMES = 48
-SHORT_TIMES = 6
+SHORT_TIMES = 4
 
 
 def suite(job: Job, short: bool) -> str:
