@@ -47,7 +47,7 @@ bench: install
 gpu-check: install
 	$(BIN)/python tests/bench/gpu_check.py
 
-# Some nine minutes: merges are killed, cut off from power, lied to; every output must be the uninterrupted one's.
+# Some eleven minutes: merges are killed, cut off from power, lied to; every output must be the uninterrupted one's.
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
 

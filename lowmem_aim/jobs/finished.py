@@ -17,13 +17,11 @@ from lowmem_aim.errors import DiskError, ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, sizes_of
 from lowmem_aim.jobs.resume import Reread, differences
-from lowmem_aim.output.folder import PRIVATE
+from lowmem_aim.output.folder import PRIVATE, SEEN
 from lowmem_aim.output.journal import FINISHED_HINT, Journal
 from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.records import Identity, PlanSize
 from lowmem_aim.system.files import write_file
-
-SEEN = "inputs.json"  # beside the journal: the inputs as they were when they were last read
 
 
 def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.masks import draws_of, mask_limits
 from lowmem_aim.methods.method import Densities, PerExpert, Rescale, Script, Subject, Weights, merge_method
-from lowmem_aim.methods.selection import Everything, Selection, magnitude_bits
+from lowmem_aim.methods.selection import Selection, Share, magnitude_bits
 from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
@@ -22,10 +22,10 @@ SCRATCH = 40  # bytes an element: ranks, probabilities and draws of one expert
 
 def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     for density, epsilon in zip(parameters["density"], parameters["epsilon"], strict=True):
-        if density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
+        if 0.0 < density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
             return (
                 f"`density` {density:g} with `epsilon` {epsilon:g}: density - epsilon and density + epsilon must lie "
-                "between 0 and 1, or the density be 1"
+                "between 0 and 1, or the density be 0 or 1"
             )
     return ""
 
@@ -70,7 +70,9 @@ def della_linear(
 def _by_rank(tensor: Subject, density: Sequence[float], epsilon: Sequence[float]) -> list[Selection]:
     row = tensor.shape[-1] if tensor.shape else 1
     return [
-        Everything() if d >= 1.0 else ByRank(d, e, row, tensor.seed, tensor.name, position)
+        Share(d, tensor.seed, tensor.name, position)
+        if d in (0.0, 1.0)
+        else ByRank(d, e, row, tensor.seed, tensor.name, position)
         for position, (d, e) in enumerate(zip(density, epsilon, strict=True))
     ]
 

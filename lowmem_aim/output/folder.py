@@ -21,6 +21,7 @@ STAGING = "staging"
 SUMS = "sha256.txt"
 LOG = "run.log"
 FACTS = "run.json"
+SEEN = "inputs.json"  # the inputs of a finished output as they were when they were last read
 ACTIVATIONS = "activations.safetensors"
 SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
@@ -38,8 +39,13 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
             raise UsageError(f"the output `{shown}` lies inside an input model", hint="name a folder elsewhere")
         if is_finished(out):
             return  # whether by the same job is checked once the inputs are open
-        if out.is_dir() and {entry.name for entry in out.iterdir()} - {PRIVATE} - set(published_before(out)):
-            raise UsageError(f"the output folder `{shown}` is not empty", hint="name a new folder, or empty this one")
+        strange = {entry.name for entry in out.iterdir()} - {PRIVATE, *published_before(out)} if out.is_dir() else set()
+        if strange:
+            first = f"`{printable(min(strange))}`" + f" and {len(strange) - 1} more" * (len(strange) > 1)
+            raise UsageError(
+                f"the output folder `{shown}` is not empty: {first}",
+                hint="name a new folder, or empty this one; beside an interrupted run, move these files away",
+            )
 
 
 def published_before(out: Path) -> list[str]:

@@ -25,6 +25,7 @@ from lowmem_aim.output.folder import (
     LOG,
     PRIVATE,
     PUBLISHING,
+    SEEN,
     STAGING,
     SUMS,
     check_output,
@@ -93,7 +94,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                 with disk_errors(private):
                     shutil.rmtree(private / STAGING)
                     Journal.remove(private)
-                    for name in (LOG, FACTS):
+                    for name in (LOG, FACTS, SEEN):
                         (private / name).unlink(missing_ok=True)
                 remove_snapshots(private)
             with Journal(private, read_only=finished) as journal:
@@ -126,7 +127,7 @@ def _clear(private: Path) -> None:
     _remove_half_written(private)
     with contextlib.suppress(OSError):
         Journal.remove(private)
-        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, OWNER, "lock"):
+        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, SEEN, OWNER, "lock"):
             (private / name).unlink(missing_ok=True)
 
 

@@ -30,7 +30,10 @@ SUITES = (
     "full_disk",
     "flipped_bits",
     "damaged_journal",
+    "other_versions",
+    "spoilt_shards",
     "changed_inputs",
+    "changed_afterwards",
     "memory_cap",
     "clock_jumps",
 )

@@ -68,16 +68,18 @@ class TestDella:
         assert kept[:400].sum() < 60
         assert kept[-400:].sum() > 340
 
-    @pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.15), (0.9, 0.1), (0.0, 0.0)])
+    @pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.15), (0.9, 0.1), (0.1, 0.1)])
     def test_chances_beyond_0_and_1_are_refused_before_work(self, place: Place, density: float, epsilon: float) -> None:
         done = place.merge("--density", density, "-p", f"epsilon={epsilon}", method="della")
         place.refused(done, 2, "density - epsilon and density + epsilon must lie between 0 and 1")
 
-    def test_a_density_of_1_needs_no_room_for_epsilon(self) -> None:
-        subject = Subject(NAME, (3, 4), 12, 1)
-        assert not METHODS["della"].check(subject, {"density": (1.0,), "epsilon": (0.15,)})
-        base, expert = tensors((3, 4), 1)
+    def test_a_density_of_0_or_1_needs_no_room_for_epsilon(self) -> None:
+        subject = Subject(NAME, (3, 4), 12, 2)
+        assert not METHODS["della"].check(subject, {"density": (1.0, 0.0), "epsilon": (0.15, 0.15)})
+        base, expert, other = tensors((3, 4), 2)
         assert_close(merge("della", base, [expert], {"weight": (1.0,)}), expert.double())
+        given = {"weight": (1.0, 1.0), "density": (1.0, 0.0), "epsilon": (0.15, 0.15)}
+        assert_close(merge("della", base, [expert, other], given), expert.double())
 
 
 class TestSce:
