@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
-from lowmem_aim.events import Emit
+from lowmem_aim.events import Emit, Notice
 from lowmem_aim.jobs.resume import activations_kept, check_same, check_same_job, identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration, GivenActivations, Measurement, calibration_of
 from lowmem_aim.merging import shares
+from lowmem_aim.methods import kernels
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import open_inputs
@@ -147,6 +148,7 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
+    _tell_of_uncached_loops(run)
     recipes = one_by_one(recipe)
     folders = [out / name for name in recipes]
     errors: list[LowmemAimError] = []
@@ -185,6 +187,13 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
                 check(ready)
             ready.incomplete |= len(errors) > known and check in OF_THE_IDENTITY
         yield ready
+
+
+def _tell_of_uncached_loops(run: Run) -> None:
+    """Emit a notice if loops are compiled, and cannot be kept for the next run."""
+    trouble = kernels.cache_trouble() if run.device.type == "cpu" else ""
+    if trouble:
+        run.emit(Notice(f"compiled loops cannot be kept, and every run compiles them again: {trouble}", "warning"))
 
 
 def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:

@@ -57,9 +57,15 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/lowmem_aim, or ~/.cache/lowmem_aim: the only place outside the output that is written to."""
+    """$XDG_CACHE_HOME/lowmem_aim, or ~/.cache/lowmem_aim: the only place outside the output that is written to.
+
+    Where no home is known (a user without an entry in the system's list), it is a folder that cannot be made: whoever
+    writes to the cache goes on without it.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
+    with contextlib.suppress(RuntimeError):
+        return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
+    return Path(os.devnull) / "lowmem_aim"
 
 
 def partial_folder(output: Path) -> Path:
