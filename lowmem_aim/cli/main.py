@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 
 import click
 
@@ -34,6 +35,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_closed_streams()
+    _name_a_temporary_folder()
     sys.exit(_exit_code(usage.wanted(sys.argv)))
 
 
@@ -46,6 +48,14 @@ def _open_closed_streams() -> None:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def _name_a_temporary_folder() -> None:
+    """Where no temporary folder can be written, name one all the same: libraries ask for the name when imported."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        tempfile.tempdir = os.environ.get("TMPDIR") or os.path.abspath(os.sep + "tmp")
 
 
 def _exit_code(debug: bool) -> int:
