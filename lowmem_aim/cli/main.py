@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import click
 
@@ -15,9 +16,10 @@ from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
+from lowmem_aim.system.faults import advice, cause, file_of, named
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
-LONGEST_PROBLEM = 2000  # characters
+LONGEST_PROBLEM = 6000  # characters: a path may have 4,096 bytes
 
 
 def report(error: LowmemAimError) -> None:
@@ -85,9 +87,18 @@ def _told(error: Exception, debug: bool) -> LowmemAimError:
         return error
     if isinstance(error, click.ClickException):
         return usage.explained(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return DiskError(f"output could not be written: {error.strerror}", "check the device that stdout goes to")
+    if isinstance(error, OSError):
+        return _of_the_system(error)
     return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, command_line(), debug))
+
+
+def _of_the_system(error: OSError) -> LowmemAimError:
+    """The error for a system call that failed where nothing says what was being done."""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+        return DiskError(f"output could not be written: {cause(error)}", "check the device that stdout goes to")
+    file = file_of(error, Path())
+    what = f"{named(file)} cannot be used" if file != Path() else "a system call failed"
+    return DiskError(f"{what}: {cause(error)}", advice(error))
 
 
 def _interrupted() -> int:

@@ -8,6 +8,7 @@ far as it is there.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from lowmem_aim.output.folder import (
     PRIVATE,
     check_disk,
     check_outputs,
+    check_private,
     check_writable,
     existing_folder,
     is_finished,
@@ -200,7 +202,7 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     """Yield an error for every file of texts or activations that is not there."""
     tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
     for name in dict.fromkeys(table.calibration for table in tables):
-        if name and name != BUILTIN and is_here(name) and not Path(name).expanduser().is_file():
+        if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
             yield ModelError(f"there is no calibration file `{printable(name)}`")
 
 
@@ -283,9 +285,10 @@ def check_begun(ready: Prepared) -> None:
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
+        check_private(folder)
         if is_held(private / "lock", PATIENCE_SECONDS):  # others hold it for a moment when they ask
             raise locked_error(private / "lock", owner_of(private / "lock"))
-        if not private.is_dir() or (ready.run.options.fresh and not finished):
+        if not os.path.isdir(private) or (ready.run.options.fresh and not finished):
             continue
         state = "is finished already" if finished else "holds an interrupted run, which goes on"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
@@ -355,7 +358,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
     if not unfinished or any(_has_activations(ready, name) for name in unfinished):
         return True
     mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used
-    if ready.run.options.use_cache and not mixed and measurement.cached(ready.run.device).is_file():
+    if ready.run.options.use_cache and not mixed and os.path.isfile(measurement.cached(ready.run.device)):
         ready.notes.append("the activations were measured before, and are reused")
         return True
     return False
@@ -364,7 +367,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
 def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
     """The record of this kind that an interrupted run of this output has left to resume from."""
     private = ready.folder(name) / PRIVATE
-    if ready.run.options.fresh or not private.is_dir():
+    if ready.run.options.fresh or not os.path.isdir(private):
         return None
     with Journal(private, read_only=True) as journal:
         return journal.kept(kind)
@@ -372,7 +375,7 @@ def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
 
 def _has_activations(ready: Prepared, name: str) -> bool:
     private = ready.folder(name) / PRIVATE
-    if ready.run.options.fresh or not private.is_dir():
+    if ready.run.options.fresh or not os.path.isdir(private):
         return False
     with Journal(private, read_only=True) as journal:
         return activations_kept(private, journal)

@@ -8,6 +8,7 @@ it gave.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from lowmem_aim.errors import ResumeError, UsageError, printable
+from lowmem_aim.errors import DiskError, ResumeError, UsageError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.measuring.calibration import Calibration, Measurement
 from lowmem_aim.merging.slices import Stride, TensorInputs
@@ -38,6 +39,7 @@ from lowmem_aim.output.records import (
     Record,
 )
 from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.system.files import input_errors, read_file
 
 if TYPE_CHECKING:
     from lowmem_aim.measuring.comparison import Comparison
@@ -86,8 +88,7 @@ def identity_of_calibration(measurement: Measurement, device: torch.device) -> I
 
 def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
-    stats = {file.name: file.stat() for file in checkpoint.files}
-    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
+    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in checkpoint.stats().items()}
     return {"label": checkpoint.label, "tensors": _digest(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 
@@ -131,14 +132,18 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
 
 
 def activations_kept(private: Path, journal: Journal) -> bool:
-    """Whether the activations that an interrupted run has measured lie in its folder as they were written."""
+    """Whether the activations that an interrupted run has measured lie in its folder as they were written.
+
+    Raises DiskError for a file that cannot be read.
+    """
     file, kept = private / ACTIVATIONS, journal.kept(KeptActivations)
-    return kept is not None and file.is_file() and kept.file == digest_of_file(file)
+    with input_errors(file, DiskError):
+        return kept is not None and os.path.lexists(file) and kept.file == digest_of_file(file)
 
 
 def digest_of_file(file: Path) -> str:
-    """xxh3-128 of a small file's bytes."""
-    return _digest(file.read_bytes())
+    """xxh3-128 of the bytes of a small file in the output's folder. Raises OSError."""
+    return _digest(read_file(file, follow=False))
 
 
 def check_same_job(

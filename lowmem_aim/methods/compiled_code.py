@@ -1,4 +1,4 @@
-"""Where the loops that numba has compiled are kept, so that only the first run of their kind waits for the compiler.
+"""The cache of loops that numba has compiled, so that only the first run of their kind waits for the compiler.
 
 Files of the cache are made by numba, which reads them back as code: whoever may write to the folder may run code here,
 as in any program's cache. They lie in $XDG_CACHE_HOME/lowmem_aim, or where NUMBA_CACHE_DIR says, and nowhere else:
@@ -60,15 +60,19 @@ class _Place:
         self._py_file, self._line, self._folder = inspect.getfile(function), function.__code__.co_firstlineno, folder()
 
     def get_cache_path(self) -> str:
+        """The folder."""
         return str(self._folder)
 
     def get_source_stamp(self) -> str:
+        """A digest of the source file: compiled code of another source is of no use."""
         return _digest(self._py_file)
 
     def get_disambiguator(self) -> str:
+        """A part of the files' names that tells functions of one name apart."""
         return str(self._line)
 
     def ensure_cache_path(self) -> None:
+        """Make the folder. Raises OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -92,12 +96,14 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     _impl_class = _Files
 
     def load_overload(self, signature: Any, context: Any) -> Any:
+        """The compiled function for a signature; None if there is none that can be read."""
         try:
             return super().load_overload(signature, context)
         except Exception:  # a file cannot be read, or is damaged: unpickling raises anything
             return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep a compiled function, if that is possible."""
         try:
             super().save_overload(signature, result)
         except OSError:

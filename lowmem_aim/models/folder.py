@@ -6,13 +6,15 @@ with a path, pickle and quantised weights are each a ModelError.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.models.config import load_json
 from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
+from lowmem_aim.system.files import input_errors, is_file, open_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,6 +24,7 @@ QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
     r"|\.quant_state\.|_proj_(blocks|scales)$"
 )
+READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -38,13 +41,21 @@ def _inside(folder: Path, file: Path) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Raise ModelError for links out of the folder, all at once, among the files that we or transformers may open."""
-    readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    """Raise ModelError, all at once, for links out of the folder, and for pipes, devices and what cannot be opened.
+
+    Only the files count that we or transformers may open. Raises OSError for a folder that cannot be listed.
+    """
     files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
-    links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
-    outside = [file for file in links if not _inside(folder, file)]
+    files = [file for file in files if file.suffix in READABLE or file.name == CHAT_TEMPLATES]
+    outside = [file for file in files if file.is_symlink() and not _inside(folder, file)]
+    errors: list[LowmemAimError] = []
     if outside:
-        raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
+        what = "is a link that leads out of its model folder"
+        errors.append(ModelError([f"`{printable(str(file))}` {what}" for file in outside]))
+    for file in (file for file in files if file not in outside and not file.is_dir()):
+        with noted(errors), input_errors(file):
+            os.close(open_regular(file))  # libraries tell of a file that they cannot open without its name
+    raise_all(errors)
 
 
 def is_plain(name: Any) -> bool:
@@ -73,14 +84,14 @@ def _shard(folder: Path, name: Any) -> Path:
         what = "not a plain file name that ends in .safetensors"
         raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}: {what}")
     file = folder / str(name)
-    if not file.is_file():
+    if not is_file(file):
         raise ModelError(f"`{printable(str(folder / INDEX))}` names the shard {shown}, which is missing")
     return file
 
 
 def _weight_map(folder: Path) -> dict[str, Any] | None:
     """Tensor name -> shard name, from the index; None if the model is a single file."""
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+    if is_file(folder / SINGLE) or not is_file(folder / INDEX):
         return None
     index = load_json(folder / INDEX, MAX_HEADER_BYTES)
     table = index.get("weight_map") if isinstance(index, dict) else None
@@ -133,7 +144,7 @@ def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 def _single_file(folder: Path) -> Path:
     single = folder / SINGLE
-    if single.is_file():
+    if is_file(single):
         return single
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
