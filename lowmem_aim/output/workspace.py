@@ -38,7 +38,7 @@ from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import PROGRESS, CalibrationSnapshot
 from lowmem_aim.output.verify import sums_text
-from lowmem_aim.system.files import disk_errors, read_file, sync_folder, write_file
+from lowmem_aim.system.files import disk_errors, input_errors, read_file, sync_folder, write_file
 from lowmem_aim.system.lock import OWNER, locked
 
 
@@ -212,8 +212,9 @@ def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int
 def _seal(out: Path, sums: dict[str, str]) -> None:
     """Write the list of digests, the closed journal's among them; with it the run is finished."""
     private = out / PRIVATE
-    with disk_errors(private):
+    with input_errors(private / JOURNAL, DiskError):
         own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256(read_file(private / JOURNAL, follow=False)).hexdigest()}
+    with disk_errors(private):
         write_file(private / SUMS, sums_text(sums | own))
         # Only after the digests are durable: a run is finished once these are there and the list of names is not.
         (private / PUBLISHING).unlink(missing_ok=True)

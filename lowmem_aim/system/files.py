@@ -21,11 +21,16 @@ LONGEST_NAME = 200  # bytes; systems allow 255, and names of unfinished files ar
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block, which writes `path`, into a DiskError that names it."""
+    """Turn an OSError of the block, which writes `path`, or files in the folder `path`, into a DiskError.
+
+    The error names `path`, or the file in it that the system would not give; not one that could not be made.
+    """
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{named(path)} cannot be written: {cause(error)}", advice(error)) from error
+        file = Path(file_of(error, path))
+        what = file if path in file.parents and os.path.lexists(file) else path
+        raise DiskError(f"{named(what)} cannot be written: {cause(error)}", advice(error)) from error
 
 
 @contextlib.contextmanager
