@@ -20,7 +20,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytes
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve shared cores
 
 # Torch and transformers are imported by the fixtures that need them: whoever only hands out tests needs neither.
-pytest.register_assert_rewrite("calibrating", "cards", "merge_cases", "method_cases", "stopping")
+pytest.register_assert_rewrite("calibrating", "cards", "faults", "merge_cases", "method_cases", "stopping")
 
 if TYPE_CHECKING:
     from hub_server import Hub

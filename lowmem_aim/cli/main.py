@@ -17,8 +17,10 @@ from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
 from lowmem_aim.system.faults import advice, cause, file_of, named
+from lowmem_aim.system.files import cache_folder
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
+MANY_FILES = 4096
 LONGEST_PROBLEM = 6000  # characters: a path may have 4,096 bytes
 
 
@@ -38,6 +40,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_closed_streams()
     _name_a_temporary_folder()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _folder_for_torch())
+    _allow_many_files()
     sys.exit(_exit_code(usage.wanted(sys.argv)))
 
 
@@ -58,6 +62,27 @@ def _name_a_temporary_folder() -> None:
         tempfile.gettempdir()
     except OSError:
         tempfile.tempdir = os.environ.get("TMPDIR") or os.path.abspath(os.sep + "tmp")
+
+
+def _folder_for_torch() -> str:
+    """A folder that torch's compiler, which nothing here uses, makes when it is imported; else it takes one in /tmp.
+
+    It is in the cache, or, where that cannot be made, a folder that is there already.
+    """
+    wanted = cache_folder() / "torch"
+    above = next(folder for folder in (wanted, *wanted.parents) if os.path.lexists(folder))
+    return str(wanted) if os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK) else tempfile.gettempdir()
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as the user may: models of a hundred shards each need that many."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MANY_FILES if most == resource.RLIM_INFINITY else min(MANY_FILES, most)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _exit_code(debug: bool) -> int:

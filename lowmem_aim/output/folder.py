@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.system.faults import named
 from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, read_file
@@ -97,9 +97,13 @@ def is_finished(out: Path) -> bool:
         )
 
 
-def outputs_in(out: Path) -> list[Path]:
-    """The outputs of a run: the folder itself or, with several omegas, the folders in it."""
-    several = [] if os.path.lexists(out / PRIVATE) else sorted(out.glob(f"omega-*/{PRIVATE}"))
+def outputs_in(out: Path, kind: type[LowmemAimError] = DiskError) -> list[Path]:
+    """The outputs of a run: the folder itself or, with several omegas, the folders in it.
+
+    Raises an error of a `kind` if the folder cannot be looked at.
+    """
+    with input_errors(out, kind):
+        several = [] if is_folder(out / PRIVATE) else sorted(out.glob(f"omega-*/{PRIVATE}"))
     return [private.parent for private in several] or [out]
 
 

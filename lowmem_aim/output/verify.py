@@ -74,7 +74,7 @@ def verify_outputs(out: Path, emit: Emit = silent) -> Path:
 
     Raises VerifyError naming all files of an output that differ, UsageError for a folder without a finished output.
     """
-    for folder in outputs_in(out):
+    for folder in outputs_in(out, VerifyError):
         verify(folder, f"{PRIVATE}/{SUMS}", emit)
     return out
 
