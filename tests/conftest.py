@@ -15,10 +15,12 @@ import pytest
 # Before torch and the Hub's library are imported: both read their settings then.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Loops that are compiled for one test serve the next; they depend on nothing but the loops' own text.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "loops"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve shared cores
 
 # Torch and transformers are imported by the fixtures that need them: whoever only hands out tests needs neither.
-pytest.register_assert_rewrite("calibrating", "cards", "merge_cases", "method_cases", "stopping")
+pytest.register_assert_rewrite("calibrating", "cards", "faults", "merge_cases", "method_cases", "stopping")
 
 if TYPE_CHECKING:
     from hub_server import Hub

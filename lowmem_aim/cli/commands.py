@@ -7,6 +7,7 @@ SIGHUP, SIGINT and SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     if (
         len(paths) > 2
         or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))
-        or (len(paths) == 2 and paths[0].is_dir())
+        or (len(paths) == 2 and os.path.isdir(paths[0]))
     ):
         hint = f"lowmem-aim {command} recipe.yml out/"
         raise UsageError(f"{command} takes a recipe and then an output folder", hint=hint)

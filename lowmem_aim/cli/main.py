@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import click
 
@@ -14,9 +16,12 @@ from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
+from lowmem_aim.system.faults import advice, cause, file_of, named
+from lowmem_aim.system.files import cache_folder
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
-LONGEST_PROBLEM = 2000  # characters
+MANY_FILES = 4096
+LONGEST_PROBLEM = 6000  # characters: a path may have 4,096 bytes
 
 
 def report(error: LowmemAimError) -> None:
@@ -34,6 +39,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_closed_streams()
+    _name_a_temporary_folder()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _folder_for_torch())
+    _allow_many_files()
     sys.exit(_exit_code(usage.wanted(sys.argv)))
 
 
@@ -46,6 +54,35 @@ def _open_closed_streams() -> None:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def _name_a_temporary_folder() -> None:
+    """Where no temporary folder can be written, name one all the same: libraries ask for the name when imported."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        tempfile.tempdir = os.environ.get("TMPDIR") or os.path.abspath(os.sep + "tmp")
+
+
+def _folder_for_torch() -> str:
+    """A folder that torch's compiler, which nothing here uses, makes when it is imported; else it takes one in /tmp.
+
+    It is in the cache, or, where that cannot be made, a folder that is there already.
+    """
+    wanted = cache_folder() / "torch"
+    above = next(folder for folder in (wanted, *wanted.parents) if os.path.lexists(folder))
+    return str(wanted) if os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK) else tempfile.gettempdir()
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as the user may: models of a hundred shards each need that many."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MANY_FILES if most == resource.RLIM_INFINITY else min(MANY_FILES, most)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _exit_code(debug: bool) -> int:
@@ -75,9 +112,18 @@ def _told(error: Exception, debug: bool) -> LowmemAimError:
         return error
     if isinstance(error, click.ClickException):
         return usage.explained(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return DiskError(f"output could not be written: {error.strerror}", "check the device that stdout goes to")
+    if isinstance(error, OSError):
+        return _of_the_system(error)
     return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, command_line(), debug))
+
+
+def _of_the_system(error: OSError) -> LowmemAimError:
+    """The error for a system call that failed where nothing says what was being done."""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+        return DiskError(f"output could not be written: {cause(error)}", "check the device that stdout goes to")
+    file = file_of(error, Path())
+    what = f"{named(file)} cannot be used" if file != Path() else "a system call failed"
+    return DiskError(f"{what}: {cause(error)}", advice(error))
 
 
 def _interrupted() -> int:

@@ -17,7 +17,7 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
-from lowmem_aim.output.workspace import discard, workspace
+from lowmem_aim.output.workspace import workspace
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.system.files import disk_errors, partial_folder, sync_folder
 from lowmem_aim.system.options import DEFAULTS, Options
@@ -65,7 +65,7 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
             with disk_errors(output):
                 os.replace(made, output)
                 sync_folder(output.absolute().parent)
-    discard(unfinished)
+            space.spent = True
     return output
 
 
@@ -74,7 +74,7 @@ def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
     if output.suffix != ".safetensors":
         raise UsageError(f"the output `{output}` must end in .safetensors")
     _check_new(output, unfinished)
-    if not output.absolute().parent.is_dir():
+    if not os.path.isdir(output.absolute().parent):
         raise UsageError(f"there is no folder `{output.absolute().parent}`")
     located = locate(base, run.emit)
     if located.folder.resolve() in output.resolve().parents:
@@ -85,8 +85,12 @@ def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
 
 
 def _check_new(output: Path, unfinished: Path) -> None:
-    if output.exists():
-        left = f"; `{printable(str(unfinished))}` is what an interrupted run has left" if unfinished.exists() else ""
+    if os.path.lexists(output):
+        left = (
+            f"; `{printable(str(unfinished))}` is what an interrupted run has left"
+            if os.path.lexists(unfinished)
+            else ""
+        )
         raise UsageError(
             f"`{printable(str(output))}` exists already", hint=f"name a new file, or remove that one{left}"
         )

@@ -6,6 +6,7 @@ plans, texts) is checked as far as it is there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +17,7 @@ from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
 from lowmem_aim.output.copied import copied_files
-from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, is_finished
+from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
 from lowmem_aim.recipe.recipe import Aim
@@ -107,9 +108,10 @@ def check_begun(ready: Prepared) -> None:
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
+        check_private(folder)
         if is_held(private / "lock", PATIENCE_SECONDS):  # others hold it for a moment when they ask
             raise locked_error(private / "lock", owner_of(private / "lock"))
-        if not private.is_dir() or (ready.run.options.fresh and not finished):
+        if not os.path.isdir(private) or (ready.run.options.fresh and not finished):
             continue
         state = "is finished already" if finished else "holds an interrupted run, which goes on"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
@@ -184,7 +186,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
     if not unfinished or any(_has_activations(ready, name) for name in unfinished):
         return True
     mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used
-    if ready.run.options.use_cache and not mixed and measurement.cached(ready.run.device).is_file():
+    if ready.run.options.use_cache and not mixed and os.path.isfile(measurement.cached(ready.run.device)):
         ready.notes.append("the activations were measured before, and are reused")
         return True
     return False
@@ -193,7 +195,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
 def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
     """The record of this kind that an interrupted run of this output has left to resume from."""
     private = ready.folder(name) / PRIVATE
-    if ready.run.options.fresh or not private.is_dir():
+    if ready.run.options.fresh or not os.path.isdir(private):
         return None
     with Journal(private, read_only=True) as journal:
         return journal.kept(kind)
@@ -201,7 +203,7 @@ def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
 
 def _has_activations(ready: Prepared, name: str) -> bool:
     private = ready.folder(name) / PRIVATE
-    if ready.run.options.fresh or not private.is_dir():
+    if ready.run.options.fresh or not os.path.isdir(private):
         return False
     with Journal(private, read_only=True) as journal:
         return activations_kept(private, journal)

@@ -303,8 +303,10 @@ def _about_software(found: Doctor) -> Iterator[Advice]:
     if found.software["numba"] is None:
         yield Advice("hint", "without numba, CPU merges are several times slower: pip install 'lowmem-aim[cpu]'")
     elif found.processor["compiled_loops"] is False:
-        why = "LOWMEM_AIM_KERNELS is 0" if os.environ.get("LOWMEM_AIM_KERNELS") == "0" else "they cannot be loaded"
-        yield Advice("warning", f"numba is installed, but its loops are not used, {why}: CPU merges are slower")
+        why = kernels.unavailable()
+        yield Advice("warning", f"numba is installed, but its loops are not used ({why}): CPU merges are slower")
+    elif trouble := kernels.cache_trouble():
+        yield Advice("warning", f"compiled loops cannot be kept, and every merge compiles them again: {trouble}")
     if found.software["nvidia_driver"] not in (None, UNKNOWN) and found.gpus == []:
         torch_version = printable(str(found.software["torch"]))
         yield Advice("warning", f"there is an NVIDIA driver, but no GPU that torch {torch_version} can use")

@@ -93,8 +93,7 @@ def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
 
 def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
-    stats = {file.name: file.stat() for file in checkpoint.files}
-    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
+    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in checkpoint.stats().items()}
     return {"label": checkpoint.label, "tensors": digest_of(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 

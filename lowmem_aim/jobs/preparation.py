@@ -6,12 +6,15 @@ All checks are made, so that the user hears of all problems at once.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
+from lowmem_aim.events import Notice
 from lowmem_aim.jobs.checks import CHECKS, OF_THE_IDENTITY
 from lowmem_aim.jobs.prepared import FETCHED, Prepared, Sources
+from lowmem_aim.methods import kernels
 from lowmem_aim.models.opening import open_inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
@@ -27,6 +30,7 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
+    _tell_of_uncached_loops(run)
     recipes = one_by_one(recipe)
     folders = [out / name for name in recipes]
     errors: list[LowmemAimError] = []
@@ -69,9 +73,16 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
         yield ready
 
 
+def _tell_of_uncached_loops(run: Run) -> None:
+    """Emit a notice if loops are compiled, and cannot be kept for the next run."""
+    trouble = kernels.cache_trouble() if run.device.type == "cpu" else ""
+    if trouble:
+        run.emit(Notice(f"compiled loops cannot be kept, and every run compiles them again: {trouble}", "warning"))
+
+
 def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     """Yield an error for every file of texts or activations that is not there."""
     tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
     for name in dict.fromkeys(table.calibration for table in tables):
-        if name and name != BUILTIN and is_here(name) and not Path(name).expanduser().is_file():
+        if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
             yield ModelError(f"there is no calibration file `{printable(name)}`")

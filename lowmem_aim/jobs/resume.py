@@ -8,12 +8,13 @@ it gave.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import ResumeError, printable
+from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
@@ -31,6 +32,7 @@ from lowmem_aim.output.records import (
     Record,
 )
 from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.system.files import input_errors, read_file
 
 REREAD_ELEMENTS = 1 << 20
 _SHOWN = 200  # characters of a value in a message
@@ -60,14 +62,18 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
 
 
 def activations_kept(private: Path, journal: Journal) -> bool:
-    """Whether the activations that an interrupted run has measured lie in its folder as they were written."""
+    """Whether the activations that an interrupted run has measured lie in its folder as they were written.
+
+    Raises DiskError for a file that cannot be read.
+    """
     file, kept = private / ACTIVATIONS, journal.kept(KeptActivations)
-    return kept is not None and file.is_file() and kept.file == digest_of_file(file)
+    with input_errors(file, DiskError):
+        return kept is not None and os.path.lexists(file) and kept.file == digest_of_file(file)
 
 
 def digest_of_file(file: Path) -> str:
-    """xxh3-128 of a small file's bytes."""
-    return digest_of(file.read_bytes())
+    """xxh3-128 of the bytes of a small file in the output's folder. Raises OSError."""
+    return digest_of(read_file(file, follow=False))
 
 
 def check_same_job(

@@ -6,6 +6,7 @@ files, tokens, dtype, device and versions: everything that the measurement's low
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,7 +70,7 @@ class Measurement:
         Raises the errors of `measure`.
         """
         cached = self.cached(run.device)
-        if use_cache and cached.is_file():
+        if use_cache and os.path.isfile(cached):
             try:
                 found = Activations.load(cached)
             except LowmemAimError:

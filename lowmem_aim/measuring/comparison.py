@@ -150,10 +150,9 @@ def is_of(kept: KeptComparison, inputs: Inputs) -> bool:
 def _stamp(inputs: Inputs) -> str:
     """xxh3-128 of the names, sizes, times and inodes of the files that are compared."""
     stats = [
-        (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        (name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
         for checkpoint in inputs.checkpoints
-        for file in checkpoint.files
-        for stat in [file.stat()]
+        for name, stat in checkpoint.stats().items()
     ]
     return xxhash.xxh3_128_hexdigest(repr(stats).encode("utf-8", "surrogatepass"))
 

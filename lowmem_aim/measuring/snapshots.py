@@ -26,7 +26,7 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import CalibrationSnapshot
-from lowmem_aim.system.files import disk_errors, sync_folder
+from lowmem_aim.system.files import disk_errors, open_to_read, sync_folder
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import dtype_name, dtype_named, raw
 
@@ -127,7 +127,7 @@ class Snapshots:
         file = self._folder / last.file
         if last.recorded != self._recorded or _digest_of_file(file) != last.digest:
             return
-        with disk_errors(file), file.open("rb") as stream:
+        with disk_errors(file), open_to_read(file, follow=False) as stream:
             for slot, stored in zip(so_far.states, last.states, strict=True):
                 runner.store.put(_taken(stream, stored), slot)
             outputs = [_taken(stream, stored) for stored in last.outputs]
@@ -193,7 +193,7 @@ def _digest_of_file(file: Path) -> str:
     """xxh3-128 of a file; empty if the file cannot be read."""
     state = xxhash.xxh3_128()
     try:
-        with file.open("rb") as stream:
+        with open_to_read(file, follow=False) as stream:
             while data := stream.read(8 << 20):
                 state.update(data)
     except OSError:
@@ -205,7 +205,8 @@ def _digest_of_file(file: Path) -> str:
 def _whole_or_absent(file: Path) -> Iterator[IO[bytes]]:
     """Open a new file, and remove it again if writing it fails."""
     try:
-        with file.open("wb") as stream:
+        file.unlink(missing_ok=True)  # an older one of this number, or a link that leads elsewhere
+        with file.open("xb") as stream:
             yield stream
     except BaseException:
         with contextlib.suppress(OSError):

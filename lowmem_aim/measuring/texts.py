@@ -7,6 +7,7 @@ with `pack: false`, each text is a sequence of its own, its tokens beyond block_
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from itertools import islice
@@ -19,6 +20,7 @@ from lowmem_aim.errors import ModelError, NetworkError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import BUILTIN, PILE
+from lowmem_aim.system.files import input_errors, read_file
 
 FEWEST_TOKENS = 16
 AT_ONCE = 64  # texts of a dataset that are read ahead, to find those that are short enough
@@ -55,7 +57,7 @@ def _texts(aim: Aim, encode: Encode) -> list[str]:
     if calibration == BUILTIN:
         lines = resources.files("lowmem_aim").joinpath("data", "calibration.jsonl").read_text(encoding="utf-8")
         found = _from_jsonl(lines, BUILTIN)
-    elif path.suffix in (".jsonl", ".txt") or path.is_file():
+    elif path.suffix in (".jsonl", ".txt") or os.path.isfile(path):
         found = _from_file(path)
     else:
         found = _from_hub(calibration, aim, encode)
@@ -68,9 +70,8 @@ def _from_file(path: Path) -> Iterator[str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise UsageError(f"`{shown}`: a calibration file ends in .jsonl, .txt or .safetensors")
     try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"the calibration file `{shown}` cannot be read: {error.strerror or error}") from error
+        with input_errors(path):
+            content = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ModelError(f"the calibration file `{shown}` is not UTF-8 text") from error
     return _from_jsonl(content, shown) if path.suffix == ".jsonl" else _paragraphs(content)

@@ -10,6 +10,7 @@ gram.py           dot products between whole tensors, and of rows
 columns.py        dot products between columns
 kernels.py        the compiled loops as functions of tensors
 loops.py          the loops that numba compiles for the CPU
+compiled_code.py  where compiled loops are kept for the next run
 linear.py         linear, passthrough
 slerp.py          slerp
 nuslerp.py        nuslerp

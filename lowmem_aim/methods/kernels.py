@@ -16,6 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowmem_aim.errors import printable
+
+SWITCH = "LOWMEM_AIM_KERNELS"  # in the environment: 0 leaves the loops out
+
 # The kind of a selection, and its numbers: see `methods.selection`.
 Selected = tuple[Literal["all", "random", "largest", "between"], tuple[int, int, int, int]]
 
@@ -24,20 +28,48 @@ _BINS_OF_UPPER = 1 << UPPER_BITS
 
 
 @functools.cache
-def _loops() -> Any:
-    """The compiled loops, or None: no numba, or LOWMEM_AIM_KERNELS=0 in the environment."""
-    if os.environ.get("LOWMEM_AIM_KERNELS") == "0":
-        return None
+def _found() -> tuple[Any, str]:
+    """(the compiled loops, ""), or (None, the reason why they are not used)."""
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH} is 0"
     if importlib.util.find_spec("numba") is None:
-        return None
-    from lowmem_aim.methods import loops  # here and not above: numba takes half a second to import
+        return None, "numba is not installed"
+    try:
+        import numba  # here and not above: numba takes half a second to import
 
-    return loops
+        if numba.config.DISABLE_JIT:
+            return None, "NUMBA_DISABLE_JIT is set"
+        from lowmem_aim.methods import loops
+    except Exception as error:  # another numpy than it was built for, no memory for LLVM, ...
+        return None, f"they cannot be loaded: {printable(str(error))}"
+    return loops, ""
+
+
+def _loops() -> Any:
+    return _found()[0]
 
 
 def available() -> bool:
-    """Whether numba is installed and LOWMEM_AIM_KERNELS=0 is not set."""
+    """Whether the compiled loops are used."""
     return _loops() is not None
+
+
+def unavailable() -> str:
+    """Why the compiled loops are not used; empty if they are."""
+    return _found()[1]
+
+
+def cache_trouble() -> str:
+    """Why compiled loops cannot be kept for the next run, with the folder's name; empty if they can, or are not used.
+
+    The folder is made if need be.
+    """
+    if not available():
+        return ""
+    from lowmem_aim.methods import compiled_code
+
+    why = compiled_code.trouble()
+    return why and f"`{printable(str(compiled_code.folder()))}`: {why}"
 
 
 def usable(tensors: Sequence[Tensor]) -> bool:

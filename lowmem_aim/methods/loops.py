@@ -17,6 +17,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from lowmem_aim.methods.compiled_code import compiled
+
 BLOCK = 1024  # elements; three experts' parts, signs and sums of a block take some 32 KB
 # A bin of an exact sum counts units of 2^(index - BIN_ZERO): products of two float32 reach from 2^-298 to 2^256.
 BINS = 720
@@ -33,7 +35,6 @@ _DIGIT_BITS = 11  # three digits hold the 31 bits of a magnitude
 _DIGITS = 1 << _DIGIT_BITS
 COLUMNS = 1024  # in work at a time, so that their sums stay in the processor's cache
 
-compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 inner: Any = njit(nogil=True, error_model="numpy")
 
 

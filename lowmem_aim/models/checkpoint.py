@@ -30,6 +30,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
 from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
+from lowmem_aim.system.files import input_errors, is_folder, open_regular, open_to_read
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.options import ReadMode
 from lowmem_aim.system.tensors import digest, raw
@@ -69,19 +70,20 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
         """Check all headers of the model in `folder`. Raises ModelError with every problem found."""
-        if not folder.is_dir():
-            raise ModelError(f"there is no model folder `{printable(str(folder))}`")
-        resolved = folder.resolve()
-        check_links(resolved)
-        errors: list[LowmemAimError] = []
-        with noted(errors):
-            config = config_of(resolved)
-        with noted(errors):
-            tensors, oddities = tensors_in_folder(resolved)
-        raise_all(errors)
-        checkpoint = cls(resolved, label or resolved.name, config, tensors, read, tuple(oddities))
-        checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}
-        return checkpoint
+        with input_errors(folder):
+            if not is_folder(folder):
+                raise ModelError(f"there is no model folder `{printable(str(folder))}`")
+            resolved = folder.resolve()
+            check_links(resolved)
+            errors: list[LowmemAimError] = []
+            with noted(errors):
+                config = config_of(resolved)
+            with noted(errors), input_errors(resolved):
+                tensors, oddities = tensors_in_folder(resolved)
+            raise_all(errors)
+            checkpoint = cls(resolved, label or resolved.name, config, tensors, read, tuple(oddities))
+            checkpoint._identities = {file: _identity(os.stat(file)) for file in checkpoint.files}
+            return checkpoint
 
     @property
     def files(self) -> list[Path]:
@@ -173,7 +175,8 @@ class Checkpoint:
         view = data.numpy().data
         done = 0
         while done < len(view):
-            count = _read_into(file.descriptor, view[done:], begin + done)
+            with input_errors(info.file):
+                count = _read_into(file.descriptor, view[done:], begin + done)
             if count == 0:
                 self._changed(info.file)
             done += count
@@ -188,16 +191,21 @@ class Checkpoint:
 
     def _file(self, path: Path) -> _File:
         if path not in self._files:
-            try:
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            except OSError as error:
-                raise ModelError(f"`{printable(str(path))}` cannot be read: {error.strerror}") from error
+            with input_errors(path):
+                descriptor = open_regular(path)
             self._files[path] = _File(descriptor, self._identities[path])
         return self._files[path]
 
     def _check_unchanged(self, path: Path, file: _File) -> None:
-        if _identity(os.fstat(file.descriptor)) != file.identity:
+        with input_errors(path):
+            found = _identity(os.fstat(file.descriptor))
+        if found != file.identity:
             self._changed(path)
+
+    def stats(self) -> dict[str, os.stat_result]:
+        """Shard's name -> size, times and inode as they are now. Raises ModelError."""
+        with input_errors(self.folder):
+            return {file.name: file.stat() for file in self.files}
 
     def check_unchanged(self) -> None:
         """Raise ModelError if a file has changed since `open`: what was read may mix the old and the new content."""
@@ -216,11 +224,13 @@ class Checkpoint:
         Raises ModelError for a file of more than `limit_bytes`, and for a Git LFS pointer in its place.
         """
         file = self.folder / name
-        if not file.is_file():
-            return None
-        if file.stat().st_size > limit_bytes:
-            raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")
-        content = file.read_bytes()
+        with input_errors(file):
+            if not os.path.lexists(file):
+                return None
+            with open_to_read(file) as stream:
+                if os.fstat(stream.fileno()).st_size > limit_bytes:
+                    raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")
+                content = stream.read()
         refuse_lfs_pointer(content, printable(str(file)))
         return content
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.system.files import input_errors, is_file, open_to_read
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 10_000_000  # a quantised model's may list every module; others have 2 kB
@@ -48,14 +49,10 @@ def load_json(file: Path, limit_bytes: int) -> Any:
 
     Raises ModelError, also for a file that has more than `limit_bytes` or cannot be read.
     """
-    shown = printable(str(file))
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(limit_bytes + 1)  # a buffer of that size: the limit must be small
-    except OSError as error:
-        raise ModelError(f"`{shown}` cannot be read: {error.strerror or error}") from error
+    with input_errors(file), open_to_read(file) as stream:
+        content = stream.read(limit_bytes + 1)  # a buffer of that size: the limit must be small
     if len(content) > limit_bytes:
-        raise ModelError(f"`{shown}` has more than {limit_bytes} bytes")
+        raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")
     return parse_json(content, file)
 
 
@@ -85,7 +82,9 @@ def _deeper(value: Any, depth: int) -> bool:
 def config_of(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder. Raises ModelError with everything that is wrong with it."""
     file, shown = folder / CONFIG, printable(str(folder))
-    if not file.is_file():
+    with input_errors(file):
+        there = is_file(file)
+    if not there:
         raise ModelError(f"`{shown}` has no {CONFIG}: not a Hugging Face model folder")
     config = load_json(file, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):

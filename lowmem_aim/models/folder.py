@@ -7,15 +7,17 @@ with a path, pickle and quantised weights are each a ModelError.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.models.config import load_json
 from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
+from lowmem_aim.system.files import input_errors, is_file, open_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,6 +28,7 @@ QUANTISED = re.compile(
     r"|\.quant_state\.|_proj_(blocks|scales)$"
 )
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
+READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -42,13 +45,21 @@ def is_inside(folder: Path, file: Path) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Raise ModelError for links out of the folder, all at once, among the files that we or transformers may open."""
-    readable = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    """Raise ModelError, all at once, for links out of the folder, and for pipes, devices and what cannot be opened.
+
+    Only the files count that we or transformers may open. Raises OSError for a folder that cannot be listed.
+    """
     files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
-    links = [f for f in files if f.is_symlink() and (f.suffix in readable or f.name == CHAT_TEMPLATES)]
-    outside = [file for file in links if not is_inside(folder, file)]
+    files = [file for file in files if file.suffix in READABLE or file.name == CHAT_TEMPLATES]
+    outside = [file for file in files if file.is_symlink() and not is_inside(folder, file)]
+    errors: list[LowmemAimError] = []
     if outside:
-        raise ModelError([f"`{printable(str(file))}` is a link that leads out of its model folder" for file in outside])
+        what = "is a link that leads out of its model folder"
+        errors.append(ModelError([f"`{printable(str(file))}` {what}" for file in outside]))
+    for file in (file for file in files if file not in outside and not file.is_dir()):
+        with noted(errors), input_errors(file):
+            os.close(open_regular(file))  # libraries tell of a file that they cannot open without its name
+    raise_all(errors)
 
 
 def is_plain(name: Any) -> bool:
@@ -77,7 +88,7 @@ def _wrong_shards(folder: Path, names: Sequence[Any]) -> Iterator[str]:
         what = "not a plain file name that ends in .safetensors"
         yield f"`{index}` names the shard {printable(repr(name))}: {what}"
     # An index may name as many shards as it has tensors: all that are missing are one problem.
-    missing = [name for name in names if _is_shard_name(name) and not (folder / name).is_file()]
+    missing = [name for name in names if _is_shard_name(name) and not is_file(folder / name)]
     if missing:
         others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
         yield f"`{index}` names the shard {printable(repr(missing[0]))}, which is missing{others}"
@@ -85,7 +96,7 @@ def _wrong_shards(folder: Path, names: Sequence[Any]) -> Iterator[str]:
 
 def _weight_map(folder: Path) -> dict[str, Any] | None:
     """Tensor name -> shard name, from the index; None if the model is a single file."""
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+    if is_file(folder / SINGLE) or not is_file(folder / INDEX):
         return None
     return _indexed(folder)
 
@@ -111,7 +122,7 @@ def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     tensors: dict[str, TensorInfo] = {}
     for names in shards.values():
         shard_name = weight_map[names[0]]
-        if not (_is_shard_name(shard_name) and (folder / shard_name).is_file()):
+        if not (_is_shard_name(shard_name) and is_file(folder / shard_name)):
             continue
         try:
             shard = read_header(folder / shard_name)
@@ -131,7 +142,7 @@ def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 def _stale_single_file(folder: Path) -> Iterator[str]:
     """Tell of an index that names shards beside a model.safetensors."""
     with contextlib.suppress(ModelError):
-        weight_map = _indexed(folder) if (folder / INDEX).is_file() else {}
+        weight_map = _indexed(folder) if is_file(folder / INDEX) else {}
         if set(map(str, weight_map.values())) - {SINGLE}:
             yield (
                 f"`{printable(str(folder))}` has both {SINGLE} and {INDEX}: {SINGLE} is read, as loaders do, and the "
@@ -177,7 +188,7 @@ def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 def _single_file(folder: Path) -> Path:
     single = folder / SINGLE
-    if single.is_file():
+    if is_file(single):
         return single
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:

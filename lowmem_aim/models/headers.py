@@ -14,6 +14,7 @@ import torch
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.config import LFS_POINTER, MAX_MARKS, refuse_lfs_pointer, too_many_values
+from lowmem_aim.system.files import input_errors, open_to_read
 
 # The safetensors library refuses headers above 100 MB; so do we, before reading them.
 MAX_HEADER_BYTES = 100_000_000
@@ -116,7 +117,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises ModelError naming the file if the header is not one that the safetensors library would accept.
     """
     try:
-        with file.open("rb") as stream:
+        with input_errors(file), open_to_read(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             refuse_lfs_pointer(prefix + stream.read(len(LFS_POINTER) - 8), printable(str(file)))
@@ -132,8 +133,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         return _tensors_of(header, file, data_start=8 + length, file_size=size)
     except _BadHeader as reason:
         raise ModelError(f"`{printable(str(file))}` is not a valid safetensors file: {reason}") from None
-    except OSError as error:
-        raise ModelError(f"`{printable(str(file))}` cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers or nesting beyond reason
         cause = printable(str(error)) or type(error).__name__
         raise ModelError(

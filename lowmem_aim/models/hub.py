@@ -16,6 +16,7 @@ from pathlib import Path
 from lowmem_aim.errors import ModelError, NetworkError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
+from lowmem_aim.system.files import input_errors, is_folder
 
 # All plain data: pickles and code are never asked for.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
@@ -39,11 +40,13 @@ def locate(reference: str, emit: Emit) -> Located:
 def local_model(reference: str) -> Located | None:
     """The model in a local folder; None if `reference` must be a Hub id. Raises ModelError if it can be neither."""
     shown = printable(reference)
-    # os.path answers False where Path's methods would raise: for a name that no system takes, or an unknown user.
+    # os.path leaves a name as it is where Path's methods would raise: for an unknown user.
     folder = Path(os.path.expanduser(reference))
-    if os.path.isdir(folder):
-        return Located(folder, plain_name(folder.resolve()))
-    if os.path.exists(folder):
+    with input_errors(folder):
+        if is_folder(folder):
+            return Located(folder, plain_name(folder.resolve()))
+        is_other = os.path.exists(folder)
+    if is_other:
         raise ModelError(f"`{shown}` is a file, not a model folder", hint="name the folder that holds config.json")
     if "+" in reference:
         raise ModelError(f"`{shown}`: LoRA adapters are not supported", hint="merge the adapter into its model first")

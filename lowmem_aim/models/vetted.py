@@ -18,7 +18,7 @@ from lowmem_aim.errors import DiskError, ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, parse_json
 from lowmem_aim.models.folder import is_plain
-from lowmem_aim.system.files import disk_errors
+from lowmem_aim.system.files import disk_errors, input_errors, is_file
 
 LARGEST_BYTES = 64_000_000  # of a tokenizer's file; the largest known, with 262,000 tokens, has 33 MB
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -57,8 +57,9 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the folder has a file that tells tokens."""
-    return any((checkpoint.folder / name).is_file() for name in VOCABULARIES)
+    """Whether the folder has a file that tells tokens. Raises ModelError if that cannot be found out."""
+    with input_errors(checkpoint.folder):
+        return any(is_file(checkpoint.folder / name) for name in VOCABULARIES)
 
 
 def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
-from lowmem_aim.system.files import disk_errors
+from lowmem_aim.system.faults import named
+from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, read_file
 from lowmem_aim.units import shown
 
 PRIVATE = ".lowmem_aim"
@@ -26,6 +28,7 @@ ACTIVATIONS = "activations.safetensors"
 SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
 SMALL_FILES_BYTES = 50_000_000
+_PLAIN = (stat.S_IFREG, stat.S_IFDIR)
 
 
 def check_output(out: Path, inputs: Sequence[Path]) -> None:
@@ -33,10 +36,11 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
     shown = printable(str(out))
     with disk_errors(out):
         place = out.resolve()
-        if out.exists() and not out.is_dir():
+        if os.path.lexists(out) and not is_folder(out):
             raise UsageError(f"the output `{shown}` is a file", hint="name a new folder")
         if any(place == folder or folder in place.parents for folder in inputs):
             raise UsageError(f"the output `{shown}` lies inside an input model", hint="name a folder elsewhere")
+        check_private(out)
         if is_finished(out):
             return  # whether by the same job is checked once the inputs are open
         strange = {entry.name for entry in out.iterdir()} - {PRIVATE, *published_before(out)} if out.is_dir() else set()
@@ -48,14 +52,34 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
             )
 
 
+def check_private(out: Path) -> None:
+    """Raise DiskError for a link, a pipe or a device among this tool's own files in `out`, which are all plain files.
+
+    They would be written through to another place, or never end.
+    """
+    private = out / PRIVATE
+    with input_errors(private, DiskError):
+        if not os.path.lexists(private):
+            return
+        folders = [place for place in (private, private / STAGING) if os.path.lexists(place)]
+        odd = [place for place in folders if not stat.S_ISDIR(place.lstat().st_mode)]
+        entries = [Path(entry.path) for place in folders if place not in odd for entry in os.scandir(place)]
+        odd += [e for e in entries if e not in folders and stat.S_IFMT(e.lstat().st_mode) not in _PLAIN]
+    if odd:
+        what = "is a link, a pipe or a device, where this tool has only plain files"
+        raise DiskError([f"{named(place)} {what}" for place in odd], hint="remove it, or name another output folder")
+
+
 def published_before(out: Path) -> list[str]:
     """Files and folders in `out` that a killed run had published, in that order; others of these names do not count.
 
-    They are recognised by their inode and size, which a rename keeps.
+    A file is recognised by its inode and size, which a rename keeps. Raises DiskError if the list cannot be read.
     """
+    file = out / PRIVATE / PUBLISHING
     try:
-        listed = json.loads((out / PRIVATE / PUBLISHING).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with input_errors(file, DiskError):
+            listed = json.loads(read_file(file, follow=False)) if os.path.lexists(file) else None
+    except ValueError:
         return []
     if not isinstance(listed, dict):  # not written by `publish`: then nothing in the folder is ours
         return []
@@ -74,13 +98,20 @@ def inode_and_size(file: Path) -> list[int] | None:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a run has come to its end in the folder `out`."""
-    return (out / PRIVATE / SUMS).is_file() and (out / CONFIG).is_file() and not (out / PRIVATE / PUBLISHING).exists()
+    """Whether a run has come to its end in the folder `out`. Raises DiskError if that cannot be found out."""
+    with input_errors(out, DiskError):
+        return (
+            is_file(out / PRIVATE / SUMS) and is_file(out / CONFIG) and not os.path.lexists(out / PRIVATE / PUBLISHING)
+        )
 
 
-def outputs_in(out: Path) -> list[Path]:
-    """The outputs of a run: the folder itself or, with several omegas, the folders in it."""
-    several = [] if (out / PRIVATE).exists() else sorted(out.glob(f"omega-*/{PRIVATE}"))
+def outputs_in(out: Path, kind: type[LowmemAimError] = DiskError) -> list[Path]:
+    """The outputs of a run: the folder itself or, with several omegas, the folders in it.
+
+    Raises an error of a `kind` if the folder cannot be looked at.
+    """
+    with input_errors(out, kind):
+        several = [] if is_folder(out / PRIVATE) else sorted(out.glob(f"omega-*/{PRIVATE}"))
     return [private.parent for private in several] or [out]
 
 
@@ -92,7 +123,7 @@ def check_writable(folder: Path) -> None:
 
 def existing_folder(out: Path) -> Path:
     """The nearest folder that exists: `out` itself, or the folder that it would lie in."""
-    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
 
 
 def check_disk(out: Path, needed_bytes: int, what: str = "the output") -> None:
@@ -127,15 +158,16 @@ def remove_snapshots(private: Path, but: str = "") -> None:
 
 
 def snapshot_bytes(private: Path) -> int:
-    """Bytes of the disk that the snapshots of calibration take."""
-    return sum(file.stat().st_size for file in private.glob(SNAPSHOTS))
+    """Bytes of the disk that the snapshots of calibration take. Raises DiskError."""
+    with input_errors(private, DiskError):
+        return sum(file.stat().st_size for file in private.glob(SNAPSHOTS))
 
 
 def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
     """Raise UsageError or DiskError for what is in the way of the output, or of the outputs in it."""
     for folder in folders:
         check_output(folder, inputs)
-    if out not in folders and ((out / CONFIG).exists() or (out / PRIVATE).exists()):
+    if out not in folders and (os.path.lexists(out / CONFIG) or os.path.lexists(out / PRIVATE)):
         raise UsageError(
             f"the output folder `{printable(str(out))}` holds a merge: each of several omegas needs a folder in it",
             hint="name a new folder",

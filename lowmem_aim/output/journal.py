@@ -25,6 +25,8 @@ import xxhash
 
 from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.output.records import VERSION, Group, Record, Schema
+from lowmem_aim.system.faults import advice, cause, file_of, named
+from lowmem_aim.system.files import open_regular
 
 NAME = "journal.sqlite"
 FINISHED_HINT = "a finished model is never overwritten: name a new folder, or remove this one"
@@ -32,6 +34,7 @@ _TABLE = """
 CREATE TABLE IF NOT EXISTS entries
     (kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (kind, name))
 """
+_HINT = "mend the disk, then give the same command again"
 _COLUMNS = "kind, name, value, digest"
 # sqlite's errors when something is in its way now. Every other error about a file means damage.
 _IN_ITS_WAY = {
@@ -63,6 +66,8 @@ class Journal:
         """
         self._file = folder / NAME
         self._lock = threading.Lock()
+        with self._disk_errors():
+            _refuse_odd(self._file)
         if read_only:
             with self._disk_errors():
                 self._connection = sqlite3.connect(_only_read(self._file), uri=True)
@@ -152,18 +157,18 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if _means_damage(error, self._file):
                 return []  # as if nothing had been done
-            raise DiskError(f"the journal `{printable(str(self._file))}` cannot be read now: {error}") from error
+            raise DiskError(f"the journal {named(self._file)} cannot be read now: {error}", _HINT) from error
         return [json.loads(row[2]) for row in rows if row[3] == _digest(*row[:3])]
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
-            raise DiskError(
-                f"the journal `{printable(str(self._file))}` cannot be written: {error}",
-                hint="mend the disk, then give the same command again",
-            ) from error
+        except sqlite3.Error as error:
+            raise DiskError(f"the journal {named(self._file)} cannot be written: {error}", _HINT) from error
+        except OSError as error:
+            what = f"the journal {named(file_of(error, self._file))} cannot be opened: {cause(error)}"
+            raise DiskError(what, advice(error) or _HINT) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -179,9 +184,19 @@ class Journal:
         self.close()
 
 
+def _refuse_odd(file: Path) -> None:
+    """Raise OSError for what is no plain file among those that sqlite opens, and for what this user may not read.
+
+    sqlite would follow a link to another place, wait at a pipe, and say of every trouble that it cannot open the file.
+    """
+    for name in (file.name, f"{file.name}-journal", f"{file.name}-wal", f"{file.name}-shm"):
+        if os.path.lexists(file.with_name(name)):
+            os.close(open_regular(file.with_name(name), follow=False))
+
+
 def _only_read(file: Path) -> str:
     # "rw": where a run was killed within a commit, the first reader takes that half commit back.
-    return f"{file.absolute().as_uri()}?mode=rw" if file.is_file() else "file::memory:"
+    return f"{file.absolute().as_uri()}?mode=rw" if os.path.isfile(file) else "file::memory:"
 
 
 def _connected(file: Path) -> sqlite3.Connection:

@@ -13,7 +13,7 @@ from lowmem_aim.errors import UsageError, VerifyError, printable
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.output.folder import PRIVATE, SUMS, outputs_in
 from lowmem_aim.output.strays import strays_in
-from lowmem_aim.system.files import disk_errors
+from lowmem_aim.system.files import input_errors, is_file, open_to_read, read_file
 
 LONGEST_NAME = 200  # characters
 PIECE_BYTES = 64 << 20  # read at a time
@@ -35,25 +35,31 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
     UsageError without a list.
     """
     file = out / list_name
-    if not file.is_file():
+    with input_errors(file, VerifyError):
+        there = is_file(file)
+    if not there:
         raise UsageError(
             f"`{printable(str(out))}` is not a finished output of this tool: there is no `{list_name}`",
             hint="`lowmem-aim status` shows what is there",
         )
     sums = _read(file)
-    present = [name for name in sums if (out / name).is_file()]
-    emit(PhaseStarted("verify", sum((out / name).stat().st_size for name in present), "bytes"))
+    with input_errors(out, VerifyError):
+        sizes = {name: (out / name).stat().st_size for name in sums if is_file(out / name)}
+    emit(PhaseStarted("verify", sum(sizes.values()), "bytes"))
     problems, done = [], 0
     for name, expected in sums.items():
-        if name not in present:
+        if name not in sizes:
             problems.append(f"`{printable(name)}` is missing")
             continue
-        if _sha256(out / name, emit, done) != expected:
-            problems.append(f"`{printable(name)}` is not what was written")
-        done += (out / name).stat().st_size
+        try:
+            if _sha256(out / name, emit, done) != expected:
+                problems.append(f"`{printable(name)}` is not what was written")
+        except VerifyError as error:  # it cannot be read; the others are read all the same
+            problems += error.problems
+        done += sizes[name]
         emit(Advanced(done, name))
     emit(PhaseEnded("verify"))
-    with disk_errors(out):
+    with input_errors(out, VerifyError):
         read, unknown = strays_in(out, sums)
     problems += [f"`{printable(name)}` is not of this output, and a loader would read it" for name in read]
     for name in unknown:
@@ -68,13 +74,14 @@ def verify_outputs(out: Path, emit: Emit = silent) -> Path:
 
     Raises VerifyError naming all files of an output that differ, UsageError for a folder without a finished output.
     """
-    for folder in outputs_in(out):
+    for folder in outputs_in(out, VerifyError):
         verify(folder, f"{PRIVATE}/{SUMS}", emit)
     return out
 
 
 def _read(file: Path) -> dict[str, str]:
-    data = file.read_bytes()
+    with input_errors(file, VerifyError):
+        data = read_file(file)
     lines, _, _ = data.rpartition(b"# ")
     if data != lines + f"{_LAST}{hashlib.sha256(lines).hexdigest()}\n".encode():
         raise VerifyError(f"`{printable(str(file))}`, the list of digests, is damaged itself")
@@ -102,7 +109,7 @@ def _is_inside(name: str) -> bool:
 def _sha256(file: Path, emit: Emit, before: int) -> str:
     """sha256 of a file; `before` is the number of bytes of other files that have been read, for the progress."""
     digest, done = hashlib.sha256(), before
-    with file.open("rb", buffering=0) as stream:
+    with input_errors(file, VerifyError), open_to_read(file) as stream:
         while data := stream.read(PIECE_BYTES):
             digest.update(data)
             done += len(data)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from lowmem_aim.output.folder import (
     STAGING,
     SUMS,
     check_output,
+    check_private,
     inode_and_size,
     is_finished,
     published_before,
@@ -38,17 +39,18 @@ from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import PROGRESS, CalibrationSnapshot
 from lowmem_aim.output.verify import sums_text
-from lowmem_aim.system.files import disk_errors, sync_folder, write_file
+from lowmem_aim.system.files import disk_errors, input_errors, read_file, sync_folder, write_file
 from lowmem_aim.system.lock import OWNER, locked
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workspace:
     """The output folder while a run holds it."""
 
     out: Path
     journal: Journal
     sums: dict[str, str] = field(default_factory=dict)  # of the published files: name -> sha256
+    spent: bool = False  # nothing in it is needed any more: it is removed at the end of the block
 
     @property
     def private(self) -> Path:
@@ -78,15 +80,16 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
     `fresh` discards what an interrupted run has left. On an exception, what this run made is removed again, unless
     something is finished that the same command can build on. Raises DiskError, LockedError, UsageError.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     private = out / PRIVATE
-    keep = private.exists()  # what was there before stays, until its journal says that nothing is finished
+    keep = os.path.lexists(private)  # what was there before stays, until its journal says that nothing is finished
+    check_private(out)
     try:
         with disk_errors(out):
             private.mkdir(parents=True, exist_ok=True)
             for folder in (private, *made):
                 sync_folder(folder.parent)  # a durable file is lost if its folder is lost
-        with locked(private / "lock"):
+        with locked(private / "lock"), _cleared_unless(lambda: keep, private):
             check_output(out, [])  # again: another run may have been here in the meantime
             finished = is_finished(out)
             if fresh and not finished:
@@ -106,23 +109,34 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                     keep = finished or journal.holds(*PROGRESS)
             if space.sums:  # after the journal is closed: the list has its digest
                 _seal(out, space.sums)
+            if space.spent:
+                _clear(private)
+        if space.spent:
+            _remove_empty([private, out])
     except BaseException as error:
         if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
             error.hint += f"{'; ' * bool(error.hint)}what is finished stays: the same command goes on from there"
         if not keep and not isinstance(error, LockedError):  # then the folder is another run's
-            _clear(private)
             _remove_empty([private, *made])
         raise
 
 
-def discard(out: Path) -> None:
-    """Remove what runs have left in `out`, and the folder if nothing else is in it. Not while a run holds it."""
-    _clear(out / PRIVATE)
-    _remove_empty([out / PRIVATE, out])
+@contextlib.contextmanager
+def _cleared_unless(kept: Callable[[], bool], private: Path) -> Iterator[None]:
+    """Clear the private folder after an exception, unless something in it is worth keeping."""
+    try:
+        yield
+    except BaseException:
+        if not kept():
+            _clear(private)
+        raise
 
 
 def _clear(private: Path) -> None:
-    """Remove what runs put into the private folder, and nothing else."""
+    """Remove what runs put into the private folder, and nothing else; the lock last, which this run must hold.
+
+    Whoever waits for the lock sees that its file is another one now, and asks again.
+    """
     shutil.rmtree(private / STAGING, ignore_errors=True)
     _remove_half_written(private)
     with contextlib.suppress(OSError):
@@ -145,7 +159,8 @@ def _take_back(out: Path) -> None:
     with disk_errors(staging):
         staging.mkdir(exist_ok=True)
         for name in reversed(published_before(out)):
-            os.replace(out / name, staging / name)
+            with disk_errors(out / name):
+                os.replace(out / name, staging / name)
         for folder in (staging, staging.parent, out):
             sync_folder(folder)  # before the list goes: a power loss must not lose a rename and keep that
         (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
@@ -185,10 +200,11 @@ def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int
     # Before any rename: if this run is killed, the next one learns from the list which files are ours.
     write_file(space.private / PUBLISHING, json.dumps(listed).encode())
     with disk_errors(out):
-        for name in names[:-1]:
-            os.replace(staging / name, out / name)
-        sync_folder(out)  # before config.json: a power loss must not keep that and lose another
-        os.replace(staging / names[-1], out / names[-1])
+        for name in names:
+            if name == names[-1]:
+                sync_folder(out)  # before config.json: a power loss must not keep that and lose another
+            with disk_errors(out / name):
+                os.replace(staging / name, out / name)
         sync_folder(out)
     space.sums.update(shards)
     space.sums.update({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
@@ -208,8 +224,9 @@ def _stage(staging: Path, files: Mapping[str, bytes]) -> None:
 def _seal(out: Path, sums: dict[str, str]) -> None:
     """Write the list of digests, the closed journal's among them; with it the run is finished."""
     private = out / PRIVATE
+    with input_errors(private / JOURNAL, DiskError):
+        own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256(read_file(private / JOURNAL, follow=False)).hexdigest()}
     with disk_errors(private):
-        own = {f"{PRIVATE}/{JOURNAL}": hashlib.sha256((private / JOURNAL).read_bytes()).hexdigest()}
         write_file(private / SUMS, sums_text(sums | own))
         # Only after the digests are durable: a run is finished once these are there and the list of names is not.
         (private / PUBLISHING).unlink(missing_ok=True)

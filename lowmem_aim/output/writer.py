@@ -20,8 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lowmem_aim.errors import DiskError
 from lowmem_aim.output.records import Group
-from lowmem_aim.system.files import disk_errors, sync_folder
+from lowmem_aim.system.files import disk_errors, input_errors, open_regular, open_to_read, sync_folder
 
 # Appended pieces that may wait to be written.
 WAITING = 4
@@ -87,8 +88,7 @@ class ShardWriter:
         self._error: BaseException | None = None
         with disk_errors(path):
             mode = 0 if prefix else os.O_CREAT | os.O_EXCL
-            flags = os.O_RDWR | mode | getattr(os, "O_BINARY", 0)
-            self._descriptor: int | None = os.open(path, flags, 0o666)  # less the umask, as for any file
+            self._descriptor: int | None = open_regular(path, os.O_RDWR | mode, follow=False)
             try:
                 os.lseek(self._descriptor, self._written, os.SEEK_SET)
                 _reserve(self._descriptor, size)
@@ -224,9 +224,9 @@ def finished_prefix(path: Path, groups: Sequence[Group]) -> tuple[Prefix | None,
     """
     state, good, position = hashlib.sha256(), [], 0
     prefix = None
-    if not groups or not path.is_file():
+    if not groups or not os.path.lexists(path):
         return None, []
-    with disk_errors(path), path.open("rb", buffering=0) as stream:
+    with input_errors(path, DiskError), open_to_read(path, follow=False) as stream:
         for group in groups:
             while position < group.end and (data := stream.read(min(CHUNK, group.end - position))):
                 state.update(data)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from lowmem_aim.errors import RecipeError, printable
+from lowmem_aim.system.faults import LONGEST_PATH, advice, cause
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billions
@@ -176,7 +177,9 @@ def load_tree(path: Path) -> Node:
             content = stream.read(MAX_RECIPE_BYTES + 1)  # /dev/zero has no end
         return parse(content.decode("utf-8"), shown)
     except OSError as error:
-        raise RecipeError(f"{shown}: cannot be read: {error.strerror or error}") from error
+        raise RecipeError(
+            f"{printable(str(path), LONGEST_PATH)}: cannot be read: {cause(error)}", advice(error)
+        ) from error
     except UnicodeDecodeError as error:
         if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
             raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe") from None

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.system.files import write_file
+from lowmem_aim.system.files import input_errors, open_regular, write_file
 
 FORMAT = "lowmem-aim activations 1"
 
@@ -54,8 +54,10 @@ class Activations:
     def load(cls, path: Path) -> Activations:
         """Read a file that `save` wrote. Raises ModelError if the file is missing, damaged or something else."""
         shown = printable(os.fspath(path))
-        if not path.is_file():
-            raise ModelError(f"there is no activations file `{shown}`")
+        with input_errors(path):
+            if not os.path.lexists(path):
+                raise ModelError(f"there is no activations file `{shown}`")
+            os.close(open_regular(path))
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get("lowmem_aim", "{}"))

@@ -6,7 +6,8 @@ devices.py        the device that computes slices, and copies to and from it
 tensors.py        tensors as bytes, and memory for large ones outside the heap
 tensor_store.py   tensors between two uses: on the device, in RAM or in a file
 run.py            a running job: its options, device, memory budget and events
-files.py          files that are whole or absent
+files.py          files: opened only if regular, written whole or not at all
+faults.py         system calls that failed, told to the user
 lock.py           the lock of an output folder
 interrupts.py     signals: end, pause, report progress
 bugs.py           the traceback of a bug, kept for a report

@@ -18,6 +18,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lowmem_aim.errors import DiskError, LockedError, printable
+from lowmem_aim.system.faults import advice, cause, named
+from lowmem_aim.system.files import read_file
 
 OWNER = "owner.json"
 # `is_held` holds the lock itself for a moment: wait that long before reporting that it is taken.
@@ -41,7 +43,7 @@ def is_held(lock: Path, patience_seconds: float = 0.0) -> bool:
 
     The lock itself is tried: clocks and process numbers in a file can be wrong.
     """
-    if not lock.is_file():
+    if not os.path.isfile(lock) or lock.is_symlink():
         return False
     asked = FileLock(lock)
     try:
@@ -57,7 +59,7 @@ def is_held(lock: Path, patience_seconds: float = 0.0) -> bool:
 def owner_of(lock: Path) -> Owner | None:
     """The process that holds the lock, or held it last; None if there is no readable record of one."""
     try:
-        found = json.loads(lock.with_name(OWNER).read_text(encoding="utf-8"))
+        found = json.loads(read_file(lock.with_name(OWNER), follow=False))
         return Owner(int(found["pid"]), str(found["host"]), str(found["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -75,7 +77,7 @@ def locked(file: Path) -> Iterator[None]:
     except Timeout:  # before OSError, which it is a subclass of
         raise locked_error(file, owner_of(file)) from None
     except OSError as error:
-        raise DiskError(f"`{printable(str(file))}` cannot be locked: {error.strerror or error}") from error
+        raise DiskError(f"{named(file)} cannot be locked: {cause(error)}", advice(error)) from error
     try:
         _sign(file)
         yield
@@ -96,5 +98,8 @@ def locked_error(lock: Path, owner: Owner | None) -> LockedError:
 def _sign(lock: Path) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     owner = Owner(os.getpid(), socket.gethostname(), since)
+    file = lock.with_name(OWNER)
     with contextlib.suppress(OSError):  # the file is for messages only
-        lock.with_name(OWNER).write_text(json.dumps(vars(owner)), encoding="utf-8")
+        file.unlink(missing_ok=True)  # what a killed run has left, or a link that leads elsewhere
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(json.dumps(vars(owner)))

@@ -176,7 +176,7 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
     except BaseException as error:
         feed(ended(error))
         for private in feed.recorded[:1]:
-            if (private / LOG).is_file():  # else nothing was finished, and the folder is gone
+            if os.path.isfile(private / LOG):  # else nothing was finished, and the folder is gone
                 note_log(error, private / LOG)
         raise
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lowmem_aim import events
 from lowmem_aim.events import Event, RunStarted, Sampled, Worked
 from lowmem_aim.output.folder import LOG
+from lowmem_aim.system.files import open_regular, open_to_read
 
 SCHEMA = 1
 # Samples are kept once a second at first, and further apart the longer a run takes: a day's log has 1 MB of them.
@@ -92,7 +94,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def runs_in(log: Path) -> list[list[Timed]]:
     """The events of each run that wrote to a log, in order; empty if there is no log."""
     runs: list[list[Timed]] = []
-    with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as lines:
+    with contextlib.suppress(OSError), open_to_read(log, follow=False) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8", errors="replace")
         for timed in map(from_line, lines):
             if timed and isinstance(timed[1], RunStarted):
                 runs.append([])
@@ -134,8 +137,8 @@ class Log:
         """
         for folder in folders:
             with contextlib.suppress(OSError):  # a run without a log is no failure
-                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-                self._descriptors.append(os.open(folder / LOG, flags, 0o666))
+                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+                self._descriptors.append(open_regular(folder / LOG, flags, follow=False))
         self._write([d for d in self._descriptors if _is_cut_off(d)], b"\n")
         self._write(self._descriptors, self._take())
 

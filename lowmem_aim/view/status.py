@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_aim.errors import DiskError, UsageError, printable
-from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, is_finished
+from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, check_private, is_finished
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, PlanSize
+from lowmem_aim.system.files import input_errors, is_folder
 from lowmem_aim.system.lock import is_held, owner_of
 from lowmem_aim.units import shown
 from lowmem_aim.view.plain_lines import line_of
@@ -64,10 +65,11 @@ class Status:
 def status_of(out: Path) -> Status:
     """The status of the run in `out`. Raises UsageError if no run has been there, DiskError if it cannot be read."""
     private = out / PRIVATE
-    if not private.is_dir():
+    with input_errors(private, DiskError):
+        there = is_folder(private)
+    if not there:
         raise UsageError(f"no run of this tool has been in `{printable(str(out))}`")
-    if not os.access(private, os.R_OK | os.X_OK):
-        raise DiskError(f"`{printable(str(private))}` cannot be read: no permission")
+    check_private(out)
     finished = is_finished(out)
     running = not finished and is_held(private / "lock")
     with Journal(private, read_only=True) as journal:
@@ -80,7 +82,7 @@ def status_of(out: Path) -> Status:
             owner=str(owner) if owner and running else "",
             blocks=calibration.blocks if calibration else 0,
             blocks_total=calibration.of if calibration else 0,
-            activations=(private / ACTIVATIONS).is_file() and journal.kept(KeptActivations) is not None,
+            activations=os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None,
             tensors=sum(group.tensors for group in last),
             tensors_total=size.tensors,
             bytes=sum(group.end for group in last),

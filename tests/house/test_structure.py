@@ -15,7 +15,8 @@ PACKAGE = ROOT / "lowmem_aim"
 # In the order in which data flows. A package may import from those before its own, and from nothing after it.
 PACKAGES = [
     "errors units events",
-    "system methods",
+    "system",
+    "methods",
     "recipe",
     "models",
     "planning blocks",

@@ -272,14 +272,23 @@ class TestAdvice:
         assert "numba not installed" in "\n".join(found.lines())
         assert "pip install 'lowmem-aim[cpu]'" in advice(found, "hint")
 
-    @pytest.mark.parametrize(("switch", "why"), [("0", "LOWMEM_AIM_KERNELS is 0"), ("1", "they cannot be loaded")])
-    def test_numba_is_there_in_vain(
-        self, switch: str, why: str, patched: Callable[..., Doctor], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_numba_is_there_in_vain(self, patched: Callable[..., Doctor], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
-        monkeypatch.setenv("LOWMEM_AIM_KERNELS", switch)
+        why = "its loops are not used (LOWMEM_AIM_KERNELS is 0)"
+        monkeypatch.setattr("lowmem_aim.methods.kernels.unavailable", lambda: "LOWMEM_AIM_KERNELS is 0")
         assert why in advice(patched("lowmem_aim.methods.kernels.available", lambda: False), "warning")
         assert why not in advice(patched("lowmem_aim.methods.kernels.available", lambda: True), "warning")
+
+    def test_compiled_loops_cannot_be_kept(
+        self, tmp_path: Path, patched: Callable[..., Doctor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+        monkeypatch.delenv("NUMBA_CACHE_DIR")
+        monkeypatch.setattr("lowmem_aim.methods.kernels.available", lambda: True)
+        assert "compiled loops cannot be kept" not in advice(examine(tmp_path), "warning")
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert f"`{tmp_path / 'file' / 'lowmem_aim'}" in advice(examine(tmp_path), "warning")
 
     def test_ram_is_short(self, patched: Callable[..., Doctor]) -> None:
         assert "1.9 GB of RAM" in advice(
