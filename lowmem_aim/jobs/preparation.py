@@ -8,6 +8,7 @@ far as it is there.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from lowmem_aim.events import Emit
 from lowmem_aim.jobs.resume import activations_kept, check_same, check_same_job, identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration, GivenActivations, Measurement, calibration_of
 from lowmem_aim.merging import shares
+from lowmem_aim.merging.rehearsal import rehearse
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import open_inputs
@@ -118,9 +120,18 @@ class Prepared:
         """The memory that the merge itself takes."""
         return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
 
-    def shares(self) -> shares.Shares:
-        """Divide what is left of the budget now, for the merge itself. Raises MemoryBudgetError."""
-        return shares.share_out(self.run.budget, self.run.device, self.needs())
+    @functools.cached_property
+    def reached(self) -> int:
+        """The most bytes of RAM that were in use while the code of the merge was compiled and loaded, once for all."""
+        return rehearse(next(iter(self.plans.values())), self.inputs)
+
+    def shares(self, *, grown: bool = False) -> shares.Shares:
+        """Divide what is left of the budget now, for the merge itself; `grown`: the merge has begun.
+
+        Raises MemoryBudgetError.
+        """
+        reached = self.reached  # before the budget is looked at
+        return shares.share_out(self.run.budget, self.run.device, self.needs(), reached, grown=grown)
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk."""
@@ -246,7 +257,7 @@ def check_comparison(ready: Prepared) -> None:
 
 
 def check_merge_memory(ready: Prepared) -> None:
-    """Check, before hours of calibration, that single rows of the widest tensor fit the budget.
+    """Check, before hours of calibration, that what the method holds, and slices worth while, fit the budget.
 
     Raises MemoryBudgetError.
     """

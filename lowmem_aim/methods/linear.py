@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowmem_aim.errors import UsageError
 from lowmem_aim.methods import kernels
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
 ZERO_WEIGHT = 1e-8  # a sum of weights below this counts as 0
@@ -22,7 +26,12 @@ def weighted_sum(stored: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tens
     return total
 
 
-@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482", compiled=True)
+def takes_weighted_sum(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    """The sum, and in torch a term of it and a float32 copy."""
+    return Footprint(element=4 if loops else 12)
+
+
+@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482", compiled=True, takes=takes_weighted_sum)
 def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Script:
     """sum wi Wi, divided by sum wi."""
     if normalize and abs(sum(weight)) < ZERO_WEIGHT:
@@ -36,7 +45,7 @@ def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Scrip
     yield  # no rounds
 
 
-@merge_method("passthrough", base="listed", most=1, source="mergekit", compiled=True)
+@merge_method("passthrough", base="listed", most=1, source="mergekit", compiled=True, takes=takes_weighted_sum)
 def passthrough(tensor: Subject, *, scale: Scales = (1.0,)) -> Script:
     """W * scale."""
 

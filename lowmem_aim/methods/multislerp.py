@@ -10,12 +10,12 @@ from lowmem_aim.errors import UsageError
 from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Script, Subject, Weights, Within, merge_method
-from lowmem_aim.methods.task_vectors import span
+from lowmem_aim.methods.task_vectors import span, takes_span
 
 CANCELLED = 1e-7  # a length below this is 0 but for rounding
 
 
-@merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1))
+@merge_method("multislerp", base="optional", source="mergekit", compiled=True, takes=takes_span, rounds=(1, 1))
 def multislerp(
     tensor: Subject,
     *,
