@@ -35,8 +35,8 @@ TORCH_SLICE_ELEMENTS = 1 << 17
 GPU_SLICE_ELEMENTS = 1 << 22
 # Smaller slices would take many times as long: each costs half a millisecond, whatever its size.
 LEAST_SLICE_ELEMENTS = 1 << 15
-# What the run grows by once the budget is divided: threads and their heaps, the journal, the card.
-GROWTH_BYTES = 20 << 20
+# What the run grows by once the budget is divided: threads, the journal, the card, and the holes in their heaps.
+GROWTH_BYTES = 28 << 20
 # Slices read ahead where the budget allows it.
 AHEAD = 4
 # Slices on a GPU at the same time: one copied in, one computed, one copied out.

@@ -13,6 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def footprint_of_first(numel: int, which: int, asked: int) -> Footprint:
     searched = 3 * 8 << kernels.UPPER_BITS
     each = min(numel, COLLECTED)
     one = _place_dtype(numel).itemsize + LOW_DTYPE.itemsize
-    collected = one * min(each * asked, COLLECTED_IN_ALL) + 16 * each  # once more while they are sorted
+    collected = one * min(each * asked, COLLECTED_IN_ALL) + 8 * each  # a copy to sort, or a mask and places
     # The bits, twice as they are made and shifted, and the places of those that are equal, as int64.
     return Footprint(element=34, part=tables, tensor=tables + searched + collected)
 
@@ -186,7 +187,8 @@ class _Collected:
 
     def _selection(self, key: int, found: _Bin) -> Largest:
         bits, places = self._bits.pop(key), self._places.pop(key)
-        threshold = int(bits.kthvalue(len(bits) - found.wanted + 1).values)
+        place = len(bits) - found.wanted
+        threshold = int(np.partition(bits.numpy(), place)[place])  # torch's own makes int64 indices too
         still = found.wanted - int((bits > threshold).sum())
         equal = places[bits == threshold]
         last = int(equal[still - 1]) if still < len(equal) else EVERYWHERE

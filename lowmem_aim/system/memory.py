@@ -22,9 +22,10 @@ from lowmem_aim.errors import UsageError, printable
 RESERVE_BYTES = 500_000_000
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-# Allocations of this size have pages of their own: glibc's threshold before it grows by itself. Its names in malloc.h:
-LARGE_BYTES = 128 << 10
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# Allocations of this size get pages of their own. Smaller ones would take several times as long.
+LARGE_BYTES = 1 << 20
+_TRIM_BYTES = 128 << 10  # glibc's own, before it grows by itself
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of malloc.h
 # Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
 _ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
 _ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -126,13 +127,15 @@ def give_back_at_once() -> None:
     """Have large allocations go back to the system as soon as they are freed, for the rest of the process.
 
     glibc keeps them for reuse, the more the larger they are: where something small that stays lies between them, much
-    is kept and little reused. Their pages must then be made anew each time, which costs a tenth of the time.
+    is kept and little reused. Their pages must then be made anew each time, which costs a tenth of the time, and more
+    where they are not much larger than LARGE_BYTES.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             library = ctypes.CDLL(None)
-            for setting, nbytes in ((_MMAP_THRESHOLD, LARGE_BYTES), (_TRIM_THRESHOLD, LARGE_BYTES)):
-                library.mallopt(setting, nbytes)
+            # Two heaps, not one a thread: each keeps some of what is freed.
+            for setting, value in ((_MMAP_THRESHOLD, LARGE_BYTES), (_TRIM_THRESHOLD, _TRIM_BYTES), (_ARENA_MAX, 2)):
+                library.mallopt(setting, value)
 
 
 # --- what is free ---------------------------------------------------------------------------------------------------
