@@ -123,7 +123,7 @@ class Prepared:
     @functools.cached_property
     def reached(self) -> int:
         """The most bytes of RAM that were in use while the code of the merge was compiled and loaded, once for all."""
-        return rehearse(next(iter(self.plans.values())), self.inputs)
+        return rehearse(next(iter(self.plans.values())), self.inputs, self.run.budget)
 
     def shares(self, *, grown: bool = False) -> shares.Shares:
         """Divide what is left of the budget now, for the merge itself; `grown`: the merge has begun.

@@ -23,22 +23,23 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.aim import relax
-from lowmem_aim.system.memory import anonymous_bytes, trim
+from lowmem_aim.system.memory import Budget, trim
 
 COLUMNS, ROWS = 256, 4  # of the random tensors, at most
 
 
-def rehearse(plan: Plan, inputs: Inputs) -> int:
+def rehearse(plan: Plan, inputs: Inputs, budget: Budget) -> int:
     """Merge random tensors as the plan merges those that differ in kind; return the most RAM that was in use, in bytes.
 
-    The compiled loops depend on dtypes, on the number of experts, and on which of them a method calls.
+    Nothing is held to the budget yet. The compiled loops depend on dtypes, on the number of experts, and on which of them a method calls.
     """
-    most = anonymous_bytes()
+    trim()
+    most = budget.ram_used()
     for task in _kinds(plan, inputs):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.
         with contextlib.suppress(Exception):
             _merge(task, plan, inputs)
-        most = max(most, anonymous_bytes())
+        most = max(most, budget.ram_used())
     gc.collect()
     trim()
     return most

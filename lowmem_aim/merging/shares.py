@@ -35,12 +35,14 @@ TORCH_SLICE_ELEMENTS = 1 << 17
 GPU_SLICE_ELEMENTS = 1 << 22
 # Smaller slices would take many times as long: each costs half a millisecond, whatever its size.
 LEAST_SLICE_ELEMENTS = 1 << 15
-# What the run grows by once the budget is divided: threads, the journal, the card, and the holes in their heaps.
-GROWTH_BYTES = 28 << 20
+# What the run grows by once the budget is divided: threads, the journal, the card.
+GROWTH_BYTES = 32 << 20
 # Slices read ahead where the budget allows it.
 AHEAD = 4
 # Slices on a GPU at the same time: one copied in, one computed, one copied out.
 STREAMS = 3
+# Holes that slices leave in the heap, as a share of them: what is freed is not always of use to what comes next.
+HOLES = 0.5
 # A budget of so many times what the slices take is ample: the heap may keep what is freed.
 AMPLE = 4
 
@@ -49,7 +51,6 @@ AMPLE = 4
 class Needs:
     """Figures of a merge's plans and models that decide how much memory slices of a size take."""
 
-    models: int  # whose rows are in memory at the same time, the base's included
     row: int  # elements of the longest row
     largest: int  # elements of the largest tensor
     stored: int  # of one element, in all models
@@ -72,7 +73,6 @@ class Needs:
         if (loops and len(dtypes) > 1) or not dtypes <= {torch.bfloat16, torch.float32}:
             footprint = _plus_element(footprint, 4 * models)  # the loops take float32 copies
         return cls(
-            models=models,
             row=max((_row(task) for task in tasks), default=1),
             largest=max((task.numel for task in tasks), default=1),
             stored=models * stored,
@@ -100,8 +100,11 @@ class Needs:
         element = self.stored * (read + computed + 1) + 8 + self.written * written
         fixed = self.footprint.part * (computed + 1)
         if on_host:
-            return elements * (element + self.footprint.element * workers) + fixed + self.footprint.slice * workers
-        return elements * (element + 2 * (self.stored + self.written) * workers) + fixed  # pinned copies
+            element += self.footprint.element * workers
+            fixed += self.footprint.slice * workers
+        else:  # pinned copies
+            element += 2 * (self.stored + self.written) * workers
+        return math.ceil((elements * element + fixed) * (1 + HOLES))
 
     def on_device(self, elements: int, workers: int) -> int:
         """Bytes of the device's own memory of slices of so many elements; a tenth is lost between them."""
@@ -161,12 +164,12 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
 def _elements(room: int, needs: Needs, workers: int, ahead: int, on_host: bool) -> int:
     """The elements of slices that fit the room, all of them together."""
     fixed = needs.slices(0, workers, ahead, on_host)
-    return (room - fixed) // (needs.slices(1, workers, ahead, on_host) - fixed)
+    return (room - fixed) * 1000 // (needs.slices(1000, workers, ahead, on_host) - fixed)
 
 
 def _elements_on_device(room: int, needs: Needs, workers: int) -> int:
     fixed = needs.on_device(0, workers)
-    return (room - fixed) // max(needs.on_device(1000, workers) - fixed, 1) * 1000
+    return (room - fixed) * 1000 // (needs.on_device(1000, workers) - fixed)
 
 
 def enough(used: int, least: int) -> int:

@@ -112,12 +112,10 @@ class Peak:
 
 
 def cases() -> Iterator[Case]:
-    for method, flags in FLAGS.items():
+    for part, budget in (("tall", None), ("600", 600)):
         for read in ("mmap", "pread"):
-            yield Case("tall", method, TALL, None, read, flags=flags)
-    for method, flags in FLAGS.items():
-        for read in ("mmap", "pread"):
-            yield Case("600", method, TALL, 600, read, flags=flags)
+            for method, flags in FLAGS.items():
+                yield Case(part, method, TALL, budget, read, flags=flags)
     for method in NAMED:
         for budget in (300, 1000):
             yield Case("named", method, TALL, budget, flags=FLAGS[method])
