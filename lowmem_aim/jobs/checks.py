@@ -80,7 +80,7 @@ def check_comparison(ready: Prepared) -> None:
 
 
 def check_merge_memory(ready: Prepared) -> None:
-    """Check, before hours of calibration, that single rows of the widest tensor fit the budget.
+    """Check, before hours of calibration, that what the method holds, and slices worth while, fit the budget.
 
     Raises MemoryBudgetError.
     """

@@ -199,7 +199,7 @@ def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: A
         space = output.space
         shards = Shards(output.plan, space.staging, space.journal, progress.of(number), output.name)
         targets.append(Target(output.plan, shards, relaxation))
-    return merge_tensors(targets, inputs, run, ready.shares())
+    return merge_tensors(targets, inputs, run, ready.shares(grown=True))
 
 
 def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | None) -> Relaxation:

@@ -20,6 +20,7 @@ from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
 from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Prepared, Sources
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
+from lowmem_aim.merging.shares import enough
 from lowmem_aim.models.hub import Located, local_model
 from lowmem_aim.models.stand_in import stand_in
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
@@ -130,7 +131,8 @@ class _Estimate:
     def _memory(self) -> Iterator[Requirement]:
         budget, model_runs = self.ready.run.budget, self.ready.model_runs
         used, on_host = budget.ram_used(), budget.vram is None
-        wants = [(self.ready.needs().least_ram(on_host), "single rows of the widest tensor")]
+        reached = self.ready.reached - budget.ram_used()
+        wants = [(self.ready.needs().least_ram(on_host, reached), "what the method holds, and slices of each model")]
         for model_run in model_runs:
             needs = model_run.needs
             least = needs.read + (needs.least if on_host else needs.module)
@@ -138,10 +140,13 @@ class _Estimate:
         least, why = max(wants)
         # The run's own check has the last word: what the program itself takes differs from moment to moment.
         refused = on_host and any(isinstance(error, MemoryBudgetError) for error in self.ready.errors)
-        yield Requirement("RAM", max(used + least, budget.ram + 1) if refused else used + least, budget.ram, why)
+        least = enough(used, least)
+        yield Requirement("RAM", least if refused else min(least, budget.ram), budget.ram, why)
         if budget.vram is not None:
-            least = max((model_run.needs.least for model_run in model_runs), default=0)
-            yield Requirement("VRAM", least, budget.vram, "one module of a block at a time" if model_runs else "slices")
+            wants = [(self.ready.needs().least_vram(), "slices")]
+            wants += [(model_run.needs.least, "one module of a block at a time") for model_run in model_runs]
+            least, why = max(wants)
+            yield Requirement("VRAM", least, budget.vram, why)
 
     def _disk(self) -> Requirement:
         """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from lowmem_aim.events import Emit
 from lowmem_aim.jobs.identity import identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging import shares
+from lowmem_aim.merging.rehearsal import rehearse
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
@@ -95,9 +97,18 @@ class Prepared:
         """The memory that the merge itself takes."""
         return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
 
-    def shares(self) -> shares.Shares:
-        """Divide what is left of the budget now, for the merge itself. Raises MemoryBudgetError."""
-        return shares.share_out(self.run.budget, self.run.device, self.needs())
+    @functools.cached_property
+    def reached(self) -> int:
+        """The most bytes of RAM that were in use while the code of the merge was compiled and loaded, once for all."""
+        return rehearse(next(iter(self.plans.values())), self.inputs, self.run.budget)
+
+    def shares(self, *, grown: bool = False) -> shares.Shares:
+        """Divide what is left of the budget now, for the merge itself; `grown`: the merge has begun.
+
+        Raises MemoryBudgetError.
+        """
+        reached = self.reached  # before the budget is looked at
+        return shares.share_out(self.run.budget, self.run.device, self.needs(), reached, grown=grown)
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk."""

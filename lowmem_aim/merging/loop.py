@@ -39,6 +39,7 @@ from lowmem_aim.output.merged import Merged
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
+from lowmem_aim.system.memory import give_back_at_once
 from lowmem_aim.system.run import Run
 
 R = TypeVar("R")
@@ -52,6 +53,8 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
     """
     run.emit(PhaseStarted("merge", sum(target.plan.tensor_bytes for target in targets), "bytes"))
     reads = ReadLog(inputs)
+    if shares.tight:
+        give_back_at_once()
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_thread_an_operation())  # slices run in parallel already
         for target in targets:

@@ -87,6 +87,7 @@ class TensorPasses:
             if self._kept is not None:
                 self._kept.append(rows)
             yield rows
+            del rows  # before the next are taken
 
     def _read_again(self) -> Iterator[Rows]:
         slices = timed(self.tensor.slices(first_pass=False), self._settings.emit)
@@ -108,6 +109,7 @@ def timed(slices: Iterator[Rows], emit: Emit) -> Iterator[Rows]:
             return
         emit(Worked("read", _nbytes(rows), time.perf_counter() - begun))
         yield rows
+        del rows  # before the next are read
 
 
 def _nbytes(rows: Rows) -> int:

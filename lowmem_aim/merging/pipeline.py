@@ -42,6 +42,7 @@ class Ahead(Generic[T]):
             for item in self._items:
                 if not self._put(item):
                     return
+                del item  # before the next is read
             self._put(_End())
         except BaseException as error:  # to be raised where the items are taken
             self._put(error)

@@ -1,7 +1,16 @@
-"""Memory that a merge takes, and the division of a budget for it."""
+"""Memory that a merge takes, and the division of a budget for it. All figures are bytes, unless they say otherwise.
+
+    held       what the method holds of the two tensors under way, whatever the slices' size; and what the run grows by
+    slices     those read ahead, computed and waiting to be written: at least small ones must fit
+    kept       whole tensors, between their passes: they get what is left
+
+How many slices are alive at once follows from the queues of `pipeline`, `passes` and `output.writer`; how much memory
+the work on one takes, and what is held besides, is declared by the method (`methods.footprint`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +18,12 @@ import torch
 
 from lowmem_aim.errors import MemoryBudgetError
 from lowmem_aim.methods import kernels
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.output.writer import WAITING
+from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.system.memory import Budget
 from lowmem_aim.units import shown
 
@@ -21,54 +33,94 @@ CPU_SLICE_ELEMENTS = 1 << 20
 TORCH_SLICE_ELEMENTS = 1 << 17
 # Large enough that starting a kernel costs nothing against running it.
 GPU_SLICE_ELEMENTS = 1 << 22
-# What a method may hold between its rounds for each expert: histograms, collected magnitudes.
-STATS_BYTES = 24 << 20
-# Slices read ahead, and finished ones that wait to be written, where the budget allows it.
-AHEAD, WAITING = 4, 4
+# Smaller slices would take many times as long: each costs half a millisecond, whatever its size.
+LEAST_SLICE_ELEMENTS = 1 << 15
+# What the run grows by once the budget is divided: threads, the journal, the card.
+GROWTH_BYTES = 32 << 20
+# Slices read ahead where the budget allows it.
+AHEAD = 4
 # Slices on a GPU at the same time: one copied in, one computed, one copied out.
 STREAMS = 3
+# Holes that slices leave in the heap, as a share of them: what is freed is not always of use to what comes next.
+HOLES = 0.5
+# A budget of so many times what the slices take is ample: the heap may keep what is freed.
+AMPLE = 4
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Figures of a merge's plans and models that decide how much memory each element in work takes."""
+    """Figures of a merge's plans and models that decide how much memory slices of a size take."""
 
-    models: int  # whose rows are in memory at the same time, the base's included
-    stored_bytes: int  # of one element in all models and in all outputs
     row: int  # elements of the longest row
-    compiled: bool  # numba's loops do the arithmetic; they make no float32 copies
-    scratch: int = 0  # bytes an element that the method needs besides
+    largest: int  # elements of the largest tensor
+    stored: int  # of one element, in all models
+    written: int  # of one element, in all outputs
+    footprint: Footprint  # the most that the method takes of any tensor; `tensor` is of the two under way
+    compiled: bool  # numba's loops do the arithmetic
+    passes: int = 2  # over a tensor, at most: after the first, slices are read again
 
     @classmethod
     def of(cls, plans: Sequence[Plan], inputs: Inputs, device: torch.device) -> Needs:
         """The needs of a merge that writes all `plans` at once; the plans differ in their relaxation only."""
-        plan = plans[0]
+        plan, method = plans[0], plans[0].recipe.method
         tasks = [task for task in plan.tasks if task.action == "merge"]
         models = len(inputs.experts) + 1
         widest = max((task.dtype.itemsize for task in tasks), default=4)
-        stored = max((t.dtype.itemsize for checkpoint in inputs.checkpoints for t in checkpoint), default=4)
-        rows = [max(matrix_shape(task.shape)) if task.whole else matrix_shape(task.shape)[1] for task in tasks]
+        dtypes = {info.dtype for checkpoint in inputs.checkpoints for info in checkpoint}
+        stored = max((dtype.itemsize for dtype in dtypes), default=4)
+        loops = device.type == "cpu" and kernels.available()
+        footprint = _footprint(plan, tasks, inputs, loops)
+        if (loops and len(dtypes) > 1) or not dtypes <= {torch.bfloat16, torch.float32}:
+            footprint = _plus_element(footprint, 4 * models)  # the loops take float32 copies
         return cls(
-            models=models,
-            stored_bytes=models * stored + widest * len(plans),
-            row=max(rows, default=1),
-            compiled=plan.recipe.method.compiled and device.type == "cpu" and kernels.available(),
-            scratch=plan.recipe.method.scratch,
+            row=max((_row(task) for task in tasks), default=1),
+            largest=max((task.numel for task in tasks), default=1),
+            stored=models * stored,
+            written=widest * len(plans),
+            footprint=footprint | _finishing(plans, tasks),
+            compiled=method.compiled and loops,
+            passes=1 + method.rounds[1],
         )
 
-    def work_bytes(self, on_host: bool) -> int:
-        """Bytes of temporaries needed to compute one element; `on_host`: on the CPU, where compiled loops may run."""
-        return (12 if on_host and self.compiled else 4 * (2 * self.models + 6)) + self.scratch
+    @property
+    def least_elements(self) -> int:
+        """The elements of each model in the smallest slices that are worth while: at least a row."""
+        return max(self.row, min(LEAST_SLICE_ELEMENTS, self.largest), 1)
 
-    def held_bytes(self, ahead: int, workers: int, on_host: bool) -> int:
-        """Bytes of RAM held for one element of a slice: read ahead, computed by each worker, waiting to be written."""
-        work = self.work_bytes(on_host) if on_host else 0
-        return self.stored_bytes * (ahead + 2 * workers + WAITING) + work * workers
+    def held(self) -> int:
+        """Bytes of RAM that do not depend on the slices."""
+        return self.footprint.tensor + GROWTH_BYTES
 
-    def least_ram(self, on_host: bool) -> int:
-        """Least bytes of RAM, besides the program itself, with which `share_out` succeeds, slices being single rows."""
-        rows = 2 * self.row * self.held_bytes(1, 1, on_host)
-        return min(rows + self.models * STATS_BYTES, -(-rows * 4 // 3))
+    def slices(self, elements: int, workers: int, ahead: int, on_host: bool) -> int:
+        """Bytes of RAM of all slices that are alive at once, of so many elements of each model."""
+        read = (ahead + 1) * min(self.passes, 2)  # a queue, and a slice on its way there; another queue reads again
+        computed = workers + 2  # as many are begun before the first result is taken
+        written = computed + 1 + WAITING + 1  # one in hand, and one at the disk
+        # Of the slice that is read: rows put together anew, and the check for NaN.
+        element = self.stored * (read + computed + 1) + 8 + self.written * written
+        fixed = self.footprint.part * (computed + 1)
+        if on_host:
+            element += self.footprint.element * workers
+            fixed += self.footprint.slice * workers
+        else:  # pinned copies
+            element += 2 * (self.stored + self.written) * workers
+        return math.ceil((elements * element + fixed) * (1 + HOLES))
+
+    def on_device(self, elements: int, workers: int) -> int:
+        """Bytes of the device's own memory of slices of so many elements; a tenth is lost between them."""
+        taken = elements * (self.stored + self.written + self.footprint.element)
+        return (taken + self.footprint.slice + self.footprint.part) * workers * 10 // 9
+
+    def least_ram(self, on_host: bool, reached: int = 0) -> int:
+        """Least bytes of RAM, besides the program itself, with which `share_out` succeeds.
+
+        `reached` bytes more than it takes now were in use for a moment.
+        """
+        return max(self.held() + self.slices(self.least_elements, 1, 1, on_host), reached)
+
+    def least_vram(self) -> int:
+        """Least bytes of a device's own memory with which `share_out` succeeds."""
+        return self.on_device(self.least_elements, 1)
 
 
 @dataclass(frozen=True)
@@ -79,27 +131,90 @@ class Shares:
     workers: int  # slices computed at the same time
     ahead: int  # slices read ahead
     kept_bytes: int  # a tensor of at most so many bytes, all models together, is kept between its passes
+    tight: bool = False  # what is freed must go back to the system at once
 
 
-def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
-    """Divide what is left of the budget. Raises MemoryBudgetError if not even single rows fit."""
+def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int = 0, *, grown: bool = False) -> Shares:
+    """Divide what is left of the budget. Raises MemoryBudgetError, with the number that would do, if it is too small.
+
+    `reached` is the most RAM that preparing took for a moment. `grown`: the run has begun, and grown by some of what
+    was set aside for that.
+    """
     on_host = budget.vram is None
-    left = budget.ram_left()
-    ram = left - min(needs.models * STATS_BYTES, left // 4)
+    left = budget.ram_left() + (GROWTH_BYTES if grown else 0)
+    _check(left, needs.least_ram(on_host, reached - budget.ram_used()), "RAM", budget.ram_used())
+    if budget.vram is not None:
+        vram_left = budget.vram_left(device)
+        _check(vram_left, needs.least_vram(), "VRAM", budget.vram - vram_left)
+    rest = left - needs.held()
     for workers, ahead in ((torch.get_num_threads() if on_host else STREAMS, AHEAD), (1, 1)):
-        held = needs.held_bytes(ahead, workers, on_host)
-        room = ram // 2 // held
-        if not on_host:
-            on_device = (needs.stored_bytes + needs.work_bytes(on_host)) * workers
-            room = min(room, budget.vram_left(device) * 9 // 10 // on_device)
-        if room >= needs.row:
-            on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
-            largest = on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS
-            elements = max(needs.row, min(room, largest))
-            return Shares(elements, workers, ahead, kept_bytes=ram // 6)  # of two tensors: the next begins early
-    where, there = ("RAM", left) if on_host else ("RAM or VRAM", min(left, budget.vram_left(device)))
+        elements = _elements(rest // 2, needs, workers, ahead, on_host)
+        if budget.vram is not None:
+            elements = min(elements, _elements_on_device(vram_left, needs, workers))
+        if elements >= needs.least_elements:
+            break
+    elements = max(elements, needs.least_elements)
+    on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
+    elements = max(needs.row, min(elements, on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS))
+    taken = needs.slices(elements, workers, ahead, on_host)
+    # Two tensors may be kept: the next one's first pass begins before this one's last pass ends.
+    return Shares(elements, workers, ahead, max(0, rest - taken) // 3, tight=rest < AMPLE * taken)
+
+
+def _elements(room: int, needs: Needs, workers: int, ahead: int, on_host: bool) -> int:
+    """The elements of slices that fit the room, all of them together."""
+    fixed = needs.slices(0, workers, ahead, on_host)
+    return (room - fixed) * 1000 // (needs.slices(1000, workers, ahead, on_host) - fixed)
+
+
+def _elements_on_device(room: int, needs: Needs, workers: int) -> int:
+    fixed = needs.on_device(0, workers)
+    return (room - fixed) * 1000 // (needs.on_device(1000, workers) - fixed)
+
+
+def enough(used: int, least: int) -> int:
+    """Bytes of a budget, in whole MB, that are enough for `least` bytes besides the `used` ones of the program."""
+    used += used // 50  # what the program itself uses differs a little from process to process
+    return math.ceil((used + least) / 1e6) * 10**6
+
+
+def _check(left: int, least: int, kind: str, used: int) -> None:
+    if left >= least:
+        return
     raise MemoryBudgetError(
-        f"a row of {needs.row} elements in {needs.models} models needs some {shown(3 * needs.row * held)}, but only "
-        f"{shown(there)} of {where} are left in the budget",
-        hint="give more memory (`--ram`, `--vram`), close other programs, or merge fewer models at a time",
+        f"this merge needs some {shown(least)} of {kind} besides the program itself, but of the budget {shown(left)} "
+        "are left",
+        hint=f"`--{kind.lower()} {enough(used, least) // 10**6}MB` would do; fewer models at a time take less",
     )
+
+
+# --- what the plan's tensors take -------------------------------------------------------------------------------------
+
+
+def _footprint(plan: Plan, tasks: Sequence[Task], inputs: Inputs, loops: bool) -> Footprint:
+    """The most that the method takes of any tensor; of what it holds, that of the two tensors with the most."""
+    recipe, whole = plan.recipe, Footprint()
+    held = [0, 0]
+    for task in tasks:
+        subject = subject_of(task.name, task.shape, recipe, inputs, plan.seed)
+        own = recipe.method.footprint(subject, task.parameters, loops)
+        whole |= own
+        held = sorted([*held, own.tensor])[1:]
+    return Footprint(whole.element, whole.slice, whole.part, sum(held))
+
+
+def _finishing(plans: Sequence[Plan], tasks: Sequence[Task]) -> Footprint:
+    """Memory between combine and the rounded rows: float32 rows for each output, and what relaxing them takes."""
+    if not plans[0].recipe.relaxed:
+        return Footprint(element=4 * len(plans) + 4)
+    rows = max((matrix_shape(task.shape)[0] for task in tasks), default=0)
+    return Footprint(element=4 * len(plans) + 24, slice=16 * rows)  # which row of the statistics each row takes
+
+
+def _plus_element(footprint: Footprint, nbytes: int) -> Footprint:
+    return Footprint(footprint.element + nbytes, footprint.slice, footprint.part, footprint.tensor)
+
+
+def _row(task: Task) -> int:
+    rows, columns = matrix_shape(task.shape)
+    return max(rows, columns) if task.whole else columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.methods.exact import wide
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import row_sums
 from lowmem_aim.methods.method import Combine, Fold, Rows, Script, Subject, merge_method
 
@@ -18,7 +19,16 @@ DIGIT = 16  # bits of a float64 that one round counts
 DIGITS = 64 // DIGIT
 
 
-@merge_method("arcee_fusion", most=1, source="mergekit", scratch=64, whole_rows=True, rounds=(5, 5))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    row = max(tensor.shape[-1] if tensor.shape else 1, 1)
+    counted = 3 * 8 << DIGIT  # one table for each of three order statistics
+    # Both rows in float64, their shares and logarithms, with some numbers for each row.
+    return Footprint(
+        element=44 + 64 // row, part=counted, tensor=8 * (tensor.numel // row) + counted + (3 * 8 << DIGIT)
+    )
+
+
+@merge_method("arcee_fusion", most=1, source="mergekit", takes=_takes, whole_rows=True, rounds=(5, 5))
 def arcee_fusion(tensor: Subject) -> Script:
     """W1 where its importance is at least median + 1.5 (upper - lower quartile), else W0.
 
@@ -26,7 +36,7 @@ def arcee_fusion(tensor: Subject) -> Script:
     quantiles are exact: elements of the sorted tensor, without interpolation.
     """
     row = tensor.shape[-1] if tensor.shape else 1
-    divergences = yield _Divergences(row)
+    divergences = yield _Divergences(row, tensor.numel // max(row, 1))
 
     def importance(rows: Rows) -> Tensor:  # (n,) float64
         first = rows.start // row
@@ -50,9 +60,11 @@ def _chosen(importance: Callable[[Rows], Tensor], threshold: float) -> Combine:
 class _Divergences:
     """A fold of KL(softmax W1 || softmax W0) of each row, (rows,) float64."""
 
-    def __init__(self, row: int) -> None:
+    def __init__(self, row: int, rows: int) -> None:
         self._row = row
-        self._parts: list[Tensor] = []
+        # Of all rows from the start: many small parts would leave holes in the heap.
+        self._whole = torch.empty(rows, dtype=torch.float64)
+        self._done = 0
 
     def part(self, rows: Rows) -> Tensor:
         # In float64: the divergence of nearly equal rows is noise in float32, and often negative.
@@ -61,10 +73,11 @@ class _Divergences:
         return row_sums(torch.from_numpy(p * (np.log(p) - np.log(q))))
 
     def add(self, part: Tensor) -> None:
-        self._parts.append(part)
+        first, self._done = self._done, self._done + len(part)
+        self._whole[first : self._done] = part
 
     def finish(self) -> Tensor:
-        return torch.cat(self._parts)
+        return self._whole
 
 
 def _softmax(rows: Tensor) -> Any:

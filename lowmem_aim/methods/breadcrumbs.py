@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Annotated, Any
 
-from lowmem_aim.methods.counting import first_by_size
+from lowmem_aim.methods.counting import first_by_size, footprint_of_first
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Densities, Fold, PerExpert, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Between
-from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors, takes_deltas
 
 Gammas = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 
 
-@merge_method("breadcrumbs", source="arXiv 2312.06795", compiled=True, rounds=(0, 5))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    # Two thresholds for each expert; the masks of both.
+    in_torch = Footprint(element=2) if not loops else Footprint()
+    deltas = takes_deltas(tensor, parameters, loops)
+    return footprint_of_first(tensor.numel, tensor.experts, 2 * tensor.experts) | deltas | in_torch
+
+
+@merge_method("breadcrumbs", source="arXiv 2312.06795", compiled=True, takes=_takes, rounds=(0, 5))
 def breadcrumbs(
     tensor: Subject,
     *,
@@ -35,6 +43,7 @@ def breadcrumbs(
     "breadcrumbs_ties",
     source="arXiv 2312.06795 with the sign election of arXiv 2306.01708",
     compiled=True,
+    takes=_takes,
     rounds=(0, 5),
 )
 def breadcrumbs_ties(

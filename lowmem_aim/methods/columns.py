@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import dot
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Fold, Rows
 
 TERM_BITS = 50  # 1.5 * 2^52 units hold a term of 2^51 units with its sign
@@ -40,6 +41,17 @@ class Columns:
     aa: Tensor  # (columns,)
     dd: Tensor  # (K, columns)
     ad: Tensor  # (K, columns)
+
+
+def footprint_of_columns(columns: int, others: int, loops: bool) -> Footprint:
+    """The memory that `column_dots` takes: tops, exponents, cutters, totals; in torch vectors and terms."""
+    tops, totals = 1 + others, 1 + 2 * others
+    return Footprint(
+        element=0 if loops else 4 * others + 32,
+        slice=(4 * tops + 3 * 8 * totals) * columns,
+        part=8 * totals * columns,
+        tensor=(12 * tops + 6 * 8 * totals) * columns,
+    )
 
 
 def column_dots(

@@ -13,15 +13,20 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowmem_aim.methods import kernels
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Fold, Rows
 from lowmem_aim.methods.selection import ALL, EVERYWHERE, NONE, Largest, magnitude_bits
 
 LOW_BITS = 31 - kernels.UPPER_BITS
-COLLECTED = 1 << 20  # most magnitudes of a bin that are collected: 12 MB
+LOW_MASK = (1 << LOW_BITS) - 1
+LOW_DTYPE = torch.int16  # holds the LOW_BITS lower bits
+COLLECTED = 1 << 20  # most magnitudes of a bin that are collected
+COLLECTED_IN_ALL = 1 << 22  # of all bins of a tensor
 
 
 class Magnitudes:
@@ -65,6 +70,18 @@ class Deltas(Magnitudes):
 DELTAS = Deltas()
 
 
+def footprint_of_first(numel: int, which: int, asked: int) -> Footprint:
+    """The memory that `first_by_size` takes for `which` kinds of magnitudes and so many selections of them."""
+    # A table for each kind, or half as large ones for each selection; one more while tables are added or searched.
+    tables = max(8 * which << kernels.UPPER_BITS, 8 * asked << LOW_BITS)
+    searched = 3 * 8 << kernels.UPPER_BITS
+    each = min(numel, COLLECTED)
+    one = _place_dtype(numel).itemsize + LOW_DTYPE.itemsize
+    collected = one * min(each * asked, COLLECTED_IN_ALL) + 8 * each  # a copy to sort, or a mask and places
+    # The bits, twice as they are made and shifted, and the places of those that are equal, as int64.
+    return Footprint(element=34, part=tables, tensor=tables + searched + collected)
+
+
 def first_by_size(
     numel: int,
     asked: Sequence[tuple[int, int]],  # (which, k), the same magnitudes perhaps several times
@@ -79,10 +96,10 @@ def first_by_size(
     if left:
         coarse = yield _UpperCounts(sorted({which for which, _ in left.values()}), magnitudes)
         bins = {i: _bin_of(coarse[which], k, which) for i, (which, k) in left.items()}
-        few = {i: b for i, b in bins.items() if b.size <= COLLECTED}
-        many = {i: b for i, b in bins.items() if b.size > COLLECTED}
+        few = _collectable(bins)
+        many = {i: b for i, b in bins.items() if i not in few}
         if few:
-            known |= yield _Collected(few, magnitudes)
+            known |= yield _Collected(few, magnitudes, _place_dtype(numel))
         if many:
             known |= yield from _counted(many, magnitudes)
     return [known[i] for i in range(len(asked))]
@@ -96,6 +113,20 @@ class _Bin:
     wanted: int  # how many of its largest stay
     size: int
     which: int  # of the magnitudes
+
+
+def _place_dtype(numel: int) -> torch.dtype:
+    return torch.int32 if numel < 1 << 31 else torch.int64
+
+
+def _collectable(bins: Mapping[int, _Bin]) -> dict[int, _Bin]:
+    """The bins that are collected: the smallest, as far as memory is set aside for them."""
+    few, left = {}, COLLECTED_IN_ALL
+    for i, found in sorted(bins.items(), key=lambda item: item[1].size):
+        if found.size <= min(COLLECTED, left):
+            few[i] = found
+            left -= found.size
+    return few
 
 
 def _bin_of(counts: Tensor, k: int, which: int) -> _Bin:
@@ -132,31 +163,36 @@ def _add_counts(totals: dict[int, Tensor], part: dict[int, Tensor]) -> None:
 class _Collected:
     """A fold that makes each selection from all that lies in its bin, with the places."""
 
-    def __init__(self, bins: dict[int, _Bin], magnitudes: Magnitudes) -> None:
+    def __init__(self, bins: dict[int, _Bin], magnitudes: Magnitudes, place_dtype: torch.dtype) -> None:
         self._bins = bins
         self._magnitudes = magnitudes
-        self._places: dict[int, list[Tensor]] = {i: [] for i in bins}
-        self._bits: dict[int, list[Tensor]] = {i: [] for i in bins}
+        # One array for each bin, whose size is known: many small ones would leave holes in the heap.
+        self._places = {i: torch.empty(b.size, dtype=place_dtype) for i, b in bins.items()}
+        self._bits = {i: torch.empty(b.size, dtype=LOW_DTYPE) for i, b in bins.items()}
+        self._found = dict.fromkeys(bins, 0)
 
     def part(self, rows: Rows) -> dict[int, tuple[Tensor, Tensor]]:
         collect = self._magnitudes.collect
         found = {i: collect(rows, b.which, b.number, b.size) for i, b in self._bins.items()}
-        return {i: (places + rows.start, bits) for i, (places, bits) in found.items()}
+        return {i: (places.add_(rows.start), bits) for i, (places, bits) in found.items()}
 
     def add(self, part: dict[int, tuple[Tensor, Tensor]]) -> None:
         for i, (places, bits) in part.items():
-            self._places[i].append(places)
-            self._bits[i].append(bits)
+            first, self._found[i] = self._found[i], self._found[i] + len(bits)
+            self._places[i][first : self._found[i]] = places
+            self._bits[i][first : self._found[i]] = bits.bitwise_and_(LOW_MASK)  # the upper ones are the bin's number
 
     def finish(self) -> dict[int, Largest]:
-        return {i: self._selection(i, b.wanted) for i, b in self._bins.items()}
+        return {i: self._selection(i, b) for i, b in self._bins.items()}
 
-    def _selection(self, key: int, wanted: int) -> Largest:
-        bits = torch.cat(self._bits[key])
-        threshold = int(bits.kthvalue(len(bits) - wanted + 1).values)
-        still = wanted - int((bits > threshold).sum())
-        equal = torch.cat(self._places[key])[bits == threshold]
-        return Largest(threshold, int(equal[still - 1]) if still < len(equal) else EVERYWHERE)
+    def _selection(self, key: int, found: _Bin) -> Largest:
+        bits, places = self._bits.pop(key), self._places.pop(key)
+        place = len(bits) - found.wanted
+        threshold = int(np.partition(bits.numpy(), place)[place])  # torch's own makes int64 indices too
+        still = found.wanted - int((bits > threshold).sum())
+        equal = places[bits == threshold]
+        last = int(equal[still - 1]) if still < len(equal) else EVERYWHERE
+        return Largest((found.number << LOW_BITS) + threshold, last)
 
 
 # --- bins too full to be collected ------------------------------------------------------------------------------------
@@ -186,7 +222,7 @@ class _LowerCounts:
         counts = {}
         for i, b in self._upper.items():
             bits = self._magnitudes.bits(rows, b.which)
-            inside = bits[bits >> LOW_BITS == b.number] & ((1 << LOW_BITS) - 1)
+            inside = bits[bits >> LOW_BITS == b.number] & LOW_MASK
             counts[i] = torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
         return counts
 

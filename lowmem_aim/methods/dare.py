@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lowmem_aim.methods.method import Densities, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Selection, Share
-from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors, takes_deltas
 
 
-@merge_method("dare_linear", source="arXiv 2311.03099", compiled=True, rounds=(0, 1))
+@merge_method("dare_linear", source="arXiv 2311.03099", compiled=True, takes=takes_deltas, rounds=(0, 1))
 def dare_linear(
     tensor: Subject,
     *,
@@ -27,7 +27,11 @@ def dare_linear(
 
 
 @merge_method(
-    "dare_ties", source="arXiv 2311.03099 with the sign election of arXiv 2306.01708", compiled=True, rounds=(0, 1)
+    "dare_ties",
+    source="arXiv 2311.03099 with the sign election of arXiv 2306.01708",
+    compiled=True,
+    takes=takes_deltas,
+    rounds=(0, 1),
 )
 def dare_ties(
     tensor: Subject,

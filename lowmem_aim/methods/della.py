@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.methods import kernels
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.masks import draws_of, mask_limits
 from lowmem_aim.methods.method import Densities, PerExpert, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Selection, Share, magnitude_bits
@@ -17,7 +18,6 @@ from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
 
 Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 SHORT = 128  # elements; shorter rows are sorted as fast by torch
-SCRATCH = 40  # bytes an element: ranks, probabilities and draws of one expert
 
 
 def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
@@ -30,7 +30,13 @@ def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     return ""
 
 
-@merge_method("della", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check, rounds=(0, 1))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    # The deltas and their parts; bits, ranks, probabilities and draws of one expert; four numbers to sort a row.
+    row = tensor.shape[-1] if tensor.shape else 1
+    return Footprint(element=8 * tensor.experts + 48, slice=16 * row)
+
+
+@merge_method("della", source="arXiv 2406.11617", takes=_takes, whole_rows=True, check=_check, rounds=(0, 1))
 def della(
     tensor: Subject,
     *,
@@ -48,7 +54,7 @@ def della(
     return combine_deltas(selections, weight, factor, normalize=normalize, lambda_=lambda_, elect=True)
 
 
-@merge_method("della_linear", source="arXiv 2406.11617", scratch=SCRATCH, whole_rows=True, check=_check, rounds=(0, 1))
+@merge_method("della_linear", source="arXiv 2406.11617", takes=_takes, whole_rows=True, check=_check, rounds=(0, 1))
 def della_linear(
     tensor: Subject,
     *,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import ExactSums, dot, exact_sum
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows
 
 Gram = tuple[tuple[float, ...], ...]  # K x K dot products
@@ -28,6 +29,12 @@ def gram_sums(rows: Rows, deltas: bool) -> list[int]:
         return kernels.gram_sums(rows.stored_experts, rows.stored_base if deltas else None)
     found = vectors(rows, deltas)
     return [exact_sum(dot(a, b)) for i, a in enumerate(found) for b in found[i:]]
+
+
+def footprint_of_gram(vectors: int, loops: bool) -> Footprint:
+    """The memory that `gram_sums` of so many vectors takes: bins for each pair, or float64 terms."""
+    pairs = vectors * (vectors + 1) // 2
+    return Footprint(slice=kernels.BINS_BYTES * pairs) if loops else Footprint(element=4 * vectors + 24)
 
 
 def gram_round(deltas: bool) -> ExactSums:

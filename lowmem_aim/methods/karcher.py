@@ -8,13 +8,18 @@ from typing import Annotated
 
 from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.method import Script, Subject, Within, merge_method
-from lowmem_aim.methods.task_vectors import span
+from lowmem_aim.methods.task_vectors import span, takes_span
 
 CANCELLED = 1e-7  # a length below this is 0 but for rounding
 
 
 @merge_method(
-    "karcher", base="averaged", source="Karcher, Comm. Pure Appl. Math. 30, 1977", compiled=True, rounds=(1, 1)
+    "karcher",
+    base="averaged",
+    source="Karcher, Comm. Pure Appl. Math. 30, 1977",
+    compiled=True,
+    takes=takes_span,
+    rounds=(1, 1),
 )
 def karcher(
     tensor: Subject,

@@ -25,6 +25,7 @@ Selected = tuple[Literal["all", "random", "largest", "between"], tuple[int, int,
 
 UPPER_BITS = 16  # of the 31 bits of a float32 magnitude, counted by `count_upper`
 _BINS_OF_UPPER = 1 << UPPER_BITS
+BINS_BYTES = 720 * 8  # of an exact sum's bins: `loops.BINS` of them
 
 
 @functools.cache

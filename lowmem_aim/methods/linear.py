@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.methods import kernels
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
 
 ZERO_WEIGHT = 1e-8  # a sum of weights below this counts as 0
@@ -29,7 +30,19 @@ def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     return "the weights sum to zero, and `normalize` would divide by that" if zero else ""
 
 
-@merge_method("linear", base="listed", source="model soups, arXiv 2203.05482", compiled=True, check=_check)
+def takes_weighted_sum(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    """The sum, and in torch a term of it and a float32 copy."""
+    return Footprint(element=4 if loops else 12)
+
+
+@merge_method(
+    "linear",
+    base="listed",
+    source="model soups, arXiv 2203.05482",
+    compiled=True,
+    check=_check,
+    takes=takes_weighted_sum,
+)
 def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Script:
     """sum wi Wi, divided by sum wi."""
     shares = tuple(w / sum(weight) for w in weight) if normalize else weight
@@ -41,7 +54,7 @@ def linear(tensor: Subject, *, weight: Weights, normalize: bool = True) -> Scrip
     yield  # no rounds
 
 
-@merge_method("passthrough", base="listed", most=1, source="mergekit", compiled=True)
+@merge_method("passthrough", base="listed", most=1, source="mergekit", compiled=True, takes=takes_weighted_sum)
 def passthrough(tensor: Subject, *, scale: Scales = (1.0,)) -> Script:
     """W * scale."""
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.errors import did_you_mean
+from lowmem_aim.methods.footprint import Footprint, by_default
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,8 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
 BaseUse = Literal["required", "optional", "listed", "averaged"]
 # Gives what is wrong with a tensor or its parameters, or an empty text; called before any work.
 Check = Callable[[Subject, Mapping[str, Any]], str]
+# Gives the memory that merging a tensor takes; the switch says whether the compiled loops run.
+Takes = Callable[[Subject, Mapping[str, Any], bool], Footprint]
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,8 @@ class Method:
     most: int | None
     source: str
     parameters: Mapping[str, Parameter]
-    compiled: bool  # all of it has compiled loops, which need less memory at a time than torch
-    scratch: int  # bytes an element that it needs beyond float32 copies of the models
+    compiled: bool  # all of it has compiled loops, which are fastest on larger slices than torch
+    takes: Takes | None  # the memory that it takes; None: not declared
     whole_rows: bool  # a 1-D tensor counts as one row, and comes in one slice
     rounds: tuple[int, int]  # folds that it yields, at least and at most, depending on parameters and tensor
     check: Check
@@ -236,6 +239,12 @@ class Method:
         keywords = {name + "_" * (name == "lambda"): value for name, value in parameters.items()}
         return self.script(tensor, **keywords)
 
+    def footprint(self, tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+        """The memory that merging one tensor takes at most; `loops`: compiled loops run. Parameters as in `start`."""
+        if self.takes is None:
+            return by_default(tensor.shape, tensor.experts, self.rounds[1])
+        return self.takes(tensor, parameters, loops)
+
 
 METHODS: dict[str, Method] = {}
 
@@ -248,7 +257,7 @@ def merge_method(
     most: int | None = None,
     source: str,
     compiled: bool = False,
-    scratch: int = 0,
+    takes: Takes | None = None,
     whole_rows: bool = False,
     rounds: tuple[int, int] = (0, 0),
     check: Check = lambda tensor, parameters: "",
@@ -267,7 +276,7 @@ def merge_method(
         parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
         table = {p.name: p for p in parameters}
         METHODS[name] = Method(
-            name, script, base, fewest, most, source, table, compiled, scratch, whole_rows, rounds, check
+            name, script, base, fewest, most, source, table, compiled, takes, whole_rows, rounds, check
         )
         return script
 

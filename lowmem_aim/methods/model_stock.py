@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import cosine, gram_round, row_dots, square, vectors
 from lowmem_aim.methods.method import Rows, Script, Subject, merge_method
-from lowmem_aim.methods.task_vectors import span
+from lowmem_aim.methods.task_vectors import span, takes_span
 
 OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and t is 0
 
 
-@merge_method("model_stock", fewest=2, source="arXiv 2403.19522", rounds=(0, 1))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    if not parameters["filter_wise"] or len(tensor.shape) < 2:
+        return takes_span(tensor, parameters, loops)
+    by_row = 8 * (tensor.experts + 8) // max(tensor.shape[-1], 1)
+    return Footprint(element=max(8 * tensor.experts + 12, 28) + by_row)
+
+
+@merge_method("model_stock", fewest=2, source="arXiv 2403.19522", takes=_takes, rounds=(0, 1))
 def model_stock(tensor: Subject, *, filter_wise: bool = False) -> Script:
     """t mean(Wi) + (1-t) W0, t = K c / (1 + (K-1) c), c the mean cosine between two deltas; or t for each row."""
     if filter_wise and len(tensor.shape) > 1:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from lowmem_aim.methods.gram import Gram, gram_round, length, square, unit_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Script, Subject, Weights, Within, merge_method
-from lowmem_aim.methods.task_vectors import span
+from lowmem_aim.methods.task_vectors import span, takes_span
 
 CANCELLED = 1e-7  # a length below this is 0 but for rounding
 
@@ -18,7 +18,9 @@ def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     return "all weights are zero" if not tensor.based and not any(parameters["weight"]) else ""
 
 
-@merge_method("multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1), check=_check)
+@merge_method(
+    "multislerp", base="optional", source="mergekit", compiled=True, rounds=(1, 1), check=_check, takes=takes_span
+)
 def multislerp(
     tensor: Subject,
     *,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
 
 SMALLEST_DISTANCE = 1e-6  # a smaller distance counts as this one
 
 
-@merge_method("nearswap", most=1, source="mergekit")
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    return Footprint(element=26)  # six float32, two masks
+
+
+@merge_method("nearswap", most=1, source="mergekit", takes=_takes)
 def nearswap(tensor: Subject, *, t: Annotated[float, Within(0.0)]) -> Script:
     """w W1 + (1-w) W0, w = t / max(|W0 - W1|, 1e-6), at most 1."""
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_aim.methods.columns import Columns, Panel, column_dots
+from lowmem_aim.methods.columns import Columns, Panel, column_dots, footprint_of_columns
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import gram_round, row_dots, vectors
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Weights, merge_method
-from lowmem_aim.methods.task_vectors import span
+from lowmem_aim.methods.task_vectors import span, takes_span
 
 # A sine below this is too small to divide by. mergekit has 1e-8; but an angle near 0 or pi that comes from a cosine in
 # float64 is no more accurate than 2e-8, and opposite vectors of other lengths would give numbers of any size.
@@ -30,7 +31,23 @@ def _check(tensor: Subject, parameters: Mapping[str, Any]) -> str:
     )
 
 
-@merge_method("nuslerp", base="optional", fewest=2, most=2, source="mergekit", check=_check, rounds=(0, 2))
+SHARES_BYTES = 400  # of one pair in `_all_shares`: its five numbers as Python has them, in lists and tuples
+
+
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    if parameters["nuslerp_flatten"] or len(tensor.shape) < 2:
+        return takes_span(tensor, parameters, loops)
+    by_row = Footprint(element=34 + (0 if parameters["nuslerp_row_wise"] else SHARES_BYTES // max(tensor.shape[-1], 1)))
+    if not parameters["nuslerp_row_wise"]:
+        return by_row
+    columns = math.prod(tensor.shape[1:])
+    sums = footprint_of_columns(columns, 1, loops)
+    return by_row | sums | Footprint(slice=16 * columns, tensor=sums.tensor + SHARES_BYTES * columns)
+
+
+@merge_method(
+    "nuslerp", base="optional", fewest=2, most=2, source="mergekit", check=_check, takes=_takes, rounds=(0, 2)
+)
 def nuslerp(
     tensor: Subject, *, weight: Weights, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Script:

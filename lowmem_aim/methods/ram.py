@@ -6,26 +6,31 @@ A delta that one expert alone has stays unchanged; deltas that several experts h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from lowmem_aim.methods.exact import UNITS, ExactSums
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Within, merge_method
 
 Epsilon = Annotated[float, Within(0.0)]
 
 
-@merge_method("ram", source="Reinforced Agent Merging, 2026")
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    return Footprint(element=4 * tensor.experts + 28)  # the experts as float32, the base, three sums, a delta, masks
+
+
+@merge_method("ram", source="Reinforced Agent Merging, 2026", takes=_takes)
 def ram(tensor: Subject, *, epsilon: Epsilon = 1e-5) -> Script:
     """W0 + the mean of those Di that change the element by more than epsilon."""
     return _mean_of_changes((1.0,) * tensor.experts, epsilon)
     yield  # no rounds
 
 
-@merge_method("ramplus_tl", source="Reinforced Agent Merging, 2026", rounds=(1, 1))
+@merge_method("ramplus_tl", source="Reinforced Agent Merging, 2026", takes=_takes, rounds=(1, 1))
 def ramplus_tl(
     tensor: Subject,
     *,

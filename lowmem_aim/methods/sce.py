@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from lowmem_aim.methods.counting import Magnitudes, first_by_size
+from lowmem_aim.methods.counting import Magnitudes, first_by_size, footprint_of_first
 from lowmem_aim.methods.exact import UNITS, ExactSums, exact_sum, wide
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import vectors
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Within, merge_method
 from lowmem_aim.methods.selection import ALL, NONE, Largest
@@ -17,7 +18,15 @@ from lowmem_aim.methods.selection import ALL, NONE, Largest
 LEAST = 1e-6  # smaller sums of weights count as 0
 
 
-@merge_method("sce", source="arXiv 2408.07990", scratch=24, rounds=(1, 6))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    # The deltas in float32 and float64, their mean and variance; the bits of the variances, while they are counted.
+    deltas = Footprint(element=max(12 * tensor.experts + 32, 72))
+    if parameters["select_topk"] >= 1.0:
+        return deltas
+    return deltas | footprint_of_first(tensor.numel, 1, 1)
+
+
+@merge_method("sce", source="arXiv 2408.07990", takes=_takes, rounds=(1, 6))
 def sce(
     tensor: Subject,
     *,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from lowmem_aim.methods.exact import ExactSums
-from lowmem_aim.methods.gram import gram_sums
-from lowmem_aim.methods.linear import weighted_sum
+from lowmem_aim.methods.footprint import Footprint
+from lowmem_aim.methods.gram import footprint_of_gram, gram_sums
+from lowmem_aim.methods.linear import takes_weighted_sum, weighted_sum
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
 
 PARALLEL = 0.9995  # |cos| above this: the angle is too small to divide by its sine
 
 
-@merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985", compiled=True, rounds=(1, 1))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    return footprint_of_gram(2, loops) | takes_weighted_sum(tensor, parameters, loops)
+
+
+@merge_method("slerp", most=1, source="Shoemake, SIGGRAPH 1985", compiled=True, takes=_takes, rounds=(1, 1))
 def slerp(tensor: Subject, *, t: Annotated[float, Within()]) -> Script:
     """sin((1-t)a)/sin a W0 + sin(t a)/sin a W1, a the angle between the tensors; linear where they are parallel."""
     aa, ab, bb = yield ExactSums(_gram)

@@ -6,7 +6,7 @@ elected sign stay -> sum -> if `normalize`, divided by the weights that took par
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,26 @@ from torch import Tensor
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import ExactSums, exact_sum, wide
+from lowmem_aim.methods.footprint import Footprint
+from lowmem_aim.methods.gram import footprint_of_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT, weighted_sum
 from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Everything, Selection
 
 
-@merge_method("task_arithmetic", source="arXiv 2212.04089", compiled=True)
+def takes_deltas(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    """The memory of `rescale_factors` and `combine_deltas`: in torch a float32 copy and a part of each expert."""
+    if loops:
+        return Footprint(element=4, slice=2 * kernels.BINS_BYTES)
+    return Footprint(element=max(8 * tensor.experts + 16, 4 * tensor.experts + 28, 34))
+
+
+def takes_span(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    """The memory of a round of dot products among the models or deltas, and of `span`."""
+    return footprint_of_gram(tensor.experts, loops) | takes_deltas(tensor, parameters, loops)
+
+
+@merge_method("task_arithmetic", source="arXiv 2212.04089", compiled=True, takes=takes_deltas)
 def task_arithmetic(tensor: Subject, *, weight: Weights, normalize: bool = False, lambda_: float = 1.0) -> Script:
     """W0 + lambda sum wi Di."""
     everything, unscaled = (Everything(),) * tensor.experts, (1.0,) * tensor.experts

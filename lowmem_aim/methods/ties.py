@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from lowmem_aim.methods.counting import first_by_size
+from lowmem_aim.methods.counting import first_by_size, footprint_of_first
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Densities, Fold, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Largest
-from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
+from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors, takes_deltas
 
 
-@merge_method("ties", source="arXiv 2306.01708", compiled=True, rounds=(0, 5))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    counted = sum(density < 1.0 for density in parameters["density"])
+    deltas = takes_deltas(tensor, parameters, loops)
+    return footprint_of_first(tensor.numel, counted, counted) | deltas if counted else deltas
+
+
+@merge_method("ties", source="arXiv 2306.01708", compiled=True, takes=_takes, rounds=(0, 5))
 def ties(
     tensor: Subject,
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,29 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.methods import kernels
-from lowmem_aim.methods.columns import Columns, Panel, column_dots
+from lowmem_aim.methods.columns import Columns, Panel, column_dots, footprint_of_columns
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, merge_method
 
 
-@merge_method("widen", source="arXiv 2408.03092", compiled=True, rounds=(1, 2))
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    experts, numel = tensor.experts, max(tensor.numel, 1)
+    combine = Footprint(element=4 if loops else 20)
+    if len(tensor.shape) < 2:
+        return combine | Footprint(element=12 * experts + 16, part=0, tensor=88 * experts * numel)
+    # Float64 numbers of each expert for each channel: ten while changes are ranked and scored, besides the sums.
+    sums = 8 * (1 + 2 * experts)
+    if _by_row(tensor):
+        rows = numel // max(tensor.shape[-1], 1)
+        own = Footprint(element=24 + 3 * sums // max(tensor.shape[-1], 1), tensor=(sums + 88 * experts) * rows)
+        return combine | own
+    columns = numel // max(tensor.shape[-2], 1)
+    found = footprint_of_columns(columns, experts, loops)
+    return combine | found | Footprint(tensor=(sums + 88 * experts) * columns)
+
+
+@merge_method("widen", source="arXiv 2408.03092", compiled=True, takes=_takes, rounds=(1, 2))
 def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_calibration_value: float = 1.0) -> Script:
     """W0 + sum si,j Di,j over the columns j, one for each input channel: si,j is the mean of two scores, of the change
     of the column's norm and of its direction. A score is the softmax over the experts of the change's rank among the
@@ -25,17 +42,17 @@ def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_cali
 
     Embeddings have a column for each token. In a stack of experts each matrix is taken by itself.
     """
-    by_row = tensor.input_dim == -2 or len(tensor.shape) < 2
+    by_row = _by_row(tensor)
 
     def scores(values: Tensor, means: Any) -> Tensor:
         return _scores(values.numpy(), above_average_value_ratio * means, score_calibration_value)
 
     if len(tensor.shape) < 2:
-        changes = yield _Rows(_magnitudes)
+        changes = yield _Rows(_magnitudes, tensor.experts, tensor.numel)
         means = np.array([[math.fsum(row) / len(row)] for row in changes.tolist()])
         return _combine(scores(changes, means), by_row, tensor)
     if by_row:
-        sums = yield _Rows(_row_products)
+        sums = yield _Rows(_row_products, 1 + 2 * tensor.experts, tensor.numel // max(tensor.shape[-1], 1))
         found = Columns(sums[0], sums[1 : 1 + tensor.experts], sums[1 + tensor.experts :])
         length = tensor.shape[-2]
     else:
@@ -52,21 +69,29 @@ def widen(tensor: Subject, *, above_average_value_ratio: float = 1.0, score_cali
     return _combine((both[0] + both[1]) / 2, by_row, tensor)
 
 
+def _by_row(tensor: Subject) -> bool:
+    """Whether each row has a scale, and not each column."""
+    return tensor.input_dim == -2 or len(tensor.shape) < 2
+
+
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
 class _Rows:
-    """A fold of what a function measures for each row of the slices: (n, rows)."""
+    """A fold of what a function measures for each row of the slices: (numbers, rows) float64."""
 
-    def __init__(self, measure: Any) -> None:
+    def __init__(self, measure: Callable[[Rows], Tensor], numbers: int, rows: int) -> None:
         self.part = measure
-        self._parts: list[Tensor] = []
+        # Of all rows from the start: many small parts would leave holes in the heap.
+        self._whole = torch.empty(numbers, rows, dtype=torch.float64)
+        self._done = 0
 
     def add(self, part: Tensor) -> None:
-        self._parts.append(part)
+        first, self._done = self._done, self._done + part.shape[1]
+        self._whole[:, first : self._done] = part
 
     def finish(self) -> Tensor:
-        return torch.cat(self._parts, dim=1)
+        return self._whole
 
 
 def _magnitudes(rows: Rows) -> Tensor:  # (K, rows) float64
@@ -94,7 +119,7 @@ def _panels(tensor: Subject, rows: Rows) -> Iterator[Panel]:
 def _matrices(tensor: Subject, rows: Rows) -> Iterator[tuple[int, int, int]]:
     """(number of the matrix, start, stop) of the parts of a slice that lie in different matrices."""
     height = tensor.shape[-2]
-    first, start = rows.start // tensor.shape[-1], 0
+    first, start = rows.start // max(tensor.shape[-1], 1), 0
     while start < rows.count:
         matrix, place = divmod(first + start, height)
         stop = min(rows.count, start + height - place)

@@ -16,13 +16,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowmem_aim.errors import MemoryBudgetError, UsageError, printable
-from lowmem_aim.units import shown
+from lowmem_aim.errors import UsageError, printable
 
 # Left to the rest of the machine when no budget is given: a tenth of what is free, at least this much.
 RESERVE_BYTES = 500_000_000
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+# Allocations of this size get pages of their own. Smaller ones would take several times as long.
+LARGE_BYTES = 1 << 20
+_TRIM_BYTES = 128 << 10  # glibc's own, before it grows by itself
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of malloc.h
 # Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
 _ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
 _ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -59,18 +62,11 @@ class Budget:
 def make_budget(device: torch.device, ram: int | None = None, vram: int | None = None) -> Budget:
     """Make the budget that is asked for, in bytes; by default, what is free less a reserve. Limits torch on CUDA to it.
 
-    Raises UsageError for a `vram` on a device other than CUDA, and MemoryBudgetError for a `ram` that is no more than
-    the process uses already.
+    Raises UsageError for a `vram` on a device other than CUDA.
     """
-    used = anonymous_bytes()
-    if ram is None:
+    if ram is None:  # one that is given may be less than is used already: who divides it knows what would do
         free = free_bytes()
-        ram = used + max(free - max(RESERVE_BYTES, free // 10), 0)
-    elif ram <= used:
-        raise MemoryBudgetError(
-            f"--ram {shown(ram)}: the program itself takes {shown(used)} before any work",
-            hint=f"the smallest that makes sense is about {shown(used + (64 << 20))}",
-        )
+        ram = anonymous_bytes() + max(free - max(RESERVE_BYTES, free // 10), 0)
     if device.type != "cuda":
         if vram is not None:
             raise UsageError(f"--vram has no meaning on the device `{printable(str(device))}`", hint="leave it out")
@@ -125,6 +121,21 @@ def trim() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_at_once() -> None:
+    """Have large allocations go back to the system as soon as they are freed, for the rest of the process.
+
+    glibc keeps them for reuse, the more the larger they are: where something small that stays lies between them, much
+    is kept and little reused. Their pages must then be made anew each time, which costs a tenth of the time, and more
+    where they are not much larger than LARGE_BYTES.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            library = ctypes.CDLL(None)
+            # Two heaps, not one a thread: each keeps some of what is freed.
+            for setting, value in ((_MMAP_THRESHOLD, LARGE_BYTES), (_TRIM_THRESHOLD, _TRIM_BYTES), (_ARENA_MAX, 2)):
+                library.mallopt(setting, value)
 
 
 # --- what is free ---------------------------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ class Run:
 def start(options: Options, emit: Emit) -> Run:
     """Apply the options that hold for the whole process (threads), and find the device and the memory budget.
 
-    Raises UsageError for wrong options and for a device that is not there, MemoryBudgetError for a budget that the
-    program itself exceeds.
+    Raises UsageError for wrong options and for a device that is not there.
     """
     if problems := list(wrong_options(options)):
         raise UsageError(problems, hint="docs/python.md has the options")

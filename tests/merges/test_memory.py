@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.pipeline import Ahead
 from lowmem_aim.merging.shares import Needs, Shares, share_out
+from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.system import memory
@@ -30,6 +33,13 @@ CPU = torch.device("cpu")
 MB = 10**6
 
 
+def named_budget(error: MemoryBudgetError, kind: str) -> int:
+    """The bytes of the budget that a refusal names."""
+    found = re.search(rf"--{kind} (\d+)MB", error.hint)
+    assert found, error.hint
+    return int(found[1]) * MB
+
+
 class TestBudget:
     def test_the_default_is_what_is_free_less_a_reserve(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "anonymous_bytes", lambda: 300 * MB)
@@ -38,11 +48,6 @@ class TestBudget:
         monkeypatch.setattr(memory, "free_bytes", lambda: 20_000 * MB)
         assert make_budget(CPU) == Budget(300 * MB + 18_000 * MB)
         assert make_budget(CPU, 1000 * MB).ram_left() == 700 * MB
-
-    def test_less_than_the_program_itself_is_refused_with_the_number(self) -> None:
-        with pytest.raises(MemoryBudgetError, match=r"takes .* before any work") as caught:
-            make_budget(CPU, 1000)
-        assert caught.value.exit_code == 5
 
     def test_vram_needs_a_device_that_has_some(self) -> None:
         with pytest.raises(UsageError, match="vram"):
@@ -89,12 +94,14 @@ class TestBudget:
         assert [shown(n) for n in (12, 1500, 2 * MB, 3 * 10**9)] == ["12 bytes", "1.5 kB", "2.0 MB", "3.0 GB"]
 
 
+NEEDS = Needs(row=2048, largest=10**9, stored=8, written=2, footprint=Footprint(12, 0, 3 * MB, 60 * MB), compiled=True)
+
+
 class TestShares:
     def share(self, left: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Shares:
         monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        given: dict[str, Any] = {"models": 4, "stored_bytes": 10, "row": 2048, "compiled": True}
-        return share_out(Budget(left), CPU, Needs(**given | changes))
+        return share_out(Budget(left), CPU, replace(NEEDS, **changes))
 
     def test_slices_shrink_with_the_budget_and_never_grow_beyond_the_cache(
         self, monkeypatch: pytest.MonkeyPatch
@@ -109,11 +116,45 @@ class TestShares:
         assert few.slice_elements >= 400_000
 
     def test_a_row_that_does_not_fit_is_refused_with_the_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(
-            MemoryBudgetError, match=r"a row of 500000000 elements in 4 models needs some .* 1\.0 GB"
-        ) as caught:
+        with pytest.raises(MemoryBudgetError, match=r"needs some 8\d\.\d GB of RAM .* 1\.0 GB") as caught:
             self.share(1000 * MB, monkeypatch, row=500_000_000)
         assert caught.value.exit_code == 5
+
+    def test_the_budget_that_a_refusal_names_is_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for used in (0, 300 * MB):
+            monkeypatch.setattr(memory, "anonymous_bytes", lambda used=used: used)
+            with pytest.raises(MemoryBudgetError) as caught:
+                share_out(Budget(MB), CPU, NEEDS)
+            named = named_budget(caught.value, "ram")
+            assert used + NEEDS.least_ram(True) <= named < 1.03 * (used + NEEDS.least_ram(True)) + MB
+            assert share_out(Budget(named), CPU, NEEDS).slice_elements >= shares.LEAST_SLICE_ELEMENTS
+
+    def test_the_same_of_a_device_with_memory_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
+        meta = torch.device("meta")  # no memory of its own is in use
+        with pytest.raises(MemoryBudgetError, match="of VRAM") as caught:
+            share_out(Budget(1000 * MB, MB), meta, NEEDS)
+        named = named_budget(caught.value, "vram")
+        shared = share_out(Budget(1000 * MB, named), meta, NEEDS)
+        assert NEEDS.on_device(shared.slice_elements, shared.workers) <= named
+        for vram in (2 * named, 100 * named):  # whatever is given, the slices under way stay below it
+            shared = share_out(Budget(1000 * MB, vram), meta, NEEDS)
+            assert NEEDS.on_device(shared.slice_elements, shared.workers) <= vram
+        with pytest.raises(MemoryBudgetError, match="of RAM"):
+            share_out(Budget(10 * MB, named), meta, NEEDS)
+
+    @pytest.mark.parametrize("ram", [150, 200, 400, 4000])
+    def test_what_is_held_and_all_slices_and_two_kept_tensors_fit(
+        self, ram: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shared = self.share(ram * MB, monkeypatch)
+        slices = NEEDS.slices(shared.slice_elements, shared.workers, shared.ahead, True)
+        assert NEEDS.held() + slices + 2 * shared.kept_bytes <= ram * MB
+
+    def test_what_preparing_took_for_a_moment_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
+        with pytest.raises(MemoryBudgetError, match=r"needs some 400\.0 MB"):
+            share_out(Budget(300 * MB), CPU, NEEDS, reached=400 * MB)
 
 
 @pytest.mark.parametrize("method", BY_METHOD)
@@ -196,6 +237,7 @@ def test_budgets_do_not_change_the_bytes(
 
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
     shares: list[Shares] = []
+    least: list[int] = []
     passes: list[bool] = []  # first or not
     slices = TensorInputs.slices
 
@@ -203,10 +245,19 @@ def test_budgets_do_not_change_the_bytes(
         passes.append(first_pass)
         return slices(tensor, first_pass)
 
+    def divided(budget: Budget, device: torch.device, needs: Needs, *args: Any, **given: Any) -> Shares:
+        least.append(needs.least_ram(True))
+        shares.append(share_out(budget, device, needs, *args, **given))
+        return shares[-1]
+
     monkeypatch.setattr(TensorInputs, "slices", noted)
-    monkeypatch.setattr(job, "share_out", lambda *args, **given: shares.append(share_out(*args, **given)) or shares[-1])
+    monkeypatch.setattr(job, "share_out", divided)
+    monkeypatch.setattr(job, "GROWTH_BYTES", 0)
+    monkeypatch.setattr(job, "LEAST_SLICE_ELEMENTS", 1)
+    with pytest.raises(MemoryBudgetError):
+        merge(recipe(llama, method, **FLAGS[method]), tmp_path / "refused", Options(ram=1))
     made, read_again = [], []
-    for ram in (200_000, 2 * MB, 10**9):
+    for ram in (least[0], least[0] + 3 * MB, 10**9):
         passes.clear()
         made.append(digests(merge(recipe(llama, method, **FLAGS[method]), tmp_path / str(ram), Options(ram=ram))))
         read_again.append(not all(passes))

@@ -1,0 +1,101 @@
+"""A rehearsal: the merge of a few random numbers, so that all code it needs is compiled and loaded.
+
+That takes memory, some 20 MB, or 60 where the compiled loops are not yet in numba's cache. It must be in use before
+what is left of a budget is divided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_aim.merging.slices import finite
+from lowmem_aim.merging.targets import rounded
+from lowmem_aim.methods.method import Rounds, Rows
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.headers import matrix_shape
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.tasks import Plan, Task
+from lowmem_aim.relaxing.aim import relax
+from lowmem_aim.system.memory import Budget, trim
+
+COLUMNS, ROWS = 256, 4  # of the random tensors, at most
+
+
+def rehearse(plan: Plan, inputs: Inputs, budget: Budget) -> int:
+    """Merge random tensors as the plan merges those that differ in kind; return the most RAM that was in use, in bytes.
+
+    Nothing is held to the budget yet. The compiled loops depend on dtypes, on the number of experts, and on which of them a method calls.
+    """
+    trim()
+    most = budget.ram_used()
+    for task in _kinds(plan, inputs):
+        # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.
+        with contextlib.suppress(Exception):
+            _merge(task, plan, inputs)
+        most = max(most, budget.ram_used())
+    gc.collect()
+    trim()
+    return most
+
+
+def _kinds(plan: Plan, inputs: Inputs) -> Iterator[Task]:
+    """The first of all tasks that take the same way through the code."""
+    seen = set()
+    for task in plan.tasks:
+        if task.action == "merge" and (kind := _kind(task, inputs)) not in seen:
+            seen.add(kind)
+            yield task
+
+
+def _kind(task: Task, inputs: Inputs) -> Hashable:
+    dtypes = [checkpoint.tensors[task.name].dtype for checkpoint in _models(inputs)]
+    parameters = [(name, _class_of(value)) for name, value in sorted(task.parameters.items())]
+    first = task.name in inputs.roles.inputs_first
+    return tuple(dtypes), task.dtype, len(task.shape), first, tuple(parameters)
+
+
+def _class_of(value: Any) -> Hashable:
+    """What matters of a parameter: numbers from 1 on, and from 0 down, may take another way than those between."""
+    if isinstance(value, tuple):
+        return tuple(_class_of(one) for one in value)
+    return value if isinstance(value, bool | str) else (value <= 0, value >= 1)
+
+
+def _models(inputs: Inputs) -> list[Checkpoint]:
+    return [inputs.base or inputs.reference, *inputs.experts]
+
+
+def _merge(task: Task, plan: Plan, inputs: Inputs) -> None:
+    shape = _small(task.shape)
+    random = torch.Generator().manual_seed(0)
+    base, *experts = (_random(checkpoint, task, shape, random) for checkpoint in _models(inputs))
+    if not all(map(finite, (base, *experts))):
+        return
+    rows = Rows(base, tuple(experts), 0)
+    subject = subject_of(task.name, shape, plan.recipe, inputs, plan.seed)
+    rounds = Rounds(plan.recipe.method.start(subject, task.parameters))
+    for fold in rounds:
+        fold.add(fold.part(rows))
+    _finish(rounds.combine(rows), rows, task, relaxed=plan.recipe.relaxed)
+
+
+def _small(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(min(size, COLUMNS if place == len(shape) - 1 else ROWS) for place, size in enumerate(shape))
+
+
+def _random(checkpoint: Checkpoint, task: Task, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    values = torch.randn(matrix_shape(shape), generator=random)
+    return values.to(checkpoint.tensors[task.name].dtype)
+
+
+def _finish(merged: Tensor, rows: Rows, task: Task, *, relaxed: bool) -> None:
+    if relaxed:
+        merged = relax(merged, rows.stored_base, torch.zeros(1, merged.shape[1]))
+    rounded(merged, task)
