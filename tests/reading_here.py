@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem_aim.errors import ModelError
 from lowmem_aim.models import reader_program
-from lowmem_aim.models.reader_process import ReaderProcess
+from lowmem_aim.models.reader_process import ReaderProcess, answer_or_raise
 
 
 class _Here:
     """What a `ReaderProcess` is to its reader."""
 
     def ask(self, question: Mapping[str, Any]) -> Any:
-        answer = reader_program.answer(question)
-        if "problems" in answer:
-            raise ModelError(answer["problems"], answer["hint"])
-        return answer["answer"]
+        return answer_or_raise(reader_program.answer(question))
 
     def end(self) -> None:
         pass

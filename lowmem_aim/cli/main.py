@@ -17,7 +17,7 @@ from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.system import bugs, interrupts
 from lowmem_aim.system.faults import advice, cause, file_of, named
-from lowmem_aim.system.files import cache_folder
+from lowmem_aim.system.files import cache_folder, name_temporary_folder
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
 MANY_FILES = 4096
@@ -39,7 +39,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_closed_streams()
-    _name_a_temporary_folder()
+    name_temporary_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _folder_for_torch())
     _allow_many_files()
     sys.exit(_exit_code(usage.wanted(sys.argv)))
@@ -54,14 +54,6 @@ def _open_closed_streams() -> None:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
-
-
-def _name_a_temporary_folder() -> None:
-    """Where no temporary folder can be written, name one all the same: libraries ask for the name when imported."""
-    try:
-        tempfile.gettempdir()
-    except OSError:
-        tempfile.tempdir = os.environ.get("TMPDIR") or os.path.abspath(os.sep + "tmp")
 
 
 def _folder_for_torch() -> str:

@@ -1,7 +1,7 @@
 """The child process of `Reader`, as its parent sees it: questions go in, answers come back, deadlines are kept.
 
 One JSON object a line, both ways. A question is answered by two lines: the first once its imports are done, the second
-with the answer: {"answer": ...}, or {"problems": [...], "hint": ...} for a ModelError. If a child is late, too large
+with the answer: {"answer": ...}, or {"error": class, "problems": [...], "hint": ...}. If a child is late, too large
 or dead, that is an error of this question only.
 """
 
@@ -24,7 +24,8 @@ from typing import IO, Any
 import psutil
 
 import lowmem_aim
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim import errors
+from lowmem_aim.errors import printable
 from lowmem_aim.models.reader_program import is_limited
 from lowmem_aim.units import shown
 
@@ -67,17 +68,14 @@ class ReaderProcess:
         return cls(process, lines, stderr)
 
     def ask(self, question: Mapping[str, Any]) -> Any:
-        """The answer. Raises ModelError if that is the answer, and ReaderFailed; then the child must be ended."""
+        """The answer. Raises the error that is the answer, and ReaderFailed; then the child must be ended."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # a dead child: told below
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
         self._line(IMPORT_SECONDS)
         self._imports_bytes = self._resident_bytes()
-        answer = json.loads(self._line(SECONDS))
-        if "problems" in answer:
-            raise ModelError(answer["problems"], answer["hint"])
-        return answer["answer"]
+        return answer_or_raise(json.loads(self._line(SECONDS)))
 
     def _line(self, seconds: float) -> str:
         until = time.monotonic() + seconds
@@ -123,6 +121,13 @@ class ReaderProcess:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def answer_or_raise(line: Mapping[str, Any]) -> Any:
+    """The answer in a line, or the LowmemAimError that it stands for, raised."""
+    if "error" in line:
+        raise getattr(errors, line["error"])(line["problems"], line["hint"])
+    return line["answer"]
 
 
 def _environment() -> dict[str, str]:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.errors import LowmemAimError, ModelError, printable
+from lowmem_aim.system.files import name_temporary_folder
 
 TOKENIZER_HINT = "are its files whole, and the model's own?"
 _PAGES_FILE = Path("/proc/self/statm")
@@ -131,17 +132,18 @@ ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
 
 
 def answer(question: Question) -> dict[str, Any]:
-    """The answer to a question, or its ModelError, as the object of a line."""
+    """The answer to a question, or its error, as the object of a line."""
     _, function = ANSWERS[question["question"]]
     try:
         return {"answer": function(question)}
-    except ModelError as error:
-        return {"problems": error.problems, "hint": error.hint}
+    except LowmemAimError as error:
+        return {"error": type(error).__name__, "problems": error.problems, "hint": error.hint}
 
 
 def main() -> None:
     """Answer the questions on standard input until it ends. The argument: bytes of memory above the imports."""
     limit = int(sys.argv[1])
+    name_temporary_folder()
     # Whatever a library prints must not get among the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -141,6 +142,14 @@ def cache_folder() -> Path:
     with contextlib.suppress(RuntimeError):
         return (Path(root) if root else Path.home() / ".cache") / "lowmem_aim"
     return Path(os.devnull) / "lowmem_aim"
+
+
+def name_temporary_folder() -> None:
+    """Name a temporary folder even where none can be written: libraries ask for the name when they are imported."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        tempfile.tempdir = os.environ.get("TMPDIR") or os.path.abspath(os.sep + "tmp")
 
 
 def partial_folder(output: Path) -> Path:
