@@ -68,11 +68,11 @@ class _Taken:
         """Take every file of a folder whose name is one of the patterns'."""
         for file in sorted(folder.iterdir()):
             name = file.relative_to(self.reference.folder).as_posix()
-            if fits(file.name, patterns) and file.suffix != ".py" and not file.is_dir():
+            if fits(file.name, patterns) and file.suffix.lower() != ".py" and not file.is_dir():
                 with noted(self.errors):
                     self._take(name, file)
             elif file.is_file() and _matters(file):
-                self.left[name] = "code" if file.suffix == ".py" else ""
+                self.left[name] = "code" if file.suffix.lower() == ".py" else ""
 
     def _take(self, name: str, file: Path) -> None:
         if file.name.startswith("."):
