@@ -21,6 +21,7 @@ from lowmem_aim.events import Emit
 from lowmem_aim.jobs.resume import activations_kept, check_same, check_same_job, identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration, GivenActivations, Measurement, calibration_of
 from lowmem_aim.merging import shares
+from lowmem_aim.merging.merged_weights import ELEMENTS
 from lowmem_aim.merging.rehearsal import rehearse
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
@@ -132,6 +133,10 @@ class Prepared:
         """
         reached = self.reached  # before the budget is looked at
         return shares.share_out(self.run.budget, self.run.device, self.needs(), reached, grown=grown)
+
+    def merging_bytes(self) -> int:
+        """Bytes of RAM that merging weights on demand takes, while ACM compares."""
+        return self.needs().one_by_one(ELEMENTS)
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk."""
@@ -249,7 +254,7 @@ def check_comparison(ready: Prepared) -> None:
 
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
-    comparison = ready.comparison = Comparison.of(acm, base, ready.run)
+    comparison = ready.comparison = Comparison.of(acm, base, ready.run, ready.merging_bytes())
     kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
     if not all(found is not None and is_of(found, ready.inputs) for found in kept):
         measurement = comparison.measurement
@@ -386,7 +391,9 @@ def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Se
 
     compared = phase == "compare"
     if compared:
-        needs = needs_of_comparison(meta_model, sequences, next(iter(ready.plans.values())), ready.inputs)
+        needs = needs_of_comparison(
+            meta_model, sequences, next(iter(ready.plans.values())), ready.inputs, ready.merging_bytes()
+        )
     else:
         needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))
