@@ -72,7 +72,7 @@ def check_comparison(ready: Prepared) -> None:
 
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
-    comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run)
+    comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run, ready.merging_bytes())
     kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
     if not all(found is not None and is_of(found, ready.inputs) for found in kept):
         measurement = comparison.measurement
@@ -215,7 +215,8 @@ def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Se
 
     compared = phase == "compare"
     if compared:
-        needs = needs_of_comparison(meta_model, sequences, next(iter(ready.plans.values())), ready.inputs)
+        plan = next(iter(ready.plans.values()))
+        needs = needs_of_comparison(meta_model, sequences, plan, ready.inputs, ready.merging_bytes())
     else:
         needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))

@@ -15,6 +15,7 @@ from lowmem_aim.events import Emit
 from lowmem_aim.jobs.identity import identity_of_merge
 from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging import shares
+from lowmem_aim.merging.merged_weights import ELEMENTS
 from lowmem_aim.merging.rehearsal import rehearse
 from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
@@ -109,6 +110,10 @@ class Prepared:
         """
         reached = self.reached  # before the budget is looked at
         return shares.share_out(self.run.budget, self.run.device, self.needs(), reached, grown=grown)
+
+    def merging_bytes(self) -> int:
+        """Bytes of RAM that merging weights on demand takes, while ACM compares."""
+        return self.needs().one_by_one(ELEMENTS)
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk."""

@@ -32,7 +32,7 @@ from lowmem_aim.relaxing.relaxation import Consensus
 from lowmem_aim.system.run import Run
 
 LONGEST_TEXT = 512  # tokens; more are cut off
-WORK_BYTES = 96 << 20  # what counting pairs, parts of the heads and slices of merged weights take
+WORK_BYTES = 96 << 20  # what counting pairs and parts of the heads take
 
 
 class Merged(Source, contextlib.AbstractContextManager["Merged"], Protocol):
@@ -49,9 +49,10 @@ class Comparison:
 
     acm: Acm
     measurement: Measurement  # of the base
+    merging_bytes: int  # of RAM, that making slices of the merged weights takes
 
     @classmethod
-    def of(cls, acm: Acm, base: Checkpoint, reader: Reader, run: Run) -> Comparison:
+    def of(cls, acm: Acm, base: Checkpoint, reader: Reader, run: Run, merging_bytes: int) -> Comparison:
         """Read and tokenise the texts. Raises ModelError, NetworkError, UsageError."""
         if is_activations_file(acm.calibration):
             raise UsageError(
@@ -59,7 +60,7 @@ class Comparison:
             )
         measurement = measurement_of(texts_of(acm), base, reader, run.emit)
         measurement.warn_if_slow(run)
-        return cls(acm, measurement)
+        return cls(acm, measurement, merging_bytes)
 
     def digest(self) -> str:
         """xxh3-128 of the texts' tokens, the forward's dtype and the base's config."""
@@ -106,7 +107,7 @@ class Comparison:
     ) -> dict[str, list[float]]:
         base, meta_model = self.measurement.base, self.measurement.meta_model
         texts = list(self.measurement.sequences)
-        needs = needs_of_comparison(meta_model, texts, plan, inputs)
+        needs = needs_of_comparison(meta_model, texts, plan, inputs, self.merging_bytes)
         shares = shares_for(needs, run.budget, run.device, space.private)
         merged_meta_model = load_meta_model(inputs.reference, meta_model.dtype)
         with merged(space.private) as weights:
@@ -119,12 +120,14 @@ class Comparison:
         return found
 
 
-def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, inputs: Inputs) -> Needs:
+def needs_of_comparison(
+    meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, inputs: Inputs, merging_bytes: int
+) -> Needs:
     """The needs of running base and merged model side by side over the texts."""
     # A merged weight takes memory twice: while it is being made, and in its block.
     largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.roles.vocabulary), default=0)
     # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
-    return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest)
+    return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest + merging_bytes)
 
 
 def texts_of(acm: Acm) -> Aim:

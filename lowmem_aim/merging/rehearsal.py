@@ -31,14 +31,15 @@ COLUMNS, ROWS = 256, 4  # of the random tensors, at most
 def rehearse(plan: Plan, inputs: Inputs, budget: Budget) -> int:
     """Merge random tensors as the plan merges those that differ in kind; return the most RAM that was in use, in bytes.
 
-    Nothing is held to the budget yet. The compiled loops depend on dtypes, on the number of experts, and on which of them a method calls.
+    Nothing is held to the budget yet. The compiled loops depend on dtypes, on the number of experts, and on the method.
+    Where a device with memory of its own computes, only the check of what is read is rehearsed.
     """
     trim()
     most = budget.ram_used()
     for task in _kinds(plan, inputs):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.
         with contextlib.suppress(Exception):
-            _merge(task, plan, inputs)
+            _merge(task, plan, inputs, computed=budget.vram is None)
         most = max(most, budget.ram_used())
     gc.collect()
     trim()
@@ -72,11 +73,11 @@ def _models(inputs: Inputs) -> list[Checkpoint]:
     return [inputs.base or inputs.reference, *inputs.experts]
 
 
-def _merge(task: Task, plan: Plan, inputs: Inputs) -> None:
+def _merge(task: Task, plan: Plan, inputs: Inputs, *, computed: bool) -> None:
     shape = _small(task.shape)
     random = torch.Generator().manual_seed(0)
     base, *experts = (_random(checkpoint, task, shape, random) for checkpoint in _models(inputs))
-    if not all(map(finite, (base, *experts))):
+    if not all(map(finite, (base, *experts))) or not computed:
         return
     rows = Rows(base, tuple(experts), 0)
     subject = subject_of(task.name, shape, plan.recipe, inputs, plan.seed)

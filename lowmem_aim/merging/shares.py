@@ -10,8 +10,9 @@ the work on one takes, and what is held besides, is declared by the method (`met
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +110,12 @@ class Needs:
     def on_device(self, elements: int, workers: int) -> int:
         """Bytes of the device's own memory of slices of so many elements; a tenth is lost between them."""
         taken = elements * (self.stored + self.written + self.footprint.element)
-        return (taken + self.footprint.slice + self.footprint.part) * workers * 10 // 9
+        return math.ceil((taken + self.footprint.slice + self.footprint.part) * workers / 0.9)
+
+    def one_by_one(self, elements: int) -> int:
+        """Bytes of RAM that merging slices of so many elements takes, one at a time, in one thread."""
+        element = 2 * self.stored + self.written + self.footprint.element
+        return self.footprint.tensor + self.footprint.slice + 2 * self.footprint.part + elements * element
 
     def least_ram(self, on_host: bool, reached: int = 0) -> int:
         """Least bytes of RAM, besides the program itself, with which `share_out` succeeds.
@@ -148,28 +154,25 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
         _check(vram_left, needs.least_vram(), "VRAM", budget.vram - vram_left)
     rest = left - needs.held()
     for workers, ahead in ((torch.get_num_threads() if on_host else STREAMS, AHEAD), (1, 1)):
-        elements = _elements(rest // 2, needs, workers, ahead, on_host)
+        taken = functools.partial(needs.slices, workers=workers, ahead=ahead, on_host=on_host)
+        elements = _most_elements(rest // 2, taken)
         if budget.vram is not None:
-            elements = min(elements, _elements_on_device(vram_left, needs, workers))
+            on_device = functools.partial(needs.on_device, workers=workers)
+            elements = min(elements, _most_elements(vram_left, on_device))
         if elements >= needs.least_elements:
             break
     elements = max(elements, needs.least_elements)
     on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
     elements = max(needs.row, min(elements, on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS))
-    taken = needs.slices(elements, workers, ahead, on_host)
+    slices = taken(elements)
     # Two tensors may be kept: the next one's first pass begins before this one's last pass ends.
-    return Shares(elements, workers, ahead, max(0, rest - taken) // 3, tight=rest < AMPLE * taken)
+    return Shares(elements, workers, ahead, max(0, rest - slices) // 3, tight=rest < AMPLE * slices)
 
 
-def _elements(room: int, needs: Needs, workers: int, ahead: int, on_host: bool) -> int:
-    """The elements of slices that fit the room, all of them together."""
-    fixed = needs.slices(0, workers, ahead, on_host)
-    return (room - fixed) * 1000 // (needs.slices(1000, workers, ahead, on_host) - fixed)
-
-
-def _elements_on_device(room: int, needs: Needs, workers: int) -> int:
-    fixed = needs.on_device(0, workers)
-    return (room - fixed) * 1000 // (needs.on_device(1000, workers) - fixed)
+def _most_elements(room: int, taken: Callable[[int], int]) -> int:
+    """The elements of the largest slices for which `taken` gives no more than `room` bytes."""
+    fixed, many = taken(0), 1 << 20
+    return max(0, (room - fixed - 1) * many // (taken(many) - fixed + 1))  # each figure is rounded up
 
 
 def enough(used: int, least: int) -> int:

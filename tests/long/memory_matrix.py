@@ -1,4 +1,4 @@
-"""Whether an accepted `--ram` is kept, by every method: each merge in a process of its own, its peak against its budget.
+"""Whether an accepted `--ram` is kept, by every method: each merge in a process of its own, its peak and its budget.
 
     python tests/long/memory_matrix.py [--only PART ...] [--write]
 
@@ -26,10 +26,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tiny
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
 MB = 10**6
@@ -65,6 +69,14 @@ FLAGS: dict[str, tuple[str, ...]] = {
 ONE_EXPERT = ("arcee_fusion", "nearswap", "passthrough", "slerp")
 NAMED = ("arcee_fusion", "widen", "ties", "breadcrumbs_ties", "sce", "della")
 BY_COLUMN = {"widen": (), "nuslerp": ("-p", "nuslerp_flatten=false", "-p", "nuslerp_row_wise=true", "--weight", "0.5")}
+ACM = """
+merge_method: task_arithmetic
+base_model: FOLDER/base
+models:
+  - {model: FOLDER/one, parameters: {weight: 0.3}}
+  - {model: FOLDER/two, parameters: {weight: 0.3}}
+acm: {calibration: builtin, samples: 4}
+"""
 PARTS = ("tall", "600", "cold", "named", "columns", "small", "models")
 
 
@@ -76,13 +88,14 @@ class Shapes:
     hidden: int
     inner: int
     layers: int = 1
+    runs: bool = False  # it has a tokenizer, so that texts can be run through it
 
 
 MODELS = {
     "200,000 x 512": Shapes(200_000, 512, 64),
     "64 x 200,000": Shapes(256, 64, 200_000),
     "300 small tensors": Shapes(256, 64, 128, layers=33),
-    "1 layer of 512": Shapes(1000, 512, 2048),
+    "1 layer of 512": Shapes(1000, 512, 2048, runs=True),
 }
 TALL, WIDE, SMALL, LAYER = MODELS
 
@@ -96,6 +109,7 @@ class Case:
     read: str = "mmap"
     cold: bool = False  # numba's cache is empty
     flags: tuple[str, ...] = ()
+    recipe: str = ""  # instead of flags
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def cases() -> Iterator[Case]:
         yield Case("small", method, SMALL, flags=flags)
     texts = ("--samples", "4", "--block-size", "64", "--no-cache", "--calibration", "builtin")
     yield Case("models", "task_arithmetic + AIM", LAYER, flags=("--weight", "0.3", "--omega", "0.4", *texts))
-    yield Case("models", "task_arithmetic + ACM", LAYER, flags=("--weight", "0.3", "--acm", *texts))
+    yield Case("models", "task_arithmetic + ACM", LAYER, recipe=ACM)
     yield Case("models", "ties + AIM", LAYER, flags=(*RESCALED, "--omega", "0.4", *texts))
     for method, flags in FLAGS.items():
         yield Case("cold", method, TALL, cold=True, flags=flags)
@@ -157,6 +171,8 @@ def build(folder: Path, shapes: Shapes) -> None:
         models = {key: (w + tuned * torch.randn(w.shape, generator=random)).bfloat16() for key, w in base.items()}
         save_file(models, own / "model.safetensors", metadata={"format": "pt"})
         (own / "config.json").write_text(json.dumps(config))
+        if shapes.runs:
+            tiny.tokenizer().save_pretrained(own)
 
 
 def _tensors(shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -192,6 +208,11 @@ class Bench:
 
     def command(self, case: Case, budget: int) -> list[str]:
         models, method = self.models(case.model), case.method.split(" ")[0]
+        if case.recipe:
+            recipe = self.work / "recipe.yml"
+            recipe.write_text(case.recipe.replace("FOLDER", str(models)))
+            tool = [sys.executable, "-m", "lowmem_aim", "merge", str(recipe)]
+            return [*tool, "--no-cache", "--ram", f"{budget}MB", "--read", case.read, "-q", str(self.work / "out")]
         experts = ("one",) if method in ONE_EXPERT else ("one", "two")
         chosen = [part for name in experts for part in ("--expert", str(models / name))]
         tool = [sys.executable, "-m", "lowmem_aim", "merge", "--method", method, "--base", str(models / "base")]

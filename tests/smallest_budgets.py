@@ -1,0 +1,68 @@
+"""A program: merges with the smallest budgets that are accepted, and the peaks they reach, as lines of JSON.
+
+    python tests/smallest_budgets.py FOLDER METHOD:READ ...
+
+FOLDER holds the models `base`, `one` and `two`. The smallest budget is the one that a refusal names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from merge_cases import recipe
+
+from lowmem_aim.errors import MemoryBudgetError
+from lowmem_aim.jobs.merge import merge
+from lowmem_aim.methods.registry import METHODS
+from lowmem_aim.system.memory import anonymous_bytes
+from lowmem_aim.system.options import Options
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "ties": {"weight": ("0.3",), "density": ("0.4",), "parameter": ("rescale=true",)}
+}
+
+
+class Peak:
+    """The most anonymous memory of this process during a `with` block, looked at every millisecond."""
+
+    def __enter__(self) -> Peak:
+        self.nbytes, self._over = anonymous_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.001):
+            self.nbytes = max(self.nbytes, anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[1]) / "out"
+    for case in sys.argv[2:]:
+        method, read = case.split(":")
+        experts = ("one",) if METHODS[method].most == 1 else ("one", "two")
+        made = recipe(folder, method, experts, **PARAMETERS.get(method, {}))
+        try:
+            merge(made, out, Options(ram=1, read=read))  # type: ignore[arg-type]
+        except MemoryBudgetError as refused:
+            named = re.search(r"--ram (\d+)MB", refused.hint)
+            assert named, refused.hint
+        budget = int(named[1]) * 10**6
+        with Peak() as peak:
+            merge(made, out, Options(ram=budget, read=read))  # type: ignore[arg-type]
+        shutil.rmtree(out)
+        print(json.dumps({"case": case, "budget": budget, "peak": peak.nbytes}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
