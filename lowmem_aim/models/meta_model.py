@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
+from lowmem_aim.system.files import unreadable
 
 transformers.utils.logging.set_verbosity_error()  # what users need comes as a Notice
 
@@ -118,6 +119,8 @@ def _config(checkpoint: Checkpoint) -> Any:
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not transformers' own
+            raise unreadable(error, checkpoint.folder) from error
         shown = printable(checkpoint.label)
         if checkpoint.config.get("auto_map"):
             raise ModelError(

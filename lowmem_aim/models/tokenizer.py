@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.system.files import unreadable
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> dict[str, int]:
@@ -34,4 +36,6 @@ def tokenizer_errors(what: str, hint: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if isinstance(error, OSError) and error.errno and error.filename:  # the system's, not transformers' own
+            raise unreadable(error, Path(error.filename)) from error
         raise ModelError(f"{what}: {printable(str(error))}", hint) from error

@@ -42,7 +42,12 @@ def input_errors(path: Path, kind: type[LowmemAimError] = ModelError) -> Iterato
     try:
         yield
     except OSError as error:
-        raise kind(f"{named(file_of(error, path))} cannot be read: {cause(error)}", advice(error)) from error
+        raise unreadable(error, path, kind) from error
+
+
+def unreadable(error: OSError, path: Path, kind: type[LowmemAimError] = ModelError) -> LowmemAimError:
+    """An error of a `kind` that names the file which the system would not give, or `path` if it says none."""
+    return kind(f"{named(file_of(error, path))} cannot be read: {cause(error)}", advice(error))
 
 
 # --- opened -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import torch
 import yaml
 from cards import assert_card, assert_plain
 from conftest import Place
+from long_cases import others_long
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -383,6 +385,11 @@ def in_time() -> Iterator[None]:
 
 
 ODD = ("link", "pipe")
+PRIVATE_FILES = (
+    *("owner.json", "run.log", "run.json", "lock", "journal.sqlite", "journal.sqlite-journal"),
+    *("journal.sqlite-wal", "publishing.json", "staging", "staging/model.safetensors"),
+    *("activations.safetensors", "calibration-1.bin", "sha256.txt"),
+)
 
 
 def put(odd: str, file: Path, target: Path) -> None:
@@ -414,14 +421,12 @@ class TestPipesAndLinks:
         assert place.run("merge", place.folder / "recipe", place.out).code == 0
         writer.join()
 
-    @pytest.mark.parametrize("odd", ODD)
     @pytest.mark.parametrize(
-        "name",
-        [
-            *("owner.json", "run.log", "run.json", "lock", "journal.sqlite", "journal.sqlite-journal"),
-            *("journal.sqlite-wal", "publishing.json", "staging", "staging/model.safetensors"),
-            *("activations.safetensors", "calibration-1.bin", "sha256.txt"),
-        ],
+        ("name", "odd"),
+        others_long(
+            itertools.product(PRIVATE_FILES, ODD),
+            [("owner.json", "link"), ("journal.sqlite-wal", "pipe"), ("staging", "link"), ("lock", "pipe")],
+        ),
     )
     def test_in_the_private_folder_nothing_is_written_or_read_through_them(
         self, place: Place, name: str, odd: str
