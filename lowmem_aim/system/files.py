@@ -63,6 +63,11 @@ def is_folder(path: Path) -> bool:
     return stat.S_ISDIR(_mode(path))
 
 
+def real(path: Path) -> Path:
+    """The path with all links followed, as far as they lead anywhere; Path.resolve fails at links in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def _mode(path: Path) -> int:
     """The mode of what lies there, links followed; 0 for nothing. Path's own questions answer no to any trouble."""
     try:
