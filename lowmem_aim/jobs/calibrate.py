@@ -19,7 +19,7 @@ from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.recipe.recipe import Aim
-from lowmem_aim.system.files import disk_errors, partial_folder, sync_folder
+from lowmem_aim.system.files import disk_errors, partial_folder, real, sync_folder
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import Run, start
 from lowmem_aim.view.feed import Feed, reported
@@ -77,7 +77,7 @@ def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
     if not os.path.isdir(output.absolute().parent):
         raise UsageError(f"there is no folder `{output.absolute().parent}`")
     located = locate(base, run.emit)
-    if located.folder.resolve() in output.resolve().parents:
+    if real(located.folder) in real(output).parents:
         raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
     check_writable(output.absolute().parent)
     check_output(unfinished, [])

@@ -26,7 +26,7 @@ from lowmem_aim.models.stand_in import stand_in
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.survey import survey
 from lowmem_aim.recipe.recipe import Recipe
-from lowmem_aim.system.files import cache_folder, disk_errors
+from lowmem_aim.system.files import cache_folder, disk_errors, real
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import start
 from lowmem_aim.units import shown
@@ -84,7 +84,7 @@ class _Hub:
         return found.located
 
     def stands_in(self, folder: Path) -> bool:
-        return self._scratch is not None and self._scratch.resolve() in folder.resolve().parents
+        return self._scratch is not None and real(self._scratch) in real(folder).parents
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
 from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
-from lowmem_aim.system.files import input_errors, is_folder, open_regular, open_to_read
+from lowmem_aim.system.files import input_errors, is_folder, open_regular, open_to_read, real
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.options import ReadMode
 from lowmem_aim.system.tensors import digest, raw
@@ -73,7 +73,7 @@ class Checkpoint:
         with input_errors(folder):
             if not is_folder(folder):
                 raise ModelError(f"there is no model folder `{printable(str(folder))}`")
-            resolved = folder.resolve()
+            resolved = real(folder)
             check_links(resolved)
             errors: list[LowmemAimError] = []
             with noted(errors):

@@ -16,7 +16,7 @@ from pathlib import Path
 from lowmem_aim.errors import ModelError, NetworkError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
-from lowmem_aim.system.files import input_errors, is_folder
+from lowmem_aim.system.files import input_errors, is_folder, real
 
 # All plain data: pickles and code are never asked for.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
@@ -44,7 +44,7 @@ def local_model(reference: str) -> Located | None:
     folder = Path(os.path.expanduser(reference))
     with input_errors(folder):
         if is_folder(folder):
-            return Located(folder, plain_name(folder.resolve()))
+            return Located(folder, plain_name(real(folder)))
         is_other = os.path.exists(folder)
     if is_other:
         raise ModelError(f"`{shown}` is a file, not a model folder", hint="name the folder that holds config.json")

@@ -14,7 +14,7 @@ from pathlib import Path
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.system.faults import named
-from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, read_file
+from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, read_file, real
 from lowmem_aim.units import shown
 
 PRIVATE = ".lowmem_aim"
@@ -35,7 +35,7 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
     """Raise UsageError if `out` is a file, holds anything, or lies in an input folder; DiskError if unreadable."""
     shown = printable(str(out))
     with disk_errors(out):
-        place = out.resolve()
+        place = real(out)
         if os.path.lexists(out) and not is_folder(out):
             raise UsageError(f"the output `{shown}` is a file", hint="name a new folder")
         if any(place == folder or folder in place.parents for folder in inputs):

@@ -162,8 +162,10 @@ def _take_back(out: Path) -> None:
             with disk_errors(out / name):
                 os.replace(out / name, staging / name)
         for folder in (staging, staging.parent, out):
-            sync_folder(folder)  # before the list goes: a power loss must not lose a rename and keep that
-        (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
+            with disk_errors(folder):
+                sync_folder(folder)  # before the list goes: a power loss must not lose a rename and keep that
+        with disk_errors(out / PRIVATE / PUBLISHING):
+            (out / PRIVATE / PUBLISHING).unlink(missing_ok=True)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -43,7 +43,12 @@ def input_errors(path: Path, kind: type[LowmemAimError] = ModelError) -> Iterato
     try:
         yield
     except OSError as error:
-        raise kind(f"{named(file_of(error, path))} cannot be read: {cause(error)}", advice(error)) from error
+        raise unreadable(error, path, kind) from error
+
+
+def unreadable(error: OSError, path: Path, kind: type[LowmemAimError] = ModelError) -> LowmemAimError:
+    """An error of a `kind` that names the file which the system would not give, or `path` if it says none."""
+    return kind(f"{named(file_of(error, path))} cannot be read: {cause(error)}", advice(error))
 
 
 # --- opened -----------------------------------------------------------------------------------------------------------
@@ -57,6 +62,11 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Whether there is a folder, links followed. Raises OSError if that cannot be found out."""
     return stat.S_ISDIR(_mode(path))
+
+
+def real(path: Path) -> Path:
+    """The path with all links followed, as far as they lead anywhere; Path.resolve fails at links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _mode(path: Path) -> int:

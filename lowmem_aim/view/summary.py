@@ -17,7 +17,7 @@ from lowmem_aim.errors import DiskError, printable
 from lowmem_aim.events import RunEnded, Sampled
 from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, outputs_in
 from lowmem_aim.output.heatmap import block_of, inside, shares_by
-from lowmem_aim.system.files import write_file
+from lowmem_aim.system.files import real, write_file
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view.progress import STAGES, Progress, seen
 from lowmem_aim.view.record import runs_in
@@ -128,7 +128,7 @@ def _kept(run: Progress) -> Iterator[str]:
 def next_commands(made: Path) -> Iterator[str]:
     """Lines with commands for a merged model: evaluate, convert, upload. With several outputs, for the first."""
     out, *others = outputs_in(made)
-    folder, name = quoted(out), quoted(Path(out.resolve().name), inside=True)
+    folder, name = quoted(out), quoted(Path(real(out).name), inside=True)
     yield f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
     yield f"  evaluate  lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"
     yield f"  convert   python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"

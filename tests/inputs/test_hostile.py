@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import pickle
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import torch
 import yaml
 from cards import assert_card, assert_plain
 from conftest import Place
+from long_cases import others_long
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -368,6 +374,116 @@ class TestTokenizer:
         done = place.merge("--omega", "0.4", "--calibration", texts, "--tokenizer-source", "base")
         assert done.code == 0, done.err
         assert (place.out / "chat_template.jinja").read_bytes() == bomb
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """The test does not wait for a pipe for ever."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("it waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+ODD = ("link", "pipe")
+PRIVATE_FILES = (
+    *("owner.json", "run.log", "run.json", "lock", "journal.sqlite", "journal.sqlite-journal"),
+    *("journal.sqlite-wal", "publishing.json", "staging", "staging/model.safetensors"),
+    *("activations.safetensors", "calibration-1.bin", "sha256.txt"),
+)
+
+
+def put(odd: str, file: Path, target: Path) -> None:
+    """A link to `target`, or a pipe that nobody writes to, in place of a file."""
+    file.unlink(missing_ok=True)
+    file.symlink_to(target) if odd == "link" else os.mkfifo(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.usefixtures("in_time")
+class TestPipesAndLinks:
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "x.jinja"])
+    def test_a_pipe_in_a_model_folder_is_refused(self, place: Place, name: str) -> None:
+        put("pipe", place.folder / "base" / name, place.folder)
+        place.refused(place.merge("--tokenizer-source", "base"), 3, f"base/{name}` cannot be read: it is no regular")
+
+    @pytest.mark.parametrize("name", ["texts.jsonl", "activations.safetensors"])
+    def test_a_pipe_as_calibration_is_refused(self, place: Place, name: str) -> None:
+        put("pipe", place.folder / name, place.folder)
+        done = place.merge("--omega", "0.4", "--calibration", place.folder / name)
+        place.refused(done, 3, f"{name}` cannot be read: it is no regular file")
+
+    def test_a_pipe_as_recipe_is_read(self, place: Place) -> None:
+        """As `<(...)` in a shell makes it."""
+        put("pipe", place.folder / "recipe", place.folder)
+        text = TestRecipe.GOOD.format(place.folder)
+        writer = threading.Thread(target=(place.folder / "recipe").write_text, args=(text,))
+        writer.start()
+        assert place.run("merge", place.folder / "recipe", place.out).code == 0
+        writer.join()
+
+    @pytest.mark.parametrize(
+        ("name", "odd"),
+        others_long(
+            itertools.product(PRIVATE_FILES, ODD),
+            [("owner.json", "link"), ("journal.sqlite-wal", "pipe"), ("staging", "link"), ("lock", "pipe")],
+        ),
+    )
+    def test_in_the_private_folder_nothing_is_written_or_read_through_them(
+        self, place: Place, name: str, odd: str
+    ) -> None:
+        victim = place.folder / "victim"
+        victim.write_text("precious")
+        file = place.out / ".lowmem_aim" / name
+        file.parent.mkdir(parents=True)
+        put(odd, file, victim)
+        recipe = place.folder / "recipe.yml"
+        recipe.write_text(TestRecipe.GOOD.format(place.folder))
+        for words in (("plan", recipe, place.out, "--no-measure"), ("merge", recipe, place.out), ("status", place.out)):
+            done = place.run(*words)
+            assert done.code == 4, (words, done)
+            assert f"`{file}` is a link, a pipe or a device" in done.err
+        assert place.run("merge", recipe, place.out, "--fresh").code == 4
+        assert victim.read_text() == "precious"
+        assert os.path.lexists(file)
+
+    def test_the_private_folder_itself_is_no_link(self, place: Place) -> None:
+        (place.folder / "elsewhere").mkdir()
+        place.out.mkdir()
+        (place.out / ".lowmem_aim").symlink_to(place.folder / "elsewhere")
+        done = place.merge()
+        assert done.code == 4
+        assert f"`{place.out / '.lowmem_aim'}` is a link" in done.err
+        assert list((place.folder / "elsewhere").iterdir()) == []
+
+    def test_links_that_appear_after_the_check_are_not_followed_either(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        victim, private = place.folder / "victim", place.out / ".lowmem_aim"
+        victim.write_text("precious")
+        private.mkdir(parents=True)
+        for name in ("owner.json", "run.log"):
+            (private / name).symlink_to(victim)
+        for module in ("folder", "workspace"):
+            monkeypatch.setattr(f"lowmem_aim.output.{module}.check_private", lambda out: None)
+        monkeypatch.setattr("lowmem_aim.jobs.preparation.check_private", lambda out: None)
+        assert place.merge().code == 0
+        assert victim.read_text() == "precious"
+
+    @pytest.mark.parametrize("odd", ODD)
+    def test_replay_and_verify_end(self, place: Place, odd: str) -> None:
+        assert place.merge().code == 0
+        put(odd, place.out / ".lowmem_aim" / "run.log", Path("/dev/zero"))
+        assert "holds no recorded run" in place.run("replay", place.out).err
+        put("pipe", place.out / "model.safetensors", place.folder)
+        assert place.run("verify", place.out).code == 8
+        put("pipe", place.out / ".lowmem_aim" / "sha256.txt", place.folder)
+        assert place.run("verify", place.out).code in (2, 8)
 
 
 class TestFlags:
