@@ -22,6 +22,7 @@ from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.known_files import IN_MODULES, LEGAL, MODULES, NOT_MISSED, READ_BY_LOADERS, VOCABULARIES, fits
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
+from lowmem_aim.system.files import input_errors
 from lowmem_aim.units import shown
 
 LARGEST_FILE = 64_000_000  # bytes; the largest tokenizers have some 40 MB
@@ -38,6 +39,11 @@ def copied_files(reference: Checkpoint, emit: Emit = silent) -> dict[str, bytes]
 
     Raises ModelError with every file that is not what its name says: no JSON, or a Git LFS pointer.
     """
+    with input_errors(reference.folder):
+        return _copied(reference, emit)
+
+
+def _copied(reference: Checkpoint, emit: Emit) -> dict[str, bytes]:
     root, taken = reference.folder, _Taken(reference, emit)
     taken.take_all(root, (*READ_BY_LOADERS, *LEGAL))
     folders = {CHAT_TEMPLATES: ("*.jinja",), **dict.fromkeys(taken.modules(), IN_MODULES)}
