@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from lowmem_aim.cli.usage import Choice
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.recipe.words import NORMALISATIONS
 from lowmem_aim.system import interrupts
+from lowmem_aim.system.address_space import check_address_space
 
 if TYPE_CHECKING:
     from lowmem_aim.events import Event
@@ -38,10 +40,16 @@ if TYPE_CHECKING:
     from lowmem_aim.view.dashboard import Style
 
 
+LOAD_TORCH = ("merge", "plan", "relax", "calibrate", "verify", "demo")
+
+
 @click.group(cls=usage.Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(lowmem_aim.__version__, prog_name=usage.PROGRAM)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Activation-informed merging (AIM) of large language models, streamed from disk in little memory."""
+    if context.invoked_subcommand in LOAD_TORCH and not set(sys.argv) & {"-h", "--help"}:
+        check_address_space()
 
 
 def _refuse_if_running(out: Path) -> None:

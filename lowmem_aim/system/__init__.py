@@ -7,6 +7,7 @@ tensors.py        tensors as bytes, and memory for large ones outside the heap
 tensor_store.py   tensors between two uses: on the device, in RAM or in a file
 run.py            a running job: its options, device, memory budget and events
 files.py          files: opened only if regular, written whole or not at all
+address_space.py  the limit of a process's address space
 faults.py         system calls that failed, told to the user
 lock.py           the lock of an output folder
 interrupts.py     signals: end, pause, report progress

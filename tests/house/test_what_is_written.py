@@ -152,6 +152,21 @@ def test_a_user_without_home_cache_or_temporary_folder(place: Place, settings: d
     assert digests(place.folder / "again") == want
 
 
+@pytest.mark.parametrize("command", ["merge", "plan", "verify"])
+def test_little_address_space_is_told_before_the_libraries_abort(place: Place, command: str) -> None:
+    resource = pytest.importorskip("resource")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))
+
+    models = ["--method", "linear", "--expert", place.folder / "math"] * (command != "verify")
+    words = [*COMMAND, command, place.out, *models]
+    done = subprocess.run([*map(str, words)], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "error: the address space is limited to 400.0 MB (`ulimit -v`)" in done.stderr
+    assert "hint: `ulimit -v 1500000`" in done.stderr
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("descriptors", [10, 14, 20, 30])
 def test_few_descriptors_end_in_the_same_bytes_or_with_the_cause(place: Place, descriptors: int) -> None:
