@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_aim.blocks.calls import Call
 from lowmem_aim.blocks.forwards import Broken, RecordingForward
-from lowmem_aim.blocks.runner import BlockRunner, Call
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.tensor_store import Stored
 

@@ -20,8 +20,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from lowmem_aim.blocks.calls import Call
 from lowmem_aim.blocks.observer import Tally
-from lowmem_aim.blocks.runner import BlockRunner, Call
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal

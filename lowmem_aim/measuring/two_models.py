@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_aim.blocks.calls import Call, hidden_of
 from lowmem_aim.blocks.forwards import Broken, SuspendedForward, TailForward
 from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_calls
-from lowmem_aim.blocks.runner import BlockRunner, Call, hidden_of
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
 from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
