@@ -6,7 +6,7 @@ Embeddings stay in the checkpoint. What is outside the decoder (a vision tower) 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,26 +14,11 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem_aim.blocks.embeddings import EmbeddingRows
 from lowmem_aim.blocks.observer import Watch
 from lowmem_aim.blocks.offload import Weights
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.meta_model import MetaModel, embeddings_of
-
-
-class EmbeddingRows(Tensor):
-    """Takes the place of an embedding's weight: looking tokens up reads only their rows from the checkpoint."""
-
-    fetch: Callable[[Tensor], Tensor]
-    place: torch.device
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.embedding and len(args) >= 2 and isinstance(args[1], cls):
-            return args[1].fetch(args[0])
-        if func == Tensor.device.__get__ and isinstance(args[0], cls):
-            return args[0].place  # models move their inputs to where the embedding is
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
 
 
 class Beside:
@@ -75,30 +60,27 @@ class Beside:
                 module._parameters["weight"] = self._rows(source, weight)  # type: ignore[assignment]
 
     def _rows(self, source: str, weight: Tensor) -> EmbeddingRows:
-        table = torch.empty_like(weight, device="meta").as_subclass(EmbeddingRows)
-        table.place = self.device
-
         def fetch(ids: Tensor) -> Tensor:
             used, places = torch.unique(ids, return_inverse=True)  # sorted: the file is read forward
-            if int(used[-1]) >= weight.shape[0]:
+            if used.numel() and int(used[-1]) >= weight.shape[0]:
                 raise ModelError(
                     f"calibration: id {int(used[-1])} is beyond the {weight.shape[0]} rows of `{printable(source)}`",
                     hint="does the tokenizer belong to this model, and is the block size within its context?",
                 )
-            rows = torch.cat([self.weights.base.rows(source, row, row + 1) for row in used.tolist()])
-            return F.embedding(places, rows.to(self.device, weight.dtype))
+            rows = [self.weights.base.rows(source, start, stop) for start, stop in _runs(used.tolist())]
+            table = torch.cat(rows) if rows else torch.empty(0, weight.shape[1])
+            return F.embedding(places, table.to(self.device, weight.dtype))
 
-        table.fetch = fetch
-        return table
+        return EmbeddingRows.like(weight, fetch, self.device)
 
     def _place_rest(self, undo: contextlib.ExitStack) -> None:
         """Load what lies beside the blocks; what is outside the decoder (a vision tower) is loaded only when called."""
-        decoder = self.blocks[0][0].rsplit(".", 2)[0]
+        decoder = self.meta_model.decoder
         rest = list(self._beside_blocks())
         for path, module in rest:
             for name, value in module._parameters.items():
                 undo.callback(module._parameters.__setitem__, name, value)
-            if f"{path}.".startswith(f"{decoder}.") or f"{decoder}.".startswith(f"{path}.") or not path:
+            if not decoder or f"{path}.".startswith(f"{decoder}.") or f"{decoder}.".startswith(f"{path}.") or not path:
                 self._load_all(module, path)
             else:
                 undo.callback(module.register_forward_pre_hook(self._lazily(path)).remove)
@@ -129,6 +111,15 @@ class Beside:
     def _load(self, module: nn.Module, parameter: str) -> None:
         name = parameter.rpartition(".")[2]
         set_module_tensor_to_device(module, name, self.device, value=self.weights[parameter])
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) for each run of consecutive numbers among sorted ones."""
+    begin = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[begin], rows[i - 1] + 1
+            begin = i
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

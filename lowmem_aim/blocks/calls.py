@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lowmem_aim.errors import LowmemAimError, printable
+from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.tensor_store import Stored, TensorStore
+
+
+class ForwardFailed(Exception):
+    """The model's own code raised while it ran; the cause is what it raised, the text says what that was."""
+
+
+@contextlib.contextmanager
+def model_code() -> Iterator[None]:
+    """Raise ForwardFailed for what a model's code raises within this block.
+
+    Errors of this project, weights that are not loaded and allocations that fail pass unchanged.
+    """
+    try:
+        yield
+    except (LowmemAimError, ForwardFailed, OSError):
+        raise
+    except Exception as error:
+        if is_allocation_failure(error) or type(error).__module__.startswith("lowmem_aim."):  # Broken, ReadWhileAbsent
+            raise
+        said = (str(error).strip() or "no message").splitlines()[0]
+        raise ForwardFailed(f"{type(error).__name__}: {printable(said)}") from error
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether the code of this project raised `error`, not the model's or a library's."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).startswith("lowmem_aim.")
 
 
 class Forward:

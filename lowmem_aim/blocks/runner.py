@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_aim.blocks.beside import Beside
-from lowmem_aim.blocks.calls import Call, Forward
+from lowmem_aim.blocks.calls import Call, Forward, model_code
 from lowmem_aim.blocks.observer import Watch
 from lowmem_aim.blocks.offload import ReadWhileAbsent, Source, Weights
 from lowmem_aim.blocks.shares import BOUNDLESS, SMALLEST_PAGED, Shares, owners, paged, size_of
@@ -60,12 +60,18 @@ class BlockRunner:
         self._stay: set[str] = set()  # modules whose weights are read without calling them
         self._short = False  # an allocation has failed
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
+        inside = {id(part) for _, block in self.blocks for part in block.modules()}
+        self._beside = [(path, part) for path, part in self.model.named_modules() if id(part) not in inside]
         self._current = threading.local()  # suspended forwards run in threads of their own
 
     def forward(self, tokens: Tensor, forward: Forward) -> None:
-        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head."""
+        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head.
+
+        Raises ForwardFailed for what the model's code raises; so does `run_block`.
+        """
         self._current.now = forward
-        self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        with model_code(), self.watch.experts(self._beside):
+            self.model(input_ids=tokens[None].to(self.device), use_cache=False)
         trim()  # else tensors kept from many forwards end up between the holes that those forwards leave
 
     def run_block(self, index: int, call: Call) -> Any:
@@ -79,7 +85,8 @@ class BlockRunner:
             trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
         begun = time.perf_counter()
         try:
-            output = self._forwards[index](*call.args, **call.kwargs)
+            with model_code():
+                output = self._forwards[index](*call.args, **call.kwargs)
         except BaseException:
             self.watch.discard()
             raise

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import xxhash
 from torch import Tensor
 
+from lowmem_aim.blocks.observer import scaled_weights
 from lowmem_aim.blocks.runner import BlockRunner
+from lowmem_aim.errors import printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.tensors import dtype_name
 
 
 def gathered(runner: BlockRunner, sequences: Sequence[Tensor], emit: Emit) -> Activations:
-    """Return what was counted, under the checkpoint's names; emit notices of what was not seen."""
-    means, unreached, lost = _by_checkpoint_name(runner)
-    _tell(unreached, lost, emit)
+    """Return what was counted, under the checkpoint's names; emit a notice of experts that no token reached."""
+    sums = _sums_by_name(runner)
+    # A module that is never called is an expert that no token reaches, or one that text does not need: Jamba's
+    # `dt_proj` is used without being called, BART's cross-attention has no encoder here, a vision tower no picture.
+    sums = {name: one for name, one in sums.items() if one.calls.any() or _is_expert(name)}
+    means = {name: one.mean() for name, one in sums.items()}
+    unreached = {name: missing for name, one in sums.items() if (missing := one.unreached())}
+    if unreached:
+        what = f"no token of the calibration text reaches {sum(unreached.values())} weights of experts"
+        emit(Notice(f"{what}; they stay as merged (more text reaches more experts)", "warning"))
     return Activations(
         means=means,
         tied=runner.meta_model.tied,
@@ -29,39 +40,83 @@ def gathered(runner: BlockRunner, sequences: Sequence[Tensor], emit: Emit) -> Ac
     )
 
 
-def _by_checkpoint_name(runner: BlockRunner) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """(statistics, experts that no token reached, parameters whose statistic has no place in the checkpoint)."""
-    weights, tallies = runner.meta_model.weights, runner.watch.tallies
-    means: dict[str, Tensor] = {}
-    unreached: dict[str, int] = {}
-    lost = runner.watch.stacks - tallies.keys()
-    blocks = tuple(f"{path}." for path, _ in runner.blocks)
-    for parameter, tally in tallies.items():
-        if parameter == f"{runner.meta_model.head}.weight":
+@dataclass
+class _Sum:
+    """The means that were counted for one tensor of the checkpoint, in the shape of its statistic."""
+
+    total: Tensor
+    calls: Tensor
+
+    def add(self, total: Tensor, calls: Tensor) -> None:
+        """Add what another module has counted that shares the tensor: each call counts alike."""
+        self.total, self.calls = self.total + total, self.calls + calls
+
+    def mean(self) -> Tensor:
+        """The mean over all calls, float32; zero without a call."""
+        return (self.total / self.calls.clamp(min=1)).float()  # divided in float64, and rounded once
+
+    def unreached(self) -> int:
+        """The number of experts without a call; 1 for a single weight without one."""
+        missing = self.calls == 0
+        return int(missing.flatten(1).any(1).sum()) if missing.dim() == 3 else int(missing.any())
+
+
+def _sums_by_name(runner: BlockRunner) -> dict[str, _Sum]:
+    """Checkpoint name -> what was counted for it, by whichever modules use it (Zamba's blocks share theirs)."""
+    meta_model = runner.meta_model
+    sums: dict[str, _Sum] = {}
+    for parameter, tally in runner.watch.tallies.items():
+        if parameter != f"{meta_model.head}.weight":
+            totals = meta_model.weights.scatter(parameter, tally.sums())
+            calls = dict(meta_model.weights.scatter(parameter, tally.counts()))
+        elif meta_model.has_head:
             # By its own name: a tied head may be absent from the file, or stand there twice.
-            means[weights.name(parameter)] = tally.statistic()
-        # Outside the blocks, a module that is never called (of a vision tower) is not one that text fails to reach.
-        elif any(tally.calls) or parameter.startswith(blocks):
-            found = dict(weights.scatter(parameter, tally.statistic()))
-            means |= found
-            lost |= set() if found else {parameter}
-            flags = weights.scatter(parameter, tally.unreached())
-            unreached |= {name: count for name, flag in flags if (count := _experts_in(flag))}
-    return means, unreached, sorted(lost)
+            name = meta_model.weights.name(parameter)
+            totals, calls = iter([(name, tally.sums())]), {name: tally.counts()}
+        else:
+            continue
+        for name, total in totals:
+            if name in sums:
+                sums[name].add(total, calls[name])
+            else:
+                sums[name] = _Sum(total, calls[name])
+    return sums
 
 
-def _experts_in(flag: Tensor) -> int:
-    """Number of experts of a tensor that no token reached; `flag` is (experts, ...), or of a single expert."""
-    return int(flag.flatten(1).any(1).sum()) if flag.dim() == 3 else int(flag.any())
+def _is_expert(name: str) -> bool:
+    return "expert" in name
 
 
-def _tell(unreached: dict[str, int], lost: list[str], emit: Emit) -> None:
-    if unreached:
-        what = f"no token of the calibration text was seen at {sum(unreached.values())} weights, most likely experts"
-        emit(Notice(f"{what} that it does not reach; they stay as merged (more text reaches more experts)", "warning"))
-    if lost:
-        what = f"the inputs of {len(lost)} weights such as `{lost[0]}` cannot be seen or matched to the checkpoint"
-        emit(Notice(f"calibration: {what}; they stay as merged", "warning"))
+def unseen(meta_model: MetaModel, means: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of the checkpoint that AIM would relax if their inputs had been seen, and leaves as merged."""
+    heads = meta_model.weights.sources(f"{meta_model.head}.weight")  # a tied one is its embedding in the file
+    return sorted(scaled_weights(meta_model) - means.keys() - set(heads))
+
+
+def tell_unseen(meta_model: MetaModel, means: Mapping[str, Tensor], emit: Emit) -> None:
+    """Emit a notice of the weights that AIM leaves as merged, with their number, if there are any."""
+    names = unseen(meta_model, means)
+    if names:
+        emit(Notice(left_as_merged(names, "their inputs are not seen when the model reads text"), "warning"))
+
+
+def outside_decoder(meta_model: MetaModel) -> list[str]:
+    """Tensors that AIM would relax but for their place: text reaches no vision tower, and no reward model's score."""
+    weights, inside = meta_model.weights, f"{meta_model.decoder}."
+    base = f"{meta_model.model.base_model_prefix}."
+    reached = {
+        name
+        for parameter, _ in meta_model.model.named_parameters(remove_duplicate=False)
+        # What is beside the base model (a head and its transformation) is called after it.
+        if inside == "." or parameter.startswith(inside) or not parameter.startswith(base)
+        for name in weights.sources(parameter)
+    }
+    return sorted(scaled_weights(meta_model) - reached)
+
+
+def left_as_merged(names: Sequence[str], why: str) -> str:
+    """A sentence about tensors that AIM does not relax, with their number."""
+    return f"AIM leaves {len(names)} weight(s) such as `{printable(names[0])}` as merged: {why}"
 
 
 def _tokens_digest(sequences: Sequence[Tensor]) -> str:

@@ -80,9 +80,7 @@ def needs_of(meta_model: MetaModel, sequences: Sequence[Sized], beside: int = 0)
 
     Raises ModelError for a model without a list of blocks.
     """
-    if not meta_model.blocks:
-        label = printable(meta_model.weights.checkpoint.label)
-        raise ModelError(f"`{label}` is not built of a list of blocks: it cannot be calibrated")
+    meta_model.require_blocks()
     needs = Needs.of(meta_model, sequences)
     return replace(needs, beside=needs.beside + beside)
 

@@ -107,7 +107,6 @@ class Snapshots:
             states=states,
             outputs=outputs,
             tallies=sums,
-            stacks=sorted(runner.watch.stacks),
             weights=runner.weights.digests,
             digest=out.digest(),
         )
@@ -137,7 +136,7 @@ class Snapshots:
                 for name, stored, calls, shape in last.tallies  # in the file's order
             }
         so_far.outputs[:] = [in_store(output, runner) for output in outputs]
-        runner.watch.tallies, runner.watch.stacks = tallies, set(last.stacks)
+        runner.watch.tallies = tallies
         runner.weights.digests.update(last.weights)
 
     def forget(self) -> None:

@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_aim.blocks.calls import Call, hidden_of
+from lowmem_aim.blocks.calls import Call, ForwardFailed, hidden_of, raised_here
 from lowmem_aim.blocks.forwards import Broken, PagedForward, SuspendedForward, TailForward
 from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_calls
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import Needs
-from lowmem_aim.errors import MemoryBudgetError
+from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Advanced, Emit, Notice, Worked
 from lowmem_aim.measuring.snapshots import BlockProgress, Snapshots, in_store
 from lowmem_aim.system.tensor_store import Stored
@@ -78,8 +78,10 @@ def run_blocks(
                 way(runner, sequences, progress)
             runner.watch.check("")
             break
-        except Broken as reason:
-            progress.emit(Notice(f"calibration: {reason}; {instead}", "warning"))
+        except (Broken, ForwardFailed) as reason:
+            if way is _paged:  # an ordinary forward, but for weights that come and go
+                raise _refused(runner, reason) from reason
+            progress.emit(Notice(f"calibration: {_told(reason)}; {instead}", "warning"))
             if snapshots:
                 snapshots.forget()  # of a way that does not work
         except MemoryBudgetError as reason:
@@ -88,6 +90,22 @@ def run_blocks(
             progress.emit(Notice(f"{reason}; {instead}", "warning"))
         runner = open_runner()  # with empty tallies: nothing that the failed way has counted may stay
     return runner
+
+
+def _told(reason: Broken | ForwardFailed) -> str:
+    return str(reason) if isinstance(reason, Broken) else f"this model's forward cannot be run in parts ({reason})"
+
+
+def _refused(runner: BlockRunner, reason: Exception) -> Exception:
+    """The error for a model whose own forward fails; what a mistake of this project raised stays what it is."""
+    cause = reason.__cause__
+    if isinstance(cause, Exception) and raised_here(cause):
+        return cause
+    label = printable(runner.meta_model.weights.checkpoint.label)
+    return ModelError(
+        f"transformers cannot run a forward of `{label}`: {reason}",
+        hint="are config and weights sound, and can this model be run on text alone? without `aim:` it needs no run",
+    )
 
 
 # --- the recorder -----------------------------------------------------------------------------------------------
