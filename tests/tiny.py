@@ -84,13 +84,13 @@ def build(
         torch.manual_seed(seed)
         settings = config(architecture, **changes)
         model = AutoModelForCausalLM.from_config(settings, experts_implementation="eager")
-        _spread(model)
+        spread(model)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer().save_pretrained(folder)
     return folder
 
 
-def _spread(model: torch.nn.Module) -> None:
+def spread(model: torch.nn.Module) -> None:
     """Larger weights than a fresh model's, norms and biases off their 1 and 0: a wrong factor must show."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_aim.blocks.runner import BlockRunner, Call, Forward
+from lowmem_aim.blocks.calls import Call, Forward
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import digest
 

@@ -3,7 +3,8 @@
 The statistic of a weight is the mean over the tokens (and heads: all dimensions but the last) of one call, then over
 calls, in float64. A module is called once a sequence, so this is the mean over sequences; an expert's mean is over the
 sequences that sent the expert a token. Modules are observed through forward hooks, fused experts (one 3-D parameter, no
-`.weight`) through the matrix products in which slices of that parameter take part.
+`.weight`; or the rows of one matrix, as DBRX has them) through the matrix products in which slices of that parameter
+take part.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.errors import ModelError
+from lowmem_aim.models.meta_model import MetaModel
 
 # Numbers that are converted to float64 at a time (8 MiB), however long the sequence is.
 CHUNK_NUMEL = 1 << 20
@@ -59,16 +61,13 @@ class Tally:
         self.total[row] += mean
         self.calls[row] += 1
 
-    def statistic(self) -> Tensor:
-        """Return the mean over calls, float32 on the CPU, in `shape`; zero for a row without a call."""
-        # Divided in float64, and rounded once.
-        calls = torch.tensor(self.calls, dtype=torch.float64).clamp(min=1)[:, None]
-        return (self.total.cpu().double() / calls).float().reshape(self.shape)
+    def sums(self) -> Tensor:
+        """The sums of means, float64 on the CPU, in `shape`."""
+        return self.total.cpu().double().reshape(self.shape)
 
-    def unreached(self) -> Tensor:
-        """Return a bool tensor of the statistic's shape: True where no token arrived."""
-        seen = torch.tensor(self.calls)[:, None] > 0
-        return (~seen).expand(self.total.shape).reshape(self.shape)
+    def counts(self) -> Tensor:
+        """The number of means in each sum, float64 in `shape`."""
+        return torch.tensor(self.calls, dtype=torch.float64)[:, None].expand(self.total.shape).reshape(self.shape)
 
 
 class Watch:
@@ -79,7 +78,6 @@ class Watch:
 
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}  # by parameter name
-        self.stacks: set[str] = set()  # names of all fused experts met, even if no product of theirs was noted
         self._counts = False
         self._seen: list[tuple[Tally, int, Tensor]] = []  # (tally, its row, a mean), not yet counted
 
@@ -133,7 +131,6 @@ class Watch:
     def experts(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
         """Observe the fused experts among `parts`, given as (path, module), in this thread only."""
         stacks = [stack for path, part in parts for stack in _stacks(path, part)]
-        self.stacks |= {name for name, _, _ in stacks}
         with _ExpertProducts(self, stacks) if stacks else contextlib.nullcontext():
             yield
 
@@ -189,14 +186,47 @@ def _is_scaled(part: nn.Module) -> bool:
     return weight is not None and weight.dim() in (1, 2) and not isinstance(part, nn.Embedding)
 
 
-Stack = tuple[str, nn.Module, str]  # a parameter's name, its module, its name there
+def scaled_weights(meta_model: MetaModel) -> set[str]:
+    """Checkpoint names of the weights that AIM scales where their inputs are seen, wherever they are in the model.
+
+    Among them are matrices that a causal language model has no place for, such as a reward model's score.
+    """
+    weights = meta_model.weights
+    parts = list(meta_model.model.named_modules())
+    parameters = [f"{path}.weight" for path, part in parts if _is_scaled(part)]
+    parameters += [stack.name for path, part in parts for stack in _stacks(path, part) if stack.is_linear]
+    found = {name for parameter in parameters for name in weights.sources(parameter)}
+    strange = weights.unused - meta_model.buffers
+    return found | {name for name in strange if len(weights.checkpoint.tensors[name].shape) == 2}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A parameter that may hold the weights of several experts: (experts, a, b), or (experts * a, b)."""
+
+    name: str
+    owner: nn.Module
+    key: str  # the parameter's name there
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether shape or name says that inputs are multiplied with the parameter: a Mamba's `A_log` is no linear."""
+        named = "weight" in self.key or "proj" in self.key
+        return min(self.value.shape[-2:]) > 1 and (self.value.dim() == 3 or named)
+
+    @property
+    def value(self) -> Tensor:
+        """The parameter as it is now: weights come and go."""
+        return self.owner.get_parameter(self.key)
 
 
 def _stacks(path: str, part: nn.Module) -> Iterator[Stack]:
-    """Yield a Stack for each 3-D parameter (experts, a, b) of a module."""
-    for name, value in part._parameters.items():
-        if value is not None and value.dim() == 3 and not isinstance(part, nn.Conv1d):
-            yield f"{path}.{name}", part, name
+    """Yield a Stack for each parameter of a module that can hold experts, or one matrix under another name."""
+    for key, value in part._parameters.items():
+        is_stack = value is not None and value.dim() == 3 and not isinstance(part, nn.Conv1d)
+        is_matrix = value is not None and value.dim() == 2 and key != "weight"
+        if is_stack or is_matrix:
+            yield Stack(f"{path}.{key}", part, key)
 
 
 class _ExpertProducts(TorchFunctionMode):
@@ -213,40 +243,41 @@ class _ExpertProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _look(self, x: Any, weight: Any, *, linear: bool) -> None:
-        if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or not x.numel():
             return
-        found = self._stack_of(weight) if weight.dim() in (2, 3) else None
-        if found is None:
+        stack = self._stack_of(weight) if weight.dim() in (2, 3) else None
+        if stack is None:
             return
-        name, stack = found
-        # Which of the stack's two inner dimensions runs over the input channels: the one with the same stride.
-        channel = -1 if linear else -2
-        axis = 2 if weight.stride(channel) == stack.stride(2) and weight.shape[channel] == stack.shape[2] else 1
-        tally = self._tally(name, stack, axis)
+        value = stack.value
+        # Which dimension of a matrix of the stack runs over the input channels: the one with the same stride.
+        channel, other = (-1, -2) if linear else (-2, -1)
+        channels, outputs = weight.shape[channel], weight.shape[other]
+        last = weight.stride(channel) == value.stride(-1) and channels == value.shape[-1]
+        rows = (outputs if last else channels) if value.dim() == 2 else value.shape[1]  # of one expert's matrix
+        tally = self._tally(stack.name, value, rows, last=last)
         if weight.dim() == 3:
             self._note_all(tally, x)
-        elif x.numel():
-            offset = (weight.data_ptr() - stack.data_ptr()) // stack.element_size()
-            self.watch.note(tally, offset // stack.stride(0), mean_abs(x))
+        else:
+            offset = (weight.data_ptr() - value.data_ptr()) // value.element_size()
+            self.watch.note(tally, offset // (rows * value.shape[-1]), mean_abs(x))
 
-    def _stack_of(self, weight: Tensor) -> tuple[str, Tensor] | None:
-        """Find the stack that a weight is a slice of: a slice is a view and shares its stack's storage.
-
-        The storage is looked up anew each time, since weights come and go.
-        """
+    def _stack_of(self, weight: Tensor) -> Stack | None:
+        """Find the stack that a weight is a slice of: a slice is a view and shares its stack's storage."""
         pointer = weight.untyped_storage().data_ptr()
-        for name, owner, key in self.stacks:
-            value = owner.get_parameter(key)
-            if not value.is_meta and value.untyped_storage().data_ptr() == pointer:
-                return name, value
+        for stack in self.stacks:
+            if not stack.value.is_meta and stack.value.untyped_storage().data_ptr() == pointer:
+                return stack
         return None
 
-    def _tally(self, name: str, stack: Tensor, axis: int) -> Tally:
+    def _tally(self, name: str, value: Tensor, rows: int, *, last: bool) -> Tally:
         tally = self.watch.tallies.get(name)
         if tally is None:
-            experts, channels = stack.shape[0], stack.shape[axis]
-            total = torch.zeros(experts, channels, dtype=_wide(stack.device), device=stack.device)
-            shape = (experts, 1, channels) if axis == 2 else (experts, channels, 1)
+            columns = value.shape[-1]
+            experts, channels = value.numel() // (rows * columns), columns if last else rows
+            total = torch.zeros(experts, channels, dtype=_wide(value.device), device=value.device)
+            shape: tuple[int, ...] = (experts, 1, channels) if last else (experts, channels, 1)
+            # A matrix that is used as a whole has a linear's statistic.
+            shape = shape[1:] if value.dim() == 2 and experts == 1 else shape
             tally = self.watch.tallies[name] = Tally(total, [0] * experts, shape)
         return tally
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_aim.blocks.calls import Call, ForwardFailed
 from lowmem_aim.blocks.forwards import Broken, RecordingForward
-from lowmem_aim.blocks.runner import BlockRunner, Call
-from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.system.tensor_store import Stored
 
 # Long enough for attention to have something to work on, short enough to cost next to nothing.
@@ -34,10 +34,8 @@ def recorded_calls(
     try:
         with runner.watch.counting(counted):
             runner.forward(tokens, forward)
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        if is_allocation_failure(error):
-            raise
-        raise Broken(f"this model's blocks cannot be left out ({type(error).__name__})") from error
+    except ForwardFailed as error:
+        raise Broken(f"this model's blocks cannot be left out ({error})") from error
     if forward.state is None or len(forward.calls) != len(runner.blocks):
         raise Broken("this model does not call its blocks once each, in order")
     return forward.calls, runner.store.put(forward.state)

@@ -1,9 +1,8 @@
 """A model made runnable, its blocks and its output head left to whoever runs a forward.
 
-What lies outside the blocks is loaded; embeddings stay in the checkpoint and are read by row. A block's weights are
-loaded and dropped through accelerate's offload hooks, all at once or, where memory is short, module by module. In every
-forward a `Forward` decides what happens at each block and at the head. All changes to the model are undone when the
-set-up ends, also after an exception.
+A block's weights are loaded and dropped through accelerate's offload hooks, all at once or, where memory is short,
+module by module. In every forward a `Forward` decides what happens at each block and at the head. All changes to the
+model are undone when the set-up ends, also after an exception.
 """
 
 from __future__ import annotations
@@ -12,103 +11,26 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lowmem_aim.blocks.beside import Beside
+from lowmem_aim.blocks.calls import Call, Forward, model_code
 from lowmem_aim.blocks.observer import Watch
 from lowmem_aim.blocks.offload import ReadWhileAbsent, Source, Weights
 from lowmem_aim.blocks.shares import BOUNDLESS, SMALLEST_PAGED, Shares, owners, paged, size_of
-from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
+from lowmem_aim.errors import MemoryBudgetError, printable
 from lowmem_aim.events import Emit, Notice, Worked, silent
-from lowmem_aim.models.meta_model import MetaModel, embeddings_of
+from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.system.memory import Budget, is_allocation_failure, trim
-from lowmem_aim.system.tensor_store import Stored, TensorStore
+from lowmem_aim.system.tensor_store import TensorStore
 from lowmem_aim.units import shown
 
 R = TypeVar("R")
 SHORTER = "shorter sequences (`--block-size`) take less; close other programs, or use `--device cpu`"
-
-
-class Forward:
-    """Decides what happens at each block and at the output head of a forward."""
-
-    def block(self, index: int, call: Call) -> Any:
-        """Return the output of block `index` for this call."""
-        raise NotImplementedError
-
-    def head(self, x: Tensor) -> None:
-        """Take what the output head is given: `x`, (1, tokens, hidden)."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a block. The hidden state is the first, by position or by keyword."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """The keyword of the hidden state, in a call without positional arguments."""
-        return next(iter(self.kwargs)) if "hidden_states" not in self.kwargs else "hidden_states"
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden state, in most models (1, tokens, hidden)."""
-        state: Tensor = self.args[0] if self.args else self.kwargs[self.key]
-        return state
-
-    def having(self, hidden: Tensor | None) -> Call:
-        """Copy the call with `hidden` as its hidden state."""
-        if self.args:
-            return Call((hidden, *self.args[1:]), self.kwargs)
-        return Call((), {**self.kwargs, self.key: hidden})
-
-    def mapped(self, change: Callable[[Any], Any]) -> Call:
-        """Copy the call with `change` applied to each argument, and to each part of an argument that is a tuple."""
-
-        def changed(value: Any) -> Any:
-            return tuple(map(changed, value)) if type(value) is tuple else change(value)
-
-        return Call(tuple(map(changed, self.args)), {key: changed(value) for key, value in self.kwargs.items()})
-
-    def slots(self) -> list[Stored]:
-        """The places of the call's tensors in the store, if they were put there."""
-        found: list[Stored] = []
-        self.mapped(lambda value: found.append(value) if isinstance(value, Stored) else None)
-        return found
-
-    def from_store(self, store: TensorStore) -> Call:
-        """Copy the call with the tensors themselves instead of their places in the store. Raises DiskError."""
-        return self.mapped(lambda value: store.get(value) if isinstance(value, Stored) else value)
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a block's output: the output itself, or the first item of a tuple or list."""
-    state: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return state
-
-
-class EmbeddingRows(Tensor):
-    """Takes the place of an embedding's weight: looking tokens up reads only their rows from the checkpoint."""
-
-    fetch: Callable[[Tensor], Tensor]
-    place: torch.device
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.embedding and len(args) >= 2 and isinstance(args[1], cls):
-            return args[1].fetch(args[0])
-        if func == Tensor.device.__get__ and isinstance(args[0], cls):
-            return args[0].place  # models move their inputs to where the embedding is
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
 
 
 class BlockRunner:
@@ -138,12 +60,18 @@ class BlockRunner:
         self._stay: set[str] = set()  # modules whose weights are read without calling them
         self._short = False  # an allocation has failed
         self._forwards: list[Callable[..., Any]] = []  # the blocks' own
+        inside = {id(part) for _, block in self.blocks for part in block.modules()}
+        self._beside = [(path, part) for path, part in self.model.named_modules() if id(part) not in inside]
         self._current = threading.local()  # suspended forwards run in threads of their own
 
     def forward(self, tokens: Tensor, forward: Forward) -> None:
-        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head."""
+        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head.
+
+        Raises ForwardFailed for what the model's code raises; so does `run_block`.
+        """
         self._current.now = forward
-        self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        with model_code(), self.watch.experts(self._beside):
+            self.model(input_ids=tokens[None].to(self.device), use_cache=False)
         trim()  # else tensors kept from many forwards end up between the holes that those forwards leave
 
     def run_block(self, index: int, call: Call) -> Any:
@@ -157,7 +85,8 @@ class BlockRunner:
             trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
         begun = time.perf_counter()
         try:
-            output = self._forwards[index](*call.args, **call.kwargs)
+            with model_code():
+                output = self._forwards[index](*call.args, **call.kwargs)
         except BaseException:
             self.watch.discard()
             raise
@@ -264,9 +193,7 @@ class BlockRunner:
         """Make the model runnable during this block, and undo every change at its end. Raises ModelError, DiskError."""
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.store)
-            self._place_buffers(undo)
-            self._place_embeddings(undo)
-            self._place_rest(undo)
+            undo.enter_context(Beside(self.meta_model, self.weights, self.watch, self.device).placed())
             for index, (_, block) in enumerate(self.blocks):
                 self._forwards.append(block.forward)
                 _override(undo, block, self._block_stub(index))
@@ -288,89 +215,6 @@ class BlockRunner:
         """Count the output head's input, (1, tokens, hidden), if inputs count now."""
         head = self.model.get_submodule(self.meta_model.head)
         self.watch.count(f"{self.meta_model.head}.weight", head.weight, x)
-
-    def _place_buffers(self, undo: contextlib.ExitStack) -> None:
-        persistent = self.model.state_dict().keys()
-        for name, value in list(self.model.named_buffers()):
-            owner, key = _owner(self.model, name)
-            undo.callback(owner._buffers.__setitem__, key, value)
-            here = self.weights[name] if name in persistent and self.weights.map.sources(name) else value
-            # A copy: some rotary embeddings rewrite theirs for long sequences.
-            owner._buffers[key] = here.to(self.device, value.dtype, copy=True)
-
-    def _place_embeddings(self, undo: contextlib.ExitStack) -> None:
-        inside = self._in_blocks()  # an embedding in a block comes and goes with it
-        for path, module in embeddings_of(self.model):
-            if id(module) in inside:
-                continue
-            weight: Any = module.weight
-            source = self.weights.map.plain(f"{path}.weight")
-            undo.callback(module._parameters.__setitem__, "weight", weight)
-            if source is None:
-                self._load(module, f"{path}.weight")
-            else:
-                module._parameters["weight"] = self._rows(source, weight)  # type: ignore[assignment]
-
-    def _rows(self, source: str, weight: Tensor) -> EmbeddingRows:
-        table = torch.empty_like(weight, device="meta").as_subclass(EmbeddingRows)
-        table.place = self.device
-
-        def fetch(ids: Tensor) -> Tensor:
-            used, places = torch.unique(ids, return_inverse=True)  # sorted: the file is read forward
-            if int(used[-1]) >= weight.shape[0]:
-                raise ModelError(
-                    f"calibration: id {int(used[-1])} is beyond the {weight.shape[0]} rows of `{printable(source)}`",
-                    hint="does the tokenizer belong to this model, and is the block size within its context?",
-                )
-            rows = torch.cat([self.weights.base.rows(source, row, row + 1) for row in used.tolist()])
-            return F.embedding(places, rows.to(self.device, weight.dtype))
-
-        table.fetch = fetch
-        return table
-
-    def _place_rest(self, undo: contextlib.ExitStack) -> None:
-        """Load what lies beside the blocks; what is outside the decoder (a vision tower) is loaded only when called."""
-        decoder = self.blocks[0][0].rsplit(".", 2)[0]
-        rest = list(self._beside_blocks())
-        for path, module in rest:
-            for name, value in module._parameters.items():
-                undo.callback(module._parameters.__setitem__, name, value)
-            if f"{path}.".startswith(f"{decoder}.") or f"{decoder}.".startswith(f"{path}.") or not path:
-                self._load_all(module, path)
-            else:
-                undo.callback(module.register_forward_pre_hook(self._lazily(path)).remove)
-        undo.enter_context(self.watch.on(rest))
-
-    def _beside_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (path, module) of modules with parameters that are in no block, no embedding and not the head."""
-        taken = self._in_blocks() | {id(module) for _, module in embeddings_of(self.model)}
-        for path, module in self.model.named_modules():
-            if module._parameters and id(module) not in taken and path != self.meta_model.head:
-                yield path, module
-
-    def _in_blocks(self) -> set[int]:
-        return {id(part) for _, block in self.blocks for part in block.modules()}
-
-    def _lazily(self, path: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if any(value is not None and value.is_meta for value in module._parameters.values()):
-                self._load_all(module, path)
-
-        return hook
-
-    def _load_all(self, module: nn.Module, path: str) -> None:
-        for name, value in list(module._parameters.items()):
-            if value is not None:
-                self._load(module, f"{path}.{name}" if path else name)
-
-    def _load(self, module: nn.Module, parameter: str) -> None:
-        name = parameter.rpartition(".")[2]
-        set_module_tensor_to_device(module, name, self.device, value=self.weights[parameter])
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
 
 
 def _override(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -162,9 +162,15 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _hidden_bytes(meta_model: MetaModel) -> int:
     """Bytes of one token's hidden state; Gemma 3n has several states side by side."""
-    config: Any = meta_model.model.config.get_text_config()
-    copies = getattr(config, "altup_num_inputs", 1) or 1
-    return int(config.hidden_size) * int(copies) * meta_model.dtype.itemsize
+    width = _setting(meta_model, "hidden_size") or meta_model.model.get_input_embeddings().weight.shape[-1]
+    copies = max(_setting(meta_model, name) or 1 for name in ("altup_num_inputs", "hc_mult"))
+    return int(width) * copies * meta_model.dtype.itemsize
+
+
+def _setting(meta_model: MetaModel, name: str) -> int:
+    """A number of the model's config; 0 if this architecture has none of that name (a Mamba has no heads)."""
+    value = getattr(meta_model.model.config.get_text_config(), name, None)
+    return value if isinstance(value, int) else 0
 
 
 def _read_bytes(meta_model: MetaModel) -> int:
@@ -188,7 +194,7 @@ def _statistics(meta_model: MetaModel) -> int:
 
 def _beside(meta_model: MetaModel) -> int:
     """Bytes of what lies beside blocks and head and is loaded once; embeddings are read by row and do not count."""
-    decoder = meta_model.blocks[0][0].rsplit(".", 2)[0] if meta_model.blocks else ""
+    decoder = meta_model.decoder
     inside = {id(part) for _, block in meta_model.blocks for part in block.modules()}
     return sum(
         size_of(part)
@@ -204,10 +210,10 @@ def _work(meta_model: MetaModel, parts: Sequence[tuple[str, nn.Module]], tokens:
     """Bytes of all that a block's modules take in and give out for one sequence, as if nothing were freed."""
     size = meta_model.dtype.itemsize
     channels = sum(_channels(value) for _, part in parts for value in _own(part))
-    config: Any = meta_model.model.config.get_text_config()
     scores = tokens * tokens * size  # a mask
-    if config._attn_implementation == "eager":
-        scores += int(config.num_attention_heads) * tokens * tokens * (size + 4)
+    config: Any = meta_model.model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) == "eager":
+        scores += _setting(meta_model, "num_attention_heads") * tokens * tokens * (size + 4)
     statistics = 2 * min(CHUNK_NUMEL, tokens * channels) * 8
     return tokens * channels * size + scores + statistics
 

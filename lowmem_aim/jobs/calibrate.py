@@ -60,7 +60,9 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
             threads, budget = torch.get_num_threads(), run.budget
             run.emit(Planned("activations", ("calibrate",), str(run.device), threads, budget.ram, budget.vram))
             made = space.private / ACTIVATIONS
-            calibration.measure(run, space.private, space.journal).save(made)
+            measured = calibration.measure(run, space.private, space.journal)
+            calibration.tell_unseen(measured, run.emit)
+            measured.save(made)
             _check_new(output, unfinished)  # again: another run may have made the file meanwhile
             with disk_errors(output):
                 os.replace(made, output)

@@ -56,8 +56,18 @@ def check_calibration(ready: Prepared) -> None:
     calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.run.emit)
     if isinstance(calibration, GivenActivations):
         check_activations(calibration.activations, base, aim)
-    elif not _is_measured(ready, calibration):
+        return
+    _note_unreached(ready, calibration.meta_model)
+    if not _is_measured(ready, calibration):
         ready.model_runs.append(_model_run(ready, "calibrate", calibration.meta_model, calibration.sequences))
+
+
+def _note_unreached(ready: Prepared, meta_model: MetaModel) -> None:
+    """Note the weights that no text reaches, so that AIM will leave them; `merge` tells of all that it has not seen."""
+    from lowmem_aim.measuring.by_weight import left_as_merged, outside_decoder
+
+    if names := outside_decoder(meta_model):
+        ready.notes.append(left_as_merged(names, "they are outside the part of the model that reads text"))
 
 
 def check_comparison(ready: Prepared) -> None:
@@ -176,6 +186,8 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     ready.unread = True
     ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
+    if phase == "calibrate":
+        _note_unreached(ready, meta_model)
     ready.model_runs.append(_model_run(ready, phase, meta_model, [range(aim.block_size)] * aim.samples))
     return False
 

@@ -150,6 +150,7 @@ def calibrated(ready: Prepared, outputs: Sequence[HeldOutput]) -> Activations | 
         activations = calibration.activations
     else:
         activations = _measured(calibration, run, spaces)
+        calibration.tell_unseen(activations, run.emit)
     for space in spaces:
         space.forget_calibration()
     check_activations(activations, calibration.base, calibration.aim)

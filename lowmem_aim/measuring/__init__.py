@@ -2,6 +2,8 @@
 
 texts.py                calibration texts as token sequences
 snapshots.py            the progress of a calibration, kept so that a killed run can be resumed
+by_weight.py            statistics by the checkpoint's names, and what could not be seen
+ways.py                 the ways to run all blocks over all texts, and what to do if a model forbids one
 mean_activations.py     the mean |x| of each input channel, block by block
 calibration.py          the activations of a base: from a file, from the cache, or measured now
 mutual_information.py   exact mutual information of two streams of numbers

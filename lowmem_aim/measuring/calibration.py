@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.measuring.texts import token_sequences
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -33,6 +33,8 @@ from lowmem_aim.system.tensors import digest, dtype_named
 
 if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
+
+COUNTING = 2  # which inputs count, and how; part of the cached files' names
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,12 @@ class Measurement:
                 )
             )
 
+    def tell_unseen(self, measured: Activations, emit: Emit) -> None:
+        """Emit a notice of the weights, if any, that AIM leaves as merged because their inputs were not seen."""
+        from lowmem_aim.measuring.by_weight import tell_unseen
+
+        tell_unseen(self.meta_model, measured.means, emit)
+
     def weights(self, measured: Activations) -> dict[str, str]:
         """Tensor name -> xxh3-128 of its bytes, for all tensors of the base that the measurement depends on."""
         rows = {name: self.base.digest(name) for name in self.meta_model.embeddings if name in self.base.tensors}
@@ -129,7 +137,7 @@ class Measurement:
         return narrow and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
     def _key(self, device: str) -> str:
-        versions = (torch.__version__, metadata.version("transformers"), FORMAT)
+        versions = (torch.__version__, metadata.version("transformers"), FORMAT, COUNTING)
         threads = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()) if device == "cpu" else 0
         tokens = [sequence.tolist() for sequence in self.sequences]
         what = (self.base.fingerprint(), tokens, self.aim.dtype, device, threads, versions)
@@ -158,8 +166,7 @@ def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Me
 
     reader.roles(base)  # under limits: that model cannot fill the memory of this process, which builds it now
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
-    if not meta_model.blocks:
-        raise ModelError(f"`{printable(base.label)}` is not built of a list of blocks: it cannot be calibrated")
+    meta_model.require_blocks()
     context = getattr(meta_model.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and 16 <= context < aim.block_size:
         emit(Notice(f"blocks of {context} tokens: that is all the context that `{printable(base.label)}` has"))

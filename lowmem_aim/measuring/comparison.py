@@ -167,7 +167,7 @@ def _named(meta_model: MetaModel, information: Mapping[str, Any]) -> dict[str, s
     paths = dict(model.named_modules())
     found = {f"{path}.": EMBEDDING for path, module in paths.items() if module is embeddings}
     inside = {id(part) for _, block in meta_model.blocks for part in block.modules()}
-    decoder = meta_model.blocks[0][0].rsplit(".", 2)[0]
+    decoder = meta_model.decoder
     norms = [
         path
         for path, module in paths.items()

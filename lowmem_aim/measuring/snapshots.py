@@ -20,8 +20,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from lowmem_aim.blocks.calls import Call
 from lowmem_aim.blocks.observer import Tally
-from lowmem_aim.blocks.runner import BlockRunner, Call
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal
@@ -106,7 +107,6 @@ class Snapshots:
             states=states,
             outputs=outputs,
             tallies=sums,
-            stacks=sorted(runner.watch.stacks),
             weights=runner.weights.digests,
             digest=out.digest(),
         )
@@ -136,7 +136,7 @@ class Snapshots:
                 for name, stored, calls, shape in last.tallies  # in the file's order
             }
         so_far.outputs[:] = [in_store(output, runner) for output in outputs]
-        runner.watch.tallies, runner.watch.stacks = tallies, set(last.stacks)
+        runner.watch.tallies = tallies
         runner.weights.digests.update(last.weights)
 
     def forget(self) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_aim.blocks.calls import Call, ForwardFailed, hidden_of, raised_here
 from lowmem_aim.blocks.forwards import Broken, SuspendedForward, TailForward
 from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_calls
-from lowmem_aim.blocks.runner import BlockRunner, Call, hidden_of
+from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
 from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
@@ -58,6 +59,10 @@ def information_between(
                 information[HEAD] = _of_heads(sides, len(texts))
         except Broken as reason:
             raise ModelError(f"ACM: the blocks of this model cannot be run one by one: {reason}") from reason
+        except ForwardFailed as reason:
+            if isinstance(reason.__cause__, Exception) and raised_here(reason.__cause__):
+                raise reason.__cause__ from None
+            raise ModelError(f"ACM: transformers cannot run a forward of this model: {reason}") from reason
     emit(PhaseEnded("compare"))
     return information
 
@@ -203,8 +208,9 @@ def _mlp_of(path: str, block: nn.Module) -> nn.Module:
 
 
 def _has_own_head(runner: BlockRunner) -> bool:
+    """Whether the model has a head that is not its embedding, and the files hold it: a reward model's do not."""
     head = runner.meta_model.head
-    return bool(head) and f"{head}.weight" not in runner.model.all_tied_weights_keys
+    return runner.meta_model.has_head and f"{head}.weight" not in runner.model.all_tied_weights_keys
 
 
 def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return math.prod(shape), 1
     return math.prod(shape[:-1]), shape[-1]
+
+
+def broadcasts(statistic: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a statistic of the first shape has a value for each element of a weight of the second.
+
+    (experts, 1, in) and (experts, in, 1) also fit experts that stand one after another in a matrix, (experts * a, b).
+    """
+    if len(statistic) == 3 and len(shape) == 2 and statistic[0]:
+        rows, rest = divmod(shape[0], statistic[0])
+        return not rest and broadcasts(statistic, (statistic[0], rows, shape[1]))
+    return len(statistic) == len(shape) and all(a in (1, b) for a, b in zip(statistic, shape, strict=True))
 
 
 class _BadHeader(Exception):

@@ -7,6 +7,7 @@ is used and `auto_map` ignored.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,30 @@ class MetaModel:
         """The roles of the tensors, which are all that merging needs of this model."""
         return TensorRoles(self.tied, self.vocabulary, self.buffers, self.inputs_first)
 
+    def require_blocks(self) -> None:
+        """Raise ModelError if no list of blocks was found: then the model can be merged, but not run block by block."""
+        if not self.blocks:
+            shown = printable(self.weights.checkpoint.label)
+            kind = printable(str(self.model.config.model_type))
+            raise ModelError(
+                f"`{shown}` (model type `{kind}`) cannot be run block by block: "
+                "beside its token embedding there is no list of layers of one class",
+                hint="leave `aim:` and `acm:` out (`--omega`, `--theta`): a merge alone runs no model",
+            )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the checkpoint holds the output head's weight, as it is or tied: a reward model's does not."""
+        return bool(self.head and self.weights.sources(f"{self.head}.weight"))
+
+    @property
+    def decoder(self) -> str:
+        """The path of the smallest part of the model that has the token embedding and all blocks; "" if it is all."""
+        tokens = _path_of(self.model, self.model.get_input_embeddings())
+        parts = [path.split(".") for path in (tokens, *(path for path, _ in self.blocks))]
+        common = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+        return ".".join(names[0] for names in common)
+
 
 def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> MetaModel:
     """Build the model of `checkpoint` without weights, in `dtype` (default: the one that most of its bytes have).
@@ -89,16 +114,36 @@ def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
 def find_blocks(model: Any) -> list[tuple[str, nn.Module]]:
     """(module path, block) of each decoder block; empty for a model that can be merged, but not calibrated.
 
-    The blocks are the items of the one list that is as long as the config's layers and whose items transformers
-    declares indivisible.
+    The blocks are the items of the list that is as long as the config's layers and whose items transformers declares
+    indivisible. Models without such a list (LongCat-Flash counts each layer twice, older ones declare nothing) have
+    their blocks in the longest list of one class; lists of that class beside it belong to it (HRM has two). Of several
+    such lists the one nearest to the token embedding counts: a vision tower's never is.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     kinds = set(model._no_split_modules or ())
-    for path, module in model.named_modules():
-        fits = isinstance(module, nn.ModuleList) and len(module) == count > 0
-        if fits and all(kinds & {parent.__name__ for parent in type(item).__mro__} for item in module.children()):
-            return [(f"{path}.{index}", block) for index, block in enumerate(module.children())]
-    return []
+    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    alike = {path: part for path, part in lists.items() if len({type(item) for item in part}) == 1}
+    declared = {
+        path: part
+        for path, part in lists.items()
+        if len(part) == count and all(kinds & {parent.__name__ for parent in type(item).__mro__} for item in part)
+    }
+    embedding = _path_of(model, model.get_input_embeddings())
+    near = _nearest(embedding, declared) or _nearest(embedding, alike)
+    kind = type(max(near.values(), key=len)[0]) if near else None
+    chosen = [path for path, part in near.items() if type(part[0]) is kind]
+    return [(f"{path}.{index}", block) for path in chosen for index, block in enumerate(near[path])]
+
+
+def _nearest(embedding: str, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """The outermost lists in the smallest part of the model that holds the embedding and a list."""
+    while embedding:
+        embedding = embedding.rpartition(".")[0]
+        inside = {path: part for path, part in lists.items() if not embedding or path.startswith(f"{embedding}.")}
+        depth = min((path.count(".") for path in inside), default=0)
+        if inside:
+            return {path: part for path, part in inside.items() if path.count(".") == depth}
+    return {}
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.headers import broadcasts
 from lowmem_aim.system.tensors import empty_apart
 
 Read = Callable[[str], Tensor]
@@ -134,7 +135,7 @@ class ParameterNames:
             shape = self.checkpoint.tensors[name].shape
             if recipe is not None and self._transposes(recipe, parameter, shape):
                 part = part.transpose(-1, -2)
-            if part.dim() == len(shape) and all(a in (1, b) for a, b in zip(part.shape, shape, strict=True)):
+            if broadcasts(part.shape, shape):
                 yield name, part.clone().contiguous()  # two tensors that share memory cannot be saved
 
     def _transposes(self, recipe: _Recipe, parameter: str, shape: tuple[int, ...]) -> bool:

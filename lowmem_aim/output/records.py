@@ -32,7 +32,7 @@ class Schema(Record):
     version: int
 
 
-VERSION = 1  # to be raised when a record gets other fields, or a field another meaning
+VERSION = 2  # to be raised when a record gets other fields, or a field another meaning
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class CalibrationSnapshot(Record):
     states: Sequence[Any]  # of each text: how its hidden state stands in the file
     outputs: Sequence[Any]  # of each finished block: how its output for the canary stands in the file
     tallies: Sequence[Any]  # (parameter, how its sums stand in the file, calls, shape)
-    stacks: Sequence[str]  # fused experts that were met
     weights: Mapping[str, str]  # tensor -> xxh3-128 of its bytes as read
     digest: str  # xxh3-128 of the file
 

@@ -2,7 +2,7 @@
 
 One float32 tensor per scaled weight, under the weight's name in the checkpoint: the mean |x| of each input channel of
 its module, shaped to broadcast against the weight: (1, in) for a linear's (out, in), (in, 1) for a transposed one,
-(n,) for a norm, (experts, 1, in) or (experts, in, 1) for fused experts.
+(n,) for a norm, (experts, 1, in) or (experts, in, 1) for fused experts, also where they are (experts * rows, columns).
 """
 
 from __future__ import annotations

@@ -58,6 +58,8 @@ def shrinkage_rows(
     by_row = shrink.reshape(-1, shrink.shape[-1])
     if by_row.shape[0] == 1:
         return by_row
+    if shrink.ndim > len(shape):  # experts one after another in a matrix: (experts * rows, columns)
+        shape = (shrink.shape[0], shape[0] // shrink.shape[0], *shape[1:])
     # Which row of `shrink` each row of the weight takes: leading dimensions of length 1 are broadcast.
     row = torch.arange(by_row.shape[0]).reshape(shrink.shape[:-1]).expand(shape[:-1]).reshape(-1)
     return by_row[row[start:stop].to(by_row.device)]

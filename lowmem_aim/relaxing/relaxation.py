@@ -12,6 +12,7 @@ from torch import Tensor
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.headers import broadcasts
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layers import layer_count, layer_of
 from lowmem_aim.planning.tasks import Task
@@ -202,9 +203,9 @@ def check_activations(activations: Activations, base: Checkpoint, aim: Aim) -> N
         name = _fitting(info.name, activations, aim)
         if name is None:
             continue
-        means = activations.means[name]
-        if means.ndim != len(info.shape) or any(m not in (1, s) for m, s in zip(means.shape, info.shape, strict=True)):
-            problems.append(f"the activations of `{printable(name)}` {list(means.shape)} do not fit {list(info.shape)}")
+        if not broadcasts(activations.means[name].shape, info.shape):
+            found = list(activations.means[name].shape)
+            problems.append(f"the activations of `{printable(name)}` {found} do not fit {list(info.shape)}")
         fitting += 1
     if len(problems) > UNFITTING_WEIGHTS_NAMED:
         problems[UNFITTING_WEIGHTS_NAMED:] = [f"nor do those of {len(problems) - UNFITTING_WEIGHTS_NAMED} more weights"]

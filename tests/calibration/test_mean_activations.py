@@ -192,7 +192,7 @@ def test_an_expert_that_no_token_reaches_is_zero_and_told(models: Callable[..., 
         assert not found.means[name].any()
     told = [event.text for event in notices if isinstance(event, Notice)]
     assert len(told) == 1
-    assert "at 18 weights, most likely experts" in told[0]
+    assert "reaches 18 weights of experts" in told[0]
 
 
 # --- the canary and what follows it ---------------------------------------------------------------------------------
