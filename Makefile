@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-long test-crash test-mergekit bench gpu-check same-bytes format clean
+.PHONY: install demo lint type test test-long test-crash test-mergekit test-memory bench gpu-check same-bytes format clean
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ test-crash: install
 # Some six minutes, with mergekit from the package index in an environment of its own: each method against it.
 test-mergekit: install
 	$(BIN)/python tests/mergekit/differential.py
+
+# Some 45 minutes: every method with the smallest budget that is accepted, and with others; its table of peaks.
+test-memory: install
+	$(BIN)/python tests/long/memory_matrix.py --write
 
 # After a refactor: merges by every method, here and in another commit, file by file. `make same-bytes COMMIT=HEAD~1`
 same-bytes: install
