@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-long test-crash test-mergekit test-architectures bench gpu-check same-bytes format clean
+.PHONY: install demo lint type test test-long test-crash test-mergekit test-architectures test-memory bench gpu-check \
+	same-bytes format clean
 
 install: $(STAMP)
 
@@ -58,6 +59,10 @@ test-mergekit: install
 # Some ten minutes: AIM on every architecture of transformers against a plain computation; writes docs/architectures.md.
 test-architectures: install
 	$(BIN)/python tests/architectures/all_causal_models.py
+
+# Some 45 minutes: every method with the smallest budget that is accepted, and with others; its table of peaks.
+test-memory: install
+	$(BIN)/python tests/long/memory_matrix.py --write
 
 # After a refactor: merges by every method, here and in another commit, file by file. `make same-bytes COMMIT=HEAD~1`
 same-bytes: install

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from merge_cases import recipe
 
 from lowmem_aim.errors import MemoryBudgetError
@@ -52,11 +53,10 @@ def main() -> None:
         method, read = case.split(":")
         experts = ("one",) if METHODS[method].most == 1 else ("one", "two")
         made = recipe(folder, method, experts, **PARAMETERS.get(method, {}))
-        try:
+        with pytest.raises(MemoryBudgetError) as refused:
             merge(made, out, Options(ram=1, read=read))  # type: ignore[arg-type]
-        except MemoryBudgetError as refused:
-            named = re.search(r"--ram (\d+)MB", refused.hint)
-            assert named, refused.hint
+        named = re.search(r"--ram (\d+)MB", refused.value.hint)
+        assert named, refused.value.hint
         budget = int(named[1]) * 10**6
         with Peak() as peak:
             merge(made, out, Options(ram=budget, read=read))  # type: ignore[arg-type]

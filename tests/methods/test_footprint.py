@@ -16,18 +16,20 @@ from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.registry import METHODS
 
 PROGRAM = Path(__file__).parents[1] / "footprints.py"
-ALLOWANCE_BYTES = 3_000_000  # what the kernel's counters lag behind, and small objects
+ALLOWANCE_BYTES = 2_000_000  # what the kernel's counters lag behind, and small objects
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are the kernel's")
 @pytest.mark.parametrize(
     ("shape", "dtype", "methods", "loops"),
     [
-        ("1024x1024", "bfloat16", (), "1"),
-        ("1024x1024", "bfloat16", (), "0"),
-        ("8x131072", "bfloat16", ("widen", "nuslerp"), "1"),  # many columns
-        ("131072x8", "bfloat16", ("widen", "arcee_fusion", "della", "model_stock", "nuslerp"), "1"),  # many rows
-        ("300000", "float32", ("widen", "arcee_fusion"), "1"),
+        ("512x1024", "bfloat16", (), "1"),
+        pytest.param("1024x1024", "bfloat16", (), "0", marks=pytest.mark.long),
+        pytest.param("8x131072", "bfloat16", ("widen", "nuslerp"), "1", marks=pytest.mark.long),  # many columns
+        pytest.param(
+            "131072x8", "bfloat16", ("widen", "arcee_fusion", "della", "nuslerp"), "1", marks=pytest.mark.long
+        ),  # many rows
+        pytest.param("300000", "float32", ("widen", "arcee_fusion"), "1", marks=pytest.mark.long),
     ],
 )
 def test_no_method_takes_more_than_it_declares(shape: str, dtype: str, methods: tuple[str, ...], loops: str) -> None:

@@ -21,6 +21,7 @@ from lowmem_aim.errors import ResumeError, UsageError
 from lowmem_aim.events import Planned, RunStarted
 from lowmem_aim.jobs import plan
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.merging import shares
 from lowmem_aim.models import checkpoint
 from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.stand_in import FIRST_BYTES
@@ -284,7 +285,10 @@ class TestItsVerdictIsTheMerges:
         assert foreseen.code == 6
         assert "another run" in foreseen.err
 
-    def test_a_cache_that_may_not_be_used(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+    def test_a_cache_that_may_not_be_used(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shares, "GROWTH_BYTES", 0)  # so that calibrating takes more than merging
         recipe = written(ties(llama, aim={"omega": 0.4, "calibration": str(texts)}), tmp_path)
         assert run("merge", recipe, tmp_path / "out").code == 0
         needs = [planned(run, recipe, tmp_path / "new", *more)["needs"][0]["why"] for more in ((), ("--no-cache",))]
