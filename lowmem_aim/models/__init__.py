@@ -7,6 +7,7 @@ known_files.py        the files of a model folder beside its weights, by name: w
 folder.py             the files of a model folder: which hold tensors, which are refused
 checkpoint.py         one model on disk: the only reader of model files
 vetted.py             what transformers is given of a model folder: vetted copies of its small files
+transformers_config.py  the config as transformers' class reads it
 parameter_names.py    a checkpoint's tensor names <-> transformers' parameter names
 meta_model.py         transformers' model of a checkpoint, without weights
 roles.py              the special roles of tensors, as far as merging needs them

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,14 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_aim.errors import LowmemAimError, ModelError, printable
+from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
 from lowmem_aim.models.roles import TensorRoles
-from lowmem_aim.models.vetted import vetted_folder
+from lowmem_aim.models.transformers_config import config_of_transformers, short
 from lowmem_aim.system.memory import is_allocation_failure
 
 transformers.utils.logging.set_verbosity_error()  # what users need comes as a Notice
@@ -160,38 +160,11 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             raise
         raise ModelError(
             f"transformers cannot build `{printable(checkpoint.label)}` (model type "
-            f"`{printable(str(config.model_type))}`) as a causal LM: {_short(error)}"
+            f"`{printable(str(config.model_type))}`) as a causal LM: {short(error)}"
         ) from error
     _keep_float32(model, dtype)
     model.requires_grad_(False)
     return model.eval()
-
-
-def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
-    """The config as transformers' class for its model type; `label` names the model. Raises ModelError."""
-    kind, shown = printable(str(config.get("model_type"))), printable(label)
-    try:
-        with vetted_folder(config) as folder:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except LowmemAimError:
-        raise
-    except Exception as error:
-        if is_allocation_failure(error):
-            raise
-        if config.get("auto_map"):
-            raise ModelError(
-                f"`{shown}` (model type `{kind}`) works only with Python code from its own folder "
-                "(`auto_map`), which is never executed here",
-                hint="only model types that transformers itself knows can be merged",
-            ) from error
-        raise ModelError(
-            f"transformers does not accept the config of `{shown}` (model type `{kind}`): {_short(error)}",
-            hint="a newer transformers may know this model type",
-        ) from error
-
-
-def _short(error: Exception) -> str:
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> Any:

@@ -51,7 +51,7 @@ def _lift_limit() -> None:
 
 def settings(question: Question) -> Any:
     """The config as transformers' class reads it, with its defaults."""
-    from lowmem_aim.models.meta_model import config_of_transformers
+    from lowmem_aim.models.transformers_config import config_of_transformers
 
     return config_of_transformers(question["config"], question["label"]).to_dict()
 
