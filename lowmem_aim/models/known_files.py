@@ -52,6 +52,13 @@ TOKENIZERS = (
     "*.tiktoken",
     "bpe.codes",
 )
+# All that a tokenizer is made of, beside tokenizer_config.json.
+OF_TOKENIZERS = (
+    *TOKENIZERS,
+    *("merges.txt", "dict.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("emoji.json", "byte_maps.json", "word_*.json", "prophetnet.tokenizer", "normalizer.json"),
+)
+LARGEST_FILE = 64_000_000  # bytes; the largest tokenizers have some 40 MB
 IN_MODULES = ("*.json", "*.safetensors", *READ_BY_LOADERS)  # in the folders that modules.json names
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # Weights in any format, what training has left, descriptions and pictures, and what this tool writes by itself.

@@ -10,29 +10,18 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lowmem_aim.errors import DiskError, ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, parse_json
-from lowmem_aim.models.folder import is_plain
+from lowmem_aim.models.folder import is_inside, is_plain
+from lowmem_aim.models.known_files import LARGEST_FILE, OF_TOKENIZERS, TOKENIZERS, fits
 from lowmem_aim.system.files import disk_errors, input_errors, is_file
 
-LARGEST_BYTES = 64_000_000  # of a tokenizer's file; the largest known, with 262,000 tokens, has 33 MB
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# All that a tokenizer is made of. The first one found of VOCABULARIES tells its tokens.
-VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
-
 # Paths of the machine on which a model was saved, which transformers itself writes and nobody reads.
 _LEFT_OVER = frozenset(
     {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file", "added_tokens_file"}
@@ -50,16 +39,23 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         return {}
     config = tokenizer_config(checkpoint)
     versions = config.get("fast_tokenizer_files")  # further tokenizer.json, for other versions of transformers
-    names = [*TOKENIZER_FILES, *(filter(is_plain, versions) if isinstance(versions, list) else ())]
-    found = {name: checkpoint.small_file(name, LARGEST_BYTES) for name in names}
+    names = [*_names(checkpoint, OF_TOKENIZERS), *(filter(is_plain, versions) if isinstance(versions, list) else ())]
+    found = {name: checkpoint.small_file(name, LARGEST_FILE) for name in names}
     files = {name: content for name, content in found.items() if content is not None}
     return files | ({TOKENIZER_CONFIG: json.dumps(config).encode()} if config else {})
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the folder has a file that tells tokens. Raises ModelError if that cannot be found out."""
-    with input_errors(checkpoint.folder):
-        return any(is_file(checkpoint.folder / name) for name in VOCABULARIES)
+    return bool(_names(checkpoint, TOKENIZERS))
+
+
+def _names(checkpoint: Checkpoint, patterns: Collection[str]) -> list[str]:
+    """The names of the folder's regular files that fit the patterns, sorted; links out of the folder do not count."""
+    folder = checkpoint.folder
+    with input_errors(folder):
+        files = sorted(file for file in folder.iterdir() if fits(file.name, patterns))
+        return [file.name for file in files if is_file(file) and is_inside(folder, file)]
 
 
 def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:

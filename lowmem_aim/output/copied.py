@@ -19,14 +19,22 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, parse_json
 from lowmem_aim.models.folder import CHAT_TEMPLATES, is_inside
 from lowmem_aim.models.headers import read_header
-from lowmem_aim.models.known_files import IN_MODULES, LEGAL, MODULES, NOT_MISSED, READ_BY_LOADERS, VOCABULARIES, fits
+from lowmem_aim.models.known_files import (
+    IN_MODULES,
+    LARGEST_FILE,
+    LEGAL,
+    MODULES,
+    NOT_MISSED,
+    READ_BY_LOADERS,
+    VOCABULARIES,
+    fits,
+)
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.system.files import input_errors
 from lowmem_aim.units import shown
 
-LARGEST_FILE = 64_000_000  # bytes; the largest tokenizers have some 40 MB
-LARGEST_SUM = 256_000_000
+LARGEST_SUM = 256_000_000  # bytes
 MOST_MARKS = 5_000_000  # brackets, braces and commas of a vocabulary; the largest have 2 million
 MOST_TOLD = 5  # names of files that are left behind
 _MODULE_FOLDER = re.compile(r"\w[\w-]*")  # `1_Pooling`; without a dot it is no file that an output has

@@ -471,7 +471,7 @@ class TestPipesAndLinks:
             (private / name).symlink_to(victim)
         for module in ("folder", "workspace"):
             monkeypatch.setattr(f"lowmem_aim.output.{module}.check_private", lambda out: None)
-        monkeypatch.setattr("lowmem_aim.jobs.preparation.check_private", lambda out: None)
+        monkeypatch.setattr("lowmem_aim.jobs.checks.check_private", lambda out: None)
         assert place.merge().code == 0
         assert victim.read_text() == "precious"
 

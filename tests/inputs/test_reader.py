@@ -207,3 +207,14 @@ def test_an_index_of_very_many_absent_shards_is_one_error(place: Place) -> None:
     done = place.merge()
     place.refused(done, 3, "'model-0.safetensors', which is missing, as are 99999 others")
     assert len(done.err) < 2000
+
+
+def test_a_vocabulary_that_is_a_link_out_of_the_folder_is_not_read(
+    place: Place, opened: Callable[[Path], Callable[[], bool]]
+) -> None:
+    secret = place.folder / "private.bpe"
+    secret.write_text("#version: 0.2\n")
+    (place.folder / "math/vocab.bpe").symlink_to(secret)
+    was_opened = opened(secret)
+    assert place.merge("--tokenizer-source", "base").code == 0
+    assert not was_opened()
