@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
@@ -133,6 +133,7 @@ def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
     except Exception as error:
         if is_allocation_failure(error):
             raise
+        known = config.get("model_type") in CONFIG_MAPPING
         if config.get("auto_map"):
             raise ModelError(
                 f"`{shown}` (model type `{kind}`) works only with Python code from its own folder "
@@ -141,12 +142,13 @@ def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
             ) from error
         raise ModelError(
             f"transformers does not accept the config of `{shown}` (model type `{kind}`): {_short(error)}",
-            hint="a newer transformers may know this model type",
+            hint="" if known else "a newer transformers may know this model type",
         ) from error
 
 
 def _short(error: Exception) -> str:
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    """What an error says, in one line: of its validators transformers gives the name first, and then the reason."""
+    return printable(" ".join(str(error).split()) or type(error).__name__, 400)
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> Any:
