@@ -22,6 +22,7 @@ from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.known_files import IN_MODULES, LEGAL, MODULES, NOT_MISSED, READ_BY_LOADERS, VOCABULARIES, fits
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
+from lowmem_aim.output.verify import is_listable
 from lowmem_aim.system.files import input_errors
 from lowmem_aim.units import shown
 
@@ -83,15 +84,17 @@ class _Taken:
     def _take(self, name: str, file: Path) -> None:
         if file.name.startswith("."):
             return
-        if why := self._refusal(file):
+        if why := self._refusal(name, file):
             self.left[name] = why
         else:
             content = self.reference.small_file(name, LARGEST_FILE)
             if content is not None:
                 self.files[name] = self._checked(name, content)
 
-    def _refusal(self, file: Path) -> str:
+    def _refusal(self, name: str, file: Path) -> str:
         """Why a file is left behind, or an empty string."""
+        if not is_listable(name):
+            return "its name is too long, or has characters that names on other systems cannot have"
         if not file.is_file():
             return "no regular file"
         if not is_inside(self.reference.folder, file):
