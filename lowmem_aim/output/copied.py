@@ -110,11 +110,11 @@ class _Taken:
         file = self.reference.folder / name
         if fits(file.name, VOCABULARIES):
             _check_vocabulary(content, file)
-        elif file.suffix == ".json":
+        elif file.suffix.lower() == ".json":
             value, gone = without_code(parse_json(content, file))
             _tell_of_code(name, gone, self.emit)
             return json_bytes(value) if gone else content
-        elif file.suffix == ".safetensors":
+        elif file.suffix.lower() == ".safetensors":
             read_header(file)
             self.emit(Notice(f"`{printable(name)}` is the reference's: what modules hold is not merged", "warning"))
         return content

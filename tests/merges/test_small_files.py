@@ -243,10 +243,11 @@ def test_a_vocabulary_of_half_a_million_values_is_read(model: Path) -> None:
 
 def test_keys_that_run_code_are_dropped_from_every_json(model: Path) -> None:
     put(model, LAYOUTS["sentence-transformers"])
-    for name in ("preprocessor_config.json", "1_Pooling/config.json"):
+    names = ("preprocessor_config.json", "Processor_Config.JSON", "1_Pooling/config.json")
+    for name in names:
         (model / name).write_text('{"auto_map": {"AutoProcessor": "x.X"}, "a": 1}')
     files, told = warnings_of(model)
-    for name in ("preprocessor_config.json", "1_Pooling/config.json"):
+    for name in names:
         assert json.loads(files[name]) == {"a": 1}
         assert f"the output's {name} has no `auto_map`" in told
 
