@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ class _Here:
     """What a `ReaderProcess` is to its reader."""
 
     def ask(self, question: Mapping[str, Any]) -> Any:
-        return answer_or_raise(reader_program.answer(question))
+        # As a child's line: JSON has no numbers for keys.
+        return answer_or_raise(json.loads(json.dumps(reader_program.answer(question))))
 
     def end(self) -> None:
         pass

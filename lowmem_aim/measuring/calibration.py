@@ -171,7 +171,21 @@ def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Me
     if isinstance(context, int) and 16 <= context < aim.block_size:
         emit(Notice(f"blocks of {context} tokens: that is all the context that `{printable(base.label)}` has"))
         aim = replace(aim, block_size=context)
-    return Measurement(aim, base, meta_model, token_sequences(aim, partial(reader.encode, base), emit))
+    sequences = token_sequences(aim, partial(reader.encode, base), emit)
+    _check_ids(base, meta_model, sequences)
+    return Measurement(aim, base, meta_model, sequences)
+
+
+def _check_ids(base: Checkpoint, meta_model: MetaModel, sequences: Sequence[Tensor]) -> None:
+    """Raise ModelError if the tokenizer gives ids that the base has no embedding for."""
+    rows = getattr(meta_model.model.get_input_embeddings(), "num_embeddings", None)
+    highest = max(int(sequence.max()) for sequence in sequences)
+    if isinstance(rows, int) and highest >= rows:
+        raise ModelError(
+            f"`{printable(base.label)}`: its tokenizer gives a calibration text the id {highest}, "
+            f"but its embedding has {rows} rows",
+            hint="does the tokenizer belong to this model?",
+        )
 
 
 def _keep(measured: Activations, path: Path, emit: Emit) -> None:

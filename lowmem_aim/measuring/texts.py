@@ -19,7 +19,7 @@ from torch import Tensor
 from lowmem_aim.errors import ModelError, NetworkError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.recipe.recipe import Aim
-from lowmem_aim.recipe.words import BUILTIN, PILE
+from lowmem_aim.recipe.words import BUILTIN, PILE, is_here
 from lowmem_aim.system.files import input_errors, read_file
 
 FEWEST_TOKENS = 16
@@ -57,7 +57,7 @@ def _texts(aim: Aim, encode: Encode) -> list[str]:
     if calibration == BUILTIN:
         lines = resources.files("lowmem_aim").joinpath("data", "calibration.jsonl").read_text(encoding="utf-8")
         found = _from_jsonl(lines, BUILTIN)
-    elif path.suffix in (".jsonl", ".txt") or os.path.isfile(path):
+    elif is_here(calibration):
         found = _from_file(path)
     else:
         found = _from_hub(calibration, aim, encode)
@@ -67,7 +67,9 @@ def _texts(aim: Aim, encode: Encode) -> list[str]:
 
 def _from_file(path: Path) -> Iterator[str]:
     shown = printable(str(path))
-    if path.suffix not in (".jsonl", ".txt"):
+    if os.path.isdir(path):
+        raise ModelError(f"the calibration text `{shown}` is a folder", hint="name a .jsonl or .txt file in it")
+    if os.path.lexists(path) and path.suffix not in (".jsonl", ".txt"):
         raise UsageError(f"`{shown}`: a calibration file ends in .jsonl, .txt or .safetensors")
     try:
         with input_errors(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.models.vetted import vetted_folder
@@ -23,6 +23,7 @@ def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
     except Exception as error:
         if is_allocation_failure(error):
             raise
+        known = config.get("model_type") in CONFIG_MAPPING
         if config.get("auto_map"):
             raise ModelError(
                 f"`{shown}` (model type `{kind}`) works only with Python code from its own folder "
@@ -31,10 +32,10 @@ def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
             ) from error
         raise ModelError(
             f"transformers does not accept the config of `{shown}` (model type `{kind}`): {short(error)}",
-            hint="a newer transformers may know this model type",
+            hint="" if known else "a newer transformers may know this model type",
         ) from error
 
 
 def short(error: Exception) -> str:
-    """The first line of what transformers says, which is often followed by advice of a page."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    """What an error says, in one line: of its validators transformers gives the name first, and then the reason."""
+    return printable(" ".join(str(error).split()) or type(error).__name__, 400)

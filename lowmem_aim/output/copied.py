@@ -31,6 +31,7 @@ from lowmem_aim.models.known_files import (
 )
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
+from lowmem_aim.output.verify import is_listable
 from lowmem_aim.system.files import input_errors
 from lowmem_aim.units import shown
 
@@ -91,15 +92,17 @@ class _Taken:
     def _take(self, name: str, file: Path) -> None:
         if file.name.startswith("."):
             return
-        if why := self._refusal(file):
+        if why := self._refusal(name, file):
             self.left[name] = why
         else:
             content = self.reference.small_file(name, LARGEST_FILE)
             if content is not None:
                 self.files[name] = self._checked(name, content)
 
-    def _refusal(self, file: Path) -> str:
+    def _refusal(self, name: str, file: Path) -> str:
         """Why a file is left behind, or an empty string."""
+        if not is_listable(name):
+            return "its name is too long, or has characters that names on other systems cannot have"
         if not file.is_file():
             return "no regular file"
         if not is_inside(self.reference.folder, file):
@@ -115,11 +118,11 @@ class _Taken:
         file = self.reference.folder / name
         if fits(file.name, VOCABULARIES):
             _check_vocabulary(content, file)
-        elif file.suffix == ".json":
+        elif file.suffix.lower() == ".json":
             value, gone = without_code(parse_json(content, file))
             _tell_of_code(name, gone, self.emit)
             return json_bytes(value) if gone else content
-        elif file.suffix == ".safetensors":
+        elif file.suffix.lower() == ".safetensors":
             read_header(file)
             self.emit(Notice(f"`{printable(name)}` is the reference's: what modules hold is not merged", "warning"))
         return content

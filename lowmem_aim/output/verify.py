@@ -97,6 +97,11 @@ def _entries(text: str) -> Iterator[tuple[str, str]]:
         yield name, digest
 
 
+def is_listable(name: str) -> bool:
+    """Whether a list can hold a file's name: it fits one line of UTF-8 text, and is taken for no path elsewhere."""
+    return name.isprintable() and len(name.encode()) < LONGEST_NAME and _is_inside(name)
+
+
 def _is_inside(name: str) -> bool:
     """Whether a name leads to a file of the output, and cannot lead elsewhere."""
     return (

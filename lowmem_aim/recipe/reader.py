@@ -70,7 +70,9 @@ class _Reader(Values):
         if node is None:
             self.problem(self.root, "`merge_method` is missing")
             return None
-        name = self.text(node, "merge_method") or ""
+        name = self.text(node, "merge_method")
+        if name is None:
+            return None
         try:
             method = find_method(name)
         except UsageError as error:

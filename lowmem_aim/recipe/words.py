@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ SCALINGS = ("identity", "sqrt", "square", "rank")
 # The AIM authors' calibration set, and their rule for it: shuffled, texts of more than block_size tokens skipped.
 PILE = "mit-han-lab/pile-val-backup"
 BUILTIN = "builtin"
+_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def is_activations_file(calibration: str) -> bool:
@@ -21,7 +23,11 @@ def is_activations_file(calibration: str) -> bool:
 
 
 def is_here(calibration: str) -> bool:
-    """Whether the texts or activations are on this machine, so that nothing is fetched from the Hub."""
+    """Whether the texts or activations are on this machine, or nowhere: nothing is fetched from the Hub for them.
+
+    A file or folder wins over a Hub dataset of the same name, and what is no dataset's id can only be a path.
+    """
     path = Path(calibration).expanduser()
+    is_path = path.suffix in (".jsonl", ".txt", ".safetensors") or not _DATASET_ID.fullmatch(calibration)
     # os.path: a file that cannot be looked at is a matter for whoever opens it.
-    return calibration == BUILTIN or path.suffix in (".jsonl", ".txt", ".safetensors") or os.path.isfile(path)
+    return calibration == BUILTIN or is_path or os.path.lexists(path)

@@ -180,6 +180,13 @@ class TestCalibrationInput:
         (place.folder / "t.pdf").write_text("x")
         place.refused(place.merge("--omega", "0.4", "--calibration", place.folder / "t.pdf"), 2, "ends in .jsonl, .txt")
 
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("base", "base` is a folder"), ("none", "no such file"), ("none.parquet", "no such file")],
+    )
+    def test_a_path_is_no_dataset_of_the_hub(self, place: Place, name: str, message: str) -> None:
+        place.refused(place.merge("--omega", "0.4", "--calibration", place.folder / name), 3, message)
+
     def test_a_weights_file_instead_of_activations(self, place: Place) -> None:
         done = place.merge("--omega", "0.4", "--calibration", place.folder / "base/model.safetensors")
         place.refused(done, 3, "not of activations", "hint: make one with `lowmem-aim calibrate`")

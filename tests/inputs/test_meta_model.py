@@ -187,6 +187,16 @@ def test_an_unknown_model_type_is_an_error(models: Callable[..., Path], tmp_path
     assert "newer transformers" in raised.value.hint
 
 
+def test_a_config_that_transformers_refuses_is_told_with_its_reason(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny.perturbed(models("llama"), tmp_path / "m")
+    tiny.edit_config(folder, layer_types=["full_attention"] * (tiny.LAYERS - 1))
+    with Checkpoint.open(folder) as checkpoint, pytest.raises(ModelError, match="number of `layer_types`") as raised:
+        load_meta_model(checkpoint)
+    assert "newer transformers" not in raised.value.hint  # it knows the model type
+
+
 @pytest.mark.parametrize(("kind", "known"), [("llama9", False), ("llama", True)])
 def test_code_in_the_folder_is_never_executed(
     kind: str, known: bool, models: Callable[..., Path], tmp_path: Path

@@ -186,11 +186,18 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         ),
         ("merge_method: linear\n<<: 5\n", "recipe.yml:2: `<<` merges tables only"),
         ("merge_method: 2024-01-01", "unknown merge_method `2024-01-01`"),
+        ("merge_method: linear\nmodels: [{model: a}]\naim: {scaling: {a: 1}}", "not a table$"),
     ],
 )
 def test_each_mistake_has_its_message(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         read(text)
+
+
+@pytest.mark.parametrize("method", ["3", "[ties]", "{a: ties}", "true"])
+def test_a_method_that_is_no_text_is_one_problem(method: str) -> None:
+    (problem,) = problems(f"merge_method: {method}\nbase_model: b\nmodels: [{{model: a}}]\n")
+    assert problem == "recipe.yml:1: `merge_method` must be text"
 
 
 def test_an_alias_bomb_is_refused_fast() -> None:

@@ -164,6 +164,29 @@ def test_files_that_are_too_large_together_are_told(model: Path, monkeypatch: py
     assert "together with the others" in told
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"LICENSE\xff",
+        b"LICENSE\n.txt",
+        b"NOTICE:a\\b",
+        b"LICENSE" + b"x" * 240,
+        b"additional_chat_templates/\xff.jinja",
+    ],
+)
+def test_a_name_that_the_list_of_digests_cannot_hold_is_left_behind(name: bytes, place: Place) -> None:
+    file = place.folder / "base" / os.fsdecode(name)
+    try:
+        put(place.folder / "base", {os.fsdecode(name): "x"})
+    except OSError:
+        pytest.skip("this filesystem has no such names")
+    done = place.merge()
+    assert done.code == 0, done.err
+    assert "its name is too long, or has characters" in done.err
+    assert file.name not in {found.name for found in place.out.rglob("*")}
+    assert place.run("verify", place.out).code == 0
+
+
 @pytest.mark.parametrize("name", ["NOTICE", "x.tiktoken", "1_Pooling/config.json", "additional_chat_templates/a.jinja"])
 def test_nothing_from_outside_the_model_is_copied(name: str, model: Path, tmp_path: Path) -> None:
     put(model, LAYOUTS["sentence-transformers"] | {name: "x"})
@@ -220,10 +243,11 @@ def test_a_vocabulary_of_half_a_million_values_is_read(model: Path) -> None:
 
 def test_keys_that_run_code_are_dropped_from_every_json(model: Path) -> None:
     put(model, LAYOUTS["sentence-transformers"])
-    for name in ("preprocessor_config.json", "1_Pooling/config.json"):
+    names = ("preprocessor_config.json", "Processor_Config.JSON", "1_Pooling/config.json")
+    for name in names:
         (model / name).write_text('{"auto_map": {"AutoProcessor": "x.X"}, "a": 1}')
     files, told = warnings_of(model)
-    for name in ("preprocessor_config.json", "1_Pooling/config.json"):
+    for name in names:
         assert json.loads(files[name]) == {"a": 1}
         assert f"the output's {name} has no `auto_map`" in told
 

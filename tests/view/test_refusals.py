@@ -7,6 +7,7 @@ of a module that makes refusals stand together; those that take the same path as
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -390,6 +391,19 @@ def texts_are_too_short(scene: Scene) -> None:
 @refusal(2, "a calibration file ends in")
 def texts_are_of_another_kind(scene: Scene) -> None:
     scene.aim(scene.named("a.csv", "a,b"))
+
+
+@refusal(3, "is a folder", quick=True)
+def texts_are_a_folder(scene: Scene) -> None:
+    scene.aim(scene.base)
+
+
+@refusal(3, "its tokenizer gives a calibration text the id 100000", quick=True)
+def a_tokenizer_has_tokens_without_rows(scene: Scene) -> None:
+    scene.aim()
+    tokens = json.loads((scene.base / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["e"] = 100_000
+    (scene.base / "tokenizer.json").write_text(json.dumps(tokens))
 
 
 @refusal(3, "has no tokenizer")
