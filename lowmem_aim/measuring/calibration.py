@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lowmem_aim.errors import DiskError, LowmemAimError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.measuring.texts import token_sequences
 from lowmem_aim.models.checkpoint import Checkpoint

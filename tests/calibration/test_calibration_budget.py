@@ -267,7 +267,7 @@ def test_suspended_forwards_that_find_no_memory_give_way_to_paging(
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaModel
 
-    from lowmem_aim.measuring import mean_activations as module
+    from lowmem_aim.measuring import ways as module
 
     monkeypatch.setattr(LlamaModel, "forward", llama_forward(lambda hidden: hidden.mul_(1.25)))
     expected = measured(llama / "base")
@@ -427,7 +427,7 @@ def test_a_full_disk_is_exit_4_and_leaves_nothing(llama: Path, tmp_path: Path, m
     with Checkpoint.open(llama / "base") as base:
         needs = Needs.of(load_meta_model(base), TEXTS)
     tight = needs.work + needs.beside + shares.SLACK_BYTES + needs.block
-    with pytest.raises(DiskError, match="No space left") as caught:
+    with pytest.raises(DiskError, match="no space is left") as caught:
         measured(llama / "base", budget=Budget(tight), spill=tmp_path)
     assert caught.value.exit_code == 4
     assert list(tmp_path.iterdir()) == []

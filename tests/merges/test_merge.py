@@ -512,7 +512,7 @@ class TestKilled:
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr("lowmem_aim.output.workspace.sync_folder", fail)
-        with pytest.raises(DiskError, match="Input/output error"):
+        with pytest.raises(DiskError, match="the disk, or the connection to it, failed"):
             merge(recipe(llama), tmp_path / "out")
         assert not (tmp_path / "out" / "config.json").exists()
         monkeypatch.undo()

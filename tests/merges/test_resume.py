@@ -653,7 +653,9 @@ class TestAnotherVersionsJournal:
         stop(job, out, 15)
         with Journal(out / PRIVATE) as journal:
             journal.keep(Schema(VERSION + 1))
-        with pytest.raises(ResumeError, match="has records of version 2, and this is version 1") as caught:
+        with pytest.raises(
+            ResumeError, match=f"has records of version {VERSION + 1}, and this is version {VERSION}"
+        ) as caught:
             merge(job, out, SHARDS)
         assert caught.value.exit_code == 7
         assert "`--fresh`" in caught.value.hint

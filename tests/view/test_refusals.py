@@ -449,7 +449,7 @@ def the_program_itself_takes_more(scene: Scene) -> tuple[object, ...]:
     return ("--ram", "1MB")
 
 
-@refusal(5, "a row of 48 elements", quick=True)
+@refusal(5, "besides the program itself", quick=True)
 def rows_do_not_fit(scene: Scene) -> tuple[object, ...]:
     scene.patch.setattr(memory, "anonymous_bytes", lambda: 400_000_000)
     return ("--ram", "400001000B")
