@@ -202,10 +202,10 @@ def test_a_merge_that_runs_no_model_never_loads_transformers(place: Place, own_c
 def test_an_index_of_very_many_absent_shards_is_one_error(place: Place) -> None:
     folder = place.folder / "math"
     (folder / "model.safetensors").unlink()
-    names = {f"t{number}": f"model-{number}.safetensors" for number in range(100_000)}
+    names = {f"t{number}": f"model-{number}.safetensors" for number in range(20_000)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     done = place.merge()
-    place.refused(done, 3, "'model-0.safetensors', which is missing, as are 99999 others")
+    place.refused(done, 3, "'model-0.safetensors', which is missing, as are 19999 others")
     assert len(done.err) < 2000
 
 

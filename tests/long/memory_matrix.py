@@ -138,7 +138,9 @@ def cases() -> Iterator[Case]:
             yield Case("columns", method, WIDE, None, read, flags=flags)
     for method, flags in FLAGS.items():
         yield Case("small", method, SMALL, flags=flags)
-    texts = ("--samples", "4", "--block-size", "64", "--no-cache", "--calibration", "builtin")
+    few = ("--samples", "4", "--block-size", "64", "--calibration", "builtin")
+    yield Case("models", "calibrate", LAYER, flags=few)
+    texts = ("--no-cache", *few)
     yield Case("models", "task_arithmetic + AIM", LAYER, flags=("--weight", "0.3", "--omega", "0.4", *texts))
     yield Case("models", "task_arithmetic + ACM", LAYER, recipe=ACM)
     yield Case("models", "ties + AIM", LAYER, flags=(*RESCALED, "--omega", "0.4", *texts))
@@ -213,6 +215,10 @@ class Bench:
             recipe.write_text(case.recipe.replace("FOLDER", str(models)))
             tool = [sys.executable, "-m", "lowmem_aim", "merge", str(recipe)]
             return [*tool, "--no-cache", "--ram", f"{budget}MB", "--read", case.read, "-q", str(self.work / "out")]
+        if method == "calibrate":
+            tool = [sys.executable, "-m", "lowmem_aim", "calibrate", str(models / "base")]
+            made = ["-o", str(self.work / "out" / "activations.safetensors")]
+            return [*tool, *made, *case.flags, "--ram", f"{budget}MB", "--read", case.read, "-q"]
         experts = ("one",) if method in ONE_EXPERT else ("one", "two")
         chosen = [part for name in experts for part in ("--expert", str(models / name))]
         tool = [sys.executable, "-m", "lowmem_aim", "merge", "--method", method, "--base", str(models / "base")]
@@ -222,6 +228,8 @@ class Bench:
     def run(self, case: Case, budget: int) -> tuple[int, int, str]:
         """The exit code, the peak in MB, rounded up, and what the run said."""
         shutil.rmtree(self.work / "out", ignore_errors=True)
+        if case.method == "calibrate":
+            (self.work / "out").mkdir()
         environment = {**os.environ, **self.environment}
         if case.cold:
             cold = self.work / "cold"
