@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,10 @@ LONGEST_ANSWER = 256_000_000  # characters; a vocabulary of 262,000 tokens has 7
 _LOOK_SECONDS = 0.1  # between two looks at the child's memory, where the system cannot limit it
 
 
+# The signals of those who end processes, and of a system without memory.
+_FROM_OUTSIDE = {getattr(signal, name, None) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")}
+
+
 class ReaderFailed(Exception):
     """The child did not answer; the text says why, and continues `reading the config ...`."""
 
@@ -54,7 +59,7 @@ class ReaderProcess:
         """Start the child, which imports nothing large before it is asked something that needs it."""
         stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES)],
+            [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES), str(2 * SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -110,7 +115,9 @@ class ReaderProcess:
         said = self.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
         if said and "memory" not in said[-1].lower():
             return f"fails: {printable(said[-1])}"
-        # Compiled code that gets no memory aborts, or is killed, with no word.
+        if -self.process.returncode in _FROM_OUTSIDE:
+            return "was killed, by somebody or by a system that is short of memory"
+        # Compiled code that gets no memory aborts with no word.
         return f"takes more than {shown(MEMORY_BYTES)} of memory"
 
     def end(self) -> None:
