@@ -45,6 +45,10 @@ class ReaderFailed(Exception):
     """The child did not answer; the text says why, and continues `reading the config ...`."""
 
 
+class ReaderKilled(ReaderFailed):
+    """The child was ended from outside, which says nothing about the files that it was reading."""
+
+
 @dataclass
 class ReaderProcess:
     """A running child. Make it with `start`, and `end` it."""
@@ -91,7 +95,7 @@ class ReaderProcess:
                 self._look(until)
                 continue
             if not line.endswith("\n"):
-                raise ReaderFailed(self._cause())
+                raise self._failure()
             return line
 
     def _look(self, until: float) -> None:
@@ -108,17 +112,17 @@ class ReaderProcess:
                 return int(psutil.Process(self.process.pid).memory_info().rss)
         return 0
 
-    def _cause(self) -> str:
-        """Why the child is gone: what it last said, else that it was ended for its memory."""
+    def _failure(self) -> ReaderFailed:
+        """Why the child is gone: what it last said, else that it was killed, or ended for its memory."""
         self.process.wait()
         self.stderr.seek(0)
         said = self.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
-        if said and "memory" not in said[-1].lower():
-            return f"fails: {printable(said[-1])}"
         if -self.process.returncode in _FROM_OUTSIDE:
-            return "was killed, by somebody or by a system that is short of memory"
+            return ReaderKilled("was stopped: somebody, or a system short of memory, killed the process that reads it")
+        if said and "memory" not in said[-1].lower():
+            return ReaderFailed(f"fails: {printable(said[-1])}")
         # Compiled code that gets no memory aborts with no word.
-        return f"takes more than {shown(MEMORY_BYTES)} of memory"
+        return ReaderFailed(f"takes more than {shown(MEMORY_BYTES)} of memory")
 
     def end(self) -> None:
         """End the child, whatever it does."""
