@@ -56,12 +56,15 @@ class ReaderProcess:
     process: subprocess.Popen[str]
     lines: queue.SimpleQueue[str]  # of the child's answers; "" once it has closed its end
     stderr: IO[bytes]
+    scratch: tempfile.TemporaryDirectory[str]  # the child's temporary folder: killed, it cannot remove its files
     _imports_bytes: int = 0  # in RAM before the answer was begun; see `_resident_bytes`
 
     @classmethod
     def start(cls) -> ReaderProcess:
         """Start the child, which imports nothing large before it is asked something that needs it."""
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
+        # Both are closed and removed by `end`.
+        scratch = tempfile.TemporaryDirectory(prefix="lowmem-aim-", ignore_cleanup_errors=True)
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES), str(2 * SECONDS)],
             stdin=subprocess.PIPE,
@@ -69,12 +72,12 @@ class ReaderProcess:
             stderr=stderr,
             text=True,
             encoding="utf-8",
-            env=_environment(),
+            env=_environment(scratch.name),
             start_new_session=True,  # Ctrl-C at the terminal is the parent's
         )
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-        return cls(process, lines, stderr)
+        return cls(process, lines, stderr, scratch)
 
     def ask(self, question: Mapping[str, Any]) -> Any:
         """The answer. Raises the error that is the answer, and ReaderFailed; then the child must be ended."""
@@ -132,6 +135,7 @@ class ReaderProcess:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+        self.scratch.cleanup()
 
 
 def answer_or_raise(line: Mapping[str, Any]) -> Any:
@@ -141,11 +145,12 @@ def answer_or_raise(line: Mapping[str, Any]) -> Any:
     return line["answer"]
 
 
-def _environment() -> dict[str, str]:
+def _environment(scratch: str) -> dict[str, str]:
     """The child's environment: it finds this package, goes to no network and no GPU, and starts no threads."""
     paths = [str(Path(lowmem_aim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

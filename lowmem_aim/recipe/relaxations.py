@@ -107,7 +107,7 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
     }
     right, what = correct[key]
     if not right:
-        kinds = {list: "a list", dict: "a table"}
+        kinds: dict[type, str] = {list: "a list", dict: "a table"}
         shown = kinds.get(type(value)) or f"`{printable(str(value))}`"
         near = did_you_mean(value, _WORDS.get(key, ())) if isinstance(value, str) else ""
         read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")

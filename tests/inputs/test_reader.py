@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 from conftest import Place, Run
@@ -171,6 +173,16 @@ class TestLimits:
                 reader.vocabulary(Checkpoint.open(place.folder / "math"))
             assert "same command again" in caught.value.hint
             assert len(reader.vocabulary(Checkpoint.open(place.folder / "math"))) == 259
+
+    def test_nothing_that_a_killed_child_has_written_is_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_reader: None
+    ) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        child = reader_process.ReaderProcess.start()
+        scratch = Path(psutil.Process(child.process.pid).environ()["TMPDIR"])
+        (scratch / "half a config").write_text("x")
+        child.end()
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the system has no alarms")
     def test_a_child_whose_parent_was_killed_does_not_work_for_ever(self) -> None:
