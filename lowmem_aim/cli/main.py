@@ -14,7 +14,7 @@ import click
 from lowmem_aim.cli import usage
 from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.usage import command_line
-from lowmem_aim.errors import DiskError, LowmemAimError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.system import bugs, interrupts
 from lowmem_aim.system.faults import advice, cause, file_of, named
 from lowmem_aim.system.files import cache_folder, name_temporary_folder
@@ -79,6 +79,7 @@ def _allow_many_files() -> None:
 
 def _exit_code(debug: bool) -> int:
     try:
+        _check_current_folder()
         cli(prog_name=usage.PROGRAM, standalone_mode=False)
         return 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -96,6 +97,14 @@ def _exit_code(debug: bool) -> int:
         if debug:
             bugs.print_traceback(error)
         return told.exit_code
+
+
+def _check_current_folder() -> None:
+    """Raise UsageError if the current folder has been removed: libraries end the process when they cannot name it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"the current folder cannot be used: {cause(error)}", "`cd` to one that is there") from error
 
 
 def _told(error: Exception, debug: bool) -> LowmemAimError:

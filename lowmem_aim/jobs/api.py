@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Event, silent
 from lowmem_aim.jobs import calibrate as calibrate_job
 from lowmem_aim.jobs import merge as merge_job
@@ -49,7 +50,7 @@ def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_ev
     NetworkError, before any work where that is possible; what was finished before an error stays for the next call.
     """
     with _alone():
-        return merge_job.merge(_read(recipe), Path(out), options, _emit(on_event))
+        return merge_job.merge(_read(recipe), _path(out), options, _emit(on_event))
 
 
 def relax(
@@ -93,7 +94,7 @@ def calibrate(
     """
     aim = reader.read_aim(tree_of(settings or {}, "settings"))
     with _alone():
-        return calibrate_job.calibrate(str(base), aim, Path(out), options, _emit(on_event))
+        return calibrate_job.calibrate(str(base), aim, _path(out), options, _emit(on_event))
 
 
 def plan(
@@ -110,7 +111,7 @@ def plan(
     Raises the errors of models that cannot be opened; all else is among `Forecast.problems`.
     """
     with _alone():
-        return plan_job.plan(_read(recipe), Path(out), options, _emit(on_event), measure=measure)
+        return plan_job.plan(_read(recipe), _path(out), options, _emit(on_event), measure=measure)
 
 
 def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:
@@ -118,7 +119,14 @@ def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:
 
     Raises VerifyError naming all files that differ, UsageError if there is no finished output.
     """
-    return verify_outputs(Path(out), _emit(on_event))
+    return verify_outputs(_path(out), _emit(on_event))
+
+
+def _path(out: str | Path) -> Path:
+    """The path of an output. Raises UsageError for a name that no system takes, which a command line cannot hold."""
+    if "\0" in str(out):
+        raise UsageError(f"the output `{printable(str(out))}` holds a NUL character", hint="choose another name")
+    return Path(out)
 
 
 def _read(recipe: AnyRecipe) -> Recipe:

@@ -13,22 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import DiskError, ResumeError, UsageError, printable
+from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, sizes_of
 from lowmem_aim.jobs.resume import Reread, differences
-from lowmem_aim.output.folder import PRIVATE, SEEN
+from lowmem_aim.output.folder import PRIVATE, SEEN, SUMS
 from lowmem_aim.output.journal import FINISHED_HINT, Journal
 from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.records import Identity, PlanSize
-from lowmem_aim.system.files import write_file
+from lowmem_aim.output.verify import missing_files
+from lowmem_aim.system.files import input_errors, is_file, write_file
+
+_DAMAGED_HINT = "remove this folder and give the same command again, or name a new folder"
 
 
 def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
     """The numbers of the inputs whose files have other times or inodes than before: only reading shows their content.
 
     Nothing is read of the models. Raises UsageError if the finished output in `out` is of another job, ResumeError if
-    it is certain to be of other inputs.
+    it is certain to be of other inputs, VerifyError if files of it are lost or cut.
     """
     before, now = journal.kept(Identity), as_kept(now)
     if before is None:
@@ -39,6 +42,7 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
         raise UsageError([_not_empty(out, "it holds another merge"), *elsewhere], FINISHED_HINT)
     if inputs_changed:
         raise ResumeError([_not_of_these(out), *others, *elsewhere], FINISHED_HINT)
+    _check_files(journal, out)
     seen = _seen(out / PRIVATE) or before.inputs
     return [
         number
@@ -73,6 +77,19 @@ def _other_inputs(before: Identity, now: Identity) -> Iterator[str]:
     for old, new in zip(before.inputs, now.inputs, strict=True):
         if (old["label"], old["tensors"], sizes_of(old)) != (new["label"], new["tensors"], sizes_of(new)):
             yield f"`{printable(str(new['label']))}` has other tensors or files than before"
+
+
+def _check_files(journal: Journal, out: Path) -> None:
+    """Raise VerifyError if files of the output are missing, or shards have another size; `verify` reads them all."""
+    problems = [f"`{printable(name)}` is missing" for name in missing_files(out, f"{PRIVATE}/{SUMS}")]
+    with input_errors(out, VerifyError):
+        for shard in (journal.kept(PlanSize) or PlanSize()).shards:
+            expected = max((group.end for group in journal.groups(shard)), default=0)
+            size = (out / shard).stat().st_size if is_file(out / shard) else expected
+            if size != expected > 0:
+                problems.append(f"`{printable(shard)}` has {size} bytes instead of {expected}")
+    if problems:
+        raise VerifyError([f"`{printable(str(out))}` was finished, but is damaged:", *problems], _DAMAGED_HINT)
 
 
 def _is_whole(journal: Journal) -> bool:

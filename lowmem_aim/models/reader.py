@@ -19,7 +19,7 @@ import xxhash
 
 from lowmem_aim.errors import DiskError, ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.reader_process import ReaderFailed, ReaderProcess
+from lowmem_aim.models.reader_process import ReaderFailed, ReaderKilled, ReaderProcess
 from lowmem_aim.models.roles import TensorRoles
 from lowmem_aim.models.vetted import tokenizer_files, vetted_folder
 from lowmem_aim.system.files import cache_folder, write_file
@@ -110,7 +110,8 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             self._process.end()
             self._process = None
             what = printable(checkpoint.label)
-            raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint=_AS_PUBLISHED) from failure
+            hint = _AGAIN if isinstance(failure, ReaderKilled) else _AS_PUBLISHED
+            raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint) from failure
 
 
 def _cached(name: str) -> Any:
@@ -135,4 +136,5 @@ _READ = {
     "vocabulary": "tokenizer",
     "encode": "texts with its tokenizer",
 }
+_AGAIN = "give the same command again; close other programs if that does not help"
 _AS_PUBLISHED = "is the file the one that was published? download it again"

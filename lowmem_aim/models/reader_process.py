@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,16 @@ LONGEST_ANSWER = 256_000_000  # characters; a vocabulary of 262,000 tokens has 7
 _LOOK_SECONDS = 0.1  # between two looks at the child's memory, where the system cannot limit it
 
 
+# The signals of those who end processes, and of a system without memory.
+_FROM_OUTSIDE = {getattr(signal, name, None) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")}
+
+
 class ReaderFailed(Exception):
     """The child did not answer; the text says why, and continues `reading the config ...`."""
+
+
+class ReaderKilled(ReaderFailed):
+    """The child was ended from outside, which says nothing about the files that it was reading."""
 
 
 @dataclass
@@ -47,25 +56,28 @@ class ReaderProcess:
     process: subprocess.Popen[str]
     lines: queue.SimpleQueue[str]  # of the child's answers; "" once it has closed its end
     stderr: IO[bytes]
+    scratch: tempfile.TemporaryDirectory[str]  # the child's temporary folder: killed, it cannot remove its files
     _imports_bytes: int = 0  # in RAM before the answer was begun; see `_resident_bytes`
 
     @classmethod
     def start(cls) -> ReaderProcess:
         """Start the child, which imports nothing large before it is asked something that needs it."""
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
+        # Both are closed and removed by `end`.
+        scratch = tempfile.TemporaryDirectory(prefix="lowmem-aim-", ignore_cleanup_errors=True)
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES)],
+            [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES), str(2 * SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             encoding="utf-8",
-            env=_environment(),
+            env=_environment(scratch.name),
             start_new_session=True,  # Ctrl-C at the terminal is the parent's
         )
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-        return cls(process, lines, stderr)
+        return cls(process, lines, stderr, scratch)
 
     def ask(self, question: Mapping[str, Any]) -> Any:
         """The answer. Raises the error that is the answer, and ReaderFailed; then the child must be ended."""
@@ -86,7 +98,7 @@ class ReaderProcess:
                 self._look(until)
                 continue
             if not line.endswith("\n"):
-                raise ReaderFailed(self._cause())
+                raise self._failure()
             return line
 
     def _look(self, until: float) -> None:
@@ -103,15 +115,17 @@ class ReaderProcess:
                 return int(psutil.Process(self.process.pid).memory_info().rss)
         return 0
 
-    def _cause(self) -> str:
-        """Why the child is gone: what it last said, else that it was ended for its memory."""
+    def _failure(self) -> ReaderFailed:
+        """Why the child is gone: what it last said, else that it was killed, or ended for its memory."""
         self.process.wait()
         self.stderr.seek(0)
         said = self.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+        if -self.process.returncode in _FROM_OUTSIDE:
+            return ReaderKilled("was stopped: somebody, or a system short of memory, killed the process that reads it")
         if said and "memory" not in said[-1].lower():
-            return f"fails: {printable(said[-1])}"
-        # Compiled code that gets no memory aborts, or is killed, with no word.
-        return f"takes more than {shown(MEMORY_BYTES)} of memory"
+            return ReaderFailed(f"fails: {printable(said[-1])}")
+        # Compiled code that gets no memory aborts with no word.
+        return ReaderFailed(f"takes more than {shown(MEMORY_BYTES)} of memory")
 
     def end(self) -> None:
         """End the child, whatever it does."""
@@ -121,6 +135,7 @@ class ReaderProcess:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+        self.scratch.cleanup()
 
 
 def answer_or_raise(line: Mapping[str, Any]) -> Any:
@@ -130,11 +145,12 @@ def answer_or_raise(line: Mapping[str, Any]) -> Any:
     return line["answer"]
 
 
-def _environment() -> dict[str, str]:
+def _environment(scratch: str) -> dict[str, str]:
     """The child's environment: it finds this package, goes to no network and no GPU, and starts no threads."""
     paths = [str(Path(lowmem_aim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,12 @@ def _lift_limit() -> None:
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def _end_after(seconds: int) -> None:
+    """End this process after some seconds, whatever it does then; 0: not at all. A parent that was killed cannot."""
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(seconds)
 
 
 def settings(question: Question) -> Any:
@@ -141,8 +148,11 @@ def answer(question: Question) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the questions on standard input until it ends. The argument: bytes of memory above the imports."""
-    limit = int(sys.argv[1])
+    """Answer the questions on standard input until it ends.
+
+    The arguments: bytes of memory above the imports; seconds for an answer, after which this process ends.
+    """
+    limit, seconds = map(int, sys.argv[1:])
     name_temporary_folder()
     # Whatever a library prints must not get among the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -153,7 +163,9 @@ def main() -> None:
         ANSWERS[question["question"]][0]()
         limit_memory(limit)
         print("{}", file=answers, flush=True)
+        _end_after(seconds)
         print(json.dumps(answer(question)), file=answers, flush=True)
+        _end_after(0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ ACTIVATIONS = "activations.safetensors"
 SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
 SMALL_FILES_BYTES = 50_000_000
-_PLAIN = (stat.S_IFREG, stat.S_IFDIR)
 
 
 def check_output(out: Path, inputs: Sequence[Path]) -> None:
@@ -53,9 +52,9 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
 
 
 def check_private(out: Path) -> None:
-    """Raise DiskError for a link, a pipe or a device among this tool's own files in `out`, which are all plain files.
+    """Raise DiskError for a link, a pipe, a device or a folder in the place of one of this tool's own files in `out`.
 
-    They would be written through to another place, or never end.
+    They would be written through to another place, never end, or stop a run at its end. Only staging holds folders.
     """
     private = out / PRIVATE
     with input_errors(private, DiskError):
@@ -64,9 +63,12 @@ def check_private(out: Path) -> None:
         folders = [place for place in (private, private / STAGING) if os.path.lexists(place)]
         odd = [place for place in folders if not stat.S_ISDIR(place.lstat().st_mode)]
         entries = [Path(entry.path) for place in folders if place not in odd for entry in os.scandir(place)]
-        odd += [e for e in entries if e not in folders and stat.S_IFMT(e.lstat().st_mode) not in _PLAIN]
+        for entry in (e for e in entries if e not in folders):
+            kind = stat.S_IFMT(entry.lstat().st_mode)
+            if kind != stat.S_IFREG and not (kind == stat.S_IFDIR and entry.parent.name == STAGING):
+                odd.append(entry)
     if odd:
-        what = "is a link, a pipe or a device, where this tool has only plain files"
+        what = "is a link, a pipe or a device, or a folder where this tool has a file, or a file where it has a folder"
         raise DiskError([f"{named(place)} {what}" for place in odd], hint="remove it, or name another output folder")
 
 

@@ -69,6 +69,13 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
     return len(sums)
 
 
+def missing_files(out: Path, list_name: str) -> list[str]:
+    """The names of listed files that are not there. Nothing but the list is read. Raises VerifyError."""
+    names = _read(out / list_name)
+    with input_errors(out, VerifyError):
+        return [name for name in names if not is_file(out / name)]
+
+
 def verify_outputs(out: Path, emit: Emit = silent) -> Path:
     """Verify every output of the run in `out` (with several omegas, each has a folder), and return `out`.
 

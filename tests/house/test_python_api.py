@@ -148,6 +148,9 @@ def test_errors_are_those_of_the_command_line(here: Path) -> None:
     with pytest.raises(errors.UsageError):
         lowmem_aim.merge("recipe.yml", "taken")
     assert lowmem_aim.plan("recipe.yml", "taken", measure=False).exit_code == 2
+    for job in (lowmem_aim.merge, lowmem_aim.plan):
+        with pytest.raises(errors.UsageError, match="NUL character"):
+            job("recipe.yml", "a\0b")
     with pytest.raises(errors.UsageError):
         lowmem_aim.verify("base")
     out = lowmem_aim.relax("math", "base", "relaxed", aim={"omega": 0.2, "calibration": "texts.jsonl"})

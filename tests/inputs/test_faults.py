@@ -27,6 +27,7 @@ WORDS = {
     errno.ENAMETOOLONG: "its name is too long for this system",
     errno.EMFILE: "too many files are open",
     errno.ENOSPC: "no space is left on the disk",
+    errno.EFBIG: "larger than `ulimit -f` or the filesystem allows",
     errno.EROFS: "the filesystem is read-only",
     errno.ESTALE: "the network filesystem has lost it",
 }
@@ -82,6 +83,7 @@ def assert_told(done: Ran, file: Path, code: int, exit_codes: tuple[int, ...]) -
         ("merge", "read", "math/model.safetensors", errno.EIO, 3),
         ("merge", "make", "out/.lowmem_aim", errno.EROFS, 4),
         ("merge", "write", "out/.lowmem_aim/staging/model.safetensors", errno.ENOSPC, 4),
+        ("merge", "write", "out/.lowmem_aim/staging/model.safetensors", errno.EFBIG, 4),
         ("merge", "rename", "out/.lowmem_aim/staging/config.json", errno.EIO, 4),
         ("measure", "open", "texts.jsonl", errno.EACCES, 3),
     ],

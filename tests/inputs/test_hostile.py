@@ -452,6 +452,18 @@ class TestPipesAndLinks:
         assert victim.read_text() == "precious"
         assert os.path.lexists(file)
 
+    @pytest.mark.parametrize("name", ["lock", "journal.sqlite-journal", "owner.json", "staging"])
+    def test_a_folder_in_the_place_of_a_file_is_refused_before_work(self, place: Place, name: str) -> None:
+        file = place.out / ".lowmem_aim" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("") if name == "staging" else file.mkdir()
+        recipe = place.folder / "recipe.yml"
+        recipe.write_text(TestRecipe.GOOD.format(place.folder))
+        for words in (("plan", recipe, place.out, "--no-measure"), ("merge", recipe, place.out, "--fresh")):
+            done = place.run(*words)
+            assert done.code == 4, (words, done)
+            assert f"`{file}` is a link, a pipe or a device, or a folder where this tool has a file" in done.err
+
     def test_the_private_folder_itself_is_no_link(self, place: Place) -> None:
         (place.folder / "elsewhere").mkdir()
         place.out.mkdir()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 from conftest import Place, Run
@@ -157,6 +160,41 @@ class TestLimits:
                 reader.vocabulary(Checkpoint.open(place.folder / "math"))
             monkeypatch.setattr(reader_process, "SECONDS", 60)
             assert len(reader.vocabulary(Checkpoint.open(place.folder / "base"))) == 259
+
+    def test_a_child_that_is_killed_is_told_as_that_and_the_next_question_answered(
+        self, place: Place, own_reader: None
+    ) -> None:
+        with Reader(use_cache=False) as reader:
+            reader.vocabulary(Checkpoint.open(place.folder / "base"))
+            assert reader._process is not None
+            reader._process.process.kill()
+            tiny.edit_config(place.folder / "math", vocab_size=265)
+            with pytest.raises(ModelError, match="reading its tokenizer was stopped") as caught:
+                reader.vocabulary(Checkpoint.open(place.folder / "math"))
+            assert "same command again" in caught.value.hint
+            assert len(reader.vocabulary(Checkpoint.open(place.folder / "math"))) == 259
+
+    def test_nothing_that_a_killed_child_has_written_is_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_reader: None
+    ) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        child = reader_process.ReaderProcess.start()
+        scratch = Path(psutil.Process(child.process.pid).environ()["TMPDIR"])
+        (scratch / "half a config").write_text("x")
+        child.end()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the system has no alarms")
+    def test_a_child_whose_parent_was_killed_does_not_work_for_ever(self) -> None:
+        code = (
+            "import sys, time\n"
+            "from lowmem_aim.models import reader_program\n"
+            "reader_program.ANSWERS['settings'] = (lambda: None, lambda question: time.sleep(60))\n"
+            "sys.argv = ['', '1000000000', '1']\n"
+            "reader_program.main()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], input='{"question": "settings"}\n', text=True, timeout=50)
+        assert done.returncode == -signal.SIGALRM
 
     def test_memory_is_watched_where_the_system_cannot_limit_it(
         self, place: Place, monkeypatch: pytest.MonkeyPatch, own_reader: None

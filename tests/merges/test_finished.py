@@ -16,7 +16,7 @@ from calibrating import activations_of
 from merge_cases import digests, recipe
 from stopping import SHARDS, stopping_after
 
-from lowmem_aim.errors import ResumeError, UsageError
+from lowmem_aim.errors import ResumeError, UsageError, VerifyError
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.jobs.plan import plan
 from lowmem_aim.merging.slices import TensorInputs
@@ -36,6 +36,31 @@ def models(llama: Path, tmp_path: Path) -> Path:
     for name in ("base", "math", "code", "chat"):
         tiny.perturbed(llama / name, tmp_path / "models" / name, scale=0.0)
     return tmp_path / "models"
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "message"),
+    [
+        ("model.safetensors.index.json", 0, "is missing"),
+        ("model-00001-of-", 0, "is missing"),
+        ("model-00001-of-", 5, "bytes instead of"),
+        ("tokenizer.json", 0, "is missing"),
+    ],
+)
+def test_an_output_that_has_lost_files_is_not_called_finished(
+    name: str, cut: int, message: str, models: Path, tmp_path: Path
+) -> None:
+    job, out = recipe(models, "ties"), tmp_path / "out"
+    merge(job, out, SHARDS)
+    (file,) = out.glob(f"{name}*")
+    if cut:
+        os.truncate(file, file.stat().st_size - cut)
+    else:
+        file.unlink()
+    with pytest.raises(VerifyError, match=message) as caught:
+        merge(job, out, SHARDS)
+    assert "was finished, but is damaged" in caught.value.problems[0]
+    assert plan(job, out, SHARDS, measure=False).exit_code == VerifyError.exit_code
 
 
 class TestChangedInputsOfAFinishedOutput:

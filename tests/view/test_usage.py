@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,16 @@ class TestWords:
         recipe = f"merge_method: linear\nbase_model: {place.folder}/base\nmodels: [{{model: a}}]\n{line}\n"
         (place.folder / "r.yml").write_text(recipe)
         refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4: ", f"did you mean `{meant}`?")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed")
+def test_a_current_folder_that_has_been_removed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run("merge", "out", "--method", "linear", "--expert", tmp_path)
+    assert done.code == 2
+    assert "the current folder cannot be used: there is no such file or folder" in done.err
 
 
 class TestDebug:
