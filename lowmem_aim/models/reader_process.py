@@ -28,6 +28,7 @@ import lowmem_aim
 from lowmem_aim import errors
 from lowmem_aim.errors import printable
 from lowmem_aim.models.reader_program import is_limited
+from lowmem_aim.system.files import temporary_folder
 from lowmem_aim.units import shown
 
 MEMORY_BYTES = 2_000_000_000  # that an answer may take, above the imports
@@ -61,10 +62,10 @@ class ReaderProcess:
 
     @classmethod
     def start(cls) -> ReaderProcess:
-        """Start the child, which imports nothing large before it is asked something that needs it."""
+        """Start the child, which imports nothing large before it is asked something that needs it. Raises DiskError."""
         # Both are closed and removed by `end`.
-        scratch = tempfile.TemporaryDirectory(prefix="lowmem-aim-", ignore_cleanup_errors=True)
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        scratch = temporary_folder()
+        stderr = tempfile.TemporaryFile(dir=scratch.name)  # noqa: SIM115
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "lowmem_aim.models.reader_program", str(MEMORY_BYTES), str(2 * SECONDS)],
             stdin=subprocess.PIPE,

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lowmem_aim.errors import DiskError, ModelError, printable
+from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, parse_json
 from lowmem_aim.models.folder import is_inside, is_plain
 from lowmem_aim.models.known_files import LARGEST_FILE, OF_TOKENIZERS, TOKENIZERS, fits
-from lowmem_aim.system.files import disk_errors, input_errors, is_file
+from lowmem_aim.system.files import disk_errors, input_errors, is_file, temporary_folder
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Paths of the machine on which a model was saved, which transformers itself writes and nobody reads.
@@ -110,13 +109,7 @@ def _without_paths(value: Any) -> Any:
 @contextlib.contextmanager
 def vetted_folder(config: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> Iterator[Path]:
     """A temporary folder with the config, without paths that lead out, and with `files`. Raises DiskError."""
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-aim-", ignore_cleanup_errors=True))
-        except OSError as error:
-            raise DiskError(
-                f"no temporary folder can be made: {error.strerror or error}", "set TMPDIR to a folder with space"
-            ) from error
+    with temporary_folder() as folder:
         for name, content in {CONFIG: json.dumps(_without_paths(config)).encode(), **(files or {})}.items():
             with disk_errors(Path(folder, name)):
                 Path(folder, name).write_bytes(content)

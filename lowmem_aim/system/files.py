@@ -162,6 +162,16 @@ def name_temporary_folder() -> None:
         tempfile.tempdir = os.environ.get("TMPDIR") or os.path.abspath(os.sep + "tmp")
 
 
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder where the system keeps temporary ones; it is a context manager. Raises DiskError."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="lowmem-aim-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DiskError(
+            f"no temporary folder can be made: {cause(error)}", "set TMPDIR to a folder that can be written"
+        ) from error
+
+
 def partial_folder(output: Path) -> Path:
     """The folder for the unfinished work on one output file. Raises UsageError if the name is too long."""
     if len(os.fsencode(output.name)) > LONGEST_NAME:
