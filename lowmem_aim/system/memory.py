@@ -28,7 +28,10 @@ _TRIM_BYTES = 128 << 10  # glibc's own, before it grows by itself
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of malloc.h
 # Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
 _ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
-_ALLOCATION_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ALLOCATION_TEXTS = (
+    *("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    *("std::bad_alloc", "enforce fail at alloc"),
+)
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ def test_budgets_do_not_change_the_bytes(
 def test_what_counts_as_a_failed_allocation() -> None:
     assert is_allocation_failure(MemoryError())
     assert is_allocation_failure(torch.OutOfMemoryError("x"))
+    assert is_allocation_failure(RuntimeError("std::bad_alloc"))
     assert is_allocation_failure(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"))
     assert not is_allocation_failure(RuntimeError("shapes differ"))
     assert not is_allocation_failure(ValueError("out of memory"))
