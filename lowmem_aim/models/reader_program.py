@@ -104,8 +104,30 @@ def encode(question: Question) -> list[list[int]]:
 def _tokenizer(question: Question) -> Any:
     from transformers import AutoTokenizer
 
+    if wrong := _no_sentencepiece(Path(question["folder"])):
+        raise ModelError(f"`{printable(question['label'])}`: its `{wrong}` is no sentencepiece model", TOKENIZER_HINT)
     with _tokenizer_errors(f"`{printable(question['label'])}` has no tokenizer that transformers can load"):
         return AutoTokenizer.from_pretrained(question["folder"], trust_remote_code=False, local_files_only=True)
+
+
+def _no_sentencepiece(folder: Path) -> str:
+    """The name of a damaged sentencepiece model that is all a tokenizer has, or an empty string.
+
+    transformers would take it for another kind of file, and advise to install a library for that.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return ""
+    from sentencepiece import SentencePieceProcessor
+
+    for file in sorted(folder.glob("*.model")):
+        content = file.read_bytes()
+        if content.isascii():  # lines of base64 and ranks: tiktoken's
+            continue
+        try:
+            SentencePieceProcessor(model_proto=content)
+        except Exception:  # RuntimeError, of its parser
+            return file.name
+    return ""
 
 
 @contextlib.contextmanager

@@ -104,6 +104,17 @@ def test_a_model_with_nothing_but_tokenizer_model_merges_and_is_calibrated(place
     assert (place.out / "tokenizer.model").read_bytes() == (place.folder / "base/tokenizer.model").read_bytes()
 
 
+def test_a_damaged_sentencepiece_model_is_told_as_that(place: Place, texts: Path) -> None:
+    for name in ("base", "math", "code"):
+        llama_of_sentencepiece(place.folder / name, "bpe")
+        file = place.folder / name / "tokenizer.model"
+        file.write_bytes(file.read_bytes()[:-100])
+    for more in (("--tokenizer-source", "base"), ("--omega", 0.4, "--calibration", texts)):
+        done = place.merge(*more)
+        place.refused(done, 3, "`base`: its `tokenizer.model` is no sentencepiece model")
+        assert "tiktoken" not in done.err
+
+
 @pytest.mark.parametrize("kind", ["tokenizer.json", "unigram", "vocab.json", "added_tokens"])
 def test_the_vocabulary_is_the_one_that_transformers_reads(llama: Path, tmp_path: Path, run: Run, kind: str) -> None:
     folder = tmp_path / "model"
