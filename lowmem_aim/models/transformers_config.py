@@ -37,5 +37,5 @@ def config_of_transformers(config: Mapping[str, Any], label: str) -> Any:
 
 
 def short(error: Exception) -> str:
-    """What an error says, in one line: of its validators transformers gives the name first, and then the reason."""
+    """Say in one line what an error says: transformers gives the name of a validator first, and then the reason."""
     return printable(" ".join(str(error).split()) or type(error).__name__, 400)

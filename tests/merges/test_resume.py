@@ -711,11 +711,11 @@ def test_files_that_a_killed_run_had_published_count_as_written(
 
 
 def test_an_error_keeps_its_cause_through_the_preparation(llama: Path, tmp_path: Path) -> None:
-    job = recipe(llama, "linear", omega=0.4, calibration=str(tmp_path / "folder.jsonl"))
-    (tmp_path / "folder.jsonl").mkdir()
+    job = recipe(llama, "linear", omega=0.4, calibration=str(tmp_path / "latin.txt"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ModelError) as caught:
         merge(job, tmp_path / "out", SHARDS)
-    assert isinstance(caught.value.__cause__, OSError)
+    assert isinstance(caught.value.__cause__, UnicodeDecodeError)
 
 
 def test_what_a_recipe_is_warned_of_is_told_before_anything_else(llama: Path, tmp_path: Path) -> None:

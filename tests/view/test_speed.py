@@ -126,7 +126,7 @@ class TestDisk:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
         try:
-            with pytest.raises(DiskError, match="File too large"):
+            with pytest.raises(DiskError, match="it would be larger than `ulimit -f`"):
                 disk_speed(tmp_path, seconds=600.0)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
