@@ -169,6 +169,38 @@ def answer(question: Question) -> dict[str, Any]:
         return {"error": type(error).__name__, "problems": error.problems, "hint": error.hint}
 
 
+def answer_within(limit: int, question: Question) -> dict[str, Any]:
+    """The answer to a question under a limit of memory, in bytes. Raises MemoryError if that was in its way.
+
+    Libraries make any error of an allocation that failed, some of which do not say so.
+    """
+    limit_memory(limit)
+    before = _peak_bytes()
+    given: dict[str, Any] = {}
+    try:
+        given = answer(question)
+    except Exception:
+        if not _came_near(limit, before):
+            raise
+    if "answer" not in given and _came_near(limit, before):
+        raise MemoryError(f"more than {limit} bytes of memory")
+    return given
+
+
+def _came_near(limit: int, before: int) -> bool:
+    """Whether this process has grown by half of the limit; what is mapped and not touched counts for the limit too."""
+    return is_limited() and _peak_bytes() - before > limit // 2
+
+
+def _peak_bytes() -> int:
+    """The most bytes of RAM that this process has had, where its memory is limited; else 0."""
+    if not is_limited():
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux, in units of 1024 bytes
+
+
 def main() -> None:
     """Answer the questions on standard input until it ends.
 
@@ -183,10 +215,9 @@ def main() -> None:
         question = json.loads(line)
         _lift_limit()
         ANSWERS[question["question"]][0]()
-        limit_memory(limit)
         print("{}", file=answers, flush=True)
         _end_after(seconds)
-        print(json.dumps(answer(question)), file=answers, flush=True)
+        print(json.dumps(answer_within(limit, question)), file=answers, flush=True)
         _end_after(0)
 
 
