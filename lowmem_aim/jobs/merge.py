@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem_aim.errors import printable
+from lowmem_aim.errors import DiskError, printable
 from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
 from lowmem_aim.jobs.finished import check_content
 from lowmem_aim.jobs.preparation import prepared
@@ -39,6 +39,7 @@ from lowmem_aim.relaxing.relaxation import (
     check_activations,
     idle_exclusions,
 )
+from lowmem_aim.system.files import input_errors
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import Run, start
 from lowmem_aim.view.feed import Feed, reported
@@ -174,7 +175,9 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
         for space in lacking:
             file = space.private / ACTIVATIONS
             activations.save(file)
-            space.journal.keep(KeptActivations(digest_of_file(file), weights))
+            with input_errors(file, DiskError):
+                digest = digest_of_file(file)
+            space.journal.keep(KeptActivations(digest, weights))
     return activations
 
 

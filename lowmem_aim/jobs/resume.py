@@ -8,7 +8,6 @@ it gave.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from lowmem_aim.output.records import (
     Record,
 )
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.system.files import input_errors, read_file
+from lowmem_aim.system.files import input_errors, is_there, read_file
 
 REREAD_ELEMENTS = 1 << 20
 _SHOWN = 200  # characters of a value in a message
@@ -68,7 +67,7 @@ def activations_kept(private: Path, journal: Journal) -> bool:
     """
     file, kept = private / ACTIVATIONS, journal.kept(KeptActivations)
     with input_errors(file, DiskError):
-        return kept is not None and os.path.lexists(file) and kept.file == digest_of_file(file)
+        return kept is not None and is_there(file) and kept.file == digest_of_file(file)
 
 
 def digest_of_file(file: Path) -> str:

@@ -30,7 +30,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
 from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
-from lowmem_aim.system.files import input_errors, is_folder, open_regular, open_to_read, real
+from lowmem_aim.system.files import input_errors, is_folder, is_there, open_regular, open_to_read, real
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.options import ReadMode
 from lowmem_aim.system.tensors import digest, raw
@@ -225,7 +225,7 @@ class Checkpoint:
         """
         file = self.folder / name
         with input_errors(file):
-            if not os.path.lexists(file):
+            if not is_there(file):
                 return None
             with open_to_read(file) as stream:
                 if os.fstat(stream.fileno()).st_size > limit_bytes:

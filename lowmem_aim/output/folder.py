@@ -14,7 +14,7 @@ from pathlib import Path
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.system.faults import named
-from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, read_file, real
+from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, is_there, read_file, real
 from lowmem_aim.units import shown
 
 PRIVATE = ".lowmem_aim"
@@ -58,9 +58,9 @@ def check_private(out: Path) -> None:
     """
     private = out / PRIVATE
     with input_errors(private, DiskError):
-        if not os.path.lexists(private):
+        if not is_there(private):
             return
-        folders = [place for place in (private, private / STAGING) if os.path.lexists(place)]
+        folders = [place for place in (private, private / STAGING) if is_there(place)]
         odd = [place for place in folders if not stat.S_ISDIR(place.lstat().st_mode)]
         entries = [Path(entry.path) for place in folders if place not in odd for entry in os.scandir(place)]
         for entry in (e for e in entries if e not in folders):
@@ -80,31 +80,33 @@ def published_before(out: Path) -> list[str]:
     file = out / PRIVATE / PUBLISHING
     try:
         with input_errors(file, DiskError):
-            listed = json.loads(read_file(file, follow=False)) if os.path.lexists(file) else None
+            listed = json.loads(read_file(file, follow=False)) if is_there(file) else None
     except ValueError:
         return []
     if not isinstance(listed, dict):  # not written by `publish`: then nothing in the folder is ours
         return []
     plain = {name: known for name, known in listed.items() if Path(name).name == name and known is not None}
-    return [name for name, known in plain.items() if inode_and_size(out / name) == known]
+    with input_errors(out, DiskError):
+        return [name for name, known in plain.items() if inode_and_size(out / name) == known]
 
 
 def inode_and_size(file: Path) -> list[int] | None:
-    """[inode, bytes] of a regular file, [inode, 0] of a folder: a rename keeps them. None for anything else."""
-    with contextlib.suppress(OSError, ValueError):
-        found = file.lstat()
-        if stat.S_ISREG(found.st_mode):
-            return [found.st_ino, found.st_size]
-        return [found.st_ino, 0] if stat.S_ISDIR(found.st_mode) else None
-    return None
+    """[inode, bytes] of a regular file, [inode, 0] of a folder: a rename keeps them. None for anything else.
+
+    Raises OSError if that cannot be found out.
+    """
+    if not is_there(file):
+        return None
+    found = file.lstat()
+    if stat.S_ISREG(found.st_mode):
+        return [found.st_ino, found.st_size]
+    return [found.st_ino, 0] if stat.S_ISDIR(found.st_mode) else None
 
 
 def is_finished(out: Path) -> bool:
     """Whether a run has come to its end in the folder `out`. Raises DiskError if that cannot be found out."""
     with input_errors(out, DiskError):
-        return (
-            is_file(out / PRIVATE / SUMS) and is_file(out / CONFIG) and not os.path.lexists(out / PRIVATE / PUBLISHING)
-        )
+        return is_file(out / PRIVATE / SUMS) and is_file(out / CONFIG) and not is_there(out / PRIVATE / PUBLISHING)
 
 
 def outputs_in(out: Path, kind: type[LowmemAimError] = DiskError) -> list[Path]:

@@ -26,7 +26,7 @@ import xxhash
 from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.output.records import VERSION, Group, Record, Schema
 from lowmem_aim.system.faults import advice, cause, file_of, named
-from lowmem_aim.system.files import open_regular
+from lowmem_aim.system.files import is_there, open_regular
 
 NAME = "journal.sqlite"
 FINISHED_HINT = "a finished model is never overwritten: name a new folder, or remove this one"
@@ -190,7 +190,7 @@ def _refuse_odd(file: Path) -> None:
     sqlite would follow a link to another place, wait at a pipe, and say of every trouble that it cannot open the file.
     """
     for name in (file.name, f"{file.name}-journal", f"{file.name}-wal", f"{file.name}-shm"):
-        if os.path.lexists(file.with_name(name)):
+        if is_there(file.with_name(name)):
             os.close(open_regular(file.with_name(name), follow=False))
 
 

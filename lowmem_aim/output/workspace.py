@@ -184,7 +184,8 @@ def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int
     _stage(staging, files)
     # A folder of files takes its final name as one.
     names = list(dict.fromkeys(name.partition("/")[0] for name in (*shards, *files)))
-    listed = {name: inode_and_size(staging / name) for name in names}
+    with input_errors(staging, DiskError):
+        listed = {name: inode_and_size(staging / name) for name in names}
     expected = {**dict.fromkeys(names, 0), **sizes, **{name: len(content) for name, content in files.items()}}
     for name, found in listed.items():
         if found is None or found[1] != expected[name]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from lowmem_aim.errors import DiskError
 from lowmem_aim.output.records import Group
-from lowmem_aim.system.files import disk_errors, input_errors, open_regular, open_to_read, sync_folder
+from lowmem_aim.system.files import disk_errors, input_errors, is_there, open_regular, open_to_read, sync_folder
 
 # Appended pieces that may wait to be written.
 WAITING = 4
@@ -224,8 +224,9 @@ def finished_prefix(path: Path, groups: Sequence[Group]) -> tuple[Prefix | None,
     """
     state, good, position = hashlib.sha256(), [], 0
     prefix = None
-    if not groups or not os.path.lexists(path):
-        return None, []
+    with input_errors(path, DiskError):
+        if not groups or not is_there(path):
+            return None, []
     with input_errors(path, DiskError), open_to_read(path, follow=False) as stream:
         for group in groups:
             while position < group.end and (data := stream.read(min(CHUNK, group.end - position))):

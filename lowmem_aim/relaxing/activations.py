@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowmem_aim.errors import ModelError, printable
-from lowmem_aim.system.files import input_errors, open_regular, write_file
+from lowmem_aim.system.files import input_errors, is_there, open_regular, write_file
 
 FORMAT = "lowmem-aim activations 1"
 
@@ -55,7 +55,7 @@ class Activations:
         """Read a file that `save` wrote. Raises ModelError if the file is missing, damaged or something else."""
         shown = printable(os.fspath(path))
         with input_errors(path):
-            if not os.path.lexists(path):
+            if not is_there(path):
                 raise ModelError(f"there is no activations file `{shown}`")
             os.close(open_regular(path))
         try:

@@ -54,6 +54,18 @@ def unreadable(error: OSError, path: Path, kind: type[LowmemAimError] = ModelErr
 # --- opened -----------------------------------------------------------------------------------------------------------
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything lies there, a link that leads nowhere too. Raises OSError if that cannot be found out.
+
+    `os.path.lexists` answers no to any trouble: what is finished would count as lost.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no system takes such a name
+        return False
+    return True
+
+
 def is_file(path: Path) -> bool:
     """Whether there is a regular file, links followed. Raises OSError if that cannot be found out."""
     return stat.S_ISREG(_mode(path))

@@ -14,7 +14,8 @@ from method_cases import SHAPES, assert_close, merge, tensors
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.roles import roles_of
+from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.roles import TensorRoles
 
 
 def apart(shape: tuple[int, ...], count: int) -> list[torch.Tensor]:
@@ -149,13 +150,18 @@ class TestDegenerate:
 
 def test_the_outline_knows_which_weights_have_their_inputs_first(tmp_path: Path) -> None:
     with Checkpoint.open(tiny.build("gpt2", tmp_path / "gpt2"), "gpt2") as checkpoint:
-        found = roles_of(checkpoint, use_cache=True).inputs_first
-        assert found == roles_of(checkpoint, use_cache=True).inputs_first  # from the cache
+        found = _roles(checkpoint, use_cache=True).inputs_first
+        assert found == _roles(checkpoint, use_cache=True).inputs_first  # from the cache
     assert "transformer.h.0.attn.c_attn.weight" in found
     assert "transformer.wte.weight" in found
     with Checkpoint.open(tiny.build("gpt_oss", tmp_path / "oss"), "oss") as checkpoint:
-        found = roles_of(checkpoint, use_cache=False).inputs_first
+        found = _roles(checkpoint, use_cache=False).inputs_first
     assert "model.layers.0.mlp.experts.down_proj" in found
     assert "model.embed_tokens.weight" in found
     assert "lm_head.weight" not in found
     assert "model.layers.0.self_attn.q_proj.weight" not in found
+
+
+def _roles(checkpoint: Checkpoint, use_cache: bool) -> TensorRoles:
+    with Reader(use_cache) as reader:
+        return reader.roles(checkpoint)
