@@ -196,6 +196,7 @@ class TestLimits:
         done = subprocess.run([sys.executable, "-c", code], input='{"question": "settings"}\n', text=True, timeout=50)
         assert done.returncode == -signal.SIGALRM
 
+    @pytest.mark.long
     def test_memory_is_watched_where_the_system_cannot_limit_it(
         self, place: Place, monkeypatch: pytest.MonkeyPatch, own_reader: None
     ) -> None:

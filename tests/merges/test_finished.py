@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from calibrating import activations_of
+from long_cases import others_long
 from merge_cases import digests, recipe
 from stopping import SHARDS, stopping_after
 
@@ -40,12 +41,15 @@ def models(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "cut", "message"),
-    [
-        ("model.safetensors.index.json", 0, "is missing"),
-        ("model-00001-of-", 0, "is missing"),
-        ("model-00001-of-", 5, "bytes instead of"),
-        ("tokenizer.json", 0, "is missing"),
-    ],
+    others_long(
+        [
+            ("model.safetensors.index.json", 0, "is missing"),
+            ("model-00001-of-", 0, "is missing"),
+            ("model-00001-of-", 5, "bytes instead of"),
+            ("tokenizer.json", 0, "is missing"),
+        ],
+        [("model-00001-of-", 0, "is missing")],
+    ),
 )
 def test_an_output_that_has_lost_files_is_not_called_finished(
     name: str, cut: int, message: str, models: Path, tmp_path: Path
@@ -109,7 +113,7 @@ class TestChangedInputsOfAFinishedOutput:
             job, tmp_path / "out", *(f"`{n}` has other tensors or files than before" for n in ("math", "chat"))
         )
 
-    @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+    @pytest.mark.parametrize("name", others_long(["tokenizer_config.json", "config.json"], ["config.json"]))
     def test_small_files_of_the_base(self, name: str, models: Path, tmp_path: Path) -> None:
         job, file = self.finished(models, tmp_path / "out"), models / "base" / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {"an_addition": 1}))
