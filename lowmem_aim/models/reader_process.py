@@ -123,7 +123,7 @@ class ReaderProcess:
         said = self.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
         if -self.process.returncode in _FROM_OUTSIDE:
             return ReaderKilled("was stopped: somebody, or a system short of memory, killed the process that reads it")
-        if said and "memory" not in said[-1].lower():
+        if said and not any(word in said[-1].lower() for word in ("memory", "alloc")):  # as std::bad_alloc
             return ReaderFailed(f"fails: {printable(said[-1])}")
         # Compiled code that gets no memory aborts with no word.
         return ReaderFailed(f"takes more than {shown(MEMORY_BYTES)} of memory")

@@ -175,21 +175,34 @@ def answer_within(limit: int, question: Question) -> dict[str, Any]:
     Libraries make any error of an allocation that failed, some of which do not say so.
     """
     limit_memory(limit)
-    before = _peak_bytes()
+    before, resident = _peak_bytes(), _resident_bytes()
     given: dict[str, Any] = {}
     try:
         given = answer(question)
     except Exception:
-        if not _came_near(limit, before):
+        if not _came_near(limit, before, resident):
             raise
-    if "answer" not in given and _came_near(limit, before):
+    if "answer" not in given and _came_near(limit, before, resident):
         raise MemoryError(f"more than {limit} bytes of memory")
     return given
 
 
-def _came_near(limit: int, before: int) -> bool:
-    """Whether this process has grown by half of the limit; what is mapped and not touched counts for the limit too."""
-    return is_limited() and _peak_bytes() - before > limit // 2
+def _came_near(limit: int, before: int, resident: int) -> bool:
+    """Whether this process has grown by a third of the limit, which counts what is mapped and not touched as well.
+
+    `before`, `resident`: its peak and its size in RAM when it began.
+    """
+    peak = _peak_bytes()
+    return is_limited() and peak > before and peak - resident > limit // 3
+
+
+def _resident_bytes() -> int:
+    """The bytes of RAM that this process has, where its memory is limited; else 0."""
+    if not is_limited():
+        return 0
+    import resource
+
+    return int(_PAGES_FILE.read_text().split()[1]) * resource.getpagesize()
 
 
 def _peak_bytes() -> int:
