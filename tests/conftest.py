@@ -34,7 +34,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 class SharedReader(NamedTuple):
-    """How `ReaderProcess` starts and ends without being shared."""
+    """The own `start` and `end` of `ReaderProcess`, from before it was shared."""
 
     start: Callable[[], Any]
     end: Callable[[Any], None]

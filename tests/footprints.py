@@ -40,7 +40,7 @@ def status(name: str) -> int:
 
 
 def taken(work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` returns, and the bytes that it takes at its peak."""
+    """Return what `work` returns, and the bytes that it takes at its peak."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
     before = status("VmRSS")

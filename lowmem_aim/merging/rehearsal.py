@@ -63,7 +63,7 @@ def _kind(task: Task, inputs: Inputs) -> Hashable:
 
 
 def _class_of(value: Any) -> Hashable:
-    """What matters of a parameter: numbers from 1 on, and from 0 down, may take another way than those between."""
+    """The class of a parameter: numbers from 1 on, and from 0 down, may take another way than those between."""
     if isinstance(value, tuple):
         return tuple(_class_of(one) for one in value)
     return value if isinstance(value, bool | str) else (value <= 0, value >= 1)

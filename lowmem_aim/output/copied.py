@@ -71,7 +71,7 @@ def _copied(reference: Checkpoint, emit: Emit) -> dict[str, bytes]:
 
 @dataclass
 class _Taken:
-    """What has been taken of a reference so far, and what has been left behind, with the reason."""
+    """The files taken of a reference so far, and those left behind, with the reason."""
 
     reference: Checkpoint
     emit: Emit

@@ -24,7 +24,7 @@ _ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| (.*) \|$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one model type."""
+    """The outcome of one model type, and what was said of it."""
 
     model_type: str
     outcome: str  # one of OUTCOMES
@@ -60,7 +60,7 @@ def write(results: Sequence[Result]) -> None:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """How many of each outcome."""
+    """Count the results of each outcome."""
     counts = Counter(result.outcome for result in results)
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
 

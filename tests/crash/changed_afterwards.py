@@ -53,7 +53,7 @@ def _try(
 
 
 def _one_bit(file: Path, draw: random.Random) -> None:
-    """Of a weight, in place."""
+    """Flip one bit of a weight, in place."""
     info = draw.choice(list(read_header(file).values()))
     place = draw.randrange(info.begin, info.end)
     with file.open("r+b") as stream:
@@ -64,7 +64,7 @@ def _one_bit(file: Path, draw: random.Random) -> None:
 
 
 def _another_file(file: Path, draw: random.Random) -> None:
-    """In its place, with its time."""
+    """Put another file in the place of `file`, with its time."""
     times = file.stat()
     other = file.with_name("other")
     shutil.copyfile(file, other)
