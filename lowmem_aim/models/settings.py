@@ -81,8 +81,10 @@ def _same(first: Any, second: Any) -> bool:
 def _must_agree(key: str, *values: Any) -> bool:
     name = key.rpartition(".")[2]
     flag = any(isinstance(value, bool) for value in values) and name != "tie_word_embeddings"
-    plain = all(value is None or isinstance(value, int | str) for value in values)  # a list is no count
-    return plain and not flag and bool(_MUST_AGREE.fullmatch(name))
+    # A list of whole numbers has a count for each layer; other lists of such names are no counts.
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    counts = all(item is None or isinstance(item, int) for item in flat) or all(isinstance(v, str) for v in values)
+    return counts and not flag and bool(_MUST_AGREE.fullmatch(name))
 
 
 def _relevant(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

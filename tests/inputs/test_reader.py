@@ -208,10 +208,18 @@ class TestLimits:
             with pytest.raises(ModelError, match=r"takes more than 30\.0 MB of memory"):
                 reader.vocabulary(Checkpoint.open(place.folder / "math"))
 
-    def test_what_a_library_prints_is_no_answer(self) -> None:
-        with Reader(use_cache=False) as reader:
-            found = reader.settings(model_with(model_type="llama", rope_scaling={"type": "what"}))
-        assert found["model_type"] == "llama"
+
+def test_what_a_library_prints_is_no_answer() -> None:
+    code = (
+        "import sys, lowmem_aim.models.reader_program as program\n"
+        "program.ANSWERS['noisy'] = (lambda: print('importing'), lambda question: print('noise') or 7)\n"
+        "sys.argv = ['', '1000000000', '60']\n"
+        "program.main()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input='{"question": "noisy"}\n', capture_output=True, text=True, timeout=60)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [{}, {"answer": 7}]
+    assert "noise" in done.stderr
 
 
 def test_answers_are_cached_by_what_they_depend_on(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ def test_head_counts_that_differ_are_refused_wherever_they_stand() -> None:
     cases = [
         (LLAMA, LLAMA | {"num_key_value_heads": 2}, "`num_key_value_heads` 2, but `base` has 4"),
         (LLAMA, LLAMA | {"head_dim": 4}, "`head_dim` 4, but `base` has 8"),
+        (LLAMA | {"my_heads": [4, 4]}, LLAMA | {"my_heads": [4, 2]}, "`my_heads` [4, 2], but `base` has [4, 4]"),
         ({"model_type": "gpt2"}, {"model_type": "gpt2", "n_head": 6}, "`n_head` 6, but `base` has 12"),
         (
             {"model_type": "gemma3", "text_config": text},
