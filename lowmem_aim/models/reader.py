@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -25,10 +26,10 @@ from lowmem_aim.models.vetted import tokenizer_files, vetted_folder
 from lowmem_aim.system.files import cache_folder, write_file
 
 PUT_TOKENIZER = "put its tokenizer files into the model's folder"
-FORMAT = 3  # of the cached answers; part of their names
+FORMAT = 4  # of the cached answers; part of their names
 TEXTS_AT_ONCE = 64
 FOLDER = "outlines"  # of the cache folder
-READ_BY = ("transformers", "tokenizers", "torch")  # whose versions the answers depend on
+READ_BY = ("transformers", "tokenizers", "sentencepiece", "torch")  # whose versions the answers depend on
 
 
 class Reader(contextlib.AbstractContextManager["Reader"]):
@@ -39,6 +40,7 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         self._use_cache = use_cache
         self._process: ReaderProcess | None = None
         self._known: dict[str, Any] = {}  # answers by the name of their file in the cache
+        self._tokenizers: dict[Path, dict[str, str]] = {}  # of a folder: the tokenizer's files -> their digests
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The config as transformers' class reads it, with defaults filled in. Raises ModelError."""
@@ -51,6 +53,14 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         tensors = [(info.name, str(info.dtype).removeprefix("torch."), info.shape) for info in checkpoint]
         return TensorRoles.of(self._answer("roles", checkpoint, {"config": checkpoint.config, "tensors": tensors}))
 
+    def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """The tokenizer's files by name, with xxh3-128 of each; empty if there is none. Raises ModelError."""
+        if checkpoint.folder not in self._tokenizers:
+            files = tokenizer_files(checkpoint)
+            digests = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
+            self._tokenizers[checkpoint.folder] = digests
+        return self._tokenizers[checkpoint.folder]
+
     def vocabulary(self, checkpoint: Checkpoint) -> dict[str, int]:
         """The vocabulary of the folder's tokenizer: token text -> id. Raises ModelError."""
         return dict(self._of_tokenizer("vocabulary", checkpoint, []))
@@ -61,16 +71,16 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         return [list(ids) for batch in batches for ids in self._of_tokenizer("encode", checkpoint, list(batch))]
 
     def _of_tokenizer(self, question: str, checkpoint: Checkpoint, texts: list[str]) -> Any:
-        files = tokenizer_files(checkpoint)
+        files = self.tokenizer(checkpoint)
         if not files:
             raise ModelError(f"`{printable(checkpoint.label)}` has no tokenizer", hint=PUT_TOKENIZER)
-        digests = {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
-        about = {"config": checkpoint.config, "files": digests, "texts": texts}
-        return self._answer(question, checkpoint, about, files)
+        about = {"config": checkpoint.config, "files": files, "texts": texts}
+        return self._answer(question, checkpoint, about)
 
     def close(self) -> None:
         """End the child process, if there is one, and forget the answers; the next question starts another."""
         self._known.clear()
+        self._tokenizers.clear()
         if self._process is not None:
             self._process.end()
             self._process = None
@@ -80,13 +90,7 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     ) -> None:
         self.close()
 
-    def _answer(
-        self,
-        question: str,
-        checkpoint: Checkpoint,
-        about: Mapping[str, Any],
-        files: Mapping[str, bytes] | None = None,
-    ) -> Any:
+    def _answer(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
         """The answer in the cache, or the child's; `about` is all that it depends on, beside versions."""
         versions = [importlib.metadata.version(package) for package in READ_BY]
         facts = json.dumps([FORMAT, versions, question, about], sort_keys=True)
@@ -94,12 +98,18 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         if name not in self._known:
             found = _cached(name) if self._use_cache else None
             if found is None:
-                with vetted_folder(checkpoint.config, files) if files else contextlib.nullcontext() as folder:
-                    found = self._ask(question, checkpoint, {**about, "folder": str(folder)})
+                found = self._asked(question, checkpoint, about)
                 if self._use_cache:
                     _keep(name, found)
             self._known[name] = found
         return self._known[name]
+
+    def _asked(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
+        """The child's answer, given copies of the tokenizer's files if the question is about them."""
+        if "files" not in about:
+            return self._ask(question, checkpoint, about)
+        with vetted_folder(checkpoint.config, tokenizer_files(checkpoint)) as folder:
+            return self._ask(question, checkpoint, {**about, "folder": str(folder)})
 
     def _ask(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
         if self._process is None:
@@ -116,9 +126,15 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
 def _cached(name: str) -> Any:
     """The answer in a file of the cache; None if there is no such file, or not one that `_keep` wrote."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((cache_folder() / FOLDER / name).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads((cache_folder() / FOLDER / name).read_text(encoding="utf-8"))
+        if kept["digest"] == _digest(kept["answer"]):
+            return kept["answer"]
     return None
+
+
+def _digest(answer: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(answer).encode())
 
 
 def _keep(name: str, answer: Any) -> None:
@@ -126,7 +142,7 @@ def _keep(name: str, answer: Any) -> None:
     file = cache_folder() / FOLDER / name
     with contextlib.suppress(OSError, DiskError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(answer).encode())
+        write_file(file, json.dumps({"answer": answer, "digest": _digest(answer)}).encode())
 
 
 # What each question reads, for messages.

@@ -34,7 +34,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
     Raises ModelError for such a path, and for files that are too large or not what their names say.
     """
-    if not has_tokenizer(checkpoint):
+    if not _names(checkpoint, TOKENIZERS):
         return {}
     config = tokenizer_config(checkpoint)
     versions = config.get("fast_tokenizer_files")  # further tokenizer.json, for other versions of transformers
@@ -42,11 +42,6 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     found = {name: checkpoint.small_file(name, LARGEST_FILE) for name in names}
     files = {name: content for name, content in found.items() if content is not None}
     return files | ({TOKENIZER_CONFIG: json.dumps(config).encode()} if config else {})
-
-
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the folder has a file that tells tokens. Raises ModelError if that cannot be found out."""
-    return bool(_names(checkpoint, TOKENIZERS))
 
 
 def _names(checkpoint: Checkpoint, patterns: Collection[str]) -> list[str]:

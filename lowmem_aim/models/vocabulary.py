@@ -19,7 +19,6 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.roles import TensorRoles
-from lowmem_aim.models.vetted import has_tokenizer, tokenizer_files
 from lowmem_aim.recipe.recipe import Recipe
 
 EXAMPLES = 3  # tokens that a message names
@@ -122,10 +121,9 @@ def _tokens_of_both(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """(the reference's tokens -> rows, the other's); both empty where they cannot differ, or cannot be compared."""
     models = (inputs.reference, other)
-    if not all(map(has_tokenizer, models)):
-        return {}, {}
     try:
-        if tokenizer_files(models[0]) == tokenizer_files(models[1]):
+        files = [reader.tokenizer(model) for model in models]
+        if not all(files) or files[0] == files[1]:
             return {}, {}
         return reader.vocabulary(models[0]), reader.vocabulary(models[1])
     except ModelError as error:  # a tokenizer that needs code of its own, say: whoever merges by rows can do without

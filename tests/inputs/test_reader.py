@@ -231,6 +231,19 @@ def test_answers_are_cached_by_what_they_depend_on(place: Place, run: Run, monke
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"answer": {}, "digest": "x"}'])
+def test_a_damaged_answer_in_the_cache_is_asked_for_again(place: Place, own_cache: Path, damage: bytes) -> None:
+    command = ("--method", "linear", "--expert", place.folder / "math")
+    assert place.run("merge", place.folder / "first", *command).code == 0
+    kept = list((own_cache / "lowmem_aim/outlines").iterdir())
+    assert kept
+    for file in kept:
+        file.write_bytes(damage)
+    assert (
+        place.run("merge", place.folder / "second", "--method", "linear", "--expert", place.folder / "math").code == 0
+    )
+
+
 def test_a_merge_that_runs_no_model_never_loads_transformers(place: Place, own_cache: Path) -> None:
     """Not even where nothing is cached, and tokens are matched."""
     code = (
