@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Event, silent
 from lowmem_aim.jobs import calibrate as calibrate_job
@@ -26,6 +24,7 @@ from lowmem_aim.output.verify import verify_outputs
 from lowmem_aim.recipe import reader
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.yaml_tree import load_tree, tree_of
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
 
 OnEvent = Callable[[Event], None]

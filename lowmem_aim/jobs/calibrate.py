@@ -6,8 +6,6 @@ import os
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import Emit, Notice, Planned, silent
 from lowmem_aim.jobs.identity import identity_of_calibration
@@ -20,6 +18,7 @@ from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.system.files import disk_errors, partial_folder, real, sync_folder
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import Run, start
 from lowmem_aim.view.feed import Feed, reported

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import torch
 from huggingface_hub import constants
 from rich.console import Console
 
@@ -34,6 +33,7 @@ from lowmem_aim.jobs.speed import disk_speed
 from lowmem_aim.methods import kernels
 from lowmem_aim.system import memory
 from lowmem_aim.system.files import cache_folder
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.view.doctor_lines import UNKNOWN, doctor_lines
 
 SCHEMA = 1  # of the JSON

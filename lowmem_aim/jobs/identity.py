@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 
 from lowmem_aim.measuring.calibration import Calibration, Measurement
@@ -17,6 +16,7 @@ from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
 from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensors import digest
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = repr([(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in checkpoint])
+    tensors = repr([(t.name, t.dtype.name, t.shape, t.file.name, t.begin) for t in checkpoint])
     files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in checkpoint.stats().items()}
     return {"label": checkpoint.label, "tensors": digest_of(tensors.encode("utf-8", "surrogatepass")), "files": files}
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from lowmem_aim.errors import DiskError, printable
 from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
 from lowmem_aim.jobs.finished import check_content
@@ -40,6 +38,7 @@ from lowmem_aim.relaxing.relaxation import (
     idle_exclusions,
 )
 from lowmem_aim.system.files import input_errors
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import Run, start
 from lowmem_aim.view.feed import Feed, reported

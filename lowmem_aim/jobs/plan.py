@@ -185,7 +185,7 @@ class _Estimate:
                     len(ready.inputs.experts),
                     device=run.device,
                     relaxed=ready.recipe.relaxed,
-                    dtype=task.dtype,
+                    dtype=task.dtype.torch,
                     threads=shares.workers,
                     seconds=MEASURED_SECONDS / 2,
                     slice_elements=shares.slice_elements,

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.events import Emit
 from lowmem_aim.jobs.identity import identity_of_merge
@@ -24,6 +22,7 @@ from lowmem_aim.output.folder import PRIVATE, check_writable, existing_folder, i
 from lowmem_aim.output.records import Identity
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.run import Run
 from lowmem_aim.system.tensors import dtype_name
 

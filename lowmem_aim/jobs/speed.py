@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
 from lowmem_aim.merging.pipeline import Job, Pass, Workers
@@ -28,6 +26,10 @@ from lowmem_aim.methods.method import Combine, Method, Rounds, Rows, Script, Sub
 from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
 from lowmem_aim.system.files import disk_errors
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
 

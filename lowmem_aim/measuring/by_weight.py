@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import xxhash
-from torch import Tensor
 
 from lowmem_aim.blocks.observer import scaled_weights
 from lowmem_aim.blocks.runner import BlockRunner
@@ -15,6 +15,9 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.tensors import dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def gathered(runner: BlockRunner, sequences: Sequence[Tensor], emit: Emit) -> Activations:

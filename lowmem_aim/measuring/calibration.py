@@ -14,9 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
 
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
@@ -28,10 +26,13 @@ from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.relaxing.activations import FORMAT, Activations
 from lowmem_aim.system.files import cache_folder
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.run import Run
 from lowmem_aim.system.tensors import digest, dtype_named
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lowmem_aim.models.meta_model import MetaModel
 
 COUNTING = 2  # which inputs count, and how; part of the cached files' names

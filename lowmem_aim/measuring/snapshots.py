@@ -14,11 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from lowmem_aim.blocks.calls import Call
 from lowmem_aim.blocks.observer import Tally
@@ -28,8 +26,12 @@ from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import CalibrationSnapshot
 from lowmem_aim.system.files import disk_errors, open_to_read, sync_folder
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import dtype_name, dtype_named, raw
+
+if TYPE_CHECKING:
+    pass
 
 # Not after every block, where blocks are quick: a snapshot of a 13B model's hidden states has some 600 MB.
 SECONDS = 60.0
@@ -147,7 +149,9 @@ class Snapshots:
 
 def in_store(output: Any, runner: BlockRunner) -> Call:
     """Turn a block's output into the form of `BlockProgress.outputs`: a call whose tensors are in the store."""
-    return Call((output,), {}).mapped(lambda value: runner.store.put(value) if isinstance(value, Tensor) else value)
+    return Call((output,), {}).mapped(
+        lambda value: runner.store.put(value) if isinstance(value, torch.Tensor) else value
+    )
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -166,7 +170,7 @@ class _Out:
         """
         if isinstance(value, tuple):
             return [self.put(part) for part in value]
-        if not isinstance(value, Tensor):
+        if not isinstance(value, torch.Tensor):
             return value
         data = raw(value.cpu().contiguous())
         self._stream.write(data)

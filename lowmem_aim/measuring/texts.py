@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import ModelError, NetworkError, UsageError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_here
 from lowmem_aim.system.files import input_errors, read_file
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FEWEST_TOKENS = 16
 AT_ONCE = 64  # texts of a dataset that are read ahead, to find those that are short enough

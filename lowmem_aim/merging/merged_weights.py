@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.merging.targets import rounded
@@ -16,8 +14,12 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.relaxation import Relaxation
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensor_store import Stored, TensorStore
 from lowmem_aim.system.tensors import empty_apart
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ELEMENTS = 1 << 17  # of each model, in work at a time
 
@@ -46,7 +48,7 @@ class MergedWeights:
             return self._store.get(self._kept[name])
         task = self._tasks[name]
         rows, columns = matrix_shape(task.shape)
-        whole = empty_apart((rows, columns), task.dtype)
+        whole = empty_apart((rows, columns), task.dtype.torch)
         self._fill(task, whole, 0)
         if name in self._asked:
             self._kept[name] = self._store.put(whole.view(task.shape))
@@ -60,7 +62,7 @@ class MergedWeights:
             return self._inputs.reference.rows(name, start, stop)
         if task.whole:
             return self.tensor(name).view(-1, 1)[start:stop]
-        part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype)
+        part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype.torch)
         self._fill(task, part, start)
         return part
 

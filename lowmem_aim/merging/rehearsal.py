@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.merging.slices import finite
 from lowmem_aim.merging.targets import rounded
@@ -24,6 +21,10 @@ from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.memory import Budget, trim
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS, ROWS = 256, 4  # of the random tensors, at most
 
@@ -93,7 +94,7 @@ def _small(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _random(checkpoint: Checkpoint, task: Task, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     values = torch.randn(matrix_shape(shape), generator=random)
-    return values.to(checkpoint.tensors[task.name].dtype)
+    return values.to(checkpoint.tensors[task.name].dtype.torch)
 
 
 def _finish(merged: Tensor, rows: Rows, task: Task, *, relaxed: bool) -> None:

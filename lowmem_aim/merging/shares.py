@@ -15,8 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from lowmem_aim.errors import MemoryBudgetError
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.footprint import Footprint
@@ -25,7 +23,9 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.writer import WAITING
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
+from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.memory import Budget
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.units import shown
 
 # A slice then has 2 MB of bfloat16 in each model: it stays in a processor's cache from read to write.
@@ -71,7 +71,7 @@ class Needs:
         stored = max((dtype.itemsize for dtype in dtypes), default=4)
         loops = device.type == "cpu" and kernels.available()
         footprint = _footprint(plan, tasks, inputs, loops)
-        if (loops and len(dtypes) > 1) or not dtypes <= {torch.bfloat16, torch.float32}:
+        if (loops and len(dtypes) > 1) or not dtypes <= {DTYPES["BF16"], DTYPES["F32"]}:
             footprint = _plus_element(footprint, 4 * models)  # the loops take float32 copies
         return cls(
             row=max((_row(task) for task in tasks), default=1),

@@ -10,11 +10,9 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 import xxhash
-from torch import Tensor
 
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
@@ -25,9 +23,13 @@ from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.tasks import Task
 from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import NonFinite
 from lowmem_aim.system.tensors import raw
 from lowmem_aim.units import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 R = TypeVar("R")
 
@@ -149,10 +151,10 @@ class TensorReader:
         if self._row_map is None:
             return pieces[0][1]
         info = self.checkpoint.tensors[self.name]
-        if fill is not None and fill.dtype != info.dtype:
+        if fill is not None and fill.dtype != info.dtype.torch:
             fill, dtype = fill.to(torch.float32), torch.float32
         else:
-            dtype = info.dtype
+            dtype = info.dtype.torch
         rows = torch.zeros(count, info.matrix[1], dtype=dtype) if fill is None else fill.clone()
         for place, part in pieces:
             rows[place : place + len(part)] = part.to(dtype)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
@@ -20,7 +18,9 @@ from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.delta_sampler import DeltaSampler
 from lowmem_aim.relaxing.relaxation import Relax, Relaxation
 from lowmem_aim.system.devices import DeviceStreams
-from lowmem_aim.system.tensors import dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class TargetTensor:
 
 def rounded(merged: Tensor, task: Task) -> Tensor:
     """Round merged rows to the output's dtype, once. Raises ModelError for finite values that the dtype cannot hold."""
-    if task.dtype == torch.bfloat16 and kernels.usable([merged]):
+    if task.dtype.name == "bfloat16" and kernels.usable([merged]):
         rounded, good = kernels.to_bfloat16(merged)
     else:
-        rounded = merged.to(task.dtype)
+        rounded = merged.to(task.dtype.torch)
         good = finite(rounded)
     if not good:
         raise ModelError(
-            f"the merged `{printable(task.name)}` leaves the range of {dtype_name(task.dtype)}",
+            f"the merged `{printable(task.name)}` leaves the range of {task.dtype.name}",
             hint="choose `out_dtype: bfloat16` or `float32`, or smaller weights",
         )
     return rounded

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods.exact import wide
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import row_sums
 from lowmem_aim.methods.method import Combine, Fold, Rows, Script, Subject, merge_method
+from lowmem_aim.system.on_demand import numpy as np
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST = 1e-8  # added to each probability
 DIGIT = 16  # bits of a float64 that one round counts

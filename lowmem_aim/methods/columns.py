@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import dot
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Fold, Rows
+from lowmem_aim.system.on_demand import numpy as np
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TERM_BITS = 50  # 1.5 * 2^52 units hold a term of 2^51 units with its sign
 _SUM_BITS = 62

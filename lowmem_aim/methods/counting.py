@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Fold, Rows
 from lowmem_aim.methods.selection import ALL, EVERYWHERE, NONE, Largest, magnitude_bits
+from lowmem_aim.system.on_demand import numpy as np
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOW_BITS = 31 - kernels.UPPER_BITS
 LOW_MASK = (1 << LOW_BITS) - 1
-LOW_DTYPE = torch.int16  # holds the LOW_BITS lower bits
+LOW_BYTES = 2  # of the int16 that holds the LOW_BITS lower bits
 COLLECTED = 1 << 20  # most magnitudes of a bin that are collected
 COLLECTED_IN_ALL = 1 << 22  # of all bins of a tensor
 
@@ -76,7 +77,7 @@ def footprint_of_first(numel: int, which: int, asked: int) -> Footprint:
     tables = max(8 * which << kernels.UPPER_BITS, 8 * asked << LOW_BITS)
     searched = 3 * 8 << kernels.UPPER_BITS
     each = min(numel, COLLECTED)
-    one = _place_dtype(numel).itemsize + LOW_DTYPE.itemsize
+    one = _place_dtype(numel).itemsize + LOW_BYTES
     collected = one * min(each * asked, COLLECTED_IN_ALL) + 8 * each  # a copy to sort, or a mask and places
     # The bits, twice as they are made and shifted, and the places of those that are equal, as int64.
     return Footprint(element=34, part=tables, tensor=tables + searched + collected)
@@ -168,7 +169,7 @@ class _Collected:
         self._magnitudes = magnitudes
         # One array for each bin, whose size is known: many small ones would leave holes in the heap.
         self._places = {i: torch.empty(b.size, dtype=place_dtype) for i, b in bins.items()}
-        self._bits = {i: torch.empty(b.size, dtype=LOW_DTYPE) for i, b in bins.items()}
+        self._bits = {i: torch.empty(b.size, dtype=torch.int16) for i, b in bins.items()}
         self._found = dict.fromkeys(bins, 0)
 
     def part(self, rows: Rows) -> dict[int, tuple[Tensor, Tensor]]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.footprint import Footprint
@@ -15,6 +12,10 @@ from lowmem_aim.methods.masks import draws_of, mask_limits
 from lowmem_aim.methods.method import Densities, PerExpert, Rescale, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Selection, Share, magnitude_bits
 from lowmem_aim.methods.task_vectors import combine_deltas, rescale_factors
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Epsilons = Annotated[tuple[float, ...], PerExpert(0.0, 1.0)]
 SHORT = 128  # elements; shorter rows are sorted as fast by torch

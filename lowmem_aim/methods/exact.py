@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.methods.method import Rows
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE_BITS = 30
 # 2^22 pieces below 2^30 units stay below 2^52 units, with one bit to spare for pieces rounded up.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import ExactSums, dot, exact_sum
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Gram = tuple[tuple[float, ...], ...]  # K x K dot products
 

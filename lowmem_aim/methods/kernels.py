@@ -10,13 +10,14 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_aim.errors import printable
+from lowmem_aim.system.on_demand import numpy as np
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SWITCH = "LOWMEM_AIM_KERNELS"  # in the environment: 0 leaves the loops out
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows, Scales, Script, Subject, Weights, merge_method
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ZERO_WEIGHT = 1e-8  # a sum of weights below this counts as 0
 

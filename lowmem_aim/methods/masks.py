@@ -9,9 +9,13 @@ would make the masks of two models shuffles of each other.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 SPAN = 1 << 32  # the counter's low word; its high word goes into the keys
 SIGNED_TOP = SPAN >> 1  # draws are signed: [-2^31, 2^31)

@@ -27,13 +27,16 @@ import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from lowmem_aim.errors import did_you_mean
 from lowmem_aim.methods.footprint import Footprint, by_default
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # not imported for a name in signatures
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import cosine, gram_round, row_dots, square, vectors
 from lowmem_aim.methods.method import Rows, Script, Subject, merge_method
 from lowmem_aim.methods.task_vectors import span, takes_span
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPPOSED = 1e-6  # 1 + (K-1) c below this: the deltas cancel each other, and t is 0
 

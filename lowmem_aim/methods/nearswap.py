@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_DISTANCE = 1e-6  # a smaller distance counts as this one
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods.columns import Columns, Panel, column_dots, footprint_of_columns
 from lowmem_aim.methods.footprint import Footprint
@@ -15,6 +12,10 @@ from lowmem_aim.methods.gram import gram_round, row_dots, vectors
 from lowmem_aim.methods.linear import ZERO_WEIGHT
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.task_vectors import span, takes_span
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A sine below this is too small to divide by. mergekit has 1e-8; but an angle near 0 or pi that comes from a cosine in
 # float64 is no more accurate than 2e-8, and opposite vectors of other lengths would give numbers of any size.

@@ -7,14 +7,15 @@ A delta that one expert alone has stays unchanged; deltas that several experts h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lowmem_aim.methods.exact import UNITS, ExactSums
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Within, merge_method
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Epsilon = Annotated[float, Within(0.0)]
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lowmem_aim.methods.counting import Magnitudes, first_by_size, footprint_of_first
 from lowmem_aim.methods.exact import UNITS, ExactSums, exact_sum, wide
@@ -14,6 +11,10 @@ from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import vectors
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, Within, merge_method
 from lowmem_aim.methods.selection import ALL, NONE, Largest
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 1e-6  # smaller sums of weights count as 0
 

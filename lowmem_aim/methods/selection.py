@@ -6,13 +6,14 @@ A selection is a pure function of the unscaled delta and of the place of its ele
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from lowmem_aim.methods.kernels import Selected
 from lowmem_aim.methods.masks import SIGNED_TOP, SPAN, keep_mask, mask_keys, mask_limit
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EVERYWHERE = 1 << 62  # above every flat index
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lowmem_aim.methods.exact import ExactSums
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import footprint_of_gram, gram_sums
 from lowmem_aim.methods.linear import takes_weighted_sum, weighted_sum
 from lowmem_aim.methods.method import Rows, Script, Subject, Within, merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARALLEL = 0.9995  # |cos| above this: the angle is too small to divide by its sine
 

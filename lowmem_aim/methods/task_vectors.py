@@ -7,10 +7,7 @@ elected sign stay -> sum -> if `normalize`, divided by the weights that took par
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.exact import ExactSums, exact_sum, wide
@@ -19,6 +16,10 @@ from lowmem_aim.methods.gram import footprint_of_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT, weighted_sum
 from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
 from lowmem_aim.methods.selection import Everything, Selection
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def takes_deltas(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.columns import Columns, Panel, column_dots, footprint_of_columns
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.method import Combine, Rows, Script, Subject, merge_method
+from lowmem_aim.system.on_demand import numpy as np
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:

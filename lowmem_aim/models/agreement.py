@@ -10,7 +10,6 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.system.tensors import dtype_name
 
 PROBLEMS_OF_A_MODEL = 20  # of one model that are told: a model of another size has one for each tensor
 
@@ -51,7 +50,7 @@ def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
     if theirs is None:
         return f"`{label}` lacks the tensor `{name}`"
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
-        found, expected = dtype_name(theirs.dtype), dtype_name(ours.dtype)
+        found, expected = theirs.dtype.name, ours.dtype.name
         return f"`{label}`: `{name}` is {found}, but {expected} in `{printable(inputs.reference.label)}`"
     row_map = inputs.row_map(other, ours.name)
     mapped = row_map is not None

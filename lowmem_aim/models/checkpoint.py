@@ -20,11 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 import xxhash
-from torch import Tensor
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
@@ -32,8 +30,12 @@ from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.system.files import input_errors, is_folder, is_there, open_regular, open_to_read, real
 from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import ReadMode
 from lowmem_aim.system.tensors import digest, raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What one mapping covers: large enough that its cost (a few microseconds) vanishes, small enough that the resident
 # size stays small however large the tensor is.
@@ -101,7 +103,7 @@ class Checkpoint:
         32 hex digits. The samples distinguish models whose files have equal times, as in unpacked archives.
         """
         parts = [(f.name, *self._identities[f]) for f in self.files]
-        parts += [(t.name, str(t.dtype), t.shape, t.file.name, t.begin) for t in self.tensors.values()]  # type: ignore[misc]
+        parts += [(t.name, t.dtype.name, t.shape, t.file.name, t.begin) for t in self.tensors.values()]  # type: ignore[misc]
         samples = [self._sample(info) for info in self.tensors.values()]
         return xxhash.xxh3_128_hexdigest(repr((parts, samples, sorted(self.config.items()))).encode())
 
@@ -113,7 +115,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its own shape and dtype. Raises ModelError if its file has changed."""
         info = self.tensors[name]
-        return self._read(info, info.begin, info.end).view(info.dtype).reshape(info.shape)
+        return self._read(info, info.begin, info.end).view(info.dtype.torch).reshape(info.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of the tensor as a matrix (see `matrix_shape`), in its stored dtype: (stop - start, columns).
@@ -125,7 +127,7 @@ class Checkpoint:
         columns = info.matrix[1]
         row_bytes = columns * info.dtype.itemsize
         data = self._read(info, info.begin + start * row_bytes, info.begin + stop * row_bytes)
-        return data.view(info.dtype).reshape(stop - start, columns)
+        return data.view(info.dtype.torch).reshape(stop - start, columns)
 
     def digest(self, name: str) -> str:
         """The digest of a whole tensor's bytes, as `system.tensors.digest`, read some rows at a time.

@@ -5,33 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.config import LFS_POINTER, MAX_MARKS, refuse_lfs_pointer, too_many_values
+from lowmem_aim.system.dtypes import DTYPES, Dtype
 from lowmem_aim.system.files import input_errors, open_to_read
 
 # The safetensors library refuses headers above 100 MB; so do we, before reading them.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # Known to safetensors, refused here: quantised weights cannot be merged as if they were numbers.
 QUANTISED_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
@@ -44,7 +31,7 @@ class TensorInfo:
     """The place of a tensor; `begin` and `end` are byte offsets in `file`."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     file: Path
     begin: int

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.roles import TensorRoles
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass

@@ -240,5 +240,6 @@ def float_bytes(checkpoint: Checkpoint) -> dict[torch.dtype, int]:
     totals: dict[torch.dtype, int] = {}
     for info in checkpoint:
         if info.dtype.is_floating_point:
-            totals[info.dtype] = totals.get(info.dtype, 0) + math.prod(info.shape) * info.dtype.itemsize
+            dtype = info.dtype.torch
+            totals[dtype] = totals.get(dtype, 0) + math.prod(info.shape) * info.dtype.itemsize
     return totals

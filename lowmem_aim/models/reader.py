@@ -50,7 +50,7 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     def roles(self, checkpoint: Checkpoint) -> TensorRoles:
         """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
         # Every shape counts, because the model is checked against it.
-        tensors = [(info.name, str(info.dtype).removeprefix("torch."), info.shape) for info in checkpoint]
+        tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
         return TensorRoles.of(self._answer("roles", checkpoint, {"config": checkpoint.config, "tensors": tensors}))
 
     def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:

@@ -65,15 +65,14 @@ def settings(question: Question) -> Any:
 
 def roles(question: Question) -> Any:
     """The roles of a checkpoint's tensors, given their names, dtypes and shapes."""
-    import torch
-
     from lowmem_aim.models.checkpoint import Checkpoint
     from lowmem_aim.models.headers import TensorInfo
     from lowmem_aim.models.meta_model import load_meta_model
+    from lowmem_aim.system.dtypes import BY_NAME
 
     nowhere = Path()
     tensors = {
-        name: TensorInfo(name, getattr(torch, dtype), tuple(shape), nowhere, 0, 0)
+        name: TensorInfo(name, BY_NAME[dtype], tuple(shape), nowhere, 0, 0)
         for name, dtype, shape in question["tensors"]
     }
     return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors)).roles().table()

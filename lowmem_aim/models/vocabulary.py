@@ -9,9 +9,7 @@ model that is relaxed: their rows are not relaxed.
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
@@ -20,6 +18,10 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.roles import TensorRoles
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLES = 3  # tokens that a message names
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-import torch
-
 import lowmem_aim
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.inputs import Inputs
@@ -14,6 +12,7 @@ from lowmem_aim.output.heatmap import Modules, by_module, inside, joined, shares
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
+from lowmem_aim.system.on_demand import torch
 
 
 def provenance(

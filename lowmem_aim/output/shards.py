@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.events import Emit, Notice, TensorDone, Worked
 from lowmem_aim.output.journal import Journal
@@ -18,8 +16,11 @@ from lowmem_aim.output.records import Group
 from lowmem_aim.output.writer import Commit, Prefix, ShardWriter, finished_prefix
 from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.system.files import disk_errors
-from lowmem_aim.system.tensors import dtype_name, raw
+from lowmem_aim.system.tensors import raw
 from lowmem_aim.units import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 V = TypeVar("V")
 ByModel = Mapping[str, Mapping[str, V]]  # number of the model's folder -> tensor -> a fact
@@ -107,7 +108,7 @@ class Shards:
             TensorDone(
                 name=task.name,
                 shape=task.shape,
-                dtype=dtype_name(task.dtype),
+                dtype=task.dtype.name,
                 action=task.action,
                 layer=task.layer,
                 kind=task.kind,

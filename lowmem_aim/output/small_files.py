@@ -9,8 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.models.folder import INDEX
@@ -25,7 +23,6 @@ from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
-from lowmem_aim.system.tensors import dtype_name
 
 
 def output_files(
@@ -73,12 +70,12 @@ def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The reference's config.json with the dtype that most of the output has, and nothing that would run code."""
     plain, _ = without_code(reference.config)
     config = {key: value for key, value in plain.items() if key != "_name_or_path"}
-    sizes: dict[torch.dtype, int] = {}
+    sizes: dict[str, int] = {}
     for task in plan.tasks:
         if task.dtype.is_floating_point:
-            sizes[task.dtype] = sizes.get(task.dtype, 0) + task.nbytes
+            sizes[task.dtype.name] = sizes.get(task.dtype.name, 0) + task.nbytes
     if sizes:
-        name = dtype_name(max(sizes, key=lambda dtype: sizes[dtype]))
+        name = max(sizes, key=lambda dtype: sizes[dtype])
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(keys, name)
     return config

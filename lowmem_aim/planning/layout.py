@@ -14,13 +14,13 @@ from typing import Any
 
 from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.methods.method import Subject
-from lowmem_aim.models.headers import DTYPES, TensorInfo
+from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layers import depth, layer_count, layer_of
 from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.dtypes import BY_NAME, DTYPES
 from lowmem_aim.system.options import NonFinite
-from lowmem_aim.system.tensors import dtype_named
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The order in which the safetensors library writes dtypes, the last first.
@@ -52,7 +52,7 @@ def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task
     t, layer = depth(info.name, layers), layer_of(info.name, layers)
     if not info.dtype.is_floating_point or info.name in inputs.roles.buffers or info.numel == 0:
         return Task(info.name, info.shape, info.dtype, "copy", {}, layer=layer)
-    dtype = dtype_named(recipe.dtype) if recipe.dtype else info.dtype
+    dtype = BY_NAME[recipe.dtype] if recipe.dtype else info.dtype
     whole = recipe.method.whole_rows and len(info.shape) < 2
     omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
     return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)

@@ -15,7 +15,6 @@ from lowmem_aim.models.vocabulary import vocabulary_rows
 from lowmem_aim.planning.layers import layer_count
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.recipe.recipe import Acm, Aim
-from lowmem_aim.system.tensors import dtype_name
 
 LARGEST_CARD = 1_000_000  # bytes; a README.md beyond this is an error
 _LICENCE = re.compile(r"^license:\s*(\S[^\n]{0,100})$", re.MULTILINE)
@@ -104,7 +103,7 @@ def _models(inputs: Inputs, missing: Mapping[str, int]) -> Iterator[Model]:
             role="base" if checkpoint is inputs.base else "expert",
             parameters=sum(info.numel for info in checkpoint),
             nbytes=sum(info.nbytes for info in checkpoint),
-            dtypes=tuple(sorted({dtype_name(info.dtype) for info in checkpoint})),
+            dtypes=tuple(sorted({info.dtype.name for info in checkpoint})),
             layers=layer_count(checkpoint.config),
             vocabulary=vocabulary_rows(inputs.roles, checkpoint),
             tied=bool(inputs.roles.tied),

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from lowmem_aim.planning.layers import kind_of
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.system.dtypes import Dtype
 from lowmem_aim.system.options import NonFinite
 
 
@@ -21,7 +20,7 @@ class Task:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype  # of the output
+    dtype: Dtype  # of the output
     action: Literal["merge", "copy"]  # copy: the reference's bytes as they are
     parameters: Mapping[str, Any]  # of the method, by recipe name
     whole: bool = False  # its rows must come in one slice

@@ -12,15 +12,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.system.files import input_errors, is_there, open_regular, write_file
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "lowmem-aim activations 1"
 
@@ -48,6 +49,8 @@ class Activations:
         facts = {key: value for key, value in asdict(_facts(self)).items() if key != "means"}
         header = json.dumps({"format": FORMAT} | facts, sort_keys=True)
         # One metadata key only: with more, the library's order differs from process to process.
+        from safetensors.torch import save  # with torch
+
         write_file(path, save(dict(self.means), metadata={"lowmem_aim": header}))
 
     @classmethod

@@ -13,10 +13,13 @@ An omega of 1 changes nothing, an omega of 0 freezes the most active channel at 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.methods import kernels
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FEW_COLUMNS = 256  # over rows of fewer columns, a compiled loop has nothing to be fast with
 
@@ -43,7 +46,7 @@ def _rank(shares: Tensor) -> Tensor:
     return torch.empty_like(modules).scatter_(-1, order, places.to(modules).expand(modules.shape)).reshape(shares.shape)
 
 
-_SCALINGS = {"identity": lambda x: x, "sqrt": torch.sqrt, "square": torch.square, "rank": _rank}
+_SCALINGS = {"identity": lambda x: x, "sqrt": lambda x: x.sqrt(), "square": lambda x: x.square(), "rank": _rank}
 
 
 def shrinkage_rows(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_aim.methods.exact import exact_sum, to_float
 from lowmem_aim.planning.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Elements of a tensor in the sample, evenly spread over rows and columns.
 SAMPLED_ELEMENTS = 1 << 16

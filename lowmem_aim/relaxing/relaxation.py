@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.methods.method import Rows
@@ -19,6 +16,12 @@ from lowmem_aim.planning.tasks import Task
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.aim import relax, shrinkage, shrinkage_rows
+from lowmem_aim.system.on_demand import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # not imported for a name in signatures
 
 Relax = Callable[[Tensor, Rows], Tensor]  # merged rows (overwritten) and their inputs -> relaxed rows
 

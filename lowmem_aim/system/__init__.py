@@ -3,6 +3,8 @@
 options.py        the settings of a job, as the command line gives them
 memory.py         memory budgets, what is used and what is free
 devices.py        the device that computes slices, and copies to and from it
+on_demand.py      torch and numpy, imported when they are first used
+dtypes.py         the dtypes of tensors in files, known without torch
 tensors.py        tensors as bytes, and memory for large ones outside the heap
 tensor_store.py   tensors between two uses: on the device, in RAM or in a file
 run.py            a running job: its options, device, memory budget and events

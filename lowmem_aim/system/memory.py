@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.system.on_demand import torch
 
 # Left to the rest of the machine when no budget is given: a tenth of what is free, at least this much.
 RESERVE_BYTES = 500_000_000
@@ -26,8 +26,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 LARGE_BYTES = 1 << 20
 _TRIM_BYTES = 128 << 10  # glibc's own, before it grows by itself
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of malloc.h
-# Raised by torch and numpy when an allocation fails; torch's CPU allocator says so with a plain RuntimeError.
-_ALLOCATION_ERRORS = (MemoryError, torch.OutOfMemoryError)
+# torch's allocators raise RuntimeErrors when an allocation fails; that of the CPU says so only in its text.
 _ALLOCATION_TEXTS = (
     *("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
     *("std::bad_alloc", "enforce fail at alloc"),
@@ -193,6 +192,8 @@ def cgroup_folders(controller: str, root: Path = CGROUPS, membership: Path = MEM
 
 def is_allocation_failure(error: BaseException) -> bool:
     """Whether `error` says that an allocation has failed, on the host or on a device."""
-    if isinstance(error, _ALLOCATION_ERRORS):
+    if isinstance(error, MemoryError):  # numpy's too
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_TEXTS)
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _ALLOCATION_TEXTS)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from lowmem_aim.errors import UsageError
 from lowmem_aim.events import Emit
 from lowmem_aim.system.devices import usable_device
 from lowmem_aim.system.memory import Budget, make_budget
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import Options, wrong_options
 
 

@@ -11,14 +11,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
-
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Literal
 
 from lowmem_aim.errors import DiskError
 from lowmem_aim.system.files import disk_errors
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensors import empty_apart, raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Place = Literal["device", "ram", "file"]
 

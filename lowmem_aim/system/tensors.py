@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
 
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.units import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _APART_BYTES = 1 << 20  # smaller tensors leave only small holes in the heap
 

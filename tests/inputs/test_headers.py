@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lowmem_aim.errors import ModelError
-from lowmem_aim.models.headers import DTYPES, read_header
+from lowmem_aim.models.headers import read_header
+from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.tensors import raw
 
 F4 = entry("F32", [1], 0, 4)
@@ -161,7 +162,7 @@ tensors = st.dictionaries(st.text(max_size=8), st.tuples(st.sampled_from(sorted(
 @given(tensors)
 def test_valid_files_are_read_as_the_library_reads_them(tmp_path: Path, kinds: dict[str, Any]) -> None:
     kinds.pop("__metadata__", None)
-    values = {name: torch.zeros(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in kinds.items()}
+    values = {name: torch.zeros(shape, dtype=DTYPES[dtype].torch) for name, (dtype, shape) in kinds.items()}
     file = tmp_path / "model.safetensors"
     file.write_bytes(save(values, metadata={"format": "pt"}))
     found = ours(file)
