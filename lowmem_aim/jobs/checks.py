@@ -1,7 +1,7 @@
 """The checks before work: `merge` and `plan` make them all, whatever the others raise.
 
-A check is a function in `CHECKS`: it is given what is prepared, and raises. What is found out on the way (models,
-plans, texts) is checked as far as it is there.
+A check is a function in `AT_ONCE` or `LATER`: it is given what is prepared, and raises. What is found out on the way
+(models, plans, texts) is checked as far as it is there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.errors import printable
+from lowmem_aim.events import Notice
 from lowmem_aim.jobs.finished import check_same
 from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
+from lowmem_aim.methods import kernels
 from lowmem_aim.output.copied import copied_files
 from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
 from lowmem_aim.output.journal import Journal
@@ -40,7 +42,7 @@ def check_place(ready: Prepared) -> None:
 
 def check_small_files(ready: Prepared) -> None:
     """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
-    ready.copied = copied_files(ready.inputs.reference, ready.run.emit)
+    ready.copied = copied_files(ready.inputs.reference, ready.emit)
 
 
 def check_calibration(ready: Prepared) -> None:
@@ -53,7 +55,7 @@ def check_calibration(ready: Prepared) -> None:
         return
     if not _are_texts_here(ready, "calibrate", aim):
         return
-    calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.run.emit)
+    calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.emit)
     if isinstance(calibration, GivenActivations):
         check_activations(calibration.activations, base, aim)
         return
@@ -89,6 +91,14 @@ def check_comparison(ready: Prepared) -> None:
         ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
 
 
+def check_device(ready: Prepared) -> None:
+    """Check that the device is there, and tell of compiled loops that cannot be kept. Raises UsageError."""
+    trouble = kernels.cache_trouble() if ready.run.device.type == "cpu" else ""
+    if trouble:
+        what = "compiled loops cannot be kept, and every run compiles them again"
+        ready.emit(Notice(f"{what}: {trouble}", "warning"))
+
+
 def check_merge_memory(ready: Prepared) -> None:
     """Check, before hours of calibration, that what the method holds, and slices worth while, fit the budget.
 
@@ -110,18 +120,22 @@ def check_model_runs(ready: Prepared) -> None:
             shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
 
 
-def check_begun(ready: Prepared) -> None:
-    """Check that what lies in the output folders is of this very job, and that no other run is at work there.
+def check_at_work(ready: Prepared) -> None:
+    """Check that no other run is at work in the output folders. Raises LockedError, DiskError."""
+    for name in ready.plans:
+        folder = ready.folder(name)
+        lock = folder / PRIVATE / "lock"
+        check_private(folder)
+        if is_held(lock, PATIENCE_SECONDS):  # others hold it for a moment when they ask
+            raise locked_error(lock, owner_of(lock))
 
-    Raises LockedError, ResumeError, UsageError, DiskError.
-    """
+
+def check_begun(ready: Prepared) -> None:
+    """Check that what lies in the output folders is of this very job. Raises ResumeError, UsageError, DiskError."""
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
-        check_private(folder)
-        if is_held(private / "lock", PATIENCE_SECONDS):  # others hold it for a moment when they ask
-            raise locked_error(private / "lock", owner_of(private / "lock"))
-        if not os.path.isdir(private) or (ready.run.options.fresh and not finished):
+        if not os.path.isdir(private) or (ready.options.fresh and not finished):
             continue
         state = "is finished already" if finished else "holds an interrupted run, which goes on"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
@@ -142,7 +156,7 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
             label = printable(str(now.inputs[number]["label"]))
             ready.notes.append(f"`{label}` has files of another time or place: a merge reads them, and refuses others")
     else:
-        accept = ready.run.options.accept_environment
+        accept = ready.options.accept_environment
         lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)
         check_same_job(journal, ready.identity(name), accept_environment=accept, lost=lost)
 
@@ -158,18 +172,17 @@ Check = Callable[[Prepared], None]
 # Checks that find out what tells this job from others: without that, an interrupted run cannot be compared.
 OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
 
-# In the order in which their problems are listed; the first problem sets the exit code.
-CHECKS: list[Check] = [
-    check_place,
-    check_small_files,
-    tell_oddities,
+# In the order in which their problems are listed; the first problem sets the exit code. These need no torch:
+AT_ONCE: tuple[Check, ...] = (check_place, check_at_work, check_small_files, tell_oddities, check_disk_space)
+# These do, or run what reads tokenizers and texts; they are made if nothing else is wrong.
+LATER: tuple[Check, ...] = (
+    check_device,
     check_calibration,
     check_comparison,
     check_merge_memory,
     check_begun,
-    check_disk_space,
     check_model_runs,
-]
+)
 
 
 # --- what is to be run ------------------------------------------------------------------------------------------------
@@ -178,7 +191,7 @@ CHECKS: list[Check] = [
 def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
     base = ready.inputs.base
-    if ready.sources.fetches or is_here(aim.calibration) or base is None:
+    if ready.finder.fetches or is_here(aim.calibration) or base is None:
         return True
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run
 
@@ -198,7 +211,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
     if not unfinished or any(_has_activations(ready, name) for name in unfinished):
         return True
     mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used
-    if ready.run.options.use_cache and not mixed and os.path.isfile(measurement.cached(ready.run.device)):
+    if ready.options.use_cache and not mixed and os.path.isfile(measurement.cached(ready.run.device)):
         ready.notes.append("the activations were measured before, and are reused")
         return True
     return False
@@ -207,7 +220,7 @@ def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
 def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
     """The record of this kind that an interrupted run of this output has left to resume from."""
     private = ready.folder(name) / PRIVATE
-    if ready.run.options.fresh or not os.path.isdir(private):
+    if ready.options.fresh or not os.path.isdir(private):
         return None
     with Journal(private, read_only=True) as journal:
         return journal.kept(kind)
@@ -215,7 +228,7 @@ def _kept(ready: Prepared, name: str, kind: type[R]) -> R | None:
 
 def _has_activations(ready: Prepared, name: str) -> bool:
     private = ready.folder(name) / PRIVATE
-    if ready.run.options.fresh or not os.path.isdir(private):
+    if ready.options.fresh or not os.path.isdir(private):
         return False
     with Journal(private, read_only=True) as journal:
         return activations_kept(private, journal)

@@ -40,7 +40,7 @@ from lowmem_aim.relaxing.relaxation import (
 from lowmem_aim.system.files import input_errors
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
-from lowmem_aim.system.run import Run, start
+from lowmem_aim.system.run import Run
 from lowmem_aim.view.feed import Feed, reported
 
 
@@ -57,7 +57,7 @@ def merge(recipe: Recipe, out: Path, options: Options = DEFAULTS, emit: Emit = s
 def _merge(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
     for notice in recipe.notices:
         feed(Notice(notice, "warning"))
-    with prepared(recipe, out, start(options, feed)) as ready, agreed(ready, feed) as outputs:
+    with prepared(recipe, out, options, feed) as ready, agreed(ready, feed) as outputs:
         if outputs:
             activations = calibrated(ready, outputs)
             merged = merge_outputs(ready, outputs, activations)
@@ -88,7 +88,7 @@ def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
     with contextlib.ExitStack() as stack:
         outputs = []
         for name, plan in ready.plans.items():
-            space = stack.enter_context(workspace(ready.folder(name), fresh=ready.run.options.fresh))
+            space = stack.enter_context(workspace(ready.folder(name), fresh=ready.options.fresh))
             if _is_left(ready, name, space):
                 outputs.append(HeldOutput(name, plan, space))
         if outputs:
@@ -225,11 +225,11 @@ def finish(
 ) -> None:
     """Make the small files of every output, then give all its files their names. Raises DiskError."""
     # Emitted before cards and pictures are made: making them takes a second, which belongs to no other phase.
-    ready.run.emit(PhaseStarted("finish", sum(len(found.shards) for found in merged), "files"))
+    ready.emit(PhaseStarted("finish", sum(len(found.shards) for found in merged), "files"))
     files = [_small_files(ready, output, activations, found) for output, found in zip(outputs, merged, strict=True)]
     for output, found, own in zip(outputs, merged, files, strict=True):
         publish(output.space, found.shards, {shard.name: shard.nbytes for shard in output.plan.shards}, own)
-    ready.run.emit(PhaseEnded("finish"))
+    ready.emit(PhaseEnded("finish"))
 
 
 def _small_files(

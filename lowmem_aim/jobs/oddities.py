@@ -16,7 +16,7 @@ def tell_oddities(ready: Prepared) -> None:
     """Emit a warning for each; none of them stops the merge."""
     plan = next(iter(ready.plans.values()))
     for text in (*_idle_filters(plan), *_missing_tokenizer(ready)):
-        ready.run.emit(Notice(text, "warning"))
+        ready.emit(Notice(text, "warning"))
 
 
 def _idle_filters(plan: Plan) -> Iterator[str]:

@@ -14,21 +14,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowmem_aim.errors import MemoryBudgetError, noted, printable
+from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Event, Notice, silent
 from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
 from lowmem_aim.jobs.preparation import prepared
-from lowmem_aim.jobs.prepared import Prepared, Sources
+from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.merging.shares import enough
 from lowmem_aim.models.hub import Located, local_model
+from lowmem_aim.models.opening import Finder
 from lowmem_aim.models.stand_in import stand_in
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.survey import survey
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.files import cache_folder, disk_errors, real
 from lowmem_aim.system.options import DEFAULTS, Options
-from lowmem_aim.system.run import start
 from lowmem_aim.units import shown
 
 MEASURED_SECONDS = 1.0  # for the disk; half of it for each of the others
@@ -56,12 +56,15 @@ def plan(
 
     for notice in recipe.notices:
         noting(Notice(notice, "warning"))
-    run = start(options, noting)
     with contextlib.ExitStack() as stack:
         hub = _Hub(stack)
-        sources = Sources(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
-        with prepared(recipe, out, run, sources) as ready:
-            found = _Estimate(ready, hub).forecast(measure)
+        finder = Finder(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
+        with prepared(recipe, out, options, noting, finder) as ready:
+            try:
+                found = _Estimate(ready, hub).forecast(measure)
+            except LowmemAimError as error:  # without the device, nothing can be told of needs
+                raise_all([*ready.errors, error])
+                raise
     return replace(found, warnings=tuple(dict.fromkeys(warnings)))
 
 

@@ -1,6 +1,7 @@
 """All that a merge finds out and checks before it works. `merge` and `plan` prepare here, with the same checks.
 
-All checks are made, so that the user hears of all problems at once.
+There are two rounds, and in each the user hears of all problems at once. The first takes a moment: recipe, folders,
+headers, configs, output, disk. The second needs torch, or runs what reads tokenizers and texts.
 """
 
 from __future__ import annotations
@@ -10,79 +11,84 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
-from lowmem_aim.events import Notice
-from lowmem_aim.jobs.checks import CHECKS, OF_THE_IDENTITY
-from lowmem_aim.jobs.prepared import FETCHED, Prepared, Sources
-from lowmem_aim.methods import kernels
-from lowmem_aim.models.opening import open_inputs
-from lowmem_aim.models.reader import Reader
+from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, noted, printable, raise_all
+from lowmem_aim.events import Emit
+from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check
+from lowmem_aim.jobs.prepared import Prepared
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
+from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
 from lowmem_aim.planning.layout import make_plan
+from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Recipe, one_by_one
-from lowmem_aim.recipe.words import BUILTIN, is_here
-from lowmem_aim.system.run import Run
+from lowmem_aim.recipe.words import BUILTIN, is_activations_file, is_here
+from lowmem_aim.system.options import Options, wrong_options
 
 
 @contextlib.contextmanager
-def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) -> Iterator[Prepared]:
+def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Finder = FETCHED) -> Iterator[Prepared]:
     """Open, plan and check everything; the errors of single checks are kept in the result.
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
-    _tell_of_uncached_loops(run)
-    recipes = one_by_one(recipe)
-    folders = [out / name for name in recipes]
+    if problems := list(wrong_options(options)):
+        raise UsageError(problems, hint="docs/python.md has the options")
+    names = list(one_by_one(recipe))
     errors: list[LowmemAimError] = []
     with noted(errors):
-        check_outputs(out, folders, [])
-        if not all(map(is_finished, folders)):
-            check_writable(existing_folder(out))
-    if errors and sources.fetches:
-        raise_all(errors)  # nothing is downloaded for an output that cannot be made
-    options = run.options
+        _check_output(out, [out / name for name in names])
+    errors += _missing_texts(recipe)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
-        try:
-            inputs = stack.enter_context(
-                open_inputs(
-                    recipe,
-                    options.read,
-                    run.emit,
-                    reader,
-                    find=sources.find,
-                    has_weights=sources.has_weights,
-                )
-            )
-            plans = {
-                name: make_plan(
-                    one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite
-                )
-                for name, one in recipes.items()
-            }
-        except LowmemAimError as error:
-            raise_all([*errors, error, *_missing_texts(recipe)])
-            raise
-        ready = Prepared(recipe, out, run, sources, reader, inputs, plans, errors)
-        for check in CHECKS:
-            known = len(errors)
-            with noted(errors):
-                check(ready)
-            ready.incomplete |= len(errors) > known and check in OF_THE_IDENTITY
+        opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, errors))
+        # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
+        reader.alone = bool(errors) and (finder.fetches or None in opened.values())
+        inputs, plans = None, {}
+        with contextlib.suppress(ReaderNeeded), noted(errors):
+            inputs = compared(recipe, opened, reader, emit, finder)
+            if inputs and None not in opened.values():
+                plans = _plans(recipe, inputs, options)
+        if not inputs or not plans:
+            raise_all(errors)
+            raise AssertionError("models are opened, or it is told why not")
+        reader.alone = False
+        ready = Prepared(recipe, out, options, emit, finder, reader, inputs, plans, errors)
+        _make(AT_ONCE, ready)
+        if not errors:
+            _make(LATER, ready)
         reader.close()
         yield ready
 
 
-def _tell_of_uncached_loops(run: Run) -> None:
-    """Emit a notice if loops are compiled, and cannot be kept for the next run."""
-    trouble = kernels.cache_trouble() if run.device.type == "cpu" else ""
-    if trouble:
-        run.emit(Notice(f"compiled loops cannot be kept, and every run compiles them again: {trouble}", "warning"))
+def _check_output(out: Path, folders: list[Path]) -> None:
+    check_outputs(out, folders, [])
+    if not all(map(is_finished, folders)):
+        check_writable(existing_folder(out))
+
+
+def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
+    """The plan of each output."""
+    return {
+        name: make_plan(one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite)
+        for name, one in one_by_one(recipe).items()
+    }
+
+
+def _make(checks: tuple[Check, ...], ready: Prepared) -> None:
+    """Make checks one after another, and keep the errors that they raise."""
+    for check in checks:
+        known = len(ready.errors)
+        with noted(ready.errors):
+            check(ready)
+        ready.incomplete |= len(ready.errors) > known and check in OF_THE_IDENTITY
 
 
 def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     """Yield an error for every file of texts or activations that is not there."""
-    tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
-    for name in dict.fromkeys(table.calibration for table in tables):
+    names = [recipe.aim.calibration] if recipe.aim else []
+    names += [recipe.acm.calibration] if recipe.acm and not is_activations_file(recipe.acm.calibration) else []
+    for name in dict.fromkeys(names):
         if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
-            yield ModelError(f"there is no calibration file `{printable(name)}`")
+            hint = "a calibration is a file of texts, `builtin`, or the id of a dataset on the Hub"
+            yield ModelError(f"there is no calibration file `{printable(name)}`", hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,32 +15,21 @@ from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.merged_weights import ELEMENTS
 from lowmem_aim.merging.rehearsal import rehearse
-from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.opening import Finder
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import PRIVATE, check_writable, existing_folder, is_finished, staged_bytes
 from lowmem_aim.output.records import Identity
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.on_demand import torch
-from lowmem_aim.system.run import Run
+from lowmem_aim.system.options import Options
+from lowmem_aim.system.run import Run, start
 from lowmem_aim.system.tensors import dtype_name
 
 if TYPE_CHECKING:
     from lowmem_aim.blocks.shares import Needs
     from lowmem_aim.measuring.comparison import Comparison
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The sources of models and texts."""
-
-    find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
-    has_weights: Callable[[Path], bool] = lambda folder: True  # False: a folder holds headers and small files only
-    fetches: bool = True  # models and texts that are on the Hub are downloaded
-
-
-FETCHED = Sources()
 
 
 @dataclass(frozen=True)
@@ -66,8 +55,9 @@ class Prepared:
 
     recipe: Recipe
     out: Path
-    run: Run
-    sources: Sources
+    options: Options
+    emit: Emit
+    finder: Finder
     reader: Reader  # closed before the work begins
     inputs: Inputs
     plans: Mapping[str, Plan]  # by the output's folder in `out`; "" where the output is `out` itself
@@ -79,6 +69,11 @@ class Prepared:
     notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
     unread: bool = False  # some texts are on the Hub, and were not fetched
     incomplete: bool = False  # something that tells this job from others could not be had
+
+    @functools.cached_property
+    def run(self) -> Run:
+        """The device and its budget; asking for it imports torch. Raises UsageError for a device that is not there."""
+        return start(self.options, self.emit)
 
     def folder(self, name: str) -> Path:
         """The folder of one output."""

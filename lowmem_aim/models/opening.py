@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, joined, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, noted, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.hub import Located, locate, plain_name
+from lowmem_aim.models.hub import Located, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.settings import check_settings
@@ -20,70 +21,82 @@ from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.options import ReadMode
 
 
+@dataclass(frozen=True)
+class Finder:
+    """The way in which models are found, and whether what is found holds weights."""
+
+    find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
+    has_weights: Callable[[Path], bool] = lambda folder: True  # False: headers and small files only
+    fetches: bool = True  # models and texts that are on the Hub are downloaded
+
+
+FETCHED = Finder()
+
+
 @contextlib.contextmanager
-def open_inputs(
-    recipe: Recipe,
-    read: ReadMode,
-    emit: Emit,
-    reader: Reader,
-    *,
-    find: Callable[[str, Emit], Located] = locate,
-    has_weights: Callable[[Path], bool] = lambda folder: True,
-) -> Iterator[Inputs]:
-    """Find, open and check all models. Raises ModelError or NetworkError with every problem at once.
+def opened_models(
+    recipe: Recipe, read: ReadMode, emit: Emit, finder: Finder, errors: list[LowmemAimError]
+) -> Iterator[dict[str, Checkpoint | None]]:
+    """Find and open all models: reference -> checkpoint, the base first; a model that is named twice is opened once.
 
-    `has_weights`: whether a model's folder holds more than headers; else its weights are taken to be right.
+    For models that cannot be opened it is None, and `errors` gets what is wrong with them. Nothing is downloaded once
+    there are errors.
     """
-    errors: list[LowmemAimError] = []
+    references = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]))
+    found: dict[str, Checkpoint] = {}
     with contextlib.ExitStack() as stack:
-        opened = _open_all(recipe, read, lambda reference: find(reference, emit), errors)
-        for checkpoint in opened.values():
-            stack.enter_context(checkpoint)
-        inputs: Inputs | None = None
-        with noted(errors):  # those that could be opened are compared all the same
-            inputs = _inputs_of(recipe, opened, reader)
-        if inputs is None:
-            raise joined(errors)
-        _check(inputs, recipe, reader, emit, errors)
-        raise_all(errors)
-        inputs.dropped = repeated_heads(inputs, has_weights)
-        yield inputs
+
+        def open_one(reference: str) -> None:
+            with noted(errors):
+                located = finder.find(reference, emit)
+                checkpoint = Checkpoint.open(located.folder, located.label, read)
+                found[reference] = stack.enter_context(checkpoint)
+                for text in checkpoint.oddities:
+                    emit(Notice(text, "warning"))
+                tokenizer_config(checkpoint)
+
+        elsewhere = []
+        for reference in references:
+            with noted(errors):
+                if local_model(reference):
+                    open_one(reference)
+                else:
+                    elsewhere.append(reference)
+        for reference in elsewhere:
+            if not (errors and finder.fetches):
+                open_one(reference)
+        _tell_apart([found[reference] for reference in references if reference in found])
+        yield {reference: found.get(reference) for reference in references}
 
 
-def _open_all(
-    recipe: Recipe, read: ReadMode, find: Callable[[str], Located], errors: list[LowmemAimError]
-) -> dict[str, Checkpoint]:
-    """Reference -> checkpoint, the base first; a model that is named twice is opened once."""
-    opened: dict[str, Checkpoint] = {}
-    for reference in dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]):
-        with noted(errors):
-            located = find(reference)
-            opened[reference] = Checkpoint.open(located.folder, located.label, read)
-    _tell_apart(list(opened.values()))
-    return opened
+def compared(
+    recipe: Recipe, opened: Mapping[str, Checkpoint | None], reader: Reader, emit: Emit, finder: Finder
+) -> Inputs | None:
+    """The opened models compared with their reference, as one thing; None if the reference is not among them.
 
-
-def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], reader: Reader) -> Inputs | None:
-    """The inputs made of the models that are open; None if the reference of the others is not among them."""
-    base = opened.get(recipe.base) if recipe.base else None
-    references = [model.reference for model in recipe.models]
-    experts = tuple(opened[reference] for reference in references if reference in opened)
-    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
-    reference = base if recipe.base and merges_base else opened.get(references[0])
-    return Inputs(base, experts, reference, reader.roles(reference)) if reference else None
-
-
-def _check(inputs: Inputs, recipe: Recipe, reader: Reader, emit: Emit, errors: list[LowmemAimError]) -> None:
-    for checkpoint in dict.fromkeys(inputs.checkpoints):
-        for text in checkpoint.oddities:
-            emit(Notice(text, "warning"))
-        with noted(errors):
-            tokenizer_config(checkpoint)
+    Raises ModelError with every problem at once.
+    """
+    inputs = _inputs_of(recipe, opened, reader)
+    if inputs is None:
+        return None
+    errors: list[LowmemAimError] = []
     with noted(errors):
         check_settings(inputs, reader, emit)
     with noted(errors):
         inputs.row_maps = row_maps_of(inputs, recipe, reader, emit)
         check_tensors(inputs, emit)
+    raise_all(errors)
+    inputs.dropped = repeated_heads(inputs, finder.has_weights)
+    return inputs
+
+
+def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None], reader: Reader) -> Inputs | None:
+    base = opened[recipe.base] if recipe.base else None
+    references = [model.reference for model in recipe.models]
+    experts = tuple(found for reference in references if (found := opened[reference]))
+    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
+    reference = base if recipe.base and merges_base else opened[references[0]]
+    return Inputs(base, experts, reference, reader.roles(reference)) if reference else None
 
 
 def _tell_apart(checkpoints: list[Checkpoint]) -> None:

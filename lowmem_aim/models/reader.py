@@ -32,12 +32,17 @@ FOLDER = "outlines"  # of the cache folder
 READ_BY = ("transformers", "tokenizers", "sentencepiece", "torch")  # whose versions the answers depend on
 
 
+class ReaderNeeded(Exception):  # not an error: whoever works alone does without the answer
+    """An answer is not at hand, and no child process may be started for it."""
+
+
 class Reader(contextlib.AbstractContextManager["Reader"]):
     """Reads configs, models without weights and tokenizers, for all models of a job. Use as a context manager."""
 
     def __init__(self, use_cache: bool = True) -> None:
         """With `use_cache`, answers are kept in the cache folder, and taken from there."""
         self._use_cache = use_cache
+        self.alone = False  # with True, a question that needs the child process raises ReaderNeeded
         self._process: ReaderProcess | None = None
         self._known: dict[str, Any] = {}  # answers by the name of their file in the cache
         self._tokenizers: dict[Path, dict[str, str]] = {}  # of a folder: the tokenizer's files -> their digests
@@ -97,6 +102,8 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         name = f"{xxhash.xxh3_128_hexdigest(facts.encode())}.json"
         if name not in self._known:
             found = _cached(name) if self._use_cache else None
+            if found is None and self.alone:
+                raise ReaderNeeded
             if found is None:
                 found = self._asked(question, checkpoint, about)
                 if self._use_cache:

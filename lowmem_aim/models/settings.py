@@ -64,11 +64,19 @@ def _differences(
     theirs, ours = (dict(_relevant(model.config)) for model in (other, reference))
     if theirs == ours:
         return [], []
+    if plain := [(key, theirs[key], ours[key]) for key in ours if _plainly_differs(key, theirs.get(key), ours[key])]:
+        return plain, []
     theirs, ours = (dict(_relevant(reader.settings(model))) for model in (other, reference))
     keys = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
     found = [(key, theirs.get(key), ours.get(key)) for key in keys]
     must = [difference for difference in found if _must_agree(*difference)]
     return must, [difference for difference in found if difference not in must]
+
+
+def _plainly_differs(key: str, *values: Any) -> bool:
+    """Whether both configs hold a count that must agree, and does not: no class need be asked for its default."""
+    counted = all(isinstance(value, int) for value in values)
+    return counted and values[0] != values[1] and _must_agree(key, *values)
 
 
 def _same(first: Any, second: Any) -> bool:

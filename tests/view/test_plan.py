@@ -322,7 +322,7 @@ class TestItsVerdictIsTheMerges:
         def check_weekday(ready: preparation.Prepared) -> None:
             raise UsageError(f"no merges of {len(ready.inputs.experts)} experts on a Monday")
 
-        monkeypatch.setattr(preparation, "CHECKS", [*preparation.CHECKS, check_weekday])
+        monkeypatch.setattr(preparation, "LATER", (*preparation.LATER, check_weekday))
         assert "on a Monday" in self.same(run, written(ties(llama), tmp_path), tmp_path / "out", 2)
         relaxed = run(
             "relax",

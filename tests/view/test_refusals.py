@@ -504,17 +504,19 @@ def test_plan_refuses_what_merge_refuses(name: str, scene: Scene, each_tensor: N
 
 def test_every_check_has_a_case() -> None:
     """Each check raises in at least one of the cases above; this list says in which."""
-    from lowmem_aim.jobs.checks import CHECKS
+    from lowmem_aim.jobs.checks import AT_ONCE, LATER
 
     cases = {
         "check_place": "out_cannot_be_written",
+        "check_at_work": "a_run_is_at_work",
         "check_small_files": "a_processors_config_is_no_json",
+        "check_disk_space": "the_disk_is_full",
+        "check_device": "a_device_is_not_there",
         "check_calibration": "activations_are_of_another_model",
         "check_comparison": "acm_is_given_activations",
         "check_merge_memory": "rows_do_not_fit",
-        "check_begun": "a_run_is_at_work",
-        "check_disk_space": "the_disk_is_full",
+        "check_begun": "out_has_another_jobs_interrupted_run",
         "check_model_runs": "a_forward_does_not_fit",
     }
-    assert [check.__name__ for check in CHECKS if check.__name__ != "tell_oddities"] == list(cases)
+    assert [check.__name__ for check in (*AT_ONCE, *LATER) if check.__name__ != "tell_oddities"] == list(cases)
     assert set(cases.values()) <= CASES.keys()

@@ -1,0 +1,74 @@
+"""What is wrong with a recipe, folders, headers, configs, the output or the disk is told together, without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import tiny
+import yaml
+from conftest import Place
+
+# Runs command lines one after another; prints, for each, its exit code and the slow libraries it has imported.
+PROGRAM = """
+import contextlib, io, json, sys
+from lowmem_aim.cli.main import main
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["lowmem-aim", *line]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as ended:
+        print(json.dumps([ended.code, said.getvalue(), sorted({"torch", "numpy", "transformers"} & set(sys.modules))]))
+"""
+
+
+def ran(*lines: list[str]) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each command line, none of which has imported a slow library."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(lines)], capture_output=True, text=True, check=True, timeout=120
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [imported for _, _, imported in found] == [[] for _ in lines]
+    return [(code, said) for code, said, _ in found]
+
+
+def written(place: Place, name: str, **changes: object) -> str:
+    """The path of a recipe that merges the place's `math` into its `base`."""
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(place.folder / "base"),
+        "models": [{"model": str(place.folder / "math"), "parameters": {"weight": 1}}],
+    }
+    file = place.folder / name
+    file.write_text(yaml.safe_dump(recipe | changes))
+    return str(file)
+
+
+def test_wrong_input_is_told_without_torch(place: Place) -> None:
+    missing = written(place, "missing.yml", base_model=str(place.folder / "none"), aim={"calibration": "none.txt"})
+    tiny.edit_config(place.folder / "code", hidden_size=17)
+    larger = written(place, "larger.yml", models=[{"model": str(place.folder / "code"), "parameters": {"weight": 1}}])
+    right = written(place, "right.yml")
+    taken = place.folder / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    assert place.run("plan", right, place.out, "--no-measure").code == 0  # what it reads is cached
+    cases = [
+        ([right, str(taken)], 2, ["is not empty"]),
+        ([missing, str(taken)], 2, ["is not empty", "no model folder", "no calibration file"]),
+        ([larger, str(place.out)], 3, ["hidden_size"]),
+        ([written(place, "wrong.yml", merge_method="tis"), str(place.out)], 2, ["did you mean `ties`"]),
+        ([right, str(place.out), "--shard-size", "1"], 2, ["shard size"]),
+    ]
+    for (_, code, said), (found, told) in zip(cases, ran(*(["merge", *line] for line, _, _ in cases)), strict=True):
+        assert found == code, told
+        assert all(part in told for part in said), told
+
+
+def test_what_only_lists_or_looks_needs_no_torch(place: Place) -> None:
+    place.merge()
+    lines = [["methods"], ["methods", "ties"], ["--help"], ["merge", "--help"], ["status", str(place.out)]]
+    assert [code for code, _ in ran(*lines)] == [0] * len(lines)
