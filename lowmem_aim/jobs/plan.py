@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowmem_aim.errors import MemoryBudgetError, noted, printable
+from lowmem_aim.errors import MemoryBudgetError, joined, noted, printable
 from lowmem_aim.events import Emit, Event, Notice, silent
 from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
 from lowmem_aim.jobs.preparation import prepared
@@ -113,14 +113,14 @@ class _Estimate:
         needs = (*self._memory(), self._disk())
         self._tell_of_downloads()
         speeds = self._speeds() if measure and not ready.errors else {}
-        errors = ready.errors
+        error = joined(ready.errors) if ready.errors else None
         return Forecast(
             survey=surveyed.as_json(),
             device=str(ready.run.device),
             needs=needs,
-            problems=tuple(dict.fromkeys(problem for error in errors for problem in error.problems)),
-            hints=tuple(dict.fromkeys(error.hint for error in errors if error.hint)),
-            exit_code=errors[0].exit_code if errors else 0,
+            problems=error.problems if error else (),
+            hints=error.hints if error else (),
+            exit_code=error.exit_code if error else 0,
             steps=tuple(self._steps(surveyed.read_bytes, surveyed.write_bytes, speeds)) if speeds else (),
             speeds=speeds,
             notes=tuple(ready.notes),

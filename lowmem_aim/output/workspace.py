@@ -115,7 +115,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
             _remove_empty([private, out])
     except BaseException as error:
         if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
-            error.hint += f"{'; ' * bool(error.hint)}what is finished stays: the same command goes on from there"
+            error.add_to_hints("what is finished is kept: the same command goes on from there")
         if not keep and not isinstance(error, LockedError):  # then the folder is another run's
             _remove_empty([private, *made])
         raise

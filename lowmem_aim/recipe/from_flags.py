@@ -12,9 +12,8 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import find_method
 from lowmem_aim.recipe.reader import read_aim
 from lowmem_aim.recipe.recipe import Aim, same_reference
-from lowmem_aim.recipe.yaml_tree import Node, parse
+from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
 
-COMMAND_LINE = "command line"
 # Flag -> key of the table.
 AIM_FLAGS = {
     "omega": "omega",

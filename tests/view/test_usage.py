@@ -85,7 +85,7 @@ class TestWords:
                 ("relax", "m", "out", "--base", "b", "--with", "amm"),
                 "`--with`: `amm` is not one of aim, acm, both; d",
             ),
-            (("merge", "out", "--read", "mapp"), "`--read`: `mapp` is not one of mmap, pread; did you mean `mmap`?"),
+            (("merge", "out", "--read", "mmpa"), "`--read`: `mmpa` is not one of mmap, pread; did you mean `mmap`?"),
             (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
             (("merge", "out", "--threads", "0"), "`--threads`: 0 is not in the range x>=1\n"),
             (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
