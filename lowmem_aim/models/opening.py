@@ -79,8 +79,11 @@ def _check(inputs: Inputs, recipe: Recipe, reader: Reader, emit: Emit, errors: l
             emit(Notice(text, "warning"))
         with noted(errors):
             tokenizer_config(checkpoint)
+    unlike: set[Checkpoint] = set()
     with noted(errors):
-        check_settings(inputs, reader, emit)
+        check_settings(inputs, reader, emit, unlike)
+    if unlike:  # that their tensors differ follows from it
+        inputs = inputs.without(unlike)
     with noted(errors):
         inputs.row_maps = row_maps_of(inputs, recipe, reader, emit)
         check_tensors(inputs, emit)

@@ -256,7 +256,7 @@ def weights_are_empty(scene: Scene) -> None:
     tiny.edit_tensors(scene.math, lambda tensors: tensors.update(dict.fromkeys(tensors, torch.empty(0))))
 
 
-@refusal(3, "has `num_attention_heads` 2", quick=True)
+@refusal(3, "does not fit `base`: `num_attention_heads` 2, not 4", quick=True)
 def configs_differ(scene: Scene) -> None:
     tiny.edit_config(scene.math, num_attention_heads=2)
 
