@@ -85,10 +85,16 @@ class DiskError(LowmemAimError):
 
 
 class MemoryBudgetError(LowmemAimError):
-    """Something does not fit the memory budget."""
+    """Something does not fit the memory budget; `enough` bytes of a `kind` of memory would do, if that is known."""
 
     exit_code = 5
     usual_hint = "allow more with `--ram` or `--vram`"
+
+    def __init__(
+        self, problems: str | Iterable[str], hint: str | Sequence[str] = "", *, kind: str = "", enough: int = 0
+    ) -> None:
+        super().__init__(problems, hint)
+        self.kind, self.enough = kind, enough
 
 
 class LockedError(LowmemAimError):
@@ -137,9 +143,20 @@ def raise_all(errors: list[LowmemAimError]) -> None:
 
 
 def joined(errors: list[LowmemAimError]) -> LowmemAimError:
-    """One error of the first one's class, with the problems of all and their hints; `errors` must not be empty."""
+    """One error of the first one's class, with the problems of all and their hints; `errors` must not be empty.
+
+    Of several budgets that are too small for different work, only the largest that is asked for is told.
+    """
+    errors = [error for error in errors if not _asks_for_less(error, errors)]
     problems = [problem for error in errors for problem in error.problems]
     return type(errors[0])(problems, [hint for error in errors for hint in error.hints])
+
+
+def _asks_for_less(error: LowmemAimError, others: Iterable[LowmemAimError]) -> bool:
+    if not isinstance(error, MemoryBudgetError) or not error.enough:
+        return False
+    same = [other for other in others if isinstance(other, MemoryBudgetError) and other.kind == error.kind]
+    return error is not max(same, key=lambda other: other.enough)
 
 
 def printable(text: str, limit: int = 200) -> str:

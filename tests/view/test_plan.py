@@ -203,7 +203,7 @@ class TestItsVerdictIsTheMerges:
         monkeypatch.setattr(memory, "anonymous_bytes", lambda: 100_000_000)
         recipe = written(ties(llama, acm={"calibration": str(texts)}), tmp_path)
         wrong = self.same(run, recipe, tmp_path / "out", 5, "--ram", "200MB")
-        assert "calibrating needs some" in wrong
+        assert "running the model block by block" in wrong
 
     def test_lost_activations_are_measured_again_and_in_the_same_environment(
         self, llama: Path, texts: Path, tmp_path: Path, run: Run, each_tensor: None

@@ -455,7 +455,7 @@ def rows_do_not_fit(scene: Scene) -> tuple[object, ...]:
     return ("--ram", "400001000B")
 
 
-@refusal(5, "calibrating needs some")
+@refusal(5, "running the model block by block")
 def a_forward_does_not_fit(scene: Scene) -> tuple[object, ...]:
     scene.patch.setattr(memory, "anonymous_bytes", lambda: 100_000_000)
     scene.recipe["acm"] = {"calibration": str(scene.texts)}
