@@ -15,8 +15,9 @@ from typing import Any
 
 from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError, printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.jobs.differences import differences, most
 from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, sizes_of
-from lowmem_aim.jobs.resume import Reread, differences
+from lowmem_aim.jobs.resume import Reread
 from lowmem_aim.output.folder import PRIVATE, SEEN, SUMS
 from lowmem_aim.output.journal import FINISHED_HINT, Journal
 from lowmem_aim.output.journal import NAME as JOURNAL
@@ -36,12 +37,13 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
     before, now = journal.kept(Identity), as_kept(now)
     if before is None:
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
-    elsewhere, others = [*differences(before.job, now.job)], [*_other_inputs(before, now)]
+    others = [*_other_inputs(before, now)]
+    elsewhere = differences(before.job, now.job, explained=bool(others))
     inputs_changed = bool(others) or content_of(before) != content_of(now)
     if elsewhere and (asked_for(before) != asked_for(now) or not inputs_changed):
-        raise UsageError([_not_empty(out, "it holds another merge"), *elsewhere], FINISHED_HINT)
+        raise UsageError([_not_empty(out, "it holds another merge"), *most(elsewhere)], FINISHED_HINT)
     if inputs_changed:
-        raise ResumeError([_not_of_these(out), *others, *elsewhere], FINISHED_HINT)
+        raise ResumeError([_not_of_these(out), *most([*others, *elsewhere])], FINISHED_HINT)
     _check_files(journal, out)
     seen = _seen(out / PRIVATE) or before.inputs
     return [

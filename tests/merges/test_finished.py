@@ -117,7 +117,7 @@ class TestChangedInputsOfAFinishedOutput:
     def test_small_files_of_the_base(self, name: str, models: Path, tmp_path: Path) -> None:
         job, file = self.finished(models, tmp_path / "out"), models / "base" / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {"an_addition": 1}))
-        self.refused(job, tmp_path / "out", f"`{name}` was ")
+        self.refused(job, tmp_path / "out", f"{name} has changed")
 
     def test_the_experts_tokenizer_where_rows_are_matched_by_it(self, models: Path, tmp_path: Path) -> None:
         job = replace(recipe(models, "ties"), tokenizer_source="base")
@@ -130,18 +130,18 @@ class TestChangedInputsOfAFinishedOutput:
         merge(job, tmp_path / "out", SHARDS)
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
         file.write_text(json.dumps(table))
-        self.refused(job, tmp_path / "out", "`rows of the vocabulary`")
+        self.refused(job, tmp_path / "out", "the rows of the vocabulary that belong together have changed")
 
     def test_calibration_texts_and_activations(self, models: Path, texts: Path, tmp_path: Path) -> None:
         job = self.finished(models, tmp_path / "a", omega=0.3, calibration=str(texts))
         texts.write_text(texts.read_text().replace("fox", "cat"))
-        self.refused(job, tmp_path / "a", "`calibration` was ")
+        self.refused(job, tmp_path / "a", "the calibration of AIM has changed")
         file = activations_of(models / "base", texts, tmp_path / "activations.safetensors")
         job = self.finished(models, tmp_path / "b", omega=0.3, calibration=str(file))
         activations = Activations.load(file)
         means = {name: value + 1 for name, value in activations.means.items()}
         replace(activations, means=means).save(file)
-        self.refused(job, tmp_path / "b", "`calibration` was ")
+        self.refused(job, tmp_path / "b", "the calibration of AIM has changed")
 
     def test_the_base_of_relax(self, models: Path, texts: Path, tmp_path: Path) -> None:
         acm = {"theta": 0.7, "calibration": str(texts), "samples": 2}

@@ -296,7 +296,7 @@ def test_another_recipe_seed_or_size_is_refused_with_the_difference(
         command += ["--expert", models / name]
     done = run(*command, "--density", "0.4", "--weight", "0.3", "--seed", "7")
     assert done.code == 7
-    assert "`seed` was `0` and is now `7`" in done.err
+    assert "seed: 0 then, 7 now" in done.err
     assert "--fresh" in done.err
     done = run(*command, "--density", "0.5", "--weight", "0.3")
     assert done.code == 7
@@ -345,7 +345,7 @@ def test_other_versions_are_refused_or_accepted_and_told(
     from lowmem_aim.jobs import identity
 
     monkeypatch.setattr(identity, "versions", lambda method: {"lowmem-aim": "0.1.0", "torch": "9.9"})
-    with pytest.raises(ResumeError, match=r"`torch` was .* and is now `9\.9`") as caught:
+    with pytest.raises(ResumeError, match=r"torch: .* then, 9\.9 now") as caught:
         merge(job, out, SHARDS)
     assert "--accept-environment" in caught.value.hint
     merge(job, out, Options(shard_bytes=40_000, accept_environment=True))

@@ -137,7 +137,7 @@ def a_run_is_at_work(scene: Scene) -> None:
     scene.stack.enter_context(locked(scene.place.out / PRIVATE / "lock"))
 
 
-@refusal(7, "`recipe: merge_method` was", quick=True)
+@refusal(7, "merge_method: linear then, ties now", quick=True)
 def out_has_another_jobs_interrupted_run(scene: Scene) -> None:
     stop(recipe_of(scene.place.folder, "linear", ("math", "code")), scene.place.out, 9)
 
