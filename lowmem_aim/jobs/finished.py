@@ -63,10 +63,10 @@ def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, em
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
     for number in moved:
         label = printable(str(now.inputs[number]["label"]))
-        emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
+        emit(Notice(f"`{label}` has new or moved files: what was read of it is read again"))
         for name in reread(number):
             raise ResumeError(
-                [_not_of_these(out), f"`{label}` has another `{printable(name)}` than before"], FINISHED_HINT
+                [_not_of_these(out), f"`{label}` no longer has the same `{printable(name)}`"], FINISHED_HINT
             )
     if moved:
         _keep(out / PRIVATE, as_kept(now).inputs)
@@ -74,11 +74,11 @@ def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, em
 
 def _other_inputs(before: Identity, now: Identity) -> Iterator[str]:
     if len(before.inputs) != len(now.inputs):
-        yield f"it was made of {len(before.inputs)} models, and these are {len(now.inputs)}"
+        yield f"it was made from {len(before.inputs)} models, and there are {len(now.inputs)} now"
         return
     for old, new in zip(before.inputs, now.inputs, strict=True):
         if (old["label"], old["tensors"], sizes_of(old)) != (new["label"], new["tensors"], sizes_of(new)):
-            yield f"`{printable(str(new['label']))}` has other tensors or files than before"
+            yield f"`{printable(str(new['label']))}` no longer has the same tensors or files"
 
 
 def _check_files(journal: Journal, out: Path) -> None:

@@ -85,4 +85,7 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
     for name in dict.fromkeys(table.calibration for table in tables):
         if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
-            yield ModelError(f"there is no calibration file `{printable(name)}`")
+            yield ModelError(
+                f"there is no calibration file `{printable(name)}`",
+                hint="check the path; a relative one starts from the current folder",
+            )

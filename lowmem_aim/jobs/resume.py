@@ -108,7 +108,7 @@ def _refuse_differences(
     if problems:
         only = "`--accept-environment` resumes it all the same; " if len(elsewhere) == len(problems) else ""
         raise ResumeError(
-            ["the interrupted run in this folder was another one:", *most(problems)],
+            ["the interrupted run in this folder was a different one:", *most(problems)],
             hint=f"{only}`--fresh` starts over; to resume it, give the command and the inputs that it had",
         )
     return elsewhere
@@ -137,11 +137,11 @@ def _changed(
     """Yield why a model is not what it was."""
     label = printable(str(new["label"]))
     if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
-        yield f"`{label}` has other tensors or files than before"
+        yield f"`{label}` no longer has the same tensors or files"
     elif old["files"] != new["files"]:
-        emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
+        emit(Notice(f"`{label}` has new or moved files: what was read of it is read again"))
         for name in reread():
-            yield f"`{label}` has another `{printable(name)}` than before"
+            yield f"`{label}` no longer has the same `{printable(name)}`"
             return  # one says enough; others would take their time
 
 

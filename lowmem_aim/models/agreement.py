@@ -61,7 +61,7 @@ def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> Non
     extra = [name for name in other.tensors if name not in expected]
     if extra:
         what = f"`{printable(other.label)}`: {len(extra)} tensor(s) that `{printable(inputs.reference.label)}` lacks"
-        emit(Notice(f"{what} are not merged, `{printable(extra[0])}` the first", "warning"))
+        emit(Notice(f"{what} are not merged, starting with `{printable(extra[0])}`", "warning"))
 
 
 def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> _Problem | None:

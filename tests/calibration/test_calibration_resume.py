@@ -267,7 +267,7 @@ def test_a_base_of_another_time_is_read_again(llama: Path, texts: Path, tmp_path
     assert driven == [2]
     changed = {name: value + (name == "model.layers.0.mlp.up_proj.weight") for name, value in content.items()}
     save_file(changed, weights, metadata={"format": "pt"})
-    with pytest.raises(ResumeError, match=r"has another `model\.layers\.0\.mlp\.up_proj\.weight` than before"):
+    with pytest.raises(ResumeError, match=r"no longer has the same `model\.layers\.0\.mlp\.up_proj\.weight`"):
         merge(job, out, options)
 
 

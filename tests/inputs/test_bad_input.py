@@ -180,9 +180,9 @@ class TestCalibrationInput:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("t.txt", "", "has 0 token(s); at least 16 are needed"),
-            ("t.txt", "\n \n\n", "has 0 token(s)"),
-            ("t.txt", "too short", "has 9 token(s); at least 16"),
+            ("t.txt", "", "has only 0 tokens; at least 16 are needed"),
+            ("t.txt", "\n \n\n", "has only 0 tokens"),
+            ("t.txt", "too short", "has only 9 tokens; at least 16"),
             ("t.jsonl", '{"text": "a long enough line"}\n{"txt": "b"}\n', "t.jsonl:2: not a JSON object with a text"),
             ("t.jsonl", "[1]\n", "t.jsonl:1: not a JSON object"),
             ("t.jsonl", '{"text": 3}\n', "t.jsonl:1: not a JSON object"),

@@ -417,7 +417,7 @@ class TestPipesAndLinks:
     def test_a_pipe_as_calibration_is_refused(self, place: Place, name: str) -> None:
         put("pipe", place.folder / name, place.folder)
         done = place.merge("--omega", "0.4", "--calibration", place.folder / name)
-        place.refused(done, 3, f"{name}` cannot be read: it is no regular file")
+        place.refused(done, 3, f"{name}` cannot be read: it is not a regular file")
 
     def test_a_pipe_as_recipe_is_read(self, place: Place) -> None:
         """As `<(...)` in a shell makes it."""

@@ -142,7 +142,7 @@ def out_has_another_jobs_interrupted_run(scene: Scene) -> None:
     stop(recipe_of(scene.place.folder, "linear", ("math", "code")), scene.place.out, 9)
 
 
-@refusal(7, "has other tensors or files than before")
+@refusal(7, "no longer has the same tensors or files")
 def an_interrupted_runs_input_has_another_size(scene: Scene) -> tuple[object, ...]:
     stop(read_recipe(load_tree(scene.job())), scene.place.out, 9)
     tiny.edit_tensors(scene.math, lambda tensors: tensors.update({"v": torch.ones(3)}))

@@ -222,8 +222,11 @@ class TestBugs:
         assert not (own_cache / LAST).exists()
 
 
-def test_an_error_of_several_models_has_the_hints_that_say_more(place: Place) -> None:
+def test_each_of_several_models_has_the_hint_of_its_own_error(place: Place) -> None:
     (place.folder / "math/config.json").unlink()
     done = place.merge("--expert", "someone/some-model")
-    assert "mend or replace" not in done.err
-    assert "hint: " in done.err
+    first, second = done.err.split("\n\nerror: ")
+    assert "config.json" in first
+    assert "hint: name the folder that holds config.json" in first
+    assert "`someone/some-model`" in second
+    assert "hint: give a local folder" in second
