@@ -71,7 +71,7 @@ def _refusal(other: Checkpoint, reference: Checkpoint, must: Sequence[_Differenc
         f"`{printable(key)}` {printable(str(theirs), _LONGEST_SHOWN)}, not {printable(str(ours), _LONGEST_SHOWN)}"
         for key, theirs, ours in must[:_MOST_SHOWN]
     ]
-    more = f"; and {len(must) - _MOST_SHOWN} more settings" if len(must) > _MOST_SHOWN else ""
+    more = f"; {len(must) - _MOST_SHOWN} more" if len(must) > _MOST_SHOWN else ""
     also = f" (and {shapes} tensor{'s differ' if shapes > 1 else ' differs'} in shape)" if shapes else ""
     what = "; ".join(told) + more
     return f"`{printable(other.label)}` does not fit `{printable(reference.label)}`: {what}{also}"
