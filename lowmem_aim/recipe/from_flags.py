@@ -167,7 +167,7 @@ def _with_parameters(tree: Node, assignments: Sequence[str]) -> Node:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE")
+            raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE", "such as `-p lambda=0.5`")
         parameters = tree.get("parameters") or empty_recipe()
         value = Node(_scalar(text), f"--parameter {printable(name)}")
         tree = tree.with_item("parameters", parameters.with_item(name, value))

@@ -81,6 +81,10 @@ def _exclude(read: Values, node: Node) -> tuple[str, ...] | None:
     return None if wrong else tuple(item.value for item in items)
 
 
+def _near(key: str, value: str) -> str:
+    return did_you_mean(value, _WORDS.get(key, ()), SHORT_DTYPES if key == "dtype" else None)
+
+
 def _acm_value(read: Values, key: str, node: Node) -> Any:
     """One value of the `acm` table, checked; None after a problem."""
     if key == "theta":
@@ -110,7 +114,7 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
     if not right:
         kinds: dict[type, str] = {list: "a list", dict: "a table"}
         shown = kinds.get(type(value)) or f"`{printable(str(value))}`"
-        near = did_you_mean(value, _WORDS.get(key, ()), SHORT_DTYPES) if isinstance(value, str) else ""
+        near = _near(key, value) if isinstance(value, str) else ""
         read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")
         return None
     return value

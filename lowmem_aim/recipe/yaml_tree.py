@@ -56,7 +56,7 @@ class Node:
 def parse(text: str, source: str) -> Node:
     """Parse YAML into a tree; `source` is the name for its lines. Raises RecipeError."""
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{source}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
+        raise RecipeError(f"{source}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
     try:
         root = _Loader(text, source).get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -70,7 +70,7 @@ def parse(text: str, source: str) -> Node:
     converter = _Converter(source)
     tree = converter.convert(root)
     if converter.problems:
-        raise RecipeError(converter.problems)
+        raise RecipeError(converter.problems, "write each key once, and plain values, without tags or objects")
     return tree
 
 
@@ -201,5 +201,7 @@ def load_tree(path: Path) -> Node:
         raise RecipeError(f"{what}{_instead(path)}", advice(error) or _RECIPE_FIRST) from error
     except UnicodeDecodeError as error:
         if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
-            raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe") from None
-        raise RecipeError(f"{shown}: is not UTF-8 text") from error
+            raise RecipeError(
+                f"{shown}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
+            ) from None
+        raise RecipeError(f"{shown}: this is no recipe: it is not UTF-8 text", _RECIPE_FIRST) from error
