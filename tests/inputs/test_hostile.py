@@ -411,7 +411,7 @@ class TestPipesAndLinks:
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "x.jinja"])
     def test_a_pipe_in_a_model_folder_is_refused(self, place: Place, name: str) -> None:
         put("pipe", place.folder / "base" / name, place.folder)
-        place.refused(place.merge("--tokenizer-source", "base"), 3, f"base/{name}` cannot be read: it is no regular")
+        place.refused(place.merge("--tokenizer-source", "base"), 3, f"base/{name}` cannot be read: it is not a regular")
 
     @pytest.mark.parametrize("name", ["texts.jsonl", "activations.safetensors"])
     def test_a_pipe_as_calibration_is_refused(self, place: Place, name: str) -> None:
