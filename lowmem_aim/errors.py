@@ -11,26 +11,50 @@
     ├── VerifyError              8  a finished output is not what was written
     └── NetworkError             9  the Hub cannot be reached
 
-Problems of one kind are collected and raised together: `problems` holds one line each.
+Problems of one kind are collected and raised together: `problems` holds one line each, and `hints` what to do about
+each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class LowmemAimError(Exception):
-    """Base of all errors that are written for the user: `problems`, one line each, and a `hint`."""
+    """Base of all errors that are written for the user: `problems`, one line each, none twice, and their `hints`.
+
+    `hint` is one text for all problems, or a list with one for each.
+    """
 
     exit_code = 1
     usual_hint = "this is a bug: report it, with the command that led here"  # used if no hint is given
 
-    def __init__(self, problems: str | Iterable[str], hint: str = "") -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
-        self.hint = hint or self.usual_hint
+    def __init__(self, problems: str | Iterable[str], hint: str | Sequence[str] = "") -> None:
+        listed = [problems] if isinstance(problems, str) else list(problems)
+        hints = [hint] * len(listed) if isinstance(hint, str) else hint
+        told: dict[str, str] = {}
+        for problem, own in zip(listed, hints, strict=True):
+            told.setdefault(problem, own or self.usual_hint)
+        self.problems: tuple[str, ...] = tuple(told)
+        self.hints: tuple[str, ...] = tuple(told.values())  # of each problem
         super().__init__("\n".join(self.problems))
+
+    @property
+    def hint(self) -> str:
+        """All hints, each once and on a line of its own, in the order of the problems."""
+        return "\n".join(dict.fromkeys(self.hints))
+
+    def by_hint(self) -> dict[str, list[str]]:
+        """Each hint, in the order of the problems, with the problems that it belongs to."""
+        found: dict[str, list[str]] = {}
+        for problem, hint in zip(self.problems, self.hints, strict=True):
+            found.setdefault(hint, []).append(problem)
+        return found
+
+    def add_to_hints(self, text: str) -> None:
+        """Add to the hint of every problem what else is worth knowing."""
+        self.hints = tuple(f"{hint}; {text}" for hint in self.hints)
 
 
 class UsageError(LowmemAimError):
@@ -43,14 +67,14 @@ class UsageError(LowmemAimError):
 class RecipeError(UsageError):
     """The recipe is wrong; each problem starts with `file:line:`."""
 
-    usual_hint = "mend what is named here; docs/recipe.md describes every key"
+    usual_hint = "docs/recipe.md describes every key of a recipe"
 
 
 class ModelError(LowmemAimError):
     """An input model or a calibration input is wrong."""
 
     exit_code = 3
-    usual_hint = "mend or replace what is named here"
+    usual_hint = "download the model again, or use another one"
 
 
 class DiskError(LowmemAimError):
@@ -61,10 +85,16 @@ class DiskError(LowmemAimError):
 
 
 class MemoryBudgetError(LowmemAimError):
-    """Something does not fit the memory budget."""
+    """Something does not fit the memory budget; `enough` bytes of a `kind` of memory would do, if that is known."""
 
     exit_code = 5
     usual_hint = "allow more with `--ram` or `--vram`"
+
+    def __init__(
+        self, problems: str | Iterable[str], hint: str | Sequence[str] = "", *, kind: str = "", enough: int = 0
+    ) -> None:
+        super().__init__(problems, hint)
+        self.kind, self.enough = kind, enough
 
 
 class LockedError(LowmemAimError):
@@ -113,10 +143,20 @@ def raise_all(errors: list[LowmemAimError]) -> None:
 
 
 def joined(errors: list[LowmemAimError]) -> LowmemAimError:
-    """One error of the first one's class, with the problems and hints of all; `errors` must not be empty."""
+    """One error of the first one's class, with the problems of all and their hints; `errors` must not be empty.
+
+    Of several budgets that are too small for different work, only the largest that is asked for is told.
+    """
+    errors = [error for error in errors if not _asks_for_less(error, errors)]
     problems = [problem for error in errors for problem in error.problems]
-    hints = dict.fromkeys(error.hint for error in errors if error.hint != error.usual_hint)
-    return type(errors[0])(dict.fromkeys(problems), hint="; ".join(hints))
+    return type(errors[0])(problems, [hint for error in errors for hint in error.hints])
+
+
+def _asks_for_less(error: LowmemAimError, others: Iterable[LowmemAimError]) -> bool:
+    if not isinstance(error, MemoryBudgetError) or not error.enough:
+        return False
+    same = [other for other in others if isinstance(other, MemoryBudgetError) and other.kind == error.kind]
+    return error is not max(same, key=lambda other: other.enough)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -129,8 +169,40 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` with the known word nearest to `word`, or an empty string if none is near."""
-    names = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), names, n=1)
-    return f"; did you mean `{names[near[0]]}`?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], short: Mapping[str, str] | None = None) -> str:
+    """Return `; did you mean ...?` with the known word that `word` may be a slip of; empty if there is none.
+
+    A slip is one letter in three that is wrong, missing, left over or changed places with the next; or a known word
+    that was not finished. Capitals, `_` for `-`, and dashes before a flag do not count. Words of one or two letters are
+    too short to guess from. `short` has other names of known words, such as `bf16`.
+    """
+    meant = (short or {}).get(word.lower()) or nearest(word, known)
+    return f"; did you mean `{meant}`?" if meant else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that `word` may be a slip of, see `did_you_mean`; empty if there is none."""
+    typed = _letters(word)
+    if len(typed) < 3:
+        return ""
+    slips = {name: _slips(typed, _letters(name)) for name in dict.fromkeys(known)}
+    near = [name for name, slip in slips.items() if slip <= max(1, len(typed) // 3)]
+    near = near or [name for name in slips if _letters(name).startswith(typed)]
+    return min(near, key=lambda name: (slips[name], _letters(name)[0] != typed[0])) if near else ""
+
+
+def _letters(word: str) -> str:
+    return word.lstrip("-").replace("_", "-").lower()[:100]
+
+
+def _slips(typed: str, meant: str) -> int:
+    """The fewest letters to change, add, drop, or swap with their neighbour, that turn one word into the other."""
+    before, last = [0] * (len(meant) + 1), list(range(len(meant) + 1))
+    for i, letter in enumerate(typed, start=1):
+        row = [i]
+        for j, other in enumerate(meant, start=1):
+            fewest = min(last[j] + 1, row[-1] + 1, last[j - 1] + (letter != other))
+            swapped = i > 1 and j > 1 and typed[i - 2 : i] == meant[j - 2 : j][::-1]
+            row.append(min(fewest, before[j - 2] + 1) if swapped else fewest)
+        before, last = last, row
+    return last[-1]

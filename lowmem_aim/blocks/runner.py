@@ -148,9 +148,7 @@ class BlockRunner:
                 raise
         self.watch.discard()
         if not self.store.leave_device():
-            raise MemoryBudgetError(
-                "calibration: there was no memory left for what lies beside the blocks", hint=SHORTER
-            )
+            raise MemoryBudgetError("calibration ran out of memory for the parts outside the blocks", hint=SHORTER)
         return work()
 
     # -- weights that come and go
@@ -163,8 +161,8 @@ class BlockRunner:
         there = sum(size for name, size in sizes.items() if name not in away)
         if self._stay & sizes.keys() and there + max((sizes[name] for name in away), default=0) > self._room:
             raise MemoryBudgetError(
-                f"this model reads weights past their modules: {shown(there)} of a block have to stay in memory, "
-                f"`{printable(min(self._stay))}` among them, and do not fit the budget",
+                f"this model reads weights without calling their modules: {shown(there)} of a block must stay in "
+                f"memory, `{printable(min(self._stay))}` among them, and that does not fit the budget",
                 hint="give more memory (`--ram`, `--vram`)",
             )
         return away

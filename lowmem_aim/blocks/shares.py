@@ -10,18 +10,17 @@ block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_aim.blocks.observer import CHUNK_NUMEL
-from lowmem_aim.errors import MemoryBudgetError, printable
+from lowmem_aim.errors import LowmemAimError, printable, raise_all
 from lowmem_aim.models.meta_model import MetaModel
-from lowmem_aim.system.memory import Budget
+from lowmem_aim.system.memory import Budget, Kind, too_small
 from lowmem_aim.units import shown
 
 # What the allocator keeps back between two uses, and what small tensors add up to.
@@ -52,6 +51,10 @@ class Needs:
     def least(self) -> int:
         """Least bytes on the compute device: the fixed part and the largest module. If that is the host, add `read`."""
         return self.fixed + self.module
+
+    def least_ram(self, on_host: bool) -> int:
+        """Least bytes of RAM, besides the program itself; `on_host`: the model runs there too."""
+        return self.read + (self.least if on_host else SLACK_BYTES + self.module)
 
     @classmethod
     def of(cls, meta_model: MetaModel, sequences: Sequence[Sized]) -> Needs:
@@ -95,30 +98,30 @@ BOUNDLESS = Shares()
 
 def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
     """Divide what is left of the budget. Raises MemoryBudgetError, with the figures, if not even one module fits."""
-    work = needs.fixed
+    ram, on_host = budget.ram_used(), budget.vram is None
+    errors: list[LowmemAimError] = []
+    if budget.ram - ram < (least := needs.least_ram(on_host)):
+        errors.append(_refused("RAM", least, ram, budget.ram, needs))
+    if budget.vram is not None:
+        vram = budget.vram - budget.vram_left(device)
+        if budget.vram - vram < needs.least:
+            errors.append(_refused("VRAM", needs.least, vram, budget.vram, needs))
+    raise_all(errors)
     if budget.vram is None:
-        left = _after(budget.ram_left(), work + needs.read, needs, "RAM", budget.ram_used())
+        left = budget.ram - ram - needs.fixed - needs.read
         weights = min(needs.block, left)
         return Shares(weights, 0, left - weights, needs.work)
-    on_device = _after(budget.vram_left(device), work, needs, "VRAM", budget.vram - budget.vram_left(device))
+    on_device = budget.vram - vram - needs.fixed
     # Weights pass through RAM one by one.
-    on_host = _after(budget.ram_left(), needs.read + SLACK_BYTES, needs, "RAM", budget.ram_used())
+    in_ram = budget.ram - ram - needs.read - SLACK_BYTES
     weights = min(needs.block, on_device)
-    return Shares(weights, on_device - weights, on_host - needs.module)
+    return Shares(weights, on_device - weights, in_ram - needs.module)
 
 
-def _after(left: int, fixed: int, needs: Needs, kind: Literal["RAM", "VRAM"], used: int) -> int:
-    """Bytes left for block weights after the fixed part. Raises MemoryBudgetError if not even one module fits."""
-    least = fixed + needs.module
-    if left < least:
-        used += used // 50  # what the program itself uses differs a little from process to process
-        enough = math.ceil((used + least) / 1e6)
-        raise MemoryBudgetError(
-            f"calibrating needs some {shown(least)} of {kind} (its largest module `{printable(needs.module_path)}` "
-            f"takes {shown(needs.module)}), but of the budget {shown(left)} are left",
-            hint=f"`--{kind.lower()} {enough}MB` would do; shorter sequences (`--block-size`) take less",
-        )
-    return left - fixed
+def _refused(kind: Kind, least: int, used: int, budget: int, needs: Needs) -> LowmemAimError:
+    largest = f"(its largest module, `{printable(needs.module_path)}`, takes {shown(needs.module)})"
+    what = f"running the model block by block {largest}"
+    return too_small(what, kind, least, used, budget, "shorter sequences (`--block-size`) take less")
 
 
 def paged(sizes: Mapping[str, int], room: int, stay: Set[str] = frozenset()) -> set[str]:

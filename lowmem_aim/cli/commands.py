@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,15 +96,27 @@ _PATHS = click.argument(
 )
 
 
+def _check_paths(command: str, paths: Sequence[Path]) -> None:
+    """Raise UsageError for paths that are not a recipe and an output folder, or a folder alone."""
+    names = [path.suffix in (".yml", ".yaml") for path in paths]
+    given = [shlex.quote(printable(str(path))) for path in paths]
+    start = f"{usage.PROGRAM} {command}"
+    if len(paths) > 2:
+        wrong, hint = f"{len(paths)} paths are given", f"`{start} RECIPE OUT`: each model has a flag, `--expert`"
+    elif names == [True]:
+        wrong, hint = "the output folder is missing", f"`{start} {given[0]} OUT`"
+    elif len(paths) == 2 and names[1] and not names[0]:
+        wrong, hint = "these are the wrong way round", f"`{start} {given[1]} {given[0]}`"
+    elif len(paths) == 2 and os.path.isdir(paths[0]):
+        wrong, hint = f"`{printable(str(paths[0]))}` is a folder", f"`{start} RECIPE {given[1]}`"
+    else:
+        return
+    raise UsageError(f"{command} takes a recipe and then an output folder: {wrong}", hint)
+
+
 def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Recipe:
     """The recipe of a command line: the file's, as the flags edit it, or the flags' alone. Raises UsageError."""
-    if (
-        len(paths) > 2
-        or (len(paths) == 1 and paths[0].suffix in (".yml", ".yaml"))
-        or (len(paths) == 2 and os.path.isdir(paths[0]))
-    ):
-        hint = f"lowmem-aim {command} recipe.yml out/"
-        raise UsageError(f"{command} takes a recipe and then an output folder", hint=hint)
+    _check_paths(command, paths)
     from lowmem_aim.recipe import from_flags
     from lowmem_aim.recipe.reader import read_recipe
     from lowmem_aim.recipe.yaml_tree import load_tree

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -25,12 +26,16 @@ LONGEST_PROBLEM = 6000  # characters: a path may have 4,096 bytes
 
 
 def report(error: LowmemAimError) -> None:
-    """Print an error to stderr, as plain text: what happened, then what to do."""
-    first, *others = [printable(problem, LONGEST_PROBLEM) for problem in error.problems] or ["unknown"]
-    lines = [f"error: {first}", *(f"       {problem}" for problem in others[:PROBLEMS_ON_SCREEN])]
-    if len(others) > PROBLEMS_ON_SCREEN:
-        lines.append(f"       ... and {len(others) - PROBLEMS_ON_SCREEN} more")
-    print("\n".join(lines) + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+    """Print an error to stderr, as plain text: what happened, then what to do; problems with one hint together."""
+    told = error.by_hint().items()
+    print("\n\n".join(f"{_listed(problems)}\n\nhint: {hint}" for hint, problems in told), file=sys.stderr)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    lines = [printable(problem, LONGEST_PROBLEM) for problem in problems[:PROBLEMS_ON_SCREEN]]
+    if len(problems) > PROBLEMS_ON_SCREEN:
+        lines.append(f"... and {len(problems) - PROBLEMS_ON_SCREEN} more")
+    return "error: " + "\n       ".join(lines)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from lowmem_aim.cli.mergekit_flags import instead_of
 from lowmem_aim.errors import UsageError, did_you_mean, printable
 
 PROGRAM = "lowmem-aim"
@@ -61,14 +62,18 @@ def explained(error: click.ClickException) -> UsageError:
     """Turn what click found wrong with a command line into a UsageError."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM
+    if isinstance(error, click.NoSuchOption) and (instead := instead_of(error.option_name)):
+        return UsageError(f"`{command}` has no flag `{printable(error.option_name)}`, which is mergekit's", instead)
     return UsageError(_what(error, command), hint=f"see `{command} --help`")
 
 
 def _what(error: click.ClickException, command: str) -> str:
     if isinstance(error, click.NoSuchCommand):
-        return f"there is no command `{printable(error.command_name)}`{_near(error.possibilities)}"
+        near = did_you_mean(error.command_name, _commands(error.ctx))
+        return f"there is no command `{printable(error.command_name)}`{near}"
     if isinstance(error, click.NoSuchOption):
-        return f"`{command}` has no flag `{printable(error.option_name)}`{_near(error.possibilities)}"
+        near = did_you_mean(error.option_name, _flags(error.ctx))
+        return f"`{command}` has no flag `{printable(error.option_name)}`{near}"
     if isinstance(error, click.BadParameter) and error.param:
         kind = "flag" if isinstance(error.param, click.Option) else "argument"
         name = _quoted(error.param.get_error_hint(error.ctx))
@@ -78,9 +83,15 @@ def _what(error: click.ClickException, command: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _near(words: Sequence[str] | None) -> str:
-    """A suggestion in the words of `did_you_mean`, from words that click has sorted, the nearest first."""
-    return f"; did you mean `{words[0]}`?" if words else ""
+def _commands(context: click.Context | None) -> list[str]:
+    command = context.command if context else None
+    return command.list_commands(context) if context and isinstance(command, click.Group) else []
+
+
+def _flags(context: click.Context | None) -> list[str]:
+    params = context.command.get_params(context) if context else []
+    flags = [flag for param in params for flag in (*param.opts, *param.secondary_opts)]
+    return [flag for flag in flags if flag.startswith("--")]
 
 
 def _quoted(message: str) -> str:

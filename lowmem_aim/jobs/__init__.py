@@ -8,6 +8,7 @@ merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
 oddities.py      what a merge tells before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output follows from
+differences.py   the differences between two runs, key by key
 resume.py        whether an interrupted run may be resumed
 finished.py      whether a finished output is of this job, and of its inputs as they are now
 plan.py          what a merge would do and need, found without doing it

@@ -73,10 +73,12 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
 def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
     """The folder of the base, once `output` is sure to be a new file that can be written."""
     if output.suffix != ".safetensors":
-        raise UsageError(f"the output `{output}` must end in .safetensors")
+        raise UsageError(
+            f"the output `{output}` must end in .safetensors", f"name it `{output.with_suffix('.safetensors')}`"
+        )
     _check_new(output, unfinished)
     if not os.path.isdir(output.absolute().parent):
-        raise UsageError(f"there is no folder `{output.absolute().parent}`")
+        raise UsageError(f"there is no folder `{output.absolute().parent}`", "make that folder first")
     located = locate(base, run.emit)
     if real(located.folder) in real(output).parents:
         raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")

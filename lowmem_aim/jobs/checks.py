@@ -149,12 +149,16 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
     if ready.incomplete:
         return  # what is missing would be reported as a difference
     if ready.unread:
-        ready.notes.append(f"whether `{printable(str(folder))}` is of the same job shows once the texts are fetched")
+        ready.notes.append(
+            f"whether `{printable(str(folder))}` is of the same job cannot be told before the texts are fetched"
+        )
     elif finished:
         now = ready.identity(name)
         for number in check_same(journal, now, folder):
             label = printable(str(now.inputs[number]["label"]))
-            ready.notes.append(f"`{label}` has files of another time or place: a merge reads them, and refuses others")
+            ready.notes.append(
+                f"`{label}` has new or moved files: a merge reads them again, and refuses them if they differ"
+            )
     else:
         accept = ready.options.accept_environment
         lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)
@@ -197,7 +201,7 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
 
     ready.reader.roles(base)  # under limits, as before every building of a model in this process
     ready.unread = True
-    ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: reckoned with full blocks")
+    ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: full blocks are assumed")
     meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
     if phase == "calibrate":
         _note_unreached(ready, meta_model)

@@ -15,8 +15,9 @@ from typing import Any
 
 from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError, printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.jobs.differences import differences, most
 from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, sizes_of
-from lowmem_aim.jobs.resume import Reread, differences
+from lowmem_aim.jobs.resume import Reread
 from lowmem_aim.output.folder import PRIVATE, SEEN, SUMS
 from lowmem_aim.output.journal import FINISHED_HINT, Journal
 from lowmem_aim.output.journal import NAME as JOURNAL
@@ -36,12 +37,13 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
     before, now = journal.kept(Identity), as_kept(now)
     if before is None:
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
-    elsewhere, others = [*differences(before.job, now.job)], [*_other_inputs(before, now)]
+    others = [*_other_inputs(before, now)]
+    elsewhere = differences(before.job, now.job, explained=bool(others))
     inputs_changed = bool(others) or content_of(before) != content_of(now)
     if elsewhere and (asked_for(before) != asked_for(now) or not inputs_changed):
-        raise UsageError([_not_empty(out, "it holds another merge"), *elsewhere], FINISHED_HINT)
+        raise UsageError([_not_empty(out, "it holds another merge"), *most(elsewhere)], FINISHED_HINT)
     if inputs_changed:
-        raise ResumeError([_not_of_these(out), *others, *elsewhere], FINISHED_HINT)
+        raise ResumeError([_not_of_these(out), *most([*others, *elsewhere])], FINISHED_HINT)
     _check_files(journal, out)
     seen = _seen(out / PRIVATE) or before.inputs
     return [
@@ -61,10 +63,10 @@ def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, em
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
     for number in moved:
         label = printable(str(now.inputs[number]["label"]))
-        emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
+        emit(Notice(f"`{label}` has new or moved files: what was read of it is read again"))
         for name in reread(number):
             raise ResumeError(
-                [_not_of_these(out), f"`{label}` has another `{printable(name)}` than before"], FINISHED_HINT
+                [_not_of_these(out), f"`{label}` no longer has the same `{printable(name)}`"], FINISHED_HINT
             )
     if moved:
         _keep(out / PRIVATE, as_kept(now).inputs)
@@ -72,11 +74,11 @@ def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, em
 
 def _other_inputs(before: Identity, now: Identity) -> Iterator[str]:
     if len(before.inputs) != len(now.inputs):
-        yield f"it was made of {len(before.inputs)} models, and these are {len(now.inputs)}"
+        yield f"it was made from {len(before.inputs)} models, and there are {len(now.inputs)} now"
         return
     for old, new in zip(before.inputs, now.inputs, strict=True):
         if (old["label"], old["tensors"], sizes_of(old)) != (new["label"], new["tensors"], sizes_of(new)):
-            yield f"`{printable(str(new['label']))}` has other tensors or files than before"
+            yield f"`{printable(str(new['label']))}` no longer has the same tensors or files"
 
 
 def _check_files(journal: Journal, out: Path) -> None:

@@ -51,7 +51,7 @@ class Forecast:
     device: str
     needs: tuple[Requirement, ...]
     problems: tuple[str, ...]  # why it would not run
-    hints: tuple[str, ...]
+    hints: tuple[str, ...]  # what to do about each problem
     exit_code: int  # that a merge would end with for them
     steps: tuple[Step, ...] = ()  # none where nothing was measured
     speeds: Mapping[str, float] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Forecast:
 
     def error(self) -> LowmemAimError:
         """The problems as one error, with the exit code that a merge would end with."""
-        error = LowmemAimError(self.problems, "; ".join(self.hints))
+        error = LowmemAimError(self.problems, self.hints)
         error.exit_code = self.exit_code
         return error
 

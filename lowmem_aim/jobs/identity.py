@@ -22,12 +22,13 @@ from lowmem_aim.system.tensors import digest
 if TYPE_CHECKING:
     from lowmem_aim.measuring.comparison import Comparison
 
-# Keys of a job.
-_SMALL, _CONFIG, _ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
-_CALIBRATION, _COMPARISON = "calibration", "texts of ACM"
-_PARAMETERS, _SHARDS = "parameters", "shards"
-_CONTENT = (_SMALL, _CONFIG, _ROWS, _CALIBRATION, _COMPARISON)
-_LAID_OUT = (_PARAMETERS, _SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
+# Keys of a job; those of the recipe start with RECIPE.
+RECIPE = "recipe: "
+SMALL, CONFIG, ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
+CALIBRATION, COMPARISON = "calibration", "texts of ACM"
+PARAMETERS, SHARDS = "parameters", "shards"
+_CONTENT = (SMALL, CONFIG, ROWS, CALIBRATION, COMPARISON)
+_LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
 # What shows in the low bits of matrix products on a CPU.
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 
@@ -41,22 +42,22 @@ def identity_of_merge(
     device: torch.device,
 ) -> Identity:
     """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
-    job: dict[str, Any] = {f"recipe: {key}": value for key, value in portable_recipe(plan.recipe, inputs).items()}
+    job: dict[str, Any] = {RECIPE + key: value for key, value in portable_recipe(plan.recipe, inputs).items()}
     job |= {
         "seed": plan.seed,
         "nonfinite": plan.nonfinite,
-        _PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
-        _SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
-        _SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
-        _CONFIG: digest_of(repr(sorted(inputs.reference.config.items())).encode()),
+        PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
+        SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
+        SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
+        CONFIG: digest_of(repr(sorted(inputs.reference.config.items())).encode()),
     }
     if inputs.row_maps:  # from the experts' tokenizers
         rows = {str(inputs.folders.index(folder)): digest(row_map) for folder, row_map in inputs.row_maps.items()}
-        job[_ROWS] = rows
+        job[ROWS] = rows
     if calibration is not None:
-        job[_CALIBRATION] = calibration.digest()
+        job[CALIBRATION] = calibration.digest()
     if comparison is not None:
-        job[_COMPARISON] = comparison.digest()
+        job[COMPARISON] = comparison.digest()
     checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
     measures = comparison is not None or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
@@ -67,7 +68,7 @@ def identity_of_merge(
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
     """The identity of a calibration that is a job by itself."""
-    job = {_CALIBRATION: measurement.digest()}
+    job = {CALIBRATION: measurement.digest()}
     return Identity(job, [_of_input(measurement.base)], _environment(device, True))
 
 

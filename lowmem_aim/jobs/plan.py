@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, noted, printable, raise_all
+from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, joined, noted, printable, raise_all
 from lowmem_aim.events import Emit, Event, Notice, silent
 from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
 from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
-from lowmem_aim.merging.shares import enough
 from lowmem_aim.models.hub import Located, local_model
 from lowmem_aim.models.opening import Finder
 from lowmem_aim.models.stand_in import stand_in
@@ -28,6 +27,7 @@ from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.survey import survey
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.files import cache_folder, disk_errors, real
+from lowmem_aim.system.memory import Kind, enough
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.units import shown
 
@@ -116,14 +116,14 @@ class _Estimate:
         needs = (*self._memory(), self._disk())
         self._tell_of_downloads()
         speeds = self._speeds() if measure and not ready.errors else {}
-        errors = ready.errors
+        error = joined(ready.errors) if ready.errors else None
         return Forecast(
             survey=surveyed.as_json(),
             device=str(ready.run.device),
             needs=needs,
-            problems=tuple(dict.fromkeys(problem for error in errors for problem in error.problems)),
-            hints=tuple(dict.fromkeys(error.hint for error in errors if error.hint)),
-            exit_code=errors[0].exit_code if errors else 0,
+            problems=error.problems if error else (),
+            hints=error.hints if error else (),
+            exit_code=error.exit_code if error else 0,
             steps=tuple(self._steps(surveyed.read_bytes, surveyed.write_bytes, speeds)) if speeds else (),
             speeds=speeds,
             notes=tuple(ready.notes),
@@ -137,19 +137,21 @@ class _Estimate:
         reached = self.ready.reached - budget.ram_used()
         wants = [(self.ready.needs().least_ram(on_host, reached), "what the method holds, and slices of each model")]
         for model_run in model_runs:
-            needs = model_run.needs
-            least = needs.read + (needs.least if on_host else needs.module)
-            wants.append((least, f"{model_run.phase}: one module of a block at a time, and one sequence's work"))
+            what = f"{model_run.phase}: one module of a block at a time, and one sequence's work"
+            wants.append((model_run.needs.least_ram(on_host), what))
         least, why = max(wants)
         # The run's own check has the last word: what the program itself takes differs from moment to moment.
-        refused = on_host and any(isinstance(error, MemoryBudgetError) for error in self.ready.errors)
-        least = enough(used, least)
-        yield Requirement("RAM", least if refused else min(least, budget.ram), budget.ram, why)
+        yield Requirement("RAM", self._asked_for("RAM") or min(enough(used, least), budget.ram), budget.ram, why)
         if budget.vram is not None:
             wants = [(self.ready.needs().least_vram(), "slices")]
             wants += [(model_run.needs.least, "one module of a block at a time") for model_run in model_runs]
             least, why = max(wants)
-            yield Requirement("VRAM", least, budget.vram, why)
+            yield Requirement("VRAM", self._asked_for("VRAM") or enough(0, least), budget.vram, why)
+
+    def _asked_for(self, kind: Kind) -> int:
+        """The bytes that the checks have asked for where the budget was too small; 0 if it was not."""
+        refused = [error for error in self.ready.errors if isinstance(error, MemoryBudgetError) and error.kind == kind]
+        return max((error.enough for error in refused), default=0)
 
     def _disk(self) -> Requirement:
         """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""

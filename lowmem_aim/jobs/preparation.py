@@ -90,5 +90,5 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     names += [recipe.acm.calibration] if recipe.acm and not is_activations_file(recipe.acm.calibration) else []
     for name in dict.fromkeys(names):
         if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
-            hint = "a calibration is a file of texts, `builtin`, or the id of a dataset on the Hub"
+            hint = "check the path, which starts from the current folder; or name `builtin`, or a dataset on the Hub"
             yield ModelError(f"there is no calibration file `{printable(name)}`", hint)

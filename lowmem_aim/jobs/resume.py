@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.jobs.differences import differences, most
 from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -34,7 +35,6 @@ from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.system.files import input_errors, is_there, read_file
 
 REREAD_ELEMENTS = 1 << 20
-_SHOWN = 200  # characters of a value in a message
 
 Reread = Callable[[int], Iterator[str]]  # number of an input -> its tensors that are not what they were
 
@@ -54,7 +54,7 @@ def agree(journal: Journal, now: Identity, reread: Reread, *, accept_environment
     elsewhere = _refuse_differences(journal, before, now, changed, accept_environment)
     if elsewhere:
         for difference in elsewhere:
-            emit(Notice(f"going on although {difference}", "warning"))
+            emit(Notice(f"resumed although the environment differs: {difference}", "warning"))
         accepted = journal.kept(AcceptedEnvironments) or AcceptedEnvironments([_compared(before, journal)])
         journal.keep(AcceptedEnvironments([*accepted.environments, _compared(now, journal)]))
     journal.keep(now)
@@ -101,15 +101,15 @@ def _refuse_differences(
 
     Returns the differences of the environment that are accepted.
     """
-    problems = [*differences(before.job, now.job), *changed]
-    elsewhere = list(differences(_compared(before, journal, lost), _compared(now, journal, lost)))
+    problems = [*differences(before.job, now.job, explained=bool(changed)), *changed]
+    elsewhere = differences(_compared(before, journal, lost), _compared(now, journal, lost))
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
-        only = " (or `--accept-environment` to go on all the same)" if len(elsewhere) == len(problems) else ""
+        only = "`--accept-environment` resumes it all the same; " if len(elsewhere) == len(problems) else ""
         raise ResumeError(
-            ["the interrupted run in this folder was another one:", *problems],
-            hint=f"`--fresh` starts over{only}; or give the run back what it had",
+            ["the interrupted run in this folder was a different one:", *most(problems)],
+            hint=f"{only}`--fresh` starts over; to resume it, give the command and the inputs that it had",
         )
     return elsewhere
 
@@ -122,20 +122,6 @@ def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]]
     measured = all(kind in there for kind, key in needed if key in job)
     dropped = () if there and not measured else (THREADS, INSTRUCTIONS)
     return {key: value for key, value in identity.environment.items() if key not in dropped}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """Yield each value that differs between two tables, as a message; of tables in them, what differs there."""
-    for key in dict.fromkeys([*old, *new]):
-        before, now, shown = old.get(key), new.get(key), f"{within}`{printable(key)}`"
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            yield from differences(before, now, f"{shown}: ")
-        elif before != now:
-            yield f"{shown} was {_shown(before)} and is now {_shown(now)}"
-
-
-def _shown(value: Any) -> str:
-    return f"`{printable(str(value), _SHOWN)}`" if value is not None else "absent"
 
 
 def _changed_inputs(before: Identity, now: Identity, reread: Reread, emit: Emit) -> Iterator[str]:
@@ -151,11 +137,11 @@ def _changed(
     """Yield why a model is not what it was."""
     label = printable(str(new["label"]))
     if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
-        yield f"`{label}` has other tensors or files than before"
+        yield f"`{label}` no longer has the same tensors or files"
     elif old["files"] != new["files"]:
-        emit(Notice(f"`{label}` has files of another time or place than before: what was read of it is read again"))
+        emit(Notice(f"`{label}` has new or moved files: what was read of it is read again"))
         for name in reread():
-            yield f"`{label}` has another `{printable(name)}` than before"
+            yield f"`{label}` no longer has the same `{printable(name)}`"
             return  # one says enough; others would take their time
 
 

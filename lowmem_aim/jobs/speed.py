@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from torch.nn.functional import linear
-
 from lowmem_aim.merging.pipeline import Job, Pass, Workers
 from lowmem_aim.merging.shares import CPU_SLICE_ELEMENTS, GPU_SLICE_ELEMENTS, TORCH_SLICE_ELEMENTS
 from lowmem_aim.methods import kernels
@@ -230,7 +228,7 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3,
 
 def _multiply(sequence: Tensor, weight: Tensor) -> None:
     """Multiply, and return when the device is done."""
-    linear(sequence, weight)
+    torch.nn.functional.linear(sequence, weight)
     if sequence.device.type == "cuda":
         torch.cuda.synchronize(sequence.device)
     elif sequence.device.type == "mps":

@@ -79,7 +79,7 @@ class Measurement:
             except LowmemAimError:
                 run.emit(Notice(f"the cached activations `{cached}` are damaged and are measured again", "warning"))
             else:
-                run.emit(Notice(f"activations measured before are reused: `{cached}`"))
+                run.emit(Notice(f"reusing the activations measured before: `{cached}`"))
                 return found
         measured = self.measure(run, folder, journal)
         if use_cache:
@@ -170,7 +170,7 @@ def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Me
     meta_model.require_blocks()
     context = getattr(meta_model.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and 16 <= context < aim.block_size:
-        emit(Notice(f"blocks of {context} tokens: that is all the context that `{printable(base.label)}` has"))
+        emit(Notice(f"blocks of {context} tokens: `{printable(base.label)}` takes no more"))
         aim = replace(aim, block_size=context)
     sequences = token_sequences(aim, partial(reader.encode, base), emit)
     _check_ids(base, meta_model, sequences)

@@ -56,7 +56,8 @@ class Comparison:
         """Read and tokenise the texts. Raises ModelError, NetworkError, UsageError."""
         if is_activations_file(acm.calibration):
             raise UsageError(
-                "`acm.calibration` must be texts: ACM compares outputs, which an activations file does not hold"
+                "`acm.calibration` must be texts: ACM compares outputs, which an activations file does not hold",
+                hint="name a .jsonl or .txt file, or `builtin`",
             )
         measurement = measurement_of(texts_of(acm), base, reader, run.emit)
         measurement.warn_if_slow(run)
@@ -87,7 +88,7 @@ class Comparison:
             measured = self._measure(plan, inputs, merged, run, space)
             if before and before.information != measured and space.journal.holds(Group):
                 raise ResumeError(
-                    "ACM's comparison of the models no longer gives what it gave when this merge began",
+                    "ACM's comparison of the models no longer gives the result it gave when this merge began",
                     hint="`--fresh` starts over",
                 )
             space.journal.keep(KeptComparison(_stamp(inputs), measured))

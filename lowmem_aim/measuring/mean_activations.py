@@ -107,14 +107,16 @@ def _as_budget_errors() -> Iterator[None]:
         if not is_allocation_failure(error):
             raise
         raise MemoryBudgetError(
-            f"calibration: there was no memory left: {printable(str(error).splitlines()[0] if str(error) else '')}",
+            f"calibration ran out of memory: {printable(str(error).splitlines()[0] if str(error) else '')}",
             hint=SHORTER,
         ) from error
 
 
 def _check_sequences(sequences: Sequence[Tensor]) -> None:
     if not sequences:
-        raise ModelError("there is no calibration text: not one sequence")
+        raise ModelError("there is no calibration text", "give at least one sequence of tokens")
     for index, tokens in enumerate(sequences):
         if tokens.dim() != 1 or tokens.dtype != torch.int64 or not len(tokens) or int(tokens.min()) < 0:
-            raise ModelError(f"calibration sequence {index} is not a list of token ids")
+            raise ModelError(
+                f"calibration sequence {index} is not a list of token ids", "give int64 tensors of one dimension"
+            )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FEWEST_TOKENS = 16
+_FORMS = 'a line of .jsonl is {"text": "..."}; in .txt, blank lines separate the texts'
 AT_ONCE = 64  # texts of a dataset that are read ahead, to find those that are short enough
 
 Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> token ids of each
@@ -46,7 +47,11 @@ def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # ea
     count = sum(map(len, blocks))
     source = printable(aim.calibration or PILE)
     if count < FEWEST_TOKENS:
-        raise ModelError(f"the calibration text `{source}` has {count} token(s); at least {FEWEST_TOKENS} are needed")
+        tokens = f"{count} token{'s' * (count != 1)}"
+        raise ModelError(
+            f"the calibration text `{source}` has only {tokens}; at least {FEWEST_TOKENS} are needed",
+            hint="give more text; `--calibration builtin` takes the small set that comes with this tool",
+        )
     if aim.pack and count < aim.block_size:
         emit(Notice(f"the calibration text `{source}` fills less than one block: {count} tokens in all", "warning"))
     return [torch.tensor(block, dtype=torch.int64) for block in blocks]
@@ -72,12 +77,12 @@ def _from_file(path: Path) -> Iterator[str]:
     if os.path.isdir(path):
         raise ModelError(f"the calibration text `{shown}` is a folder", hint="name a .jsonl or .txt file in it")
     if os.path.lexists(path) and path.suffix not in (".jsonl", ".txt"):
-        raise UsageError(f"`{shown}`: a calibration file ends in .jsonl, .txt or .safetensors")
+        raise UsageError(f"`{shown}`: a calibration file ends in .jsonl, .txt or .safetensors", _FORMS)
     try:
         with input_errors(path):
             content = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ModelError(f"the calibration file `{shown}` is not UTF-8 text") from error
+        raise ModelError(f"the calibration file `{shown}` is not UTF-8 text", "save it as UTF-8") from error
     return _from_jsonl(content, shown) if path.suffix == ".jsonl" else _paragraphs(content)
 
 
@@ -100,14 +105,16 @@ def _from_jsonl(content: str, shown: str) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise ModelError(f"{shown}:{number}: not a JSON object with a text under `text`")
+            raise ModelError(f"{shown}:{number}: not a JSON object with a text under `text`", _FORMS)
         yield text
 
 
 def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
     """Yield the texts of a Hub dataset in the AIM authors' order: shuffled by `seed`, too long ones skipped."""
     shown = printable(dataset)
-    hint = "pass a text file of yours or the small text that comes along: `--calibration file.jsonl|file.txt|builtin`"
+    hint = (
+        "pass a text file of your own, or the small set that comes along: `--calibration file.jsonl|file.txt|builtin`"
+    )
     try:
         from datasets import get_dataset_split_names, load_dataset
     except ImportError:

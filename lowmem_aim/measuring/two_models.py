@@ -29,6 +29,7 @@ from lowmem_aim.system.tensor_store import Stored
 
 # Paths within a block of the module whose output is the MLP's; the first that exists counts.
 MLPS = ("mlp.down_proj", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
+_WITHOUT = "leave `acm:` out: a merge alone runs no model"
 HEAD_ELEMENTS = 1 << 20  # of each head, in memory at a time
 Information = dict[str, list[float]]  # group -> nats for each text
 
@@ -58,11 +59,11 @@ def information_between(
             if _has_own_head(base) and _has_own_head(merged):
                 information[HEAD] = _of_heads(sides, len(texts))
         except Broken as reason:
-            raise ModelError(f"ACM: the blocks of this model cannot be run one by one: {reason}") from reason
+            raise ModelError(f"ACM: the blocks of this model cannot be run one by one: {reason}", _WITHOUT) from reason
         except ForwardFailed as reason:
             if isinstance(reason.__cause__, Exception) and raised_here(reason.__cause__):
                 raise reason.__cause__ from None
-            raise ModelError(f"ACM: transformers cannot run a forward of this model: {reason}") from reason
+            raise ModelError(f"ACM: transformers cannot run a forward of this model: {reason}", _WITHOUT) from reason
     emit(PhaseEnded("compare"))
     return information
 
@@ -152,7 +153,7 @@ class _Side:
                     call = self._calls[number][index].from_store(store).having(store.get(self.states[number]))
                     output = runner.run_block(index, call)
                     if not seen:
-                        raise ModelError(f"ACM: `{printable(path)}` does not call its MLP")
+                        raise ModelError(f"ACM: `{printable(path)}` does not call its MLP", _WITHOUT)
                     take(number, seen.pop())
                     store.put(hidden_of(output), self.states[number])
                     left.popleft()

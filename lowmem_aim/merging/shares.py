@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lowmem_aim.errors import MemoryBudgetError
+from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.headers import matrix_shape
@@ -24,9 +24,8 @@ from lowmem_aim.output.writer import WAITING
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.system.dtypes import DTYPES
-from lowmem_aim.system.memory import Budget
+from lowmem_aim.system.memory import Budget, Kind, too_small
 from lowmem_aim.system.on_demand import torch
-from lowmem_aim.units import shown
 
 # A slice then has 2 MB of bfloat16 in each model: it stays in a processor's cache from read to write.
 CPU_SLICE_ELEMENTS = 1 << 20
@@ -147,11 +146,16 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     was set aside for that.
     """
     on_host = budget.vram is None
-    left = budget.ram_left() + (GROWTH_BYTES if grown else 0)
-    _check(left, needs.least_ram(on_host, reached - budget.ram_used()), "RAM", budget.ram_used())
+    used = budget.ram_used()
+    left = max(0, budget.ram - used) + (GROWTH_BYTES if grown else 0)
+    errors: list[LowmemAimError] = []
+    if left < (least := needs.least_ram(on_host, reached - used)):
+        errors.append(_refused("RAM", least, used, budget.ram))
     if budget.vram is not None:
         vram_left = budget.vram_left(device)
-        _check(vram_left, needs.least_vram(), "VRAM", budget.vram - vram_left)
+        if vram_left < (least := needs.least_vram()):
+            errors.append(_refused("VRAM", least, budget.vram - vram_left, budget.vram))
+    raise_all(errors)
     rest = left - needs.held()
     for workers, ahead in ((torch.get_num_threads() if on_host else STREAMS, AHEAD), (1, 1)):
         taken = functools.partial(needs.slices, workers=workers, ahead=ahead, on_host=on_host)
@@ -175,20 +179,8 @@ def _most_elements(room: int, taken: Callable[[int], int]) -> int:
     return max(0, (room - fixed - 1) * many // (taken(many) - fixed + 1))  # each figure is rounded up
 
 
-def enough(used: int, least: int) -> int:
-    """Bytes of a budget, in whole MB, that are enough for `least` bytes besides the `used` ones of the program."""
-    used += used // 50  # what the program itself uses differs a little from process to process
-    return math.ceil((used + least) / 1e6) * 10**6
-
-
-def _check(left: int, least: int, kind: str, used: int) -> None:
-    if left >= least:
-        return
-    raise MemoryBudgetError(
-        f"this merge needs some {shown(least)} of {kind} besides the program itself, but of the budget {shown(left)} "
-        "are left",
-        hint=f"`--{kind.lower()} {enough(used, least) // 10**6}MB` would do; fewer models at a time take less",
-    )
+def _refused(kind: Kind, least: int, used: int, budget: int) -> LowmemAimError:
+    return too_small("this merge", kind, least, used, budget, "fewer models at a time take less")
 
 
 # --- what the plan's tensors take -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-from lowmem_aim.errors import did_you_mean
+from lowmem_aim.errors import did_you_mean, printable
 from lowmem_aim.methods.footprint import Footprint, by_default
 from lowmem_aim.system.on_demand import torch
 
@@ -167,16 +167,22 @@ class Parameter:
     def problem(self, value: Any) -> str:
         """The text of what is wrong with `value` for this parameter; empty if nothing is."""
         if self.kind == "switch":
-            return "" if isinstance(value, bool) else f"`{self.name}` must be true or false"
+            wrong = f"`{self.name}` must be true or false, not `{printable(str(value), 40)}`"
+            return "" if isinstance(value, bool) else wrong
         if self.kind == "choice":
             allowed = [str(choice).lower() for choice in self.choices]
-            wrong = f"`{self.name}` must be one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
+            wrong = f"`{self.name}` must be one of {', '.join(allowed)}, not `{printable(str(value), 40)}`"
+            wrong += did_you_mean(str(value), allowed)
             return "" if value in self.choices else wrong
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-            return f"`{self.name}` must be a finite number"
+            return f"`{self.name}` must be a finite number, not `{printable(str(value), 40)}`"
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
-            return f"`{self.name}` must {self._range()}, not {value:g}"
+            return f"`{self.name}` must {self._range()}, not {value:g}{self._as_percent(value)}"
         return ""
+
+    def _as_percent(self, value: float) -> str:
+        """A suggestion for a percentage in the place of a fraction."""
+        return f"; did you mean {value / 100:g}?" if (self.low, self.high) == (0, 1) and 2 <= value <= 100 else ""
 
     def _range(self) -> str:
         if self.high is None:

@@ -63,12 +63,12 @@ def _load(name: str, offers: list[EntryPoint]) -> None:
     except (Exception, SystemExit) as error:  # whatever a foreign module raises
         raise UsageError(
             f"the merge method `{printable(name)}` of {shown} cannot be loaded: {printable(str(error))}",
-            hint="mend or uninstall that package",
+            hint="update or uninstall that package",
         ) from error
     if name not in METHODS:
         raise UsageError(
             f"{shown} offers the merge method `{printable(name)}`, but its module `{printable(offers[0].value)}` "
-            "registers none of that name",
+            "registers no method of that name",
             hint="the entry point's name and that of `@merge_method` must be the same",
         )
     for brought in METHODS.keys() - own:

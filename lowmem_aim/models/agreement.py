@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_aim.errors import ModelError, printable
@@ -11,26 +12,47 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
 
-PROBLEMS_OF_A_MODEL = 20  # of one model that are told: a model of another size has one for each tensor
-
 
 def check_tensors(inputs: Inputs, emit: Emit) -> None:
     """Compare every model's tensors with the reference's: names, shapes, and whether they are floats.
 
-    Raises ModelError with every tensor that cannot be merged; tensors that the reference lacks are a warning.
+    Raises ModelError with the tensors that cannot be merged, of each model those of one kind as one problem; tensors
+    that the reference lacks are a warning.
     """
-    problems: list[str] = []
-    vocabulary_differs = False
+    problems: list[_Problem] = []
     for other in inputs.others:
-        found = {info.name: text for info in inputs.reference if (text := _tensor_problem(inputs, other, info))}
-        vocabulary_differs |= any(name in inputs.roles.vocabulary and name in other.tensors for name in found)
-        problems += [*found.values()][:PROBLEMS_OF_A_MODEL]
-        if len(found) > PROBLEMS_OF_A_MODEL:
-            problems.append(f"`{printable(other.label)}`: {len(found) - PROBLEMS_OF_A_MODEL} more tensors do not fit")
+        found: dict[str, list[_Problem]] = {}
+        for info in inputs.reference:
+            if problem := _tensor_problem(inputs, other, info):
+                found.setdefault(problem.kind, []).append(problem)
+        problems += [_of_all(alike) for alike in found.values()]
         _tell_of_extra_tensors(inputs, other, emit)
     if problems:
-        hint = "tokens differ: `tokenizer_source: base` in the recipe matches them by their text"
-        raise ModelError(problems, hint=hint if vocabulary_differs else "are these fine-tunes of the same base?")
+        raise ModelError([problem.text for problem in problems], [_HINTS[problem.kind] for problem in problems])
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a tensor cannot be merged: what kind of reason, and the whole of it."""
+
+    kind: str
+    text: str
+
+
+_HINTS = {
+    "missing": "is the download complete, and are these fine-tunes of the same base?",
+    "numbers": "merge the model as it was before it was quantised",
+    "tokens": "the model's tokenizer does not belong to its weights: download the model again",
+    "vocabulary": "tokens differ: `tokenizer_source: base` in the recipe matches them by their text",
+    "shape": "are these fine-tunes of the same base?",
+}
+
+
+def _of_all(alike: Sequence[_Problem]) -> _Problem:
+    """The first of a model's problems of one kind, with the number of the others."""
+    first, others = alike[0], len(alike) - 1
+    more = f" (the same goes for {others} more tensor{'s' * (others > 1)})" if others else ""
+    return replace(first, text=first.text + more)
 
 
 def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> None:
@@ -38,31 +60,34 @@ def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> Non
     extra = [name for name in other.tensors if name not in expected]
     if extra:
         what = f"`{printable(other.label)}`: {len(extra)} tensor(s) that `{printable(inputs.reference.label)}` lacks"
-        emit(Notice(f"{what} are not merged, `{printable(extra[0])}` the first", "warning"))
+        emit(Notice(f"{what} are not merged, starting with `{printable(extra[0])}`", "warning"))
 
 
-def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> str:
-    """Why the other model's tensor cannot be merged with the reference's, or an empty string."""
+def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> _Problem | None:
+    """Why the other model's tensor cannot be merged with the reference's; None if it can."""
     label, name = printable(other.label), printable(ours.name)
     if ours.name in inputs.roles.buffers or ours.name in inputs.roles.tied:
-        return ""
+        return None
     theirs = other.tensors.get(ours.name)
     if theirs is None:
-        return f"`{label}` lacks the tensor `{name}`"
+        return _Problem("missing", f"`{label}` lacks the tensor `{name}`")
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
         found, expected = theirs.dtype.name, ours.dtype.name
-        return f"`{label}`: `{name}` is {found}, but {expected} in `{printable(inputs.reference.label)}`"
+        text = f"`{label}`: `{name}` is {found}, but {expected} in `{printable(inputs.reference.label)}`"
+        return _Problem("numbers", text)
     row_map = inputs.row_map(other, ours.name)
     mapped = row_map is not None
     if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
-        return f"`{label}`: `{name}` has another number of rows than its embedding; tokens cannot be matched"
+        text = f"`{label}`: `{name}` has another number of rows than its embedding; tokens cannot be matched"
+        return _Problem("tokens", text)
     if theirs.shape[mapped:] != ours.shape[mapped:]:
         is_vocabulary = ours.name in inputs.roles.vocabulary
-        return (
+        text = (
             f"`{label}`: {'the vocabulary differs: ' * is_vocabulary}`{name}` has the shape {list(theirs.shape)}, "
             f"but {list(ours.shape)} in `{printable(inputs.reference.label)}`"
         )
-    return ""
+        return _Problem("vocabulary" if is_vocabulary else "shape", text)
+    return None
 
 
 def repeated_heads(inputs: Inputs, has_weights: Callable[[Path], bool]) -> frozenset[str]:

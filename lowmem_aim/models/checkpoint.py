@@ -74,7 +74,7 @@ class Checkpoint:
         """Check all headers of the model in `folder`. Raises ModelError with every problem found."""
         with input_errors(folder):
             if not is_folder(folder):
-                raise ModelError(f"there is no model folder `{printable(str(folder))}`")
+                raise ModelError(f"there is no model folder `{printable(str(folder))}`", "check the path")
             resolved = real(folder)
             check_links(resolved)
             errors: list[LowmemAimError] = []

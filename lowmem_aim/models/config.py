@@ -14,6 +14,7 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.system.files import input_errors, is_file, open_to_read
 
 CONFIG = "config.json"
+_FOLDER = "name the folder that holds config.json and the .safetensors files"
 MAX_CONFIG_BYTES = 10_000_000  # a quantised model's may list every module; others have 2 kB
 # Brackets, braces and commas of a header: about eight a tensor. The limit bounds the time and memory of decoding: a
 # header of 100 MB could hold 30 million empty lists, in 2 GB. The largest models have 90,000 tensors in 160 files.
@@ -85,7 +86,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     with input_errors(file):
         there = is_file(file)
     if not there:
-        raise ModelError(f"`{shown}` has no {CONFIG}: not a Hugging Face model folder")
+        raise ModelError(f"`{shown}` has no {CONFIG}: it is not a Hugging Face model folder", _FOLDER)
     config = load_json(file, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise ModelError(f"`{printable(str(file))}` is not a JSON object")

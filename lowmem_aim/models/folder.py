@@ -20,6 +20,7 @@ from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
 from lowmem_aim.system.files import input_errors, is_file, open_regular
 
 INDEX = "model.safetensors.index.json"
+_COMPLETE = "is the download complete, and is this the folder that holds the weights?"
 SINGLE = "model.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 # What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
@@ -55,7 +56,8 @@ def check_links(folder: Path) -> None:
     errors: list[LowmemAimError] = []
     if outside:
         what = "is a link that leads out of its model folder"
-        errors.append(ModelError([f"`{printable(str(file))}` {what}" for file in outside]))
+        problems = [f"`{printable(str(file))}` {what}" for file in outside]
+        errors.append(ModelError(problems, "copy the file itself into the model folder"))
     for file in (file for file in files if file not in outside and not file.is_dir()):
         with noted(errors), input_errors(file):
             os.close(open_regular(file))  # libraries tell of a file that they cannot open without its name
@@ -198,4 +200,4 @@ def _single_file(folder: Path) -> Path:
             "`AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder)` in Python, or look for a safetensors revision on the Hub",
         )
-    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}")
+    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}", _COMPLETE)

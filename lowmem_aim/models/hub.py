@@ -54,7 +54,9 @@ def local_model(reference: str) -> Located | None:
     looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
     # `..` in a revision would lead out of the Hub library's cache.
     if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
-        raise ModelError(f"there is no model folder `{shown}`", hint="check the path (Hub ids look like `owner/name`)")
+        raise ModelError(
+            f"there is no model folder `{shown}`", hint="check the path; ids on the Hub look like `owner/name`"
+        )
     return None
 
 
@@ -77,7 +79,7 @@ def downloaded(reference: str, patterns: list[str], emit: Emit) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    emit(Notice(f"`{printable(reference)}` is not a folder here: looking on the Hub"))
+    emit(Notice(f"`{printable(reference)}` is not a local folder: looking on the Hub"))
     repository, revision = repository_of(reference)
     with hub_errors(reference):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))

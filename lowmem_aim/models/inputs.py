@@ -6,7 +6,8 @@ else the first model (in `relax`, the model that is relaxed).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,11 @@ class Inputs:
     def others(self) -> list[Checkpoint]:
         """The models beside the reference, each once."""
         return [other for other in dict.fromkeys(self.checkpoints) if other is not self.reference]
+
+    def without(self, unlike: Set[Checkpoint]) -> Inputs:
+        """The same inputs, for further checks, but for models that are refused already."""
+        base = None if self.base in unlike else self.base
+        return replace(self, base=base, experts=tuple(expert for expert in self.experts if expert not in unlike))
 
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
         """Which of a model's rows stands for each row of the reference; None where rows simply match.

@@ -160,7 +160,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             raise
         raise ModelError(
             f"transformers cannot build `{printable(checkpoint.label)}` (model type "
-            f"`{printable(str(config.model_type))}`) as a causal LM: {short(error)}"
+            f"`{printable(str(config.model_type))}`) as a causal LM: {short(error)}",
+            hint="does its config.json belong to it? Without `aim:` and `acm:` a merge runs no model",
         ) from error
     _keep_float32(model, dtype)
     model.requires_grad_(False)
@@ -208,7 +209,10 @@ def _require_weights(model: Any, weights: ParameterNames, checkpoint: Checkpoint
     ]
     if missing:
         shown = ", ".join(f"`{name}`" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ModelError(f"`{printable(checkpoint.label)}` lacks {len(missing)} tensors of its model: {shown}")
+        raise ModelError(
+            f"`{printable(checkpoint.label)}` lacks {len(missing)} tensors of its model: {shown}",
+            "is the download complete?",
+        )
 
 
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -80,8 +80,11 @@ def compared(
     if inputs is None:
         return None
     errors: list[LowmemAimError] = []
+    unlike: set[Checkpoint] = set()
     with noted(errors):
-        check_settings(inputs, reader, emit)
+        check_settings(inputs, reader, emit, unlike)
+    if unlike:  # that their tensors differ follows from it
+        inputs = inputs.without(unlike)
     with noted(errors):
         inputs.row_maps = row_maps_of(inputs, recipe, reader, emit)
         check_tensors(inputs, emit)

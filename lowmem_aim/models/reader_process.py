@@ -1,7 +1,7 @@
 """The child process of `Reader`, as its parent sees it: questions go in, answers come back, deadlines are kept.
 
 One JSON object a line, both ways. A question is answered by two lines: the first once its imports are done, the second
-with the answer: {"answer": ...}, or {"error": class, "problems": [...], "hint": ...}. If a child is late, too large
+with the answer: {"answer": ...}, or {"error": class, "problems": [...], "hints": [...]}. If a child is late, too large
 or dead, that is an error of this question only.
 """
 
@@ -142,7 +142,7 @@ class ReaderProcess:
 def answer_or_raise(line: Mapping[str, Any]) -> Any:
     """The answer in a line, or the LowmemAimError that it stands for, raised."""
     if "error" in line:
-        raise getattr(errors, line["error"])(line["problems"], line["hint"])
+        raise getattr(errors, line["error"])(line["problems"], line["hints"])
     return line["answer"]
 
 

@@ -165,7 +165,7 @@ def answer(question: Question) -> dict[str, Any]:
     try:
         return {"answer": function(question)}
     except LowmemAimError as error:
-        return {"error": type(error).__name__, "problems": error.problems, "hint": error.hint}
+        return {"error": type(error).__name__, "problems": error.problems, "hints": error.hints}
 
 
 def answer_within(limit: int, question: Question) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.config import SIZES
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.roles import TensorRoles
 
 # Settings that change what a weight means without changing its shape. In models that are merged these must agree,
 _MUST_AGREE = re.compile(
@@ -31,27 +33,64 @@ _WITHOUT_MEANING = re.compile(r".*(dropout|pdrop|initializer|init_|router_aux|ou
 _LONGEST_SHOWN = 60  # characters of a value in a message
 _MOST_SHOWN = 5  # settings of a model that are told
 
+_Difference = tuple[str, Any, Any]  # (dotted key, the other model's value, the reference's)
 
-def check_settings(inputs: Inputs, reader: Reader, emit: Emit) -> None:
+
+def check_settings(inputs: Inputs, reader: Reader, emit: Emit, unlike: set[Checkpoint]) -> None:
     """Compare every model's settings with the reference's.
 
     Raises ModelError for settings that must agree, and for a config that transformers does not accept where it has to
-    be read. Settings that should agree are reported as warnings.
+    be read; models of which that tells all are added to `unlike`. Settings that should agree are reported as warnings.
     """
     errors: list[LowmemAimError] = []
     problems: list[str] = []
+    found = []
     for other in inputs.others:
         with noted(errors):
             must, should = _differences(other, inputs.reference, reader)
-            problems += [_sentence(other, inputs.reference, [difference]) for difference in must]
-            if should and not must:
+            shapes = unlike_shapes(other, inputs.reference, inputs.roles)
+            must = must or (_unlike_sizes(other, inputs.reference) if shapes else [])
+            if must:
+                unlike.add(other)
+                found.append(must)
+                problems.append(_refusal(other, inputs.reference, must, shapes))
+            elif should:
                 emit(Notice(f"{_sentence(other, inputs.reference, should)}; the output has the latter", "warning"))
     if problems:
-        errors.insert(0, ModelError(problems, hint="only models of one architecture and size can be merged"))
+        label = printable(inputs.reference.label)
+        hint = f"only models of one architecture and size can be merged: use models that were tuned from `{label}`"
+        if len(found) == len(inputs.others) > 1 and all(must == found[0] for must in found):
+            hint = f"all others differ from `{label}` in the same way: is it their base?"
+        errors.insert(0, ModelError(problems, hint))
     raise_all(errors)
 
 
-_Difference = tuple[str, Any, Any]  # (dotted key, the other model's value, the reference's)
+def _refusal(other: Checkpoint, reference: Checkpoint, must: Sequence[_Difference], shapes: int) -> str:
+    """All that must agree and does not, in one line."""
+    told = [
+        f"`{printable(key)}` {printable(str(theirs), _LONGEST_SHOWN)}, not {printable(str(ours), _LONGEST_SHOWN)}"
+        for key, theirs, ours in must[:_MOST_SHOWN]
+    ]
+    more = f"; {len(must) - _MOST_SHOWN} more" if len(must) > _MOST_SHOWN else ""
+    also = f" (and {shapes} tensor{'s differ' if shapes > 1 else ' differs'} in shape)" if shapes else ""
+    what = "; ".join(told) + more
+    return f"`{printable(other.label)}` does not fit `{printable(reference.label)}`: {what}{also}"
+
+
+def unlike_shapes(other: Checkpoint, reference: Checkpoint, roles: TensorRoles) -> int:
+    """The number of tensors of two models that have different shapes, those of the vocabulary aside."""
+    names = other.tensors.keys() & reference.tensors.keys() - roles.vocabulary
+    return sum(other.tensors[name].shape != reference.tensors[name].shape for name in names)
+
+
+def _unlike_sizes(other: Checkpoint, reference: Checkpoint) -> list[_Difference]:
+    """The sizes in which two configs differ: those that need not agree, but explain why shapes do not."""
+    found = []
+    for key in SIZES:
+        theirs, ours = other.config.get(key), reference.config.get(key)
+        if theirs != ours and key != "vocab_size":
+            found.append((key, theirs, ours))
+    return found
 
 
 def _differences(

@@ -89,7 +89,7 @@ def _of_mere_reference(inputs: Inputs, base: Checkpoint, reader: Reader, emit: E
         row_map = torch.where(by_place < known, by_place, -1)
         new = max(0, rows - known)
     if new:
-        emit(Notice(f"{new} row(s) of the vocabulary are new against the base and are not relaxed"))
+        emit(Notice(f"{new} row(s) of the vocabulary are not in the base and are not relaxed"))
     return row_map
 
 

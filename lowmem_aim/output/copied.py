@@ -40,6 +40,7 @@ MOST_MARKS = 5_000_000  # brackets, braces and commas of a vocabulary; the large
 MOST_TOLD = 5  # names of files that are left behind
 _MODULE_FOLDER = re.compile(r"\w[\w-]*")  # `1_Pooling`; without a dot it is no file that an output has
 
+_PLAIN = "download the file again, or remove it"
 _LEADS_OUT = "a link that leads out of the folder"
 
 
@@ -138,7 +139,7 @@ class _Taken:
         for path in paths:
             if not isinstance(path, str) or (path and not _MODULE_FOLDER.fullmatch(path)):
                 shown_path = printable(repr(path))
-                raise ModelError(f"`{printable(str(file))}` names the folder {shown_path}: not a plain name")
+                raise ModelError(f"`{printable(str(file))}` names the folder {shown_path}: not a plain name", _PLAIN)
         return [path for path in paths if path]
 
 

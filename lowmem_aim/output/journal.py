@@ -34,7 +34,7 @@ _TABLE = """
 CREATE TABLE IF NOT EXISTS entries
     (kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (kind, name))
 """
-_HINT = "mend the disk, then give the same command again"
+_HINT = "check the disk, then give the same command again"
 _COLUMNS = "kind, name, value, digest"
 # sqlite's errors when something is in its way now. Every other error about a file means damage.
 _IN_ITS_WAY = {

@@ -61,9 +61,9 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
     emit(PhaseEnded("verify"))
     with input_errors(out, VerifyError):
         read, unknown = strays_in(out, sums)
-    problems += [f"`{printable(name)}` is not of this output, and a loader would read it" for name in read]
+    problems += [f"`{printable(name)}` does not belong to this output, and a loader would read it" for name in read]
     for name in unknown:
-        emit(Notice(f"`{printable(name)}` is not of this output", "warning"))
+        emit(Notice(f"`{printable(name)}` does not belong to this output", "warning"))
     if problems:
         raise VerifyError(problems, hint=_HINT if len(problems) > len(read) else _STRAY_HINT)
     return len(sums)
@@ -91,10 +91,10 @@ def _read(file: Path) -> dict[str, str]:
         data = read_file(file)
     lines, _, _ = data.rpartition(b"# ")
     if data != lines + f"{_LAST}{hashlib.sha256(lines).hexdigest()}\n".encode():
-        raise VerifyError(f"`{printable(str(file))}`, the list of digests, is damaged itself")
+        raise VerifyError(f"`{printable(str(file))}`, the list of digests, is damaged itself", _HINT)
     sums = dict(_entries(lines.decode("utf-8", "replace")))
     if "config.json" not in sums or not all(map(_is_inside, sums)):
-        raise VerifyError(f"`{printable(str(file))}` is no list of digests that this tool wrote")
+        raise VerifyError(f"`{printable(str(file))}` is not a list of digests that this tool wrote", _HINT)
     return sums
 
 

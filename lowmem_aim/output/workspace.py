@@ -115,7 +115,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
             _remove_empty([private, out])
     except BaseException as error:
         if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
-            error.hint += f"{'; ' * bool(error.hint)}what is finished stays: the same command goes on from there"
+            error.add_to_hints("what is finished is kept: the same command goes on from there")
         if not keep and not isinstance(error, LockedError):  # then the folder is another run's
             _remove_empty([private, *made])
         raise
@@ -197,7 +197,7 @@ def publish(space: Workspace, shards: Mapping[str, str], sizes: Mapping[str, int
     there = [name for name in names if os.path.lexists(out / name)]
     if there:  # it was not when the run began
         raise DiskError(
-            f"`{printable(str(out / there[0]))}` has been put into the output folder meanwhile",
+            f"`{printable(str(out / there[0]))}` appeared in the output folder while the merge ran",
             hint="move it away, and give the same command again",
         )
     # Before any rename: if this run is killed, the next one learns from the list which files are ours.

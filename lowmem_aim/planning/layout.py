@@ -37,7 +37,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
     if nonfinite == "base" and not recipe.builds_on_base:
         raise UsageError(
             f"`--nonfinite base` needs a method that builds on a base, which `{recipe.method.name}` does not",
-            hint="mend or replace the model that holds NaN or Inf, or leave the flag out",
+            hint="replace the model that holds NaN or Inf, or leave the flag out",
         )
     if shard_bytes < SMALLEST_SHARD:
         raise UsageError(f"a shard size of {shard_bytes} bytes is too small", hint="the default is 5GB")
@@ -79,7 +79,8 @@ def _check(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs, seed: int) -> 
         if task.action == "merge"
     ]
     if found := [problem for problem in dict.fromkeys(problems) if problem]:
-        raise RecipeError([f"{recipe.where}: {problem}" for problem in found])
+        hint = f"`lowmem-aim methods {recipe.method.name}` lists its parameters and their ranges"
+        raise RecipeError([f"{recipe.where}: {problem}" for problem in found], hint)
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import find_method
 from lowmem_aim.recipe.reader import read_aim
 from lowmem_aim.recipe.recipe import Aim, same_reference
-from lowmem_aim.recipe.yaml_tree import Node, parse
+from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
 
-COMMAND_LINE = "command line"
 # Flag -> key of the table.
 AIM_FLAGS = {
     "omega": "omega",
@@ -168,7 +167,7 @@ def _with_parameters(tree: Node, assignments: Sequence[str]) -> Node:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE")
+            raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE", "such as `-p lambda=0.5`")
         parameters = tree.get("parameters") or empty_recipe()
         value = Node(_scalar(text), f"--parameter {printable(name)}")
         tree = tree.with_item("parameters", parameters.with_item(name, value))

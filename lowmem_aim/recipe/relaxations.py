@@ -10,7 +10,7 @@ from lowmem_aim.errors import did_you_mean, printable
 from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import DEFAULT_OMEGA, Acm, Aim, Setting
 from lowmem_aim.recipe.values import Values, no_name
-from lowmem_aim.recipe.words import DTYPES, NORMALISATIONS, SCALINGS
+from lowmem_aim.recipe.words import DTYPES, NORMALISATIONS, SCALINGS, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import Node
 
 AIM_KEYS = ("omega", "scaling", "exclude", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
@@ -22,6 +22,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "normalise": NORMALISATIONS,
 }
 _OMEGA = Parameter("aim.omega", per_expert=False, kind="number", default=DEFAULT_OMEGA, low=0.0, high=1.0)
+_OMEGA_HINT = f"1 changes nothing, 0 freezes the most active channels; {DEFAULT_OMEGA} is the authors' choice"
 _THETA = Parameter("acm.theta", per_expert=False, kind="number", default=0.7, low=0.0, high=100.0)
 
 
@@ -59,8 +60,8 @@ def acm_table(read: Values, node: Node, aim: Aim | None) -> Acm:
 def _omega(read: Values, node: Node) -> Setting | tuple[float, ...] | None:
     """A number or filters as a Setting; several numbers, one for each output, as a tuple; None after a problem."""
     if not isinstance(node.value, list) or any(isinstance(item.value, dict) for item in node.value):
-        return read.setting(node, _OMEGA)
-    values = [read.value(item, _OMEGA) for item in node.value]
+        return read.setting(node, _OMEGA, _OMEGA_HINT)
+    values = [read.value(item, _OMEGA, _OMEGA_HINT) for item in node.value]
     if not values:
         read.problem(node, "`aim.omega` is an empty list")
     for value, item in zip(values, node.value, strict=True):
@@ -78,6 +79,10 @@ def _exclude(read: Values, node: Node) -> tuple[str, ...] | None:
     for item in wrong:
         read.problem(item, "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`")
     return None if wrong else tuple(item.value for item in items)
+
+
+def _near(key: str, value: str) -> str:
+    return did_you_mean(value, _WORDS.get(key, ()), SHORT_DTYPES if key == "dtype" else None)
 
 
 def _acm_value(read: Values, key: str, node: Node) -> Any:
@@ -109,7 +114,7 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
     if not right:
         kinds: dict[type, str] = {list: "a list", dict: "a table"}
         shown = kinds.get(type(value)) or f"`{printable(str(value))}`"
-        near = did_you_mean(value, _WORDS.get(key, ())) if isinstance(value, str) else ""
+        near = _near(key, value) if isinstance(value, str) else ""
         read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")
         return None
     return value

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lowmem_aim.errors import did_you_mean, printable
+from lowmem_aim.errors import RecipeError, did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import Setting
 from lowmem_aim.recipe.yaml_tree import Node
@@ -14,26 +15,49 @@ from lowmem_aim.recipe.yaml_tree import Node
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
 
 
+@dataclass(frozen=True)
+class Remark:
+    """A remark about a recipe: where, what, and for a problem what to do about it; "" leaves that to RecipeError."""
+
+    where: str
+    text: str
+    hint: str = ""
+
+
 class Values:
     """A reader of values from nodes that collects what is wrong with them, each problem with its place."""
 
     def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.notices: list[str] = []
+        self.problems: list[Remark] = []
+        self.notices: list[Remark] = []
 
-    def problem(self, node: Node, text: str) -> None:
+    def problem(self, node: Node, text: str, hint: str = "") -> None:
         """Note a problem at the place of `node`."""
-        self.problems.append(f"{node.where}: {text}")
+        self.problems.append(Remark(node.where, text, hint))
 
-    def check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, str]) -> None:
-        """Note a problem for each key of `table` that is unknown, or known to mergekit but not supported."""
+    def error(self) -> RecipeError | None:
+        """All problems as one error, in the order of their lines; None if there are none."""
+        told = together(sorted(self.problems, key=lambda problem: _line(problem.where)))
+        return RecipeError(told.keys(), [*told.values()]) if told else None
+
+    def check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, tuple[str, str]]) -> set[str]:
+        """Note a problem for each key of `table` that is unknown, or known to mergekit but not supported.
+
+        `unsupported`: key -> (why, what to do). Returns the known keys that unknown ones were meant to be: these are
+        not to be reported as missing too.
+        """
+        meant = set()
         for key, node in table.value.items():
             if node.value is None:
                 continue  # as if it were absent
             if key in unsupported:
-                self.problem(node, f"`{key}` is not supported: {unsupported[key]}")
+                why, hint = unsupported[key]
+                self.problem(node, f"`{key}` is not supported: {why}", hint)
             elif key not in known:
-                self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}")
+                hint = f"the keys that can stand here are {', '.join(known)}"
+                self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}", hint)
+                meant.add(nearest(key, known))
+        return meant
 
     def text(self, node: Node | None, what: str) -> str | None:
         """The text of a node without outer spaces; None if the node is empty, or after a problem. `what` is its key."""
@@ -50,11 +74,14 @@ class Values:
             return None
         return value.strip()
 
-    def setting(self, node: Node, parameter: Parameter) -> Setting | None:
-        """A parameter's value as the recipe gives it: a scalar, a gradient or filters; None after a problem."""
+    def setting(self, node: Node, parameter: Parameter, hint: str = "") -> Setting | None:
+        """A parameter's value as the recipe gives it: a scalar, a gradient or filters; None after a problem.
+
+        `hint`: what to do about a value that is wrong.
+        """
         filtered = isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value)
         if not filtered:
-            value = self.value(node, parameter)
+            value = self.value(node, parameter, hint)
             return None if value is None else Setting(value)
         rules = []
         for item in node.value:
@@ -67,23 +94,63 @@ class Values:
             if pattern is not None and not (isinstance(pattern.value, str) and pattern.value):
                 self.problem(pattern, f"a filter of `{parameter.name}` must be a part of tensor names, or `*`")
                 continue
-            rules.append((pattern.value if pattern else "", self.value(value_node, parameter)))
+            rules.append((pattern.value if pattern else "", self.value(value_node, parameter, hint)))
         return Setting(tuple(rules), filtered=True, where=node.where)
 
-    def value(self, node: Node, parameter: Parameter) -> Any:
+    def value(self, node: Node, parameter: Parameter, hint: str = "") -> Any:
         """A scalar, or a gradient as a tuple, checked; None after a problem."""
         if isinstance(node.value, list):
-            values = [self.value(item, parameter) for item in node.value]
-            if parameter.kind != "number" or not values or not all(isinstance(v, int | float) for v in values):
-                self.problem(node, f"`{parameter.name}` cannot be this list")
-                return None
-            return tuple(values)
+            return self._gradient(node, parameter, hint)
+        if isinstance(node.value, dict):
+            self.problem(node, f"`{parameter.name}` cannot be a table", hint)
+            return None
         value = _number(node.value) if parameter.kind == "number" else node.value
         wrong = parameter.problem(value)
         if wrong:
-            self.problem(node, wrong)
+            self.problem(node, wrong, hint)
             return None
         return value
+
+    def _gradient(self, node: Node, parameter: Parameter, hint: str) -> tuple[float, ...] | None:
+        if parameter.kind != "number" or not node.value:
+            kind = "a list" if node.value else "an empty list"
+            self.problem(node, f"`{parameter.name}` cannot be {kind}", hint)
+            return None
+        if any(isinstance(item.value, list) for item in node.value):
+            self.problem(node, f"`{parameter.name}` cannot be a list of lists", hint)
+            return None
+        values = [self.value(item, parameter, hint) for item in node.value]
+        return tuple(values) if None not in values else None
+
+
+def together(remarks: Iterable[Remark]) -> dict[str, str]:
+    """Each remark as a line -> its hint; what is said of several lines of a file is said once, with their numbers."""
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for remark in remarks:
+        file, line = _place(remark.where)
+        same = (file, remark.text, remark.hint) if line else (remark.where, remark.text, remark.hint)
+        lines = places.setdefault(same, [])
+        if line and line not in lines:
+            lines.append(line)
+    return {
+        f"{':'.join([file, *lines[:1]])}: {text}{_also_in(lines[1:])}": hint
+        for (file, text, hint), lines in places.items()
+    }
+
+
+def _also_in(lines: Sequence[str]) -> str:
+    return f" (and in line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
+
+
+def _place(where: str) -> tuple[str, str]:
+    """(file, line) of a place in a file, the line as digits; elsewhere (the place, "")."""
+    file, colon, line = where.rpartition(":")
+    return (file, line) if colon and line.isdigit() else (where, "")
+
+
+def _line(where: str) -> int:
+    """The line number of a place; 0 for flags, which have none and so come first."""
+    return int(_place(where)[1] or 0)
 
 
 def no_name(text: str) -> str:

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 DTYPES = ("float32", "float16", "bfloat16")
+# What other tools call them.
+SHORT_DTYPES = {
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    "bf16": "bfloat16",
+}
 Normalise = Literal["samples", "layers"]
 NORMALISATIONS: tuple[Normalise, ...] = ("samples", "layers")
 SCALINGS = ("identity", "sqrt", "square", "rank")

@@ -6,15 +6,17 @@ that appears twice in a table is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lowmem_aim.errors import RecipeError, printable
+from lowmem_aim.errors import RecipeError, nearest, printable
 from lowmem_aim.system.faults import LONGEST_PATH, advice, cause
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -22,6 +24,10 @@ MAX_NODES = 10_000  # a real recipe has a few hundred; an alias bomb has billion
 MAX_DEPTH = 40
 MAX_NUMBER = 1000  # characters; `1:59:59:...` is a number to YAML, and the time to parse it grows with its square
 STANDARD = "tag:yaml.org,2002:"
+MANY_RECIPES = 1000  # in one folder, of which no more are compared
+_RECIPE_FIRST = "name a recipe file first, and then the output folder"
+_SYNTAX = "check indentation, brackets and quotes in this line and the one above"
+COMMAND_LINE = "command line"  # the place of a recipe that flags alone give
 PLAIN_TAGS = frozenset(["null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp", "value"])
 
 
@@ -50,20 +56,21 @@ class Node:
 def parse(text: str, source: str) -> Node:
     """Parse YAML into a tree; `source` is the name for its lines. Raises RecipeError."""
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{source}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe")
+        raise RecipeError(f"{source}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
     try:
         root = _Loader(text, source).get_single_node()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{source}:{line}: not valid YAML: {printable(error.problem or str(error))}") from error
+        what = printable(error.problem or str(error))
+        raise RecipeError(f"{source}:{line}: not valid YAML: {what}", _SYNTAX) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}") from error
+        raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}", _SYNTAX) from error
     if root is None:
         return Node({}, f"{source}:1")
     converter = _Converter(source)
     tree = converter.convert(root)
     if converter.problems:
-        raise RecipeError(converter.problems)
+        raise RecipeError(converter.problems, "write each key once, and plain values, without tags or objects")
     return tree
 
 
@@ -169,6 +176,19 @@ class _Converter:
         return merged | own
 
 
+def _instead(path: Path) -> str:
+    """A suggestion of a recipe beside the one that cannot be read, of nearly the same name."""
+    with contextlib.suppress(OSError, ValueError):
+        if not path.exists():
+            recipes = islice(
+                (file for ending in ("yml", "yaml") for file in path.parent.glob(f"*.{ending}")), MANY_RECIPES
+            )
+            stems = {file.stem: file for file in recipes}
+            meant = stems.get(nearest(path.stem, stems)) or stems.get(path.stem)
+            return f"; did you mean `{printable(str(meant), LONGEST_PATH)}`?" if meant else ""
+    return ""
+
+
 def load_tree(path: Path) -> Node:
     """Read a recipe file into a tree. Raises RecipeError."""
     shown = printable(str(path))
@@ -177,10 +197,11 @@ def load_tree(path: Path) -> Node:
             content = stream.read(MAX_RECIPE_BYTES + 1)  # /dev/zero has no end
         return parse(content.decode("utf-8"), shown)
     except OSError as error:
-        raise RecipeError(
-            f"{printable(str(path), LONGEST_PATH)}: cannot be read: {cause(error)}", advice(error)
-        ) from error
+        what = f"{printable(str(path), LONGEST_PATH)}: cannot be read: {cause(error)}"
+        raise RecipeError(f"{what}{_instead(path)}", advice(error) or _RECIPE_FIRST) from error
     except UnicodeDecodeError as error:
         if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
-            raise RecipeError(f"{shown}: a recipe of more than {MAX_RECIPE_BYTES} bytes is no recipe") from None
-        raise RecipeError(f"{shown}: is not UTF-8 text") from error
+            raise RecipeError(
+                f"{shown}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
+            ) from None
+        raise RecipeError(f"{shown}: this is no recipe: it is not UTF-8 text", _RECIPE_FIRST) from error

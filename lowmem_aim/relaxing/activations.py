@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "lowmem-aim activations 1"
+_MAKE = "make one with `lowmem-aim calibrate`"
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,25 @@ class Activations:
         shown = printable(os.fspath(path))
         with input_errors(path):
             if not is_there(path):
-                raise ModelError(f"there is no activations file `{shown}`")
+                raise ModelError(f"there is no activations file `{shown}`", _MAKE)
             os.close(open_regular(path))
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get("lowmem_aim", "{}"))
                 means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"`{shown}` is not an activations file: {printable(str(error))}") from error
+            raise ModelError(f"`{shown}` is not an activations file: {printable(str(error))}", _MAKE) from error
         if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
             raise ModelError(
                 f"`{shown}` is a safetensors file, but not of activations",
-                hint="make one with `lowmem-aim calibrate`",
+                hint=_MAKE,
             )
         if not _well_formed(facts):
             raise ModelError(f"`{shown}` was written by another version of lowmem-aim", hint="calibrate again")
         bad = [n for n, t in means.items() if t.dtype != torch.float32 or not t.isfinite().all() or (t < 0).any()]
         if bad:
-            raise ModelError([f"`{shown}`: the statistic of `{printable(n)}` is not a mean of magnitudes" for n in bad])
+            problems = [f"`{shown}`: the statistic of `{printable(n)}` is not a mean of magnitudes" for n in bad]
+            raise ModelError(problems, _MAKE)
         return cls(means, **facts)
 
 

@@ -30,7 +30,7 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch: unknown names, no driver, no such number
         raise UsageError(
             f"the device `{printable(name)}` cannot be used here: {printable(str(error).splitlines()[0])}",
-            hint="`--device cpu` always works",
+            hint="`--device cpu` works everywhere",
         ) from error
     return torch.device(name)
 

@@ -20,7 +20,7 @@ _CAUSES = {
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
     errno.ENOENT: "there is no such file or folder",
-    errno.ENOTDIR: "a part of its path is no folder",
+    errno.ENOTDIR: "a part of its path is not a folder",
     errno.EISDIR: "it is a folder",
     errno.ELOOP: "it is a link, or its links lead in a circle",
     errno.ENAMETOOLONG: "its name is too long for this system",
@@ -38,6 +38,11 @@ _PERMISSIONS = "check the permissions of the file, and of every folder above it"
 _HINTS = {
     errno.EACCES: _PERMISSIONS,
     errno.EPERM: _PERMISSIONS,
+    errno.ENOENT: "check the path; a relative one starts from the current folder",
+    errno.ENOTDIR: "check the path; a relative one starts from the current folder",
+    errno.EISDIR: "name a file in it",
+    errno.ELOOP: "put the file itself there, or a link that leads to it",
+    errno.EINVAL: "put a regular file there",
     errno.EMFILE: "raise the limit with `ulimit -n 4096`, or close other files",
     errno.ENFILE: "close other programs, or raise the limit of the system",
     errno.ENOSPC: "free some space, then give the same command again",
@@ -54,7 +59,7 @@ class NoRegularFile(OSError):
     """A folder, a pipe, a socket or a device in the place of a file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(errno.EINVAL, "it is no regular file", os.fspath(path))
+        super().__init__(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def cause(error: OSError) -> str:

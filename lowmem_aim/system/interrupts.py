@@ -28,7 +28,7 @@ from lowmem_aim.errors import ModelError
 MESSAGE = b"interrupted: run the same command again to go on\n"
 PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it was being read
 
-hint: mend the file and run the same command again; what is finished is kept
+hint: repair the file and run the same command again; what is finished is kept
 """
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # the exit code is 128 plus the signal's number
 _SHOW_CURSOR = b"\x1b[?25h"

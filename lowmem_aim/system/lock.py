@@ -91,7 +91,7 @@ def locked_error(lock: Path, owner: Owner | None) -> LockedError:
     """The error for an output folder that another run is writing to; `lock` is the path of its lock."""
     return LockedError(
         f"another run{f' ({owner})' if owner else ''} is writing to `{printable(str(lock.parent.parent))}`",
-        hint="wait for it, or stop it",
+        hint="wait until it ends, or stop it",
     )
 
 

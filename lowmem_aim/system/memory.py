@@ -12,11 +12,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.errors import MemoryBudgetError, UsageError, printable
 from lowmem_aim.system.on_demand import torch
+from lowmem_aim.units import shown
 
 # Left to the rest of the machine when no budget is given: a tenth of what is free, at least this much.
 RESERVE_BYTES = 500_000_000
@@ -31,6 +33,9 @@ _ALLOCATION_TEXTS = (
     *("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
     *("std::bad_alloc", "enforce fail at alloc"),
 )
+
+
+Kind = Literal["RAM", "VRAM"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,31 @@ def make_budget(device: torch.device, ram: int | None = None, vram: int | None =
     vram = max(free - max(RESERVE_BYTES, free // 10), 0) if vram is None else min(vram, total)
     torch.cuda.set_per_process_memory_fraction(vram / total, device)
     return Budget(ram, vram)
+
+
+def enough(used: int, least: int) -> int:
+    """Bytes of a budget that are enough for `least` bytes besides the `used` ones of the program.
+
+    A whole number of MB, from 1 GB on of 100 MB, so that the figure is the same wherever it is shown.
+    """
+    used += used // 50  # what the program itself uses differs a little from process to process
+    step = 10**6 if used + least <= 10**9 else 10**8
+    return -(-(used + least) // step) * step
+
+
+def too_small(what: str, kind: Kind, least: int, used: int, budget: int, otherwise: str) -> MemoryBudgetError:
+    """The error for a budget in which `least` bytes besides the `used` ones are not left.
+
+    `what` needs them; `otherwise` says what else would help than a larger budget.
+    """
+    total = enough(used, least)
+    return MemoryBudgetError(
+        f"{what} needs {shown(total)} of {kind}, {shown(least)} of that besides the program itself, "
+        f"but the budget is {shown(budget)}",
+        hint=f"`--{kind.lower()} {total // 10**6}MB` would do; {otherwise}",
+        kind=kind,
+        enough=total,
+    )
 
 
 # --- what is used ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,10 @@ def run_of(out: Path, number: int = -1) -> list[Timed]:
     if not runs:
         raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint="merges leave one in OUT/.lowmem_aim")
     if not 1 <= abs(number) <= len(runs):
-        raise UsageError(f"there is no run {number}: `{printable(str(log))}` has {len(runs)}")
+        raise UsageError(
+            f"there is no run {number}: `{printable(str(log))}` has {len(runs)}",
+            f"1 is the first run, and {len(runs)} the last",
+        )
     return runs[number - 1 if number > 0 else number]
 
 

@@ -68,7 +68,9 @@ def status_of(out: Path) -> Status:
     with input_errors(private, DiskError):
         there = is_folder(private)
     if not there:
-        raise UsageError(f"no run of this tool has been in `{printable(str(out))}`")
+        raise UsageError(
+            f"no run of this tool has been in `{printable(str(out))}`", "name the folder that a merge writes to"
+        )
     check_private(out)
     finished = is_finished(out)
     running = not finished and is_held(private / "lock")

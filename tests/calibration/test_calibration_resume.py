@@ -233,7 +233,7 @@ def test_other_threads_are_refused_only_in_the_midst_of_calibration(llama: Path,
     try:
         with pytest.raises(Stopped):
             merge(job, out, one, stopping_after(2))
-        with pytest.raises(ResumeError, match="`threads of calibration` was `1` and is now `2`"):
+        with pytest.raises(ResumeError, match="threads of calibration: 1 then, 2 now"):
             merge(job, out, two)
         with pytest.raises(Stopped):  # after calibration
             merge(job, out, replace(two, accept_environment=True), stopping_after_merged())
@@ -267,7 +267,7 @@ def test_a_base_of_another_time_is_read_again(llama: Path, texts: Path, tmp_path
     assert driven == [2]
     changed = {name: value + (name == "model.layers.0.mlp.up_proj.weight") for name, value in content.items()}
     save_file(changed, weights, metadata={"format": "pt"})
-    with pytest.raises(ResumeError, match=r"has another `model\.layers\.0\.mlp\.up_proj\.weight` than before"):
+    with pytest.raises(ResumeError, match=r"no longer has the same `model\.layers\.0\.mlp\.up_proj\.weight`"):
         merge(job, out, options)
 
 
@@ -295,7 +295,7 @@ class TestCalibrateCommand:
         self.stopped(command, made, run, monkeypatch)
         found = run(*command, made, "--samples", "2")
         assert found.code == 7
-        assert "`calibration` was" in found.err
+        assert "the calibration of AIM has changed" in found.err
         driven.clear()
         assert run(*command, made, "--samples", "2", "--fresh").code == 0
         assert driven == [0, 1, 2]

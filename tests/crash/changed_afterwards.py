@@ -42,7 +42,7 @@ def _try(
             done = job.attempt(out, lambda: None, *flags)
             assert done.code == 0 if code == 0 else is_clean(done, code), f"{where}: {done}"
             if code:
-                assert f"`{file.parent.name}` has another `" in done.text, f"{where}: {done}"
+                assert f"`{file.parent.name}` no longer has the same `" in done.text, f"{where}: {done}"
             job.check_whole(out)
     finally:
         shutil.copy2(good, f"{file}.new")

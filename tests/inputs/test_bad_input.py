@@ -81,10 +81,36 @@ class TestModels:
         place.refused(
             done,
             3,
-            "`math` has `model_type` mistral, but `base` has llama",
-            "`code` has `num_hidden_layers` 2",
-            "`code` has `num_attention_heads` 8",
+            "`math` does not fit `base`: `model_type` mistral, not llama",
+            "`code` does not fit `base`: `num_hidden_layers` 2, not 3; `num_attention_heads` 8, not 4",
+            "hint: only models of one architecture and size can be merged: use models that were tuned from `base`",
         )
+
+    def test_a_model_of_another_size_is_one_line_with_both_sizes(self, place: Place) -> None:
+        tiny.build("llama", place.folder / "math", hidden_size=48, intermediate_size=96)
+        done = place.merge()
+        place.refused(
+            done, 3, "error: `math` does not fit `base`: `hidden_size` 48, not 32; ", "tensors differ in shape)"
+        )
+        assert done.err.count("\n") == 3
+
+    def test_a_size_that_need_not_agree_is_told_where_tensors_have_other_shapes(self, place: Place) -> None:
+        tiny.build("llama", place.folder / "math", intermediate_size=96)
+        done = place.merge()
+        place.refused(
+            done, 3, "error: `math` does not fit `base`: `intermediate_size` 96, not 48 (and 9 tensors differ"
+        )
+        assert done.err.count("\n") == 3
+
+    def test_a_base_of_another_size_than_all_the_others_is_suspected(self, place: Place) -> None:
+        tiny.build("llama", place.folder / "base", hidden_size=48)
+        place.refused(place.merge(), 3, "hint: all others differ from `base` in the same way: is it their base?")
+
+    def test_tensors_that_differ_in_the_same_way_are_one_line(self, place: Place) -> None:
+        tiny.edit_tensors(place.folder / "math", lambda t: [t.pop(n) for n in [*t] if "mlp" in n])
+        done = place.merge()
+        place.refused(done, 3, "`math` lacks the tensor `model.layers.0.mlp.", "(the same goes for 8 more tensors)")
+        assert done.err.count("\n") == 3
 
     def test_a_model_type_that_transformers_does_not_know(self, place: Place) -> None:
         for name in ("base", "math", "code"):
@@ -154,9 +180,9 @@ class TestCalibrationInput:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("t.txt", "", "has 0 token(s); at least 16 are needed"),
-            ("t.txt", "\n \n\n", "has 0 token(s)"),
-            ("t.txt", "too short", "has 9 token(s); at least 16"),
+            ("t.txt", "", "has only 0 tokens; at least 16 are needed"),
+            ("t.txt", "\n \n\n", "has only 0 tokens"),
+            ("t.txt", "too short", "has only 9 tokens; at least 16"),
             ("t.jsonl", '{"text": "a long enough line"}\n{"txt": "b"}\n', "t.jsonl:2: not a JSON object with a text"),
             ("t.jsonl", "[1]\n", "t.jsonl:1: not a JSON object"),
             ("t.jsonl", '{"text": 3}\n', "t.jsonl:1: not a JSON object"),

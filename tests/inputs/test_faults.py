@@ -22,7 +22,7 @@ LIBRARY = "transformers"  # in its own messages
 WORDS = {
     errno.EACCES: "no permission",
     errno.EIO: "the disk, or the connection to it, failed",
-    errno.ENOTDIR: "a part of its path is no folder",
+    errno.ENOTDIR: "a part of its path is not a folder",
     errno.EISDIR: "it is a folder",
     errno.ELOOP: "it is a link, or its links lead in a circle",
     errno.ENAMETOOLONG: "its name is too long for this system",

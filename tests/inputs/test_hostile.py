@@ -157,11 +157,12 @@ def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place) -> No
         place.merge(*experts),
         3,
         *("awq` is quantised", "cut/model.safetensors` is not a valid safetensors file"),
-        *("`small` has `num_hidden_layers` 2, but `base` has 3", "`small` has `num_key_value_heads` 4"),
-        *("`small` has `tie_word_embeddings` True", "`small`: `model.norm.weight` is int32, but float32 in `base`"),
-        "`small`: the vocabulary differs: `model.embed_tokens.weight` has the shape [263, 32]",
+        *(
+            "`small` does not fit `base`: `num_hidden_layers` 2, not 3; `num_key_value_heads` 4, not 2",
+            "`tie_word_embed",
+        ),
         "`math` lacks the tensor `model.layers.0.mlp.up_proj.weight`",
-        *("hint: merge the unquantised models", "only models of one architecture", "`tokenizer_source: base`"),
+        *("hint: merge the unquantised models", "only models of one architecture"),
     )
 
 
@@ -169,7 +170,7 @@ def test_a_model_of_another_size_does_not_hide_the_others(place: Place) -> None:
     tiny.edit_tensors(place.folder / "math", lambda t: [t.update({n: torch.ones(3)}) for n in t])
     tiny.edit_tensors(place.folder / "code", lambda t: t.pop("model.norm.weight"))
     done = place.merge()
-    place.refused(done, 3, "`math`: ", "more tensors do not fit", "`code` lacks the tensor `model.norm.weight`")
+    place.refused(done, 3, "`math`: ", "(the same goes for", "`code` lacks the tensor `model.norm.weight`")
     assert done.err.count("\n") < 40
 
 
@@ -329,7 +330,9 @@ class TestRecipe:
     def test_a_recipe_without_end(self, place: Place) -> None:
         if not Path("/dev/zero").exists():
             pytest.skip("needs /dev/zero")
-        place.refused(place.run("merge", "/dev/zero", place.out), 2, "of more than 1000000 bytes is no recipe")
+        place.refused(
+            place.run("merge", "/dev/zero", place.out), 2, "this is no recipe: it has more than 1000000 bytes"
+        )
 
 
 class TestTokenizer:
@@ -410,13 +413,13 @@ class TestPipesAndLinks:
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "x.jinja"])
     def test_a_pipe_in_a_model_folder_is_refused(self, place: Place, name: str) -> None:
         put("pipe", place.folder / "base" / name, place.folder)
-        place.refused(place.merge("--tokenizer-source", "base"), 3, f"base/{name}` cannot be read: it is no regular")
+        place.refused(place.merge("--tokenizer-source", "base"), 3, f"base/{name}` cannot be read: it is not a regular")
 
     @pytest.mark.parametrize("name", ["texts.jsonl", "activations.safetensors"])
     def test_a_pipe_as_calibration_is_refused(self, place: Place, name: str) -> None:
         put("pipe", place.folder / name, place.folder)
         done = place.merge("--omega", "0.4", "--calibration", place.folder / name)
-        place.refused(done, 3, f"{name}` cannot be read: it is no regular file")
+        place.refused(done, 3, f"{name}` cannot be read: it is not a regular file")
 
     def test_a_pipe_as_recipe_is_read(self, place: Place) -> None:
         """As `<(...)` in a shell makes it."""

@@ -9,7 +9,7 @@ import pytest
 
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
-from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.reader import read_recipe, readable_part
 from lowmem_aim.recipe.recipe import Aim, Recipe, Setting
 from lowmem_aim.recipe.yaml_tree import load_tree, parse
 
@@ -136,12 +136,11 @@ aim: {omega: 1.2, samples: 0, omga: 2}
     )
     expected = [
         "recipe.yml:3: unknown key `modelz`; did you mean `models`?",
-        "recipe.yml:6: `weight` must be a finite number",
+        "recipe.yml:6: `weight` must be a finite number, not `x`",
         "recipe.yml:6: `density` must lie in [0, 1], not 1.5",
-        "recipe.yml:6: unknown parameter `gama`; did you mean `lambda`?",
+        "recipe.yml:6: unknown parameter `gama`",
         "recipe.yml:7: unknown key `modell`; did you mean `model`?",
-        "recipe.yml:7: `model` is missing",
-        "recipe.yml:8: `slices` is not supported: only `models` is supported",
+        "recipe.yml:8: `slices` is not supported: models are merged whole, not by ranges of layers",
         "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
         "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
         "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
@@ -158,7 +157,9 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         ("merge_method: linear\nmerge_method: ties\n", "recipe.yml:2: the key `merge_method` stands twice"),
         ("a: [1, 2\nb: 3", "not valid YAML"),
         ("- 1\n- 2", "a recipe is a table"),
-        ("", "`merge_method` is missing"),
+        ("", "recipe.yml:1: this recipe is empty"),
+        ("dtype: float32", "`merge_method` is missing"),
+        ("services: {web: {image: x}}\nversion: 3", "this is no recipe: its keys are `services`, `version`"),
         ("merge_method: !!python/object/apply:os.system [ls]", "tag"),
         ("merge_method: [" * 500 + "]" * 500, "not valid YAML|too deep"),
         ("merge_method: tyes\nbase_model: b\nmodels: [{model: a}]", "did you mean `ties`"),
@@ -285,6 +286,77 @@ models:
 NULLS = ("", "~", "null", "#name")
 
 
+MIXTURE = "base_model: b\ngate_mode: hidden\nexperts_per_token: 2\nexperts: [{source_model: a}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("slices: [{sources: [{model: a, layer_range: [0, 8]}]}]\nmerge_method: slerp\n", ["1: `slices` is not supp"]),
+        ("modules: {default: {}}\n", ["1: `modules` is not supported"]),
+        (MIXTURE, ["4: `experts` is not supported: a mixture of experts"]),
+        ("merge_mthod: ties\nbaze_model: b\nmodel: []\n", ["1: unknown", "2: unknown", "3: unknown"]),
+        ("merge_method: linear\nmodels: [{modle: a, parameters: {weight: 1}}]\n", ["2: unknown key `modle`"]),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]\n", ["2: unknown parameter `wieght`"]),
+        ("merge_method: slerp\nbase_model: b\nmodels: [a]\nparameters: {t: 1}\n", ["3: a model is a table"]),
+        ("merge_method: ties\nbase_model: [b]\nmodels: []\naim: {}", ["2: `base_model` must be text", "3: `models`"]),
+    ],
+)
+def test_a_mistake_is_told_without_what_follows_from_it(text: str, told: list[str]) -> None:
+    found = problems(text)
+    assert len(found) == len(told), found
+    for problem, start in zip(found, told, strict=True):
+        assert problem.startswith(f"recipe.yml:{start}")
+
+
+def test_a_mistake_in_each_model_is_told_once_with_all_its_lines() -> None:
+    lines = "".join(f"  - {{model: {name}, parameters: {{weight: half, gemma: 1}}}}\n" for name in "abc")
+    assert problems(f"merge_method: linear\nmodels:\n{lines}") == [
+        "recipe.yml:3: `weight` must be a finite number, not `half` (and in lines 4, 5)",
+        "recipe.yml:3: unknown parameter `gemma` (and in lines 4, 5)",
+    ]
+    without = lines.replace(", parameters: {weight: half, gemma: 1}", "")
+    assert problems(f"merge_method: linear\nmodels:\n{without}") == [
+        "recipe.yml:2: `linear` needs a `weight` for each model"
+    ]
+
+
+def test_a_flag_that_is_wrong_for_all_experts_is_told_once() -> None:
+    flags = {"method": "ties", "base": "b", "expert": ("a", "c"), "density": ("half",)}
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(applied(empty_recipe(), flags))
+    assert caught.value.problems == ("--density: `density` must be a finite number, not `half`",)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"), [(50, "0.5"), (2, "0.02"), (100, "1"), (1.5, None), (101, None), (-5, None)]
+)
+def test_a_percentage_in_the_place_of_a_fraction_is_recognised(value: float, meant: str | None) -> None:
+    found = problems(TWO.replace("{weight: 0.5}", f"{{weight: 0.5, density: {value}}}"))[0]
+    assert (f"did you mean {meant}?" in found) if meant else ("did you mean" not in found)
+
+
+def test_the_hint_of_a_recipes_problem_is_its_own() -> None:
+    text = "merge_method: tis\nbase_model: b\nmodels: []\naim: {omega: 40}\n"
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(parse(text, "recipe.yml"))
+    hints = dict(zip(caught.value.problems, caught.value.hints, strict=True))
+    assert "`lowmem-aim methods`" in hints["recipe.yml:1: unknown merge_method `tis`; did you mean `ties`?"]
+    assert "models: [{model:" in hints["recipe.yml:3: `models` must be a list with at least one model"]
+    assert "0 freezes" in hints["recipe.yml:4: `aim.omega` must lie in [0, 1], not 40; did you mean 0.4?"]
+    assert caught.value.hint.splitlines() == list(caught.value.hints)
+
+
+def test_what_is_right_in_a_recipe_is_read_beside_its_problems() -> None:
+    recipe, error = readable_part(parse(TWO + "aim: {omega: 1.5, samples: 7}\ndtype: int7\n", "recipe.yml"))
+    assert error is not None
+    assert len(error.problems) == 2
+    assert recipe is not None
+    assert [model.reference for model in recipe.models] == [model.reference for model in read(TWO).models]
+    assert recipe.aim == Aim(samples=7)
+    assert readable_part(parse("merge_method: tis", "recipe.yml"))[0] is None
+
+
 @pytest.mark.parametrize("null", NULLS)
 def test_null_where_a_value_is_needed_is_a_missing_value(null: str) -> None:
     for line, missing in (
@@ -294,8 +366,7 @@ def test_null_where_a_value_is_needed_is_a_missing_value(null: str) -> None:
     ):
         assert missing in problems(TWO.replace(line, line.partition(": ")[0] + f": {null}"))
     assert problems("merge_method: ties\nbase_model: base\nmodels: " + null) == [
-        "recipe.yml:1: `models` must be a list with at least one model",
-        "recipe.yml:1: `ties` takes at least 1 model(s) besides the base, not 0",
+        "recipe.yml:1: no models are listed",
     ]
     assert problems(TWO.replace("    parameters: {weight: 0.5}", f"    parameters:\n      weight: {null}")) == [
         "recipe.yml:5: `code` needs a `weight`"

@@ -93,7 +93,7 @@ class TestChangedInputsOfAFinishedOutput:
     def test_weights_of_the_same_size(self, models: Path, tmp_path: Path) -> None:
         job = self.finished(models, tmp_path / "out")
         tiny.edit_tensors(models / "math", lambda tensors: tensors["model.norm.weight"].add_(1))
-        self.refused(job, tmp_path / "out", "`math` has another `model.norm.weight` than before")
+        self.refused(job, tmp_path / "out", "`math` no longer has the same `model.norm.weight`")
 
     def test_weights_that_were_copied_back_with_the_old_time(self, models: Path, tmp_path: Path) -> None:
         """Another inode is enough to look."""
@@ -103,21 +103,21 @@ class TestChangedInputsOfAFinishedOutput:
         other.write_bytes(file.read_bytes()[:-4] + b"\0\0\x80\x3f")
         os.replace(other, file)
         os.utime(file, ns=times)
-        self.refused(job, tmp_path / "out", "`math` has another")
+        self.refused(job, tmp_path / "out", "`math` no longer has the same")
 
     def test_other_tensors_and_several_models(self, models: Path, tmp_path: Path) -> None:
         job = self.finished(models, tmp_path / "out")
         for name in ("math", "chat"):
             tiny.edit_tensors(models / name, lambda tensors: tensors.update({"more": torch.ones(2)}))
         self.refused(
-            job, tmp_path / "out", *(f"`{n}` has other tensors or files than before" for n in ("math", "chat"))
+            job, tmp_path / "out", *(f"`{n}` no longer has the same tensors or files" for n in ("math", "chat"))
         )
 
     @pytest.mark.parametrize("name", others_long(["tokenizer_config.json", "config.json"], ["config.json"]))
     def test_small_files_of_the_base(self, name: str, models: Path, tmp_path: Path) -> None:
         job, file = self.finished(models, tmp_path / "out"), models / "base" / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {"an_addition": 1}))
-        self.refused(job, tmp_path / "out", f"`{name}` was ")
+        self.refused(job, tmp_path / "out", f"{name} has changed")
 
     def test_the_experts_tokenizer_where_rows_are_matched_by_it(self, models: Path, tmp_path: Path) -> None:
         job = replace(recipe(models, "ties"), tokenizer_source="base")
@@ -130,18 +130,18 @@ class TestChangedInputsOfAFinishedOutput:
         merge(job, tmp_path / "out", SHARDS)
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
         file.write_text(json.dumps(table))
-        self.refused(job, tmp_path / "out", "`rows of the vocabulary`")
+        self.refused(job, tmp_path / "out", "the rows of the vocabulary that belong together have changed")
 
     def test_calibration_texts_and_activations(self, models: Path, texts: Path, tmp_path: Path) -> None:
         job = self.finished(models, tmp_path / "a", omega=0.3, calibration=str(texts))
         texts.write_text(texts.read_text().replace("fox", "cat"))
-        self.refused(job, tmp_path / "a", "`calibration` was ")
+        self.refused(job, tmp_path / "a", "the calibration of AIM has changed")
         file = activations_of(models / "base", texts, tmp_path / "activations.safetensors")
         job = self.finished(models, tmp_path / "b", omega=0.3, calibration=str(file))
         activations = Activations.load(file)
         means = {name: value + 1 for name, value in activations.means.items()}
         replace(activations, means=means).save(file)
-        self.refused(job, tmp_path / "b", "`calibration` was ")
+        self.refused(job, tmp_path / "b", "the calibration of AIM has changed")
 
     def test_the_base_of_relax(self, models: Path, texts: Path, tmp_path: Path) -> None:
         acm = {"theta": 0.7, "calibration": str(texts), "samples": 2}
@@ -149,7 +149,7 @@ class TestChangedInputsOfAFinishedOutput:
         job = read_recipe(tree_of(table | {"models": [{"model": str(models / "math")}]}, "recipe"))
         merge(job, tmp_path / "out", SHARDS)
         tiny.edit_tensors(models / "base", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].add_(0.1))
-        self.refused(job, tmp_path / "out", "`base` has another `model.layers.1.mlp.up_proj.weight`")
+        self.refused(job, tmp_path / "out", "`base` no longer has the same `model.layers.1.mlp.up_proj.weight`")
 
     def test_other_times_are_read_once_and_remembered(
         self, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,10 +159,10 @@ class TestChangedInputsOfAFinishedOutput:
         os.utime(models / "math" / "model.safetensors", (1, 1))
         foreseen = plan(job, out, SHARDS, measure=False)
         assert foreseen.exit_code == 0
-        assert any("`math` has files of another time or place" in note for note in foreseen.notes)
+        assert any("`math` has new or moved files" in note for note in foreseen.notes)
         notices = self.again(job, out)
         assert [text for text in notices if "read again" in text] == [
-            "`math` has files of another time or place than before: what was read of it is read again"
+            "`math` has new or moved files: what was read of it is read again"
         ]
         verify(out, f"{PRIVATE}/{SUMS}")
         monkeypatch.setattr(TensorInputs, "__init__", None)  # nothing is read any more

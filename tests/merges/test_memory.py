@@ -17,7 +17,8 @@ import tiny
 import torch
 from merge_cases import BY_METHOD, FLAGS, digests, recipe
 
-from lowmem_aim.errors import MemoryBudgetError, UsageError
+from lowmem_aim.cli.flags import parse_size
+from lowmem_aim.errors import MemoryBudgetError, UsageError, joined
 from lowmem_aim.events import Event, Notice
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging import shares
@@ -27,7 +28,7 @@ from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.system import memory
-from lowmem_aim.system.memory import Budget, is_allocation_failure, make_budget
+from lowmem_aim.system.memory import Budget, enough, is_allocation_failure, make_budget, too_small
 from lowmem_aim.system.options import Options
 from lowmem_aim.units import shown
 
@@ -323,3 +324,32 @@ def test_the_smallest_budget_that_a_refusal_names_is_accepted_and_kept(tmp_path:
     assert [one["case"] for one in found] == list(cases)
     for one in found:
         assert one["peak"] <= one["budget"], one
+
+
+class TestRefusals:
+    """A budget that is too small is told once, with the one number that will do."""
+
+    def test_of_several_needs_only_the_largest_is_told(self) -> None:
+        merging = too_small("merging", "RAM", 90 * MB, 300 * MB, 100 * MB, "fewer models take less")
+        running = too_small("running", "RAM", 230 * MB, 300 * MB, 100 * MB, "shorter texts take less")
+        on_device = too_small("merging", "VRAM", 10 * MB, 0, 1 * MB, "fewer models take less")
+        elsewhere = UsageError("something else", "a step")
+        told = joined([elsewhere, merging, running, on_device])
+        assert told.problems == (*elsewhere.problems, *running.problems, *on_device.problems)
+        assert joined([merging, merging]).problems == merging.problems
+
+    @pytest.mark.parametrize("least", [1, 699 * MB, 701 * MB, 12_345 * MB])
+    def test_the_number_is_the_same_wherever_it_is_shown(self, least: int) -> None:
+        total = enough(300 * MB, least)
+        assert total >= 300 * MB + least
+        assert parse_size(shown(total)) == total
+        refusal = too_small("it", "RAM", least, 300 * MB, 0, "")
+        assert named_budget(refusal, "ram") == refusal.enough == total
+
+    def test_ram_and_vram_that_are_too_small_are_both_told(self) -> None:
+        needs = Needs(row=1, largest=1 << 20, stored=4, written=2, footprint=Footprint(), compiled=True)
+        with pytest.raises(MemoryBudgetError) as caught:
+            share_out(Budget(1, 1), torch.device("meta"), needs)
+        assert [" of RAM" in problem for problem in caught.value.problems] == [True, False]
+        assert named_budget(caught.value, "ram") > 0
+        assert named_budget(caught.value, "vram") > 0

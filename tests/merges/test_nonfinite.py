@@ -167,7 +167,7 @@ def test_the_counts_outlive_interruptions(models: Path, each_tensor: None) -> No
 
 def test_a_run_does_not_go_on_under_the_other_setting(models: Path, each_tensor: None) -> None:
     stop(job(models / "holed"), models / "out", 9, TAKE_BASE)
-    with pytest.raises(ResumeError, match="`nonfinite` was `base` and is now `stop`"):
+    with pytest.raises(ResumeError, match="nonfinite: base then, stop now"):
         merge(job(models / "holed"), models / "out", SHARDS)
 
 

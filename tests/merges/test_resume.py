@@ -296,7 +296,7 @@ def test_another_recipe_seed_or_size_is_refused_with_the_difference(
         command += ["--expert", models / name]
     done = run(*command, "--density", "0.4", "--weight", "0.3", "--seed", "7")
     assert done.code == 7
-    assert "`seed` was `0` and is now `7`" in done.err
+    assert "seed: 0 then, 7 now" in done.err
     assert "--fresh" in done.err
     done = run(*command, "--density", "0.5", "--weight", "0.3")
     assert done.code == 7
@@ -332,7 +332,7 @@ def test_an_input_of_other_content_is_refused_by_name(models: Path, tmp_path: Pa
     tensors = load_file(file)
     tensors["lm_head.weight"][0, 0] += 1  # of the first tensor of the output
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ResumeError, match=r"`math` has another `lm_head\.weight` than before") as caught:
+    with pytest.raises(ResumeError, match=r"`math` no longer has the same `lm_head\.weight`") as caught:
         merge(job, out, SHARDS)
     assert caught.value.exit_code == 7
 
@@ -345,7 +345,7 @@ def test_other_versions_are_refused_or_accepted_and_told(
     from lowmem_aim.jobs import identity
 
     monkeypatch.setattr(identity, "versions", lambda method: {"lowmem-aim": "0.1.0", "torch": "9.9"})
-    with pytest.raises(ResumeError, match=r"`torch` was .* and is now `9\.9`") as caught:
+    with pytest.raises(ResumeError, match=r"torch: .* then, 9\.9 now") as caught:
         merge(job, out, SHARDS)
     assert "--accept-environment" in caught.value.hint
     merge(job, out, Options(shard_bytes=40_000, accept_environment=True))
@@ -389,7 +389,7 @@ def test_verify_finds_what_a_loader_would_take_for_the_model(
     done = run("verify", out)
     assert done.code == 0
     assert [line for line in done.err.splitlines() if "warning" in line] == [
-        "warning: `training_args.bin` is not of this output"
+        "warning: `training_args.bin` does not belong to this output"
     ]
     strays = ["adapter_config.json", "consolidated.00.safetensors", "model-00009.safetensors", "params.json", "x.py"]
     for name in strays:
@@ -397,12 +397,12 @@ def test_verify_finds_what_a_loader_would_take_for_the_model(
     done = run("verify", out)
     assert done.code == 8
     assert [
-        name for name in strays if f"`{name}` is not of this output, and a loader would read it" in done.err
+        name for name in strays if f"`{name}` does not belong to this output, and a loader would read it" in done.err
     ] == strays
     assert "move these files elsewhere" in done.err
     if options is SHARDS:
         (out / "model.safetensors").write_bytes((llama / "base" / "model.safetensors").read_bytes())
-        assert "`model.safetensors` is not of this output" in run("verify", out).err
+        assert "`model.safetensors` does not belong to this output" in run("verify", out).err
 
 
 def test_verify_finds_any_flipped_bit(llama: Path, tmp_path: Path, run: Run) -> None:
@@ -433,7 +433,7 @@ def test_a_list_of_digests_that_no_run_wrote_is_refused(names: list[str], llama:
 
     out = merge(recipe(llama, "linear"), tmp_path / "out")
     (out / PRIVATE / SUMS).write_bytes(sums_text(dict.fromkeys(names, "0")))
-    with pytest.raises(VerifyError, match="no list of digests that this tool wrote"):
+    with pytest.raises(VerifyError, match="not a list of digests that this tool wrote"):
         verify(out, f"{PRIVATE}/{SUMS}")
 
 

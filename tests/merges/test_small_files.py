@@ -92,7 +92,7 @@ def test_what_loaders_read_is_in_the_output_and_verified(place: Place) -> None:
     wrong = place.run("verify", place.out)
     assert wrong.code == 8
     assert "`1_Pooling/config.json` is not what was written" in wrong.err
-    assert "`1_Pooling/model.safetensors` is not of this output, and a loader would read it" in wrong.err
+    assert "`1_Pooling/model.safetensors` does not belong to this output, and a loader would read it" in wrong.err
 
 
 def test_a_processor_of_the_base_is_one_of_the_output(place: Place) -> None:

@@ -63,9 +63,9 @@ def test_wrong_input_is_told_without_torch(place: Place) -> None:
         ([written(place, "wrong.yml", merge_method="tis"), str(place.out)], 2, ["did you mean `ties`"]),
         ([right, str(place.out), "--shard-size", "1"], 2, ["shard size"]),
     ]
-    for (_, code, said), (found, told) in zip(cases, ran(*(["merge", *line] for line, _, _ in cases)), strict=True):
-        assert found == code, told
-        assert all(part in told for part in said), told
+    for (line, code, said), (found, told) in zip(cases, ran(*(["merge", *line] for line, _, _ in cases)), strict=True):
+        assert found == code, (line, told)
+        assert all(part in told for part in said), (line, told)
 
 
 def test_what_only_lists_or_looks_needs_no_torch(place: Place) -> None:

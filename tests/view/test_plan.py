@@ -203,7 +203,14 @@ class TestItsVerdictIsTheMerges:
         monkeypatch.setattr(memory, "anonymous_bytes", lambda: 100_000_000)
         recipe = written(ties(llama, acm={"calibration": str(texts)}), tmp_path)
         wrong = self.same(run, recipe, tmp_path / "out", 5, "--ram", "200MB")
-        assert "calibrating needs some" in wrong
+        assert "running the model block by block" in wrong
+        assert wrong.count("--ram ") == 1, "the merge needs less, and is not told beside it"
+        found = planned(run, recipe, tmp_path / "out", "--ram", "1MB", code=5)
+        [ram] = [need for need in found["needs"] if need["what"] == "RAM"]
+        named = f"{ram['least'] // 10**6}MB"
+        assert f"`--ram {named}` would do" in found["hints"][0]
+        assert named in wrong, "the number does not depend on the budget that was given"
+        assert run("plan", recipe, tmp_path / "out", "--no-measure", "--ram", named).code == 0
 
     def test_lost_activations_are_measured_again_and_in_the_same_environment(
         self, llama: Path, texts: Path, tmp_path: Path, run: Run, each_tensor: None

@@ -137,12 +137,12 @@ def a_run_is_at_work(scene: Scene) -> None:
     scene.stack.enter_context(locked(scene.place.out / PRIVATE / "lock"))
 
 
-@refusal(7, "`recipe: merge_method` was", quick=True)
+@refusal(7, "merge_method: linear then, ties now", quick=True)
 def out_has_another_jobs_interrupted_run(scene: Scene) -> None:
     stop(recipe_of(scene.place.folder, "linear", ("math", "code")), scene.place.out, 9)
 
 
-@refusal(7, "has other tensors or files than before")
+@refusal(7, "no longer has the same tensors or files")
 def an_interrupted_runs_input_has_another_size(scene: Scene) -> tuple[object, ...]:
     stop(read_recipe(load_tree(scene.job())), scene.place.out, 9)
     tiny.edit_tensors(scene.math, lambda tensors: tensors.update({"v": torch.ones(3)}))
@@ -256,7 +256,7 @@ def weights_are_empty(scene: Scene) -> None:
     tiny.edit_tensors(scene.math, lambda tensors: tensors.update(dict.fromkeys(tensors, torch.empty(0))))
 
 
-@refusal(3, "has `num_attention_heads` 2", quick=True)
+@refusal(3, "does not fit `base`: `num_attention_heads` 2, not 4", quick=True)
 def configs_differ(scene: Scene) -> None:
     tiny.edit_config(scene.math, num_attention_heads=2)
 
@@ -455,7 +455,7 @@ def rows_do_not_fit(scene: Scene) -> tuple[object, ...]:
     return ("--ram", "400001000B")
 
 
-@refusal(5, "calibrating needs some")
+@refusal(5, "running the model block by block")
 def a_forward_does_not_fit(scene: Scene) -> tuple[object, ...]:
     scene.patch.setattr(memory, "anonymous_bytes", lambda: 100_000_000)
     scene.recipe["acm"] = {"calibration": str(scene.texts)}

@@ -85,7 +85,7 @@ class TestWords:
                 ("relax", "m", "out", "--base", "b", "--with", "amm"),
                 "`--with`: `amm` is not one of aim, acm, both; d",
             ),
-            (("merge", "out", "--read", "mapp"), "`--read`: `mapp` is not one of mmap, pread; did you mean `mmap`?"),
+            (("merge", "out", "--read", "mmpa"), "`--read`: `mmpa` is not one of mmap, pread; did you mean `mmap`?"),
             (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
             (("merge", "out", "--threads", "0"), "`--threads`: 0 is not in the range x>=1\n"),
             (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
@@ -222,8 +222,11 @@ class TestBugs:
         assert not (own_cache / LAST).exists()
 
 
-def test_an_error_of_several_models_has_the_hints_that_say_more(place: Place) -> None:
+def test_each_of_several_models_has_the_hint_of_its_own_error(place: Place) -> None:
     (place.folder / "math/config.json").unlink()
     done = place.merge("--expert", "someone/some-model")
-    assert "mend or replace" not in done.err
-    assert "hint: " in done.err
+    first, second = done.err.split("\n\nerror: ")
+    assert "config.json" in first
+    assert "hint: name the folder that holds config.json" in first
+    assert "`someone/some-model`" in second
+    assert "hint: give a local folder" in second
