@@ -150,6 +150,7 @@ def test_every_method_and_parameter_is_documented() -> None:
 
 EVENTS = sections("events.md")
 TRACEBACK = "Traceback (most recent call last):\n  ...\nlowmem_aim.errors.DiskError: `out` cannot be written: ...\n"
+FULL = "`out` cannot be written: no space left"
 SAMPLE = Sampled(
     done=1073741824,
     item="model.layers.7.mlp.up_proj.weight",
@@ -201,7 +202,7 @@ EXAMPLES: list[tuple[float, Event]] = [
     (10.0, SAMPLE),
     (11.0, Paused(True)),
     (12.0, Notice("`math`: its `rope_theta` differs; the output has the base's", "warning")),
-    (13.25, RunEnded("failed", 4, ("`out` cannot be written: no space left",), "free some space", TRACEBACK)),
+    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL)),
 ]
 OF_KINDS = {name: timed for timed in EXAMPLES for name, kind in KINDS.items() if type(timed[1]) is kind}
 
