@@ -173,14 +173,14 @@ AIM_FLAGS = _options(
     ),
     CALIBRATION_FLAGS,
 )
-_json = _run("--json", "as_json", is_flag=True, help="Print JSON on stdout; the same as `--format json`.")
+_JSON: dict[str, Any] = {"is_flag": True, "help": "Print JSON on stdout; the same as `--format json`."}
 DATA_FLAGS = _options(
-    _run(
+    flags_of()(
         "--format",
         type=Choice(["human", "plain", "json"]),
         help="Print lines for people (human and plain are the same here) or JSON. [default: human]",
     ),
-    _json,
+    flags_of()("--json", "as_json", **_JSON),
     settled,
 )
 FORMAT_FLAGS = _options(
@@ -190,7 +190,7 @@ FORMAT_FLAGS = _options(
         help="Show a live screen (human), plain lines, JSON lines on stdout, or nothing but the result (quiet). "
         "[default: human on a terminal, else plain]",
     ),
-    _json,
+    _run("--json", "as_json", **_JSON),
     _run("--quiet", "-q", is_flag=True, help="Print only the path of what was made; the same as `--format quiet`."),
     settled,
 )

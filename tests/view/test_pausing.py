@@ -20,7 +20,7 @@ from stopping import stop
 from lowmem_aim.cli import pausing
 from lowmem_aim.errors import DiskError, UsageError
 from lowmem_aim.events import Event, Paused
-from lowmem_aim.output import requests
+from lowmem_aim.output import folder, requests
 from lowmem_aim.output.folder import PRIVATE
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.system import interrupts
@@ -82,6 +82,19 @@ class TestARunAtWork:
             until(lambda: not os.path.lexists(private / requests.REQUEST))
         assert not interrupts.paused()
         assert (tmp_path / "elsewhere").read_text() == "pause"
+
+    def test_a_file_that_vanishes_while_the_folder_is_looked_at_is_no_error(
+        self, started: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed = os.scandir
+
+        def with_another(place: Path) -> list[SimpleNamespace]:
+            names = [*(entry.name for entry in listed(place)), requests.REQUEST]
+            return [SimpleNamespace(path=os.path.join(place, name)) for name in names]
+
+        monkeypatch.setattr(folder, "os", SimpleNamespace(**vars(os) | {"scandir": with_another}))
+        pausing.ask(started.out, "pause")
+        assert interrupts.paused()
 
     def test_a_run_that_does_not_answer_is_told_and_the_request_withdrawn(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
