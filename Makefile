@@ -10,6 +10,10 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
+# A developer's own file of defaults must reach no test and no measurement.
+test test-long test-crash test-mergekit test-architectures test-memory bench gpu-check same-bytes: \
+	export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

@@ -145,6 +145,7 @@ class RunEnded:
     problems: tuple[str, ...] = ()
     hint: str = ""
     traceback: str = ""
+    error: str = ""  # the first of the problems, for readers that show one line
 
 
 Event = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 _SIZES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def shown(count: float) -> str:
@@ -11,6 +14,15 @@ def shown(count: float) -> str:
         if count >= one:
             return f"{count / one:.1f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def bytes_of(text: str) -> int:
+    """Turn `5GB`, `512MiB` or `1000000` into bytes: GB is 1e9, GiB is 2^30. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"`{text[:100]}` is no size; write 5GB, 512MB or 1GiB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
 
 
 def clock(seconds: float) -> str:

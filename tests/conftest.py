@@ -1,4 +1,4 @@
-"""Tests run offline, with a cache of their own, and never see the user's."""
+"""Tests run offline, with a cache and a file of defaults of their own, and never see the user's."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_defaults(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a test may write a file of defaults; the developer's own is not read. No agent has started the tests."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(own_cache / "config"))
+    for name in ("AI_AGENT", "AGENT"):
+        monkeypatch.delenv(name, raising=False)
+    return own_cache / "config" / "lowmem-aim" / "config.toml"
 
 
 class SharedReader(NamedTuple):

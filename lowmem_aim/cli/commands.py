@@ -6,41 +6,41 @@ SIGHUP, SIGINT and SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import lowmem_aim
-from lowmem_aim.cli import completion, usage
+from lowmem_aim.cli import completion, formats, usage
 from lowmem_aim.cli.flags import (
     AIM_FLAGS,
     CALIBRATION_FLAGS,
+    DATA_FLAGS,
+    FORMAT_FLAGS,
     JOB_FLAGS,
     OUTPUT_FLAGS,
     RECIPE_FLAGS,
-    NumberRange,
-    PathType,
+    flags_of,
     options_of,
 )
+from lowmem_aim.cli.running import refuse_if_running, run
 from lowmem_aim.cli.usage import Choice
+from lowmem_aim.cli.values import NumberRange, PathType
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.recipe.words import NORMALISATIONS
-from lowmem_aim.system import interrupts
 from lowmem_aim.system.address_space import check_address_space
 
 if TYPE_CHECKING:
-    from lowmem_aim.events import Event
     from lowmem_aim.recipe.recipe import Recipe
     from lowmem_aim.view.dashboard import Style
 
 
+_flag, _machine, _output, _relaxation = map(flags_of, ("", "Machine", "Output", "Relaxation"))
 LOAD_TORCH = ("merge", "plan", "relax", "calibrate", "verify", "demo")
 
 
@@ -51,44 +51,6 @@ def cli(context: click.Context) -> None:
     """Activation-informed merging (AIM) of large language models, streamed from disk in little memory."""
     if context.invoked_subcommand in LOAD_TORCH and not set(sys.argv) & {"-h", "--help"}:
         check_address_space()
-
-
-def _refuse_if_running(out: Path) -> None:
-    """Raise LockedError if a run holds `out`, before anything slow is imported; the run itself checks again."""
-    from lowmem_aim.system.lock import is_held, locked_error, owner_of
-
-    lock = out / ".lowmem_aim" / "lock"
-    if is_held(lock):
-        raise locked_error(lock, owner_of(lock))
-
-
-def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = False) -> None:
-    """Run a command's work with its progress shown, then print the path of what it made. `merges`: that is a model."""
-    from lowmem_aim.events import RunEnded, Sampled, Worked
-    from lowmem_aim.view import summary
-    from lowmem_aim.view.dashboard import showing
-
-    style: Style = "json" if flags.get("as_json") else "quiet" if flags["quiet"] else "auto"
-    with interrupts.work(), showing(style) as view:
-
-        def checked(event: Event) -> None:
-            if isinstance(event, Worked):
-                interrupts.hold()
-            if not isinstance(event, Sampled | RunEnded):  # these are shown also when the run is being ended
-                interrupts.check()
-            view(event)
-
-        made = work(checked)
-    if style == "auto" and view.progress.planned:
-        told = summary.summary_lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            for line in (*told, *(summary.next_commands(made) if merges else ())):
-                click.echo(line, err=True)
-    if style != "json":
-        click.echo(click.format_filename(made))
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
 
 
 _PATHS = click.argument(
@@ -131,16 +93,16 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
 @AIM_FLAGS
 @OUTPUT_FLAGS
 @JOB_FLAGS
-def merge_command(paths: tuple[Path, ...], **flags: Any) -> None:
-    """Merge by RECIPE (mergekit's YAML) into the new folder OUT. Flags override the recipe, or replace it.
+def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
+    """Merge by RECIPE (mergekit's YAML) into the new folder OUT.
 
-    The same command goes on with a run that was interrupted.
+    Flags override the recipe, or replace it. The same command resumes an interrupted run.
     """
     recipe = _recipe("merge", paths, flags)
-    _refuse_if_running(paths[-1])
+    refuse_if_running(paths[-1])
     from lowmem_aim.jobs.merge import merge
 
-    _run(lambda emit: merge(recipe, paths[-1], options_of(flags), emit), flags, merges=True)
+    run(lambda emit: merge(recipe, paths[-1], options_of(flags), emit), style, merges=True)
 
 
 @cli.command("plan")
@@ -149,11 +111,16 @@ def merge_command(paths: tuple[Path, ...], **flags: Any) -> None:
 @AIM_FLAGS
 @OUTPUT_FLAGS
 @JOB_FLAGS
-@click.option("--measure/--no-measure", default=True, help="two seconds, for an estimate of time [default: measure]")
-def plan_command(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
-    """Tell what `merge` with the same arguments would do, what it needs of this machine, and how long it would take.
+@_machine(
+    "--measure/--no-measure",
+    default=True,
+    help="Measure the disk and the device for two seconds, to estimate the time. [default: --measure]",
+)
+def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: Any) -> None:
+    """Tell what `merge` with the same arguments would do and need.
 
-    Only headers are read, also of models on the Hub. Exit code 0 if it would run; else what merge would end with.
+    That is memory, disk and time, against what this machine has. Only headers are read, also of models on the Hub. The
+    exit code is 0 if the merge would run, else the one that it would end with.
     """
     import json
 
@@ -162,11 +129,12 @@ def plan_command(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
     from lowmem_aim.view import plan_lines
     from lowmem_aim.view.dashboard import showing
 
-    with showing("quiet" if flags["quiet"] or flags["as_json"] else "lines") as view:
+    with showing("quiet" if style in ("quiet", "json") else "plain") as view:
         found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
     known = found.as_json()
-    if flags["as_json"]:
+    if style == "json":
         click.echo(json.dumps(known))
+        formats.answered()
     else:
         click.echo("\n".join([*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]))
     if found.problems:
@@ -176,65 +144,85 @@ def plan_command(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
 @cli.command("relax")
 @click.argument("merged", shell_complete=completion.folders)
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
-@click.option(
+@_relaxation(
     "--base",
+    metavar="MODEL",
     required=True,
     shell_complete=completion.folders,
-    help="the model that MERGED's experts were tuned from",
+    help="Compare with this model, from which MERGED's experts were tuned: a folder, or an id on the Hub.",
 )
-@click.option(
+@_relaxation(
     "--with",
     "relaxations",
     type=Choice(["aim", "acm", "both"]),
     default="aim",
     show_default=True,
-    help="AIM by input channel, ACM by layer, or ACM after AIM",
+    help="Relax by AIM (by input channel), by ACM (by layer), or by both: ACM after AIM.",
 )
-@click.option("--theta", type=float, help="of ACM [default: 0.7]")
-@click.option(
+@_relaxation(
+    "--theta",
+    type=float,
+    help="Set how fast a layer keeps more of its delta as its mutual information falls; for ACM only. [default: 0.7]",
+)
+@_relaxation(
     "--normalise",
+    metavar="OVER",
     shell_complete=completion.words(*NORMALISATIONS),
-    help="ACM's mutual information by its `samples` or over the `layers` [default: samples]",
+    help="Take mutual information relative to the `samples` of a layer, or to all `layers`; for ACM only. "
+    "[default: samples]",
 )
 @AIM_FLAGS
 @OUTPUT_FLAGS
 @JOB_FLAGS
-def relax_command(merged: str, out: Path, **flags: Any) -> None:
-    """Apply AIM or ACM to MERGED, a model that any tool merged, against its base; write the new folder OUT."""
-    _refuse_if_running(out)
+def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
+    """Apply AIM or ACM to MERGED, a model merged earlier.
+
+    Any tool may have merged it. The result is the new folder OUT. The same command resumes an interrupted run.
+    """
+    refuse_if_running(out)
     from lowmem_aim.jobs.merge import merge
     from lowmem_aim.recipe import from_flags
     from lowmem_aim.recipe.reader import read_recipe
 
     recipe = read_recipe(from_flags.relax_recipe(merged, flags))
-    _run(lambda emit: merge(recipe, out, options_of(flags), emit), flags, merges=True)
+    run(lambda emit: merge(recipe, out, options_of(flags), emit), style, merges=True)
 
 
 @cli.command("calibrate")
 @click.argument("base", shell_complete=completion.folders)
-@click.option("--output", "-o", type=PathType(), required=True, help="activations.safetensors")
+@_output(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=PathType(),
+    required=True,
+    help="Write the activations to this new .safetensors file.",
+)
 @CALIBRATION_FLAGS
 @JOB_FLAGS
-def calibrate_command(base: str, output: Path, **flags: Any) -> None:
-    """Measure the activations of BASE once; pass the file to later merges as --calibration.
+def calibrate_command(base: str, output: Path, style: Style, **flags: Any) -> None:
+    """Measure the activations of BASE once, for many merges.
 
-    The same command goes on with a run that was interrupted.
+    Pass the file to them as --calibration. The same command resumes an interrupted run.
     """
     from lowmem_aim.system.files import partial_folder
 
-    _refuse_if_running(partial_folder(output))
+    refuse_if_running(partial_folder(output))
     from lowmem_aim.jobs.calibrate import calibrate
     from lowmem_aim.recipe import from_flags
 
     aim = from_flags.calibration_settings(flags)
-    _run(lambda emit: calibrate(base, aim, output, options_of(flags), emit), flags)
+    run(lambda emit: calibrate(base, aim, output, options_of(flags), emit), style)
 
 
 @cli.command("status")
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
-@click.option("--json", "as_json", is_flag=True, help="one line of JSON (for each omega)")
-def status_command(out: Path, as_json: bool) -> None:
-    """Tell how far the run in OUT is, and whether it is alive, interrupted or finished."""
+@DATA_FLAGS
+def status_command(out: Path, style: Style) -> None:
+    """Tell how far the run in OUT is.
+
+    It may be running, paused, interrupted or finished.
+    """
     import json
 
     from lowmem_aim.output.folder import outputs_in
@@ -243,20 +231,59 @@ def status_command(out: Path, as_json: bool) -> None:
     folders = outputs_in(out)
     for folder in folders:
         found = status_of(folder)
-        if as_json:
+        if style == "json":
             click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
         else:
             heading = [] if folder == out else [f"{printable(folder.name)}:"]
             click.echo("\n".join([*heading, *found.lines()]))
 
 
+@cli.command("pause")
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
+def pause_command(out: Path) -> None:
+    """Pause the run in OUT, from another terminal.
+
+    It finishes what is in hand and waits. `lowmem-aim resume OUT` lets it go on.
+    """
+    from lowmem_aim.cli import pausing
+    from lowmem_aim.view.summary import quoted
+
+    pausing.ask(out, "pause")
+    click.echo(f"paused; `lowmem-aim resume {quoted(out)}` lets it go on", err=True)
+
+
+@cli.command("resume")
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
+def resume_command(out: Path) -> None:
+    """Let the paused run in OUT go on.
+
+    If it was interrupted, tell which command resumes it.
+    """
+    from lowmem_aim.cli import pausing
+
+    pausing.ask(out, "resume")
+    click.echo("the run goes on", err=True)
+
+
 @cli.command("replay")
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
-@click.option("--run", "number", type=int, default=-1, help="which: 1 the first, -1 the last [default: -1]")
-@click.option("--speed", type=NumberRange(0.001, 1e6), default=10.0, show_default=True, help="times as fast")
-@click.option("--at", "second", type=NumberRange(0, 1e9), help="print the screen at this second instead")
-@click.option("--size", help="of that screen, in columns and rows [default: 80x24]")
-@click.option("--svg", type=PathType(), help="write that screen into this file, as SVG")
+@_flag("--run", "number", type=int, default=-1, help="Show this run: 1 is the first, -1 the last. [default: -1]")
+@_flag(
+    "--speed",
+    metavar="NUMBER",
+    type=NumberRange(0.001, 1e6),
+    default=10,
+    help="Play it this many times as fast. [default: 10]",
+)
+@_flag(
+    "--at",
+    "second",
+    metavar="SECONDS",
+    type=NumberRange(0, 1e9),
+    help="Print the screen as it was at this second instead. [default: play the whole run]",
+)
+@_flag("--size", metavar="COLUMNSxROWS", help="Draw that screen with this many columns and rows. [default: 80x24]")
+@_flag("--svg", metavar="FILE", type=PathType(), help="Write that screen to this new SVG file. [default: print it]")
 def replay_command(
     out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None
 ) -> None:
@@ -272,31 +299,37 @@ def replay_command(
 
 @cli.command("doctor")
 @click.argument("folder", type=PathType(), default=".", shell_complete=completion.folders)
-@click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
-def doctor_command(folder: Path, as_json: bool) -> None:
-    """Tell versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, and what is worth mending."""
+@DATA_FLAGS
+def doctor_command(folder: Path, style: Style) -> None:
+    """Report what a merge depends on here, and what to fix.
+
+    Versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, the terminal, and the file of defaults.
+    """
     import json
 
     from lowmem_aim.jobs.doctor import examine
 
     found = examine(folder)
-    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
+    click.echo(json.dumps(found.as_json()) if style == "json" else "\n".join(found.lines()))
 
 
 @cli.command("verify")
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
-@click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path")
-def verify_command(out: Path, quiet: bool) -> None:
-    """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
+@FORMAT_FLAGS
+def verify_command(out: Path, style: Style) -> None:
+    """Compare every file of the finished OUT with what was written.
+
+    The exit code is 8 if one differs.
+    """
     from lowmem_aim.output.verify import verify_outputs
 
-    _run(lambda emit: verify_outputs(out, emit), {"quiet": quiet})
+    run(lambda emit: verify_outputs(out, emit), style)
 
 
 @cli.command("methods")
 @click.argument("name", required=False, shell_complete=completion.methods)
-@click.option("--json", "as_json", is_flag=True, help="all of it, as one JSON value")
-def methods_command(name: str | None, as_json: bool) -> None:
+@DATA_FLAGS
+def methods_command(name: str | None, style: Style) -> None:
     """List the merge methods, or tell all about the one called NAME."""
     import json
 
@@ -305,7 +338,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
     found, problems = ([catalogue.method_of(name)], []) if name else catalogue.all_methods()
     for problem in problems:
         click.echo(f"warning: {problem}", err=True)
-    if as_json:
+    if style == "json":
         known = [catalogue.facts(method) for method in found]
         click.echo(json.dumps(known[0] if name else known, indent=2))
     else:
@@ -315,7 +348,10 @@ def methods_command(name: str | None, as_json: bool) -> None:
 @cli.command("demo")
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
 def demo_command(folder: Path) -> None:
-    """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate."""
+    """Train small models in FOLDER, merge them, and compare.
+
+    A base and three experts are trained at the first run, then merged with and without AIM.
+    """
     from lowmem_aim.demo import run
 
     run(folder, click.echo)
@@ -324,7 +360,9 @@ def demo_command(folder: Path) -> None:
 @cli.command("completion")
 @click.argument("shell", type=Choice(completion.SHELLS), metavar="SHELL")
 def completion_command(shell: str) -> None:
-    """Print what SHELL needs to complete commands, flags and names after Tab. One line in its start file:
+    """Print what SHELL needs to complete words after Tab.
+
+    Put one line into the shell's start file:
 
     \b
     bash   eval "$(lowmem-aim completion bash)"    in ~/.bashrc

@@ -1,69 +1,27 @@
-"""The flags that several commands share, in groups, and the types of their values."""
+"""The flags that several commands share, in the groups in which a command's help lists them."""
 
 from __future__ import annotations
 
-import os
-import re
+import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
-from lowmem_aim.cli import completion
-from lowmem_aim.cli.usage import Choice, command_line
-from lowmem_aim.errors import printable
+from lowmem_aim.cli import completion, formats
+from lowmem_aim.cli.usage import Choice, Flag, command_line
+from lowmem_aim.cli.values import SizeType
 from lowmem_aim.recipe.words import DTYPES, SCALINGS
+from lowmem_aim.system.defaults_file import FORMATS, read_defaults
 from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
 
 if TYPE_CHECKING:
     from lowmem_aim.system.options import Options
 
 
-LONGEST_NAME = 255  # bytes
 Command = TypeVar("Command", bound=Callable[..., Any])
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Turn `5GB`, `512MiB` or `1000000` into bytes: GB is 1e9, GiB is 2^30. Raises click.BadParameter."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise click.BadParameter(f"`{text}` is no size; write 5GB, 512MB or 1GiB")
-    step = 1024 if match[3] else 1000
-    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
-
-
-class SizeType(click.ParamType[int]):
-    """A size in bytes, written as `parse_size` takes it."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        """The value in bytes. Raises click.BadParameter."""
-        return value if isinstance(value, int) else parse_size(str(value))
-
-
-class NumberRange(click.FloatRange):
-    """A number in a range; NaN, which click's FloatRange lets through, is refused."""
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        """The value as a number. Raises click.BadParameter."""
-        number = super().convert(value, param, context)
-        return self.fail("that is not a number", param, context) if number != number else number
-
-
-class PathType(click.Path):
-    """A pathlib.Path; a name that is too long is an error here, and not wherever the path is first looked at."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        """The value as a path. Raises click.BadParameter."""
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(value).parts):
-            self.fail(f"`{printable(str(value))}` is too long for a path", param, context)
-        return super().convert(value, param, context)
 
 
 def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -75,87 +33,232 @@ def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Comman
     return decorate
 
 
+def settled(command: Command) -> Command:
+    """Settle a command's flags: those not given take the file of defaults' values; `style` stands for the formats.
+
+    The command is called with the flags that it has, but with `style` in the place of `format`, `as_json` and `quiet`.
+    """
+
+    @functools.wraps(command)
+    def call(**flags: Any) -> Any:
+        context = click.get_current_context()
+        runs = context.info_name in formats.RUNS
+        kept = read_defaults() if runs else {}
+        flags["style"] = formats.style_of(flags, kept.get("format") if runs else "human")
+        for name in ("format", "as_json", "quiet"):
+            flags.pop(name, None)
+        for name in _not_given(context) & {"device", "ram", "vram", "cache"}:
+            flags[name] = kept.get(name, flags[name])
+        if "vram" in _not_given(context) and flags["device"] in ("cpu", "mps"):
+            flags["vram"] = None  # the file is written for a machine, and the device given for this run
+        return command(**flags)
+
+    return cast("Command", call)
+
+
+def _not_given(context: click.Context) -> set[str]:
+    """The names of flags that stand at their defaults."""
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.DEFAULT}
+
+
+def flags_of(name: str = "") -> Callable[..., Callable[[Command], Command]]:
+    """`click.option` for flags that a command's help lists in the group `name`, or in none."""
+    return partial(click.option, cls=Flag, group=name)
+
+
 _DTYPES = completion.words(*DTYPES)
+_recipe, _aim, _calibration = flags_of("Recipe"), flags_of("AIM"), flags_of("Calibration")
+_output, _machine, _run = flags_of("Output"), flags_of("Machine"), flags_of("Run")
+
 CALIBRATION_FLAGS = _options(
-    click.option(
+    _calibration(
         "--calibration",
         metavar="WHAT",
         shell_complete=completion.texts,
-        help="file.jsonl, file.txt, activations.safetensors, `builtin`, or a Hub dataset id "
-        "[default: the AIM authors' Pile set, from the Hub]",
+        help="Calibrate on these texts: a .jsonl or .txt file, `builtin`, or the id of a dataset on the Hub. "
+        "A .safetensors file of activations is used as it is. [default: the AIM authors' Pile set, from the Hub]",
     ),
-    click.option("--samples", type=int, help="texts to take [default: 256]"),
-    click.option("--block-size", type=int, help="tokens in a sequence [default: 512]"),
-    click.option("--calibration-seed", type=int, help="shuffles a Hub dataset [default: 42]"),
-    click.option("--pack/--no-pack", default=None, help="join the texts into full blocks [default: pack]"),
-    click.option("--calibration-dtype", shell_complete=_DTYPES, help="of the forward passes [default: the base's]"),
+    _calibration("--samples", type=int, help="Take this many texts. [default: 256; for ACM 100]"),
+    _calibration("--block-size", type=int, help="Run the texts in sequences of this many tokens. [default: 512]"),
+    _calibration("--calibration-seed", type=int, help="Shuffle a dataset from the Hub with this seed. [default: 42]"),
+    _calibration(
+        "--pack/--no-pack",
+        default=None,
+        help="Join the texts and cut them into full sequences, or run each text by itself. [default: --pack]",
+    ),
+    _calibration(
+        "--calibration-dtype",
+        metavar="DTYPE",
+        shell_complete=_DTYPES,
+        help="Run the forward passes in float32, float16 or bfloat16. [default: as the base is stored]",
+    ),
 )
 RECIPE_FLAGS = _options(
-    click.option("--method", shell_complete=completion.methods, help="merge_method"),
-    click.option("--base", shell_complete=completion.folders, help="base_model: a folder or a Hub id"),
-    click.option(
-        "--expert", multiple=True, shell_complete=completion.folders, help="a model to merge; repeat it for each"
+    _recipe(
+        "--method",
+        metavar="METHOD",
+        shell_complete=completion.methods,
+        help="Merge by this method; `lowmem-aim methods` describes them all. [default: the recipe's]",
     ),
-    click.option("--weight", multiple=True, help="one for all experts, or one for each, in order [default: 1]"),
-    click.option("--density", multiple=True, help="as --weight"),
-    click.option(
+    _recipe(
+        "--base",
+        metavar="MODEL",
+        shell_complete=completion.folders,
+        help="Take this model as the base: a folder, or an id on the Hub. [default: the recipe's]",
+    ),
+    _recipe(
+        "--expert",
+        metavar="MODEL",
+        multiple=True,
+        shell_complete=completion.folders,
+        help="Merge this model; repeat the flag for each. [default: the recipe's models]",
+    ),
+    _recipe(
+        "--weight",
+        metavar="NUMBER",
+        multiple=True,
+        help="Give the experts this weight; repeat the flag for one weight each, in order. "
+        "[default: the recipe's, or 1]",
+    ),
+    _recipe(
+        "--density",
+        metavar="NUMBER",
+        multiple=True,
+        help="Keep this share of what each expert changed; repeat the flag for one share each, in order. "
+        "[default: the recipe's, or the method's]",
+    ),
+    _recipe(
         "--parameter",
         "-p",
         multiple=True,
         metavar="NAME=VALUE",
         shell_complete=completion.parameters,
-        help="any other parameter, such as -p lambda=0.5",
+        help="Set any other parameter of the method, such as `-p lambda=0.5`; repeat the flag for each. "
+        "[default: the recipe's, or the method's]",
     ),
-    click.option("--seed", "--random-seed", type=int, default=0, show_default=True, help="of the random masks"),
-    click.option(
+    _recipe(
+        "--seed", "--random-seed", type=int, default=0, show_default=True, help="Draw the random masks with this seed."
+    ),
+    _recipe(
         "--nonfinite",
         type=Choice(["stop", "base"]),
         default="stop",
         show_default=True,
-        help="at NaN or Inf in an expert: stop, or take the base's value there",
+        help="At NaN or Inf in an expert, stop, or take the base's value there.",
     ),
 )
 AIM_FLAGS = _options(
-    click.option(
+    _aim(
         "--omega",
         metavar="NUMBER",
-        help="AIM: 1 changes nothing, 0 freezes the most active channels; several (0.2,0.4) give an output each",
+        help="Relax the merge by AIM: 1 changes nothing, and 0 keeps the most active channels as they are in the base. "
+        "Several values, such as 0.2,0.4, give one output each. [default: the recipe's; `relax` takes 0.4]",
     ),
-    click.option(
+    _aim(
         "--scaling",
+        metavar="HOW",
         shell_complete=completion.words(*SCALINGS),
-        help="of AIM's activations: identity, sqrt, square or rank [default: identity]",
+        help="Scale the activations by identity, sqrt, square or rank. [default: identity]",
     ),
-    click.option("--exclude", multiple=True, help="part of the names of weights that AIM leaves alone; repeat it"),
-    click.option("--tied", type=Choice(["relax", "keep"]), help="AIM on a tied embedding [default: relax]"),
+    _aim(
+        "--exclude",
+        multiple=True,
+        metavar="PART",
+        help="Leave weights with PART in their names out of AIM; repeat the flag for each part. [default: none]",
+    ),
+    _aim(
+        "--tied",
+        type=Choice(["relax", "keep"]),
+        help="Relax an embedding that is also the output head, or keep it as merged. [default: relax]",
+    ),
     CALIBRATION_FLAGS,
 )
+_JSON: dict[str, Any] = {"is_flag": True, "help": "Print JSON on stdout; the same as `--format json`."}
+DATA_FLAGS = _options(
+    flags_of()(
+        "--format",
+        type=Choice(["human", "plain", "json"]),
+        help="Print lines for people (human and plain are the same here) or JSON. [default: human]",
+    ),
+    flags_of()("--json", "as_json", **_JSON),
+    settled,
+)
+FORMAT_FLAGS = _options(
+    _run(
+        "--format",
+        type=Choice(FORMATS),
+        help="Show a live screen (human), plain lines, JSON lines on stdout, or nothing but the result (quiet). "
+        "[default: human on a terminal, else plain]",
+    ),
+    _run("--json", "as_json", **_JSON),
+    _run("--quiet", "-q", is_flag=True, help="Print only the path of what was made; the same as `--format quiet`."),
+    settled,
+)
 JOB_FLAGS = _options(
-    click.option("--read", type=Choice(["mmap", "pread"]), default="mmap", show_default=True),
-    click.option(
+    _machine(
         "--device",
+        metavar="DEVICE",
         default="auto",
         show_default=True,
         shell_complete=completion.words("auto", "cpu", "cuda", "mps"),
-        help="cpu, cuda, cuda:N or mps",
+        help="Compute on cpu, cuda, cuda:N or mps; auto takes the first GPU if there is one.",
     ),
-    click.option("--ram", type=SizeType(), help="memory budget, such as 4GB [default: what is free, less a reserve]"),
-    click.option("--vram", type=SizeType(), help="the same for the GPU's memory"),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads [default: torch's]"),
-    click.option("--fresh", is_flag=True, help="discard what an interrupted run has left"),
-    click.option("--accept-environment", is_flag=True, help="resume under other versions or on another device"),
-    click.option("--json", "as_json", is_flag=True, help="progress as JSON lines on stdout, for programs"),
-    click.option("--quiet", "-q", is_flag=True, help="no progress; stdout still gets the path"),
+    _machine(
+        "--ram",
+        type=SizeType(),
+        help="Stay within this much memory in all, such as 4GB. [default: what is free, less a reserve]",
+    ),
+    _machine(
+        "--vram",
+        type=SizeType(),
+        help="Stay within this much of the GPU's memory. [default: what is free, less a reserve]",
+    ),
+    _machine(
+        "--threads",
+        metavar="NUMBER",
+        type=click.IntRange(1),
+        help="Use this many threads of the CPU. [default: as many as torch takes]",
+    ),
+    _machine(
+        "--read",
+        type=Choice(["mmap", "pread"]),
+        default="mmap",
+        show_default=True,
+        help="Read model files through a memory map or by system calls; the result is the same.",
+    ),
+    _run("--fresh", is_flag=True, help="Discard what an interrupted run has left and start over."),
+    _run(
+        "--accept-environment",
+        is_flag=True,
+        help="Resume an interrupted run although versions or the device have changed.",
+    ),
+    FORMAT_FLAGS,
 )
 OUTPUT_FLAGS = _options(
-    click.option(
-        "--shard-size", type=SizeType(), default=DEFAULT_SHARD_BYTES, show_default="5GB", help="largest output file"
+    _output(
+        "--shard-size",
+        type=SizeType(),
+        default=DEFAULT_SHARD_BYTES,
+        help="Make no file of weights larger than this. [default: 5GB]",
     ),
-    click.option("--dtype", shell_complete=_DTYPES, help="float32, float16 or bfloat16 [default: as the inputs]"),
-    click.option(
-        "--tokenizer-source", shell_complete=completion.words("base"), help="`base` matches tokens by their text"
+    _output(
+        "--dtype",
+        metavar="DTYPE",
+        shell_complete=_DTYPES,
+        help="Store the result as float32, float16 or bfloat16. [default: the recipe's, or as the inputs]",
     ),
-    click.option("--cache/--no-cache", default=True, show_default=True, help="keep and reuse activations"),
+    _output(
+        "--tokenizer-source",
+        metavar="MODEL",
+        shell_complete=completion.words("base"),
+        help="Match rows of the vocabularies by the text of their tokens, and give the output the tokenizer of `base`. "
+        "[default: the recipe's, or row by row]",
+    ),
+    _output(
+        "--cache/--no-cache",
+        default=True,
+        help="Keep measured activations in the cache and reuse those there, or measure anew. [default: --cache]",
+    ),
 )
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
-from lowmem_aim.cli import usage
+from lowmem_aim.cli import formats, usage
 from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.usage import command_line
-from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
+from lowmem_aim.errors import LowmemAimError, UsageError, printable
 from lowmem_aim.system import bugs, interrupts
-from lowmem_aim.system.faults import advice, cause, file_of, named
+from lowmem_aim.system.faults import cause, of_the_system
 from lowmem_aim.system.files import cache_folder, name_temporary_folder
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
@@ -83,6 +81,7 @@ def _allow_many_files() -> None:
 
 
 def _exit_code(debug: bool) -> int:
+    formats.begin()
     try:
         _check_current_folder()
         cli(prog_name=usage.PROGRAM, standalone_mode=False)
@@ -99,6 +98,7 @@ def _exit_code(debug: bool) -> int:
             return _interrupted()
         told = _told(error, debug)
         report(told)
+        formats.tell_failure(sys.argv, told, error)
         if debug:
             bugs.print_traceback(error)
         return told.exit_code
@@ -119,20 +119,12 @@ def _told(error: Exception, debug: bool) -> LowmemAimError:
     if isinstance(error, click.ClickException):
         return usage.explained(error)
     if isinstance(error, OSError):
-        return _of_the_system(error)
+        return of_the_system(error)
     return LowmemAimError(f"{type(error).__name__}: {error}", bugs.hint(error, command_line(), debug))
-
-
-def _of_the_system(error: OSError) -> LowmemAimError:
-    """The error for a system call that failed where nothing says what was being done."""
-    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
-        return DiskError(f"output could not be written: {cause(error)}", "check the device that stdout goes to")
-    file = file_of(error, Path())
-    what = f"{named(file)} cannot be used" if file != Path() else "a system call failed"
-    return DiskError(f"{what}: {cause(error)}", advice(error))
 
 
 def _interrupted() -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone: that is a SIGHUP
         sys.stderr.write(interrupts.MESSAGE.decode())
+    formats.tell_interruption(sys.argv, 128 + interrupts.received())
     return 128 + interrupts.received()

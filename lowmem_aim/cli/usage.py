@@ -18,7 +18,7 @@ from lowmem_aim.errors import UsageError, did_you_mean, printable
 
 PROGRAM = "lowmem-aim"
 # Read from the command line itself (see `wanted`): a line that cannot be parsed is an error to debug as well.
-DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="after an error, its traceback too")
+DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="After an error, show its traceback too.")
 
 
 def wanted(arguments: Sequence[str]) -> bool:
@@ -26,13 +26,39 @@ def wanted(arguments: Sequence[str]) -> bool:
     return "--debug" in arguments
 
 
+class Flag(click.Option):
+    """A flag that a command's help lists in a group, under the group's name."""
+
+    def __init__(self, *names: Any, group: str = "", **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.group = group
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Return what click adds to the help, without the bounds of numbers, which errors tell."""
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra
+
+
 class Command(click.Command):
-    """A command that also has the flags of every command."""
+    """A command that also has the flags of every command; its help lists flags in groups."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters, then `--debug`, then `--help`."""
         *own, help_flag = super().get_params(ctx)
         return [*own, DEBUG, help_flag]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the flags into a help text, group by group; those of no group, such as `--help`, come last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record:
+                groups.setdefault(getattr(parameter, "group", ""), []).append(record)
+        rest = groups.pop("", [])
+        for name, records in [*groups.items(), ("Other flags" if groups else "Flags", rest)]:
+            with formatter.section(name):
+                formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; an error of usage always knows in which command it happened."""
@@ -47,6 +73,11 @@ class Commands(Command, click.Group):
     """The program: a group of commands of the class above."""
 
     command_class = Command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the flags into the help text, then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 class Choice(click.Choice[str]):

@@ -32,6 +32,7 @@ from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.jobs.speed import disk_speed
 from lowmem_aim.methods import kernels
 from lowmem_aim.system import memory
+from lowmem_aim.system.defaults_file import defaults_file, read_defaults
 from lowmem_aim.system.files import cache_folder
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.view.doctor_lines import UNKNOWN, doctor_lines
@@ -67,11 +68,17 @@ class Doctor:
     folder: Facts
     caches: Facts
     terminal: Facts
+    defaults: Facts
 
     @property
     def advice(self) -> list[Advice]:
         """Advice on what is worth mending, or knowing."""
-        return [*_about_software(self), *_about_the_machine(self), *_about_the_folder(self.folder)]
+        return [
+            *_about_software(self),
+            *_about_the_machine(self),
+            *_about_the_folder(self.folder),
+            *_about_defaults(self.defaults),
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -96,6 +103,7 @@ def examine(folder: Path) -> Doctor:
             folder=_folder(folder.absolute()),
             caches=_caches(),
             terminal=_terminal(),
+            defaults=_defaults(),
         )
 
 
@@ -254,7 +262,7 @@ def _speeds(folder: Path) -> Facts:
     return {"read": UNKNOWN if speed.read is None else speed.read, "write": speed.write, "problem": None}
 
 
-# --- caches and the terminal ------------------------------------------------------------------------------------------
+# --- caches, the terminal and the file of defaults --------------------------------------------------------------------
 
 
 def _caches() -> Facts:
@@ -296,6 +304,16 @@ def _terminal() -> Facts:
     )
 
 
+def _defaults() -> Facts:
+    """The file of defaults: whether it is there, its values, and what is wrong with it."""
+    file = defaults_file()
+    found: Facts = {"path": file and str(file), "there": bool(file and os.path.lexists(file))}
+    try:
+        return found | {"values": read_defaults(), "problem": None}
+    except UsageError as error:
+        return found | {"values": {}, "problem": "; ".join(error.problems)}
+
+
 # --- advice -----------------------------------------------------------------------------------------------------------
 
 
@@ -329,3 +347,8 @@ def _about_the_folder(folder: Facts) -> Iterator[Advice]:
             f"`{printable(folder['filesystem'])}` may be a network filesystem: an output is safer on a local disk, "
             "and inputs that others may change are read with `--read pread`",
         )
+
+
+def _about_defaults(defaults: Facts) -> Iterator[Advice]:
+    if defaults["problem"] not in (None, UNKNOWN):
+        yield Advice("warning", f"the file of defaults is wrong: {printable(defaults['problem'], 500)}")

@@ -4,6 +4,7 @@ folder.py        the output folder from outside: what lies where, and what is in
 workspace.py     the output folder while a run holds it: locked, filled, published
 records.py       the kinds of records that a journal may hold
 journal.py       the journal of a run, in sqlite
+requests.py      requests to a run from another terminal: to pause, to go on
 writer.py        one shard's file, written front to back and made durable
 shards.py        all shards of an output
 merged.py        digests and figures of what a merge has written and read

@@ -64,7 +64,10 @@ def check_private(out: Path) -> None:
         odd = [place for place in folders if not stat.S_ISDIR(place.lstat().st_mode)]
         entries = [Path(entry.path) for place in folders if place not in odd for entry in os.scandir(place)]
         for entry in (e for e in entries if e not in folders):
-            kind = stat.S_IFMT(entry.lstat().st_mode)
+            try:
+                kind = stat.S_IFMT(entry.lstat().st_mode)
+            except FileNotFoundError:  # a request that the run has taken meanwhile, or a file under a temporary name
+                continue
             if kind != stat.S_IFREG and not (kind == stat.S_IFDIR and entry.parent.name == STAGING):
                 odd.append(entry)
     if odd:

@@ -38,6 +38,7 @@ from lowmem_aim.output.folder import (
 from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import PROGRESS, CalibrationSnapshot
+from lowmem_aim.output.requests import REQUEST, only_new_requests
 from lowmem_aim.output.verify import sums_text
 from lowmem_aim.system.files import disk_errors, input_errors, read_file, sync_folder, write_file
 from lowmem_aim.system.lock import OWNER, locked
@@ -89,7 +90,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
             private.mkdir(parents=True, exist_ok=True)
             for folder in (private, *made):
                 sync_folder(folder.parent)  # a durable file is lost if its folder is lost
-        with locked(private / "lock"), _cleared_unless(lambda: keep, private):
+        with locked(private / "lock"), only_new_requests(private), _cleared_unless(lambda: keep, private):
             check_output(out, [])  # again: another run may have been here in the meantime
             finished = is_finished(out)
             if fresh and not finished:
@@ -141,7 +142,7 @@ def _clear(private: Path) -> None:
     _remove_half_written(private)
     with contextlib.suppress(OSError):
         Journal.remove(private)
-        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, SEEN, OWNER, "lock"):
+        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, SEEN, REQUEST, OWNER, "lock"):
             (private / name).unlink(missing_ok=True)
 
 

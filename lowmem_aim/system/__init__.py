@@ -1,6 +1,7 @@
 """The machine: memory, files, locks, devices and signals.
 
 options.py        the settings of a job, as the command line gives them
+defaults_file.py  the file of defaults: values of flags that change no byte
 memory.py         memory budgets, what is used and what is free
 devices.py        the device that computes slices, and copies to and from it
 on_demand.py      torch and numpy, imported when they are first used

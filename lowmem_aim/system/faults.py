@@ -1,8 +1,7 @@
 """System calls that failed, told to the user: which file, why in words, and what to do about it.
 
 Wherever a file is opened, read, listed or renamed, `files.input_errors` or `files.disk_errors` stands around it and
-says what was being done; both tell it with the words of this file. What escapes them is told by `cli.main`, with the
-same words.
+says what was being done; both tell it with the words of this file. What escapes them is told by `of_the_system`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import printable
+from lowmem_aim.errors import DiskError, printable
 
 LONGEST_PATH = 5000  # characters; systems take 4,096 bytes, and a longer one is named in the error for its length
 
@@ -81,3 +80,12 @@ def file_of(error: OSError, otherwise: Path) -> str | os.PathLike[str]:
     """The file that the system call was given, or `otherwise` if it was given none, or an open one."""
     found: Any = error.filename
     return os.fsdecode(found) if isinstance(found, str | bytes | os.PathLike) else otherwise
+
+
+def of_the_system(error: OSError) -> DiskError:
+    """The error for a system call that failed where nothing says what was being done."""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+        return DiskError(f"output could not be written: {cause(error)}", "check the device that stdout goes to")
+    file = file_of(error, Path())
+    what = f"{named(file)} cannot be used" if file != Path() else "a system call failed"
+    return DiskError(f"{what}: {cause(error)}", advice(error))

@@ -123,9 +123,19 @@ def _tell(number: int, frame: FrameType | None) -> None:
             how()
 
 
+def at_work() -> bool:
+    """Whether this is during `work`: only then does a run heed signals and pauses."""
+    return _State.working
+
+
 def toggle_pause() -> None:
     """Make the threads that read and compute wait, or let them go on."""
-    _State.paused = not _State.paused
+    pause(not _State.paused)
+
+
+def pause(paused: bool) -> None:
+    """Make the threads that read and compute wait, or let them go on; the latest call counts."""
+    _State.paused = paused
 
 
 def paused() -> bool:

@@ -76,7 +76,10 @@ def make_budget(device: torch.device, ram: int | None = None, vram: int | None =
         ram = anonymous_bytes() + max(free - max(RESERVE_BYTES, free // 10), 0)
     if device.type != "cuda":
         if vram is not None:
-            raise UsageError(f"--vram has no meaning on the device `{printable(str(device))}`", hint="leave it out")
+            raise UsageError(
+                f"--vram has no meaning on the device `{printable(str(device))}`",
+                hint="leave it out, also of the file of defaults",
+            )
         return Budget(ram)
     free, total = torch.cuda.mem_get_info(device)
     vram = max(free - max(RESERVE_BYTES, free // 10), 0) if vram is None else min(vram, total)

@@ -21,18 +21,18 @@ from lowmem_aim.view.plain_lines import JsonLines, Lines, Quiet, View, first_lin
 from lowmem_aim.view.screen import screen
 
 REFRESH_SECONDS = 1.0  # samples come as often; a picture takes up to 10 ms to draw
-Style = Literal["auto", "lines", "json", "quiet"]
+Style = Literal["human", "plain", "json", "quiet"]
 
 
 @contextlib.contextmanager
 def showing(style: Style) -> Iterator[View]:
-    """The View of `style`; `auto` is the dashboard if this process has a terminal, and plain lines if not."""
+    """The View of `style`; `human` is the dashboard if this process has a terminal, and plain lines if not."""
     clock_ = _seconds_since(time.monotonic())
     if style == "quiet":
         yield Quiet(clock_)
     elif style == "json":
         yield JsonLines(clock_)
-    elif style == "auto" and terminal.is_interactive():
+    elif style == "human" and terminal.is_interactive():
         with _live(clock_) as dashboard:
             yield dashboard
     else:

@@ -32,6 +32,7 @@ def _paragraphs(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _folder_lines(found["folder"])
     yield from _cache_lines(found["caches"])
     yield "terminal", _terminal_line(found["terminal"])
+    yield "defaults", _defaults_line(found["defaults"])
 
 
 def _text(value: Any, nothing: str = "none") -> str:
@@ -104,3 +105,13 @@ def _terminal_line(facts: Facts) -> str:
     return (
         f"{_text(facts['columns'])} columns, colours: {_text(facts['colours'])}, {blocks}, TERM={_text(facts['term'])}"
     )
+
+
+def _defaults_line(facts: Facts) -> str:
+    values = facts["values"]
+    if not isinstance(values, dict):
+        return _text(values)
+    if not facts["there"]:
+        return "no file of defaults"
+    told = {key: _size(value) if key in ("ram", "vram") else _text(value) for key, value in values.items()}
+    return f"{_text(facts['path'])}: {', '.join(f'{key} = {value}' for key, value in told.items()) or 'nothing'}"

@@ -5,7 +5,7 @@
         feed.record_in([out/.lowmem_aim])          from here on in its log, with all that came before
                                                    RunEnded, with what went wrong if anything did
 
-Once a second a sample of the run's state is added.
+Once a second a sample of the run's state is added. Requests to pause from another terminal are heeded meanwhile.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Literal
 import lowmem_aim
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
+from lowmem_aim.output import requests
 from lowmem_aim.output.folder import LOG, existing_folder
 from lowmem_aim.system import interrupts
 from lowmem_aim.system.bugs import note_log
+from lowmem_aim.system.faults import of_the_system
 from lowmem_aim.view.record import Log
 from lowmem_aim.view.summary import write_facts
 
@@ -49,6 +51,15 @@ class Feed:
         with self._lock:
             self._log.open(folders)
             self.recorded += folders
+
+    def heed(self) -> None:
+        """Pause, or go on, if another terminal has asked for it in a folder whose log this run writes to.
+
+        A run that was started from Python cannot be paused: its requests stay where they are.
+        """
+        for private in list(self.recorded) if interrupts.at_work() else ():
+            if word := requests.take(private):
+                interrupts.pause(word == "pause")
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Worked):
@@ -142,6 +153,7 @@ def _sampling(feed: Feed) -> Iterator[None]:
         while not stop.wait(PEAK_SECONDS):
             with contextlib.suppress(Exception):  # one failure is no reason to stop sampling
                 feed.meters.look()
+            feed.heed()
             if interrupts.paused() != paused:
                 paused = not paused
                 feed(Paused(paused))
@@ -200,7 +212,13 @@ def ended(error: BaseException) -> RunEnded:
     """The event of a run that ends by an exception."""
     if interrupts.received() or isinstance(error, interrupts.Interrupted | KeyboardInterrupt):
         return RunEnded("interrupted", 128 + (interrupts.received() or 2))
+    told = of_the_system(error) if isinstance(error, OSError) else error
+    if not isinstance(told, LowmemAimError):
+        told = LowmemAimError(f"{type(error).__name__}: {error}")
+    return failed(told, error)
+
+
+def failed(told: LowmemAimError, error: BaseException) -> RunEnded:
+    """The event of a run that fails by `error`, of which `told` is what the user is told."""
     text = "".join(traceback.format_exception(error))
-    if isinstance(error, LowmemAimError):
-        return RunEnded("failed", error.exit_code, error.problems, error.hint, text)
-    return RunEnded("failed", 1, (f"{type(error).__name__}: {error}",), "", text)
+    return RunEnded("failed", told.exit_code, told.problems, told.hint, text, next(iter(told.problems), ""))

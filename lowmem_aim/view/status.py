@@ -19,7 +19,7 @@ from lowmem_aim.system.files import input_errors, is_folder
 from lowmem_aim.system.lock import is_held, owner_of
 from lowmem_aim.units import shown
 from lowmem_aim.view.plain_lines import line_of
-from lowmem_aim.view.progress import seen
+from lowmem_aim.view.progress import Progress, seen
 from lowmem_aim.view.record import runs_in
 
 
@@ -37,6 +37,7 @@ class Status:
     bytes: int
     bytes_total: int
     now: str = ""  # the progress of a running one, from its log
+    paused: bool = False  # by a key or by `lowmem-aim pause`
 
     def as_json(self) -> dict[str, Any]:
         """The status as `--json` prints it."""
@@ -48,6 +49,8 @@ class Status:
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` reads it all again"]
         heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
+        if self.paused:
+            heading = f"paused{': the run is ' * bool(self.owner)}{self.owner}"
         if self.state == "interrupted" and not (self.tensors or self.activations or self.blocks):
             return ["interrupted before anything was finished: the same command starts again"]
         return [heading, *self._done(), *([self.now] if self.now else [])]
@@ -79,6 +82,7 @@ def status_of(out: Path) -> Status:
         calibration = journal.kept(CalibrationSnapshot)
         last = [groups[-1] for name in size.shards if (groups := journal.groups(name))]
         owner = owner_of(private / "lock")
+        progress = _now(private / LOG) if running else None
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
             owner=str(owner) if owner and running else "",
@@ -89,10 +93,11 @@ def status_of(out: Path) -> Status:
             tensors_total=size.tensors,
             bytes=sum(group.end for group in last),
             bytes_total=size.bytes,
-            now=_now(private / LOG) if running else "",
+            now=line_of(progress) if progress else "",
+            paused=progress is not None and progress.paused,
         )
 
 
-def _now(log: Path) -> str:
+def _now(log: Path) -> Progress | None:
     runs = runs_in(log)
-    return line_of(seen(runs[-1])) if runs else ""
+    return seen(runs[-1]) if runs else None

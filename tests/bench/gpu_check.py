@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowmem_aim.cli.flags import parse_size
+from lowmem_aim.units import bytes_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -194,9 +194,9 @@ def _run(
         cost = cost_of(full, log)
     if cost.exit_code:
         raise SystemExit(f"{' '.join(full)} ended with {cost.exit_code}:\n{log.read_text()[-2000:]}")
-    check.note(f"{what}: peak anonymous memory", _gb(cost.anonymous), cost.anonymous <= parse_size(o.ram))
+    check.note(f"{what}: peak anonymous memory", _gb(cost.anonymous), cost.anonymous <= bytes_of(o.ram))
     if device.type == "cuda":
-        within = vram.peak <= parse_size(o.vram) + DRIVER_BYTES
+        within = vram.peak <= bytes_of(o.vram) + DRIVER_BYTES
         check.note(f"{what}: peak VRAM, with the driver's context", _gb(vram.peak), within)
     return cost
 

@@ -92,7 +92,7 @@ def test_a_commands_section_names_its_flags_and_no_others(name: str) -> None:
 
 
 def test_shared_flags_are_named_as_shared_by_those_who_take_them() -> None:
-    for heading in ("AIM flags", "Calibration flags", "Output flags", "Job flags"):
+    for heading in ("AIM flags", "Calibration flags", "Output flags", "Machine flags", "Run flags", "Format flags"):
         takers = [name for name, section in OF_COMMANDS.items() if heading in sections_shared_by(section)]
         shared = re.match(r"\s*Shared by ([^.;]+)", COMMAND_LINE[heading])
         assert shared is not None
@@ -150,6 +150,7 @@ def test_every_method_and_parameter_is_documented() -> None:
 
 EVENTS = sections("events.md")
 TRACEBACK = "Traceback (most recent call last):\n  ...\nlowmem_aim.errors.DiskError: `out` cannot be written: ...\n"
+FULL = "`out` cannot be written: no space left"
 SAMPLE = Sampled(
     done=1073741824,
     item="model.layers.7.mlp.up_proj.weight",
@@ -201,7 +202,7 @@ EXAMPLES: list[tuple[float, Event]] = [
     (10.0, SAMPLE),
     (11.0, Paused(True)),
     (12.0, Notice("`math`: its `rope_theta` differs; the output has the base's", "warning")),
-    (13.25, RunEnded("failed", 4, ("`out` cannot be written: no space left",), "free some space", TRACEBACK)),
+    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL)),
 ]
 OF_KINDS = {name: timed for timed in EXAMPLES for name, kind in KINDS.items() if type(timed[1]) is kind}
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import itertools, sys, time
 from pathlib import Path
-from lowmem_aim.cli import commands, main as ends
+from lowmem_aim.cli import running, main as ends
 from lowmem_aim.system import interrupts
 from lowmem_aim.errors import DiskError
 from lowmem_aim.events import *
@@ -56,7 +56,7 @@ def work(emit):
 
 interrupts.install()
 try:
-    commands._run(work, {"quiet": False})
+    running.run(work, "human")
 except interrupts.Interrupted:
     sys.exit(ends._interrupted())
 except DiskError as error:

@@ -33,10 +33,11 @@ SECTIONS = {
     },
     "caches": {"activations", "hub", "hf_home", "offline", "token"},
     "terminal": {"terminal", "columns", "colours", "blocks", "term", "no_color"},
+    "defaults": {"path", "there", "values", "problem"},
 }
 
 
-HEADINGS = ["software", "processor", "memory", "GPU", "folder", "caches", "terminal"]
+HEADINGS = ["software", "processor", "memory", "GPU", "folder", "caches", "terminal", "defaults"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_the_facts_are_this_machines(tmp_path: Path) -> None:
 
 def test_people_get_every_section_and_the_numbers(tmp_path: Path) -> None:
     found = examine(tmp_path)
-    assert headings(found)[:7] == HEADINGS
+    assert headings(found)[: len(HEADINGS)] == HEADINGS
     text = "\n".join(found.lines())
     for number in (found.memory["total"], found.folder["read"], found.folder["write"]):
         assert units.shown(int(number)) in text

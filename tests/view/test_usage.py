@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Place, Ran, Run
 
@@ -136,6 +138,39 @@ def test_a_current_folder_that_has_been_removed(run: Run, tmp_path: Path, monkey
     done = run("merge", "out", "--method", "linear", "--expert", tmp_path)
     assert done.code == 2
     assert "the current folder cannot be used: there is no such file or folder" in done.err
+
+
+GROUPS = {
+    "merge": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
+    "plan": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
+    "relax": ["Relaxation", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
+    "calibrate": ["Output", "Calibration", "Machine", "Run", "Other flags"],
+}
+OFF_UNLESS_GIVEN = ("--help", "--version", "--debug")
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_every_flag_has_a_sentence_and_its_default(self, name: str) -> None:
+        for flag in cli.commands[name].get_params(click.Context(cli.commands[name])):
+            if not isinstance(flag, click.Option) or flag.opts[-1] in OFF_UNLESS_GIVEN:
+                continue
+            sentence, _, default = (flag.help or "").partition(" [default: ")
+            assert re.fullmatch(r"[A-Z].*\.", sentence), flag.opts
+            switch = flag.is_flag and not flag.secondary_opts
+            assert bool(default) + bool(flag.show_default) + flag.required + switch == 1, flag.opts
+
+    @pytest.mark.parametrize("name", GROUPS)
+    def test_flags_are_in_groups(self, run: Run, name: str) -> None:
+        told = run(name, "--help").out
+        assert re.findall(r"^([A-Z][\w ]+):$", told, re.M) == GROUPS[name]
+        flags = {flag for p in cli.commands[name].params for flag in p.opts if flag.startswith("--")}
+        shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", told, re.M)
+        assert {*shown, "--random-seed"} >= flags
+        assert len(shown) == len(set(shown))
+
+    def test_the_first_line_of_every_command_is_shown_whole(self, run: Run) -> None:
+        assert "..." not in run("--help").out.partition("Commands:")[2]
 
 
 class TestDebug:

@@ -1,0 +1,51 @@
+"""The types of values that arguments and flags take: sizes, numbers in a range, paths."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowmem_aim.errors import printable
+from lowmem_aim.units import bytes_of
+
+LONGEST_NAME = 255  # bytes
+
+
+class SizeType(click.ParamType[int]):
+    """A size in bytes, written as `units.bytes_of` takes it."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        """The value in bytes. Raises click.BadParameter."""
+        if isinstance(value, int):
+            return value
+        try:
+            return bytes_of(str(value))
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, param) from error
+
+
+class NumberRange(click.FloatRange):
+    """A number in a range; NaN, which click's FloatRange lets through, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value as a number. Raises click.BadParameter."""
+        number = super().convert(value, param, context)
+        return self.fail("that is not a number", param, context) if number != number else number
+
+
+class PathType(click.Path):
+    """A pathlib.Path; a name that is too long is an error here, and not wherever the path is first looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value as a path. Raises click.BadParameter."""
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(value).parts):
+            self.fail(f"`{printable(str(value))}` is too long for a path", param, context)
+        return super().convert(value, param, context)
