@@ -84,7 +84,7 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
             for line in (*told, *(summary.next_commands(made) if merges else ())):
                 click.echo(line, err=True)
     if style != "json":
-        click.echo(click.format_filename(made))
+        click.echo(os.fsencode(made))  # not as text: the encoding of stdout may lack a letter of the path
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.system import bugs, interrupts
+from lowmem_aim.system.characters import use_what_streams_can_show
 from lowmem_aim.system.faults import advice, cause, file_of, named
 from lowmem_aim.system.files import cache_folder, name_temporary_folder
 
@@ -39,6 +40,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_closed_streams()
+    use_what_streams_can_show()
     name_temporary_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _folder_for_torch())
     _allow_many_files()

@@ -7,6 +7,7 @@ None.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -71,7 +72,8 @@ class Doctor:
     @property
     def advice(self) -> list[Advice]:
         """Advice on what is worth mending, or knowing."""
-        return [*_about_software(self), *_about_the_machine(self), *_about_the_folder(self.folder)]
+        about = (_about_software(self), _about_the_machine(self), _about_the_folder(self.folder))
+        return [*itertools.chain(*about), *_about_the_terminal(self.terminal)]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -328,4 +330,13 @@ def _about_the_folder(folder: Facts) -> Iterator[Advice]:
             "warning",
             f"`{printable(folder['filesystem'])}` may be a network filesystem: an output is safer on a local disk, "
             "and inputs that others may change are read with `--read pread`",
+        )
+
+
+def _about_the_terminal(terminal: Facts) -> Iterator[Advice]:
+    if terminal["blocks"] is False:
+        yield Advice(
+            "hint",
+            "no UTF-8 here, so bars are drawn in ASCII: `export LC_ALL=C.UTF-8` (and unset PYTHONIOENCODING) "
+            "if the terminal can show more",
         )
