@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +65,7 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
     from lowmem_aim.events import RunEnded, Sampled, Worked
     from lowmem_aim.view import summary
     from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.wrapping import columns_of
 
     style: Style = "json" if flags.get("as_json") else "quiet" if flags["quiet"] else "auto"
     with interrupts.work(), showing(style) as view:
@@ -79,9 +79,10 @@ def _run(work: Callable[[Any], Path], flags: Mapping[str, Any], merges: bool = F
 
         made = work(checked)
     if style == "auto" and view.progress.planned:
-        told = summary.summary_lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
+        columns = columns_of(sys.stderr)
+        told = summary.summary_lines(view.progress, columns)
         with contextlib.suppress(OSError):  # nobody reads it any more
-            for line in (*told, *(summary.next_commands(made) if merges else ())):
+            for line in (*told, *(summary.next_commands(made, columns) if merges else ())):
                 click.echo(line, err=True)
     if style != "json":
         click.echo(os.fsencode(made))  # not as text: the encoding of stdout may lack a letter of the path
@@ -148,6 +149,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
     from lowmem_aim.jobs.plan import plan
     from lowmem_aim.view import plan_lines
     from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.wrapping import for_terminal
 
     with showing("quiet" if flags["quiet"] or flags["as_json"] else "lines") as view:
         found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
@@ -155,7 +157,8 @@ def plan_command(paths: tuple[Path, ...], measure: bool, **flags: Any) -> None:
     if flags["as_json"]:
         click.echo(json.dumps(known))
     else:
-        click.echo("\n".join([*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]))
+        lines = [*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]
+        click.echo(for_terminal(lines, plan_lines.INDENT))
     if found.problems:
         raise found.error()
 
@@ -226,6 +229,7 @@ def status_command(out: Path, as_json: bool) -> None:
 
     from lowmem_aim.output.folder import outputs_in
     from lowmem_aim.view.status import status_of
+    from lowmem_aim.view.wrapping import for_terminal
 
     folders = outputs_in(out)
     for folder in folders:
@@ -234,7 +238,7 @@ def status_command(out: Path, as_json: bool) -> None:
             click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
         else:
             heading = [] if folder == out else [f"{printable(folder.name)}:"]
-            click.echo("\n".join([*heading, *found.lines()]))
+            click.echo(for_terminal([*heading, *found.lines()]))
 
 
 @cli.command("replay")
@@ -265,9 +269,11 @@ def doctor_command(folder: Path, as_json: bool) -> None:
     import json
 
     from lowmem_aim.jobs.doctor import examine
+    from lowmem_aim.view.doctor_lines import INDENT
+    from lowmem_aim.view.wrapping import for_terminal
 
     found = examine(folder)
-    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
+    click.echo(json.dumps(found.as_json()) if as_json else for_terminal(found.lines(), INDENT))
 
 
 @cli.command("verify")
@@ -277,7 +283,11 @@ def verify_command(out: Path, quiet: bool) -> None:
     """Read every file of the finished OUT again and compare it with what was written. Exit code 8 if one differs."""
     from lowmem_aim.output.verify import verify_outputs
 
-    _run(lambda emit: verify_outputs(out, emit), {"quiet": quiet})
+    def work(emit: Callable[[Event], None]) -> Path:
+        interrupts.note_kept(False)
+        return verify_outputs(out, emit)
+
+    _run(work, {"quiet": quiet})
 
 
 @cli.command("methods")
@@ -288,6 +298,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
     import json
 
     from lowmem_aim.cli import catalogue
+    from lowmem_aim.view.wrapping import for_terminal
 
     found, problems = ([catalogue.method_of(name)], []) if name else catalogue.all_methods()
     for problem in problems:
@@ -296,7 +307,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
         known = [catalogue.facts(method) for method in found]
         click.echo(json.dumps(known[0] if name else known, indent=2))
     else:
-        click.echo("\n".join(catalogue.description(found[0]) if name else catalogue.summary(found)))
+        click.echo(for_terminal(*((catalogue.description(found[0]), 12) if name else (catalogue.summary(found), 4))))
 
 
 @cli.command("demo")

@@ -131,5 +131,5 @@ def _of_the_system(error: OSError) -> LowmemAimError:
 
 def _interrupted() -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone: that is a SIGHUP
-        sys.stderr.write(interrupts.MESSAGE.decode())
+        print(interrupts.message(), file=sys.stderr, flush=True)
     return 128 + interrupts.received()

@@ -25,7 +25,8 @@ from typing import ClassVar, NoReturn
 
 from lowmem_aim.errors import ModelError
 
-MESSAGE = b"interrupted: run the same command again to go on\n"
+GOES_ON = "interrupted: run the same command again to go on"
+STARTS_OVER = "interrupted before anything was kept: the same command starts from the beginning"
 PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it was being read
 
 hint: mend the file and run the same command again; what is finished is kept
@@ -46,6 +47,7 @@ class _State:
     working = False
     received = 0  # the first signal's number
     paused = False
+    kept = True  # whether the run that was interrupted has kept something
     at_end: ClassVar[list[Callable[[], None]]] = []  # calls that restore the terminal before the process ends
     tell: ClassVar[list[Callable[[], None]]] = []  # calls that print the progress
 
@@ -66,7 +68,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _State.received:
         _State.received = number
         raise Interrupted
-    _end(MESSAGE, 128 + _State.received)
+    _end(f"{GOES_ON}\n".encode(), 128 + _State.received)
 
 
 def _end(message: bytes, code: int) -> NoReturn:
@@ -88,6 +90,16 @@ _pages_gone = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _end(PAGES_GON
 def received() -> int:
     """The number of the first signal that came during `work`; 0 if none has."""
     return _State.received
+
+
+def note_kept(kept: bool) -> None:
+    """Note whether the run that is being interrupted has kept something, for the closing message."""
+    _State.kept = kept
+
+
+def message(kept: bool | None = None) -> str:
+    """What an interrupted run is told about its next one. `kept`: whether there is something to build on."""
+    return GOES_ON if (_State.kept if kept is None else kept) else STARTS_OVER
 
 
 def check() -> None:
@@ -144,7 +156,7 @@ def work() -> Iterator[None]:
     """Mark the block as work: in it, a signal raises Interrupted."""
     if hasattr(signal, "SIGBUS"):
         ctypes.CDLL(None).signal(int(signal.SIGBUS), _pages_gone)
-    _State.working, _State.received, _State.paused = True, 0, False
+    _State.working, _State.received, _State.paused, _State.kept = True, 0, False, True
     try:
         yield
     finally:

@@ -6,17 +6,19 @@ Nothing is changed, except that a commit cut short by a kill is taken back, as t
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, check_private, is_finished
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, PlanSize
+from lowmem_aim.output.records import PROGRESS, CalibrationSnapshot, KeptActivations, PlanSize
+from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import input_errors, is_folder
-from lowmem_aim.system.lock import is_held, owner_of
+from lowmem_aim.system.lock import Owner, is_held, owner_of
 from lowmem_aim.units import shown
 from lowmem_aim.view.plain_lines import line_of
 from lowmem_aim.view.progress import seen
@@ -36,7 +38,9 @@ class Status:
     tensors_total: int
     bytes: int
     bytes_total: int
-    now: str = ""  # the progress of a running one, from its log
+    now: str = ""  # the progress of a running one, from its log: what its screen shows
+    stopped: bool = False  # the process at work sleeps, by Ctrl-Z or SIGSTOP
+    kept: bool = False  # the next run can build on something
 
     def as_json(self) -> dict[str, Any]:
         """The status as `--json` prints it."""
@@ -44,17 +48,19 @@ class Status:
 
     def lines(self) -> list[str]:
         """The status as lines for people."""
-        by = f" by {self.owner}" if self.owner else ""
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` reads it all again"]
-        heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
-        if self.state == "interrupted" and not (self.tensors or self.activations or self.blocks):
-            return ["interrupted before anything was finished: the same command starts again"]
-        return [heading, *self._done(), *([self.now] if self.now else [])]
+        if self.state == "interrupted":
+            return [interrupts.message(self.kept), *(self._done() if self.kept else ())]
+        by = f" by {self.owner}" if self.owner else ""
+        heading = f"stopped{by}: `fg` in its terminal, or `kill -CONT` and its number, lets it go on"
+        on_disk = [f"on the disk: {line}" for line in self._done()]
+        return [heading if self.stopped else f"running{by}", *([self.now] if self.now else []), *on_disk]
 
     def _done(self) -> Iterator[str]:
         if self.tensors_total:  # else it is only a calibration
-            sizes = f"{shown(self.bytes)} of {shown(self.bytes_total)}"
+            share = self.bytes / self.bytes_total if self.bytes_total else 0.0
+            sizes = f"{share:.0%}, {shown(self.bytes)} of {shown(self.bytes_total)}"
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
         if self.activations:
             yield "activations are measured"
@@ -68,7 +74,10 @@ def status_of(out: Path) -> Status:
     with input_errors(private, DiskError):
         there = is_folder(private)
     if not there:
-        raise UsageError(f"no run of this tool has been in `{printable(str(out))}`")
+        raise UsageError(
+            f"no run of this tool has been in `{printable(str(out))}`",
+            hint="a run that ends before anything can be kept leaves nothing",
+        )
     check_private(out)
     finished = is_finished(out)
     running = not finished and is_held(private / "lock")
@@ -88,7 +97,27 @@ def status_of(out: Path) -> Status:
             bytes=sum(group.end for group in last),
             bytes_total=size.bytes,
             now=_now(private / LOG) if running else "",
+            stopped=running and owner is not None and _is_stopped(owner),
+            kept=finished or journal.holds(*PROGRESS),
         )
+
+
+def keeps_something(out: Path) -> bool:
+    """Whether the next run in `out` can build on what earlier ones have left."""
+    try:
+        return status_of(out).kept
+    except LowmemAimError:  # nothing is there, or what is there cannot be read
+        return False
+
+
+def _is_stopped(owner: Owner) -> bool:
+    """Whether a process on this machine is suspended. False if that cannot be found out."""
+    import psutil  # only where a run is alive: `status` is quick
+
+    try:
+        return owner.host == socket.gethostname() and psutil.Process(owner.pid).status() == psutil.STATUS_STOPPED
+    except (psutil.Error, ValueError, OverflowError):
+        return False
 
 
 def _now(log: Path) -> str:
