@@ -19,8 +19,10 @@ from lowmem_aim.system import bugs, interrupts
 from lowmem_aim.system.characters import use_what_streams_can_show
 from lowmem_aim.system.faults import advice, cause, file_of, named
 from lowmem_aim.system.files import cache_folder, name_temporary_folder
+from lowmem_aim.view.wrapping import for_terminal
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
+INDENT = len("error: ")
 MANY_FILES = 4096
 LONGEST_PROBLEM = 6000  # characters: a path may have 4,096 bytes
 
@@ -31,7 +33,8 @@ def report(error: LowmemAimError) -> None:
     lines = [f"error: {first}", *(f"       {problem}" for problem in others[:PROBLEMS_ON_SCREEN])]
     if len(others) > PROBLEMS_ON_SCREEN:
         lines.append(f"       ... and {len(others) - PROBLEMS_ON_SCREEN} more")
-    print("\n".join(lines) + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+    hint = for_terminal([f"hint: {error.hint}"], len("hint: "), sys.stderr)
+    print(for_terminal(lines, INDENT, sys.stderr) + (f"\n\n{hint}" if error.hint else ""), file=sys.stderr)
 
 
 def main() -> None:
@@ -131,5 +134,5 @@ def _of_the_system(error: OSError) -> LowmemAimError:
 
 def _interrupted() -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone: that is a SIGHUP
-        print(interrupts.message(), file=sys.stderr, flush=True)
+        print(for_terminal([interrupts.message()], stream=sys.stderr), file=sys.stderr, flush=True)
     return 128 + interrupts.received()

@@ -93,7 +93,7 @@ class Scale:
 
     def block(self, share: float | None) -> str:
         """A character whose height is the share's place; a dot for None."""
-        return "·" if share is None else BLOCKS[min(int(self.place(share) * len(BLOCKS)), len(BLOCKS) - 1)]
+        return "·" if share is None else BLOCKS[min(int(self.place(share) * len(BLOCKS) + 1e-9), len(BLOCKS) - 1)]
 
     def colour(self, share: float) -> str:
         """The colour of the share's place."""

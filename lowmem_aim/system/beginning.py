@@ -1,4 +1,4 @@
-"""When the command began, before anything slow was imported: its first second belongs to its time too."""
+"""The moment at which the command began, before anything slow was imported: loading it belongs to its time too."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def note_kept(kept: bool) -> None:
 
 
 def message(kept: bool | None = None) -> str:
-    """What an interrupted run is told about its next one. `kept`: whether there is something to build on."""
+    """Return what an interrupted run tells about the next one. `kept`: whether there is something to build on."""
     return GOES_ON if (_State.kept if kept is None else kept) else STARTS_OVER
 
 

@@ -59,7 +59,7 @@ class Lines(Quiet):
         super().__call__(event)
         now = self.progress.now
         if isinstance(event, Planned):
-            _print(for_terminal(first_lines(event), survey.INDENT, sys.stderr))
+            _print(*first_lines(event), indent=survey.INDENT)
         elif isinstance(event, Paused):
             _print("paused" if event.paused else "going on")
         elif isinstance(event, PhaseStarted):
@@ -87,9 +87,9 @@ class Lines(Quiet):
         _print(line_of(self.progress))
 
 
-def _print(line: str) -> None:
+def _print(*lines: str, indent: int = 2) -> None:
     with contextlib.suppress(OSError):  # nobody reads any more; the run goes on all the same
-        print(line, file=sys.stderr, flush=True)
+        print(for_terminal(lines, indent, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _amount(seen: PhaseSeen) -> str:

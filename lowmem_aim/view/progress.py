@@ -51,7 +51,7 @@ class PhaseSeen:
     marks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))  # (working time, done)
 
     def seconds(self, now: float) -> float:
-        """How long the phase has taken, `now` seconds after the run began."""
+        """Seconds that the phase has taken, `now` seconds after the run began."""
         return self.before + (now if self.ended is None else self.ended) - self.begun
 
 
@@ -186,6 +186,7 @@ class Progress:
     def spent(self) -> dict[str, float]:
         """Seconds by part of the run, which add up to `now`: start, plan, the phases, and other for what is between."""
         parts = {"start": self.starting, "plan": self.planning}
+        parts |= dict.fromkeys(self.planned.phases if self.planned else (), 0.0)  # in their order; the reused take none
         parts |= {name: seen.seconds(self.now) for name, seen in self.phases.items()}
         return parts | {"other": max(0.0, self.now - sum(parts.values()))}
 

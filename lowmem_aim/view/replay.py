@@ -28,6 +28,7 @@ from lowmem_aim.view.summary import summary_lines
 from lowmem_aim.view.terminal import is_interactive
 from lowmem_aim.view.wrapping import columns_of
 
+NO_RUN = "a run that kept something leaves its log in OUT/.lowmem_aim, until it is discarded by `--fresh`"
 LONGEST_WAIT = 2.0  # seconds between two events
 
 
@@ -36,7 +37,7 @@ def run_of(out: Path, number: int = -1) -> list[Timed]:
     log = outputs_in(out)[0] / PRIVATE / LOG
     runs = runs_in(log)
     if not runs:
-        raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint="merges leave one in OUT/.lowmem_aim")
+        raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint=NO_RUN)
     if not 1 <= abs(number) <= len(runs):
         raise UsageError(f"there is no run {number}: `{printable(str(log))}` has {len(runs)}")
     run = runs[number - 1 if number > 0 else number]

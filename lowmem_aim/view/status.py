@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, check_private, is_finished
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import PROGRESS, CalibrationSnapshot, KeptActivations, PlanSize
+from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, KeptComparison, PlanSize
 from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import input_errors, is_folder
 from lowmem_aim.system.lock import Owner, is_held, owner_of
@@ -36,10 +36,11 @@ class Status:
     activations: bool  # measured and kept
     tensors: int  # finished
     tensors_total: int
-    bytes: int
+    bytes: int  # of finished tensors, as the screen counts them
     bytes_total: int
     now: str = ""  # the progress of a running one, from its log: what its screen shows
     stopped: bool = False  # the process at work sleeps, by Ctrl-Z or SIGSTOP
+    pid: int = 0  # of the process at work; 0 if none is, or it is not known
     kept: bool = False  # the next run can build on something
 
     def as_json(self) -> dict[str, Any]:
@@ -53,9 +54,9 @@ class Status:
         if self.state == "interrupted":
             return [interrupts.message(self.kept), *(self._done() if self.kept else ())]
         by = f" by {self.owner}" if self.owner else ""
-        heading = f"stopped{by}: `fg` in its terminal, or `kill -CONT` and its number, lets it go on"
+        stopped = f"stopped: {self.owner}; `fg` in its terminal lets it go on, or `kill -CONT {self.pid}`"
         on_disk = [f"on the disk: {line}" for line in self._done()]
-        return [heading if self.stopped else f"running{by}", *([self.now] if self.now else []), *on_disk]
+        return [stopped if self.stopped else f"running{by}", *([self.now] if self.now else []), *on_disk]
 
     def _done(self) -> Iterator[str]:
         if self.tensors_total:  # else it is only a calibration
@@ -76,7 +77,7 @@ def status_of(out: Path) -> Status:
     if not there:
         raise UsageError(
             f"no run of this tool has been in `{printable(str(out))}`",
-            hint="a run that ends before anything can be kept leaves nothing",
+            hint="a run that is still planning has written nothing, and one that kept nothing left nothing",
         )
     check_private(out)
     finished = is_finished(out)
@@ -84,21 +85,25 @@ def status_of(out: Path) -> Status:
     with Journal(private, read_only=True) as journal:
         size = journal.kept(PlanSize) or PlanSize()
         calibration = journal.kept(CalibrationSnapshot)
-        last = [groups[-1] for name in size.shards if (groups := journal.groups(name))]
+        last = {name: groups[-1] for name in size.shards if (groups := journal.groups(name))}
+        headers = dict(zip(size.shards, size.headers, strict=False))
         owner = owner_of(private / "lock")
+        activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
+        kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
             owner=str(owner) if owner and running else "",
             blocks=calibration.blocks if calibration else 0,
             blocks_total=calibration.of if calibration else 0,
-            activations=os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None,
-            tensors=sum(group.tensors for group in last),
+            activations=activations,
+            tensors=sum(group.tensors for group in last.values()),
             tensors_total=size.tensors,
-            bytes=sum(group.end for group in last),
-            bytes_total=size.bytes,
+            bytes=sum(group.end - headers.get(name, 0) for name, group in last.items()),
+            bytes_total=size.bytes - sum(headers.values()),
             now=_now(private / LOG) if running else "",
             stopped=running and owner is not None and _is_stopped(owner),
-            kept=finished or journal.holds(*PROGRESS),
+            pid=owner.pid if owner and running else 0,
+            kept=kept,
         )
 
 

@@ -17,6 +17,7 @@ from lowmem_aim.events import RunEnded, Sampled
 from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, outputs_in
 from lowmem_aim.output.heatmap import Scale, inside, shares_by
 from lowmem_aim.system.files import real, write_file
+from lowmem_aim.system.interrupts import GOES_ON
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view.progress import STAGES, Progress, seen
 from lowmem_aim.view.record import runs_in
@@ -77,7 +78,8 @@ def summary_lines(run: Progress, width: int | None = None) -> Iterator[str]:
     """The lines of the closing summary, broken at spaces where they have more than `width` columns."""
     yield from wrapped(_summary(run), width, INDENT)
     if run.ended and run.ended.outcome == "interrupted" and run.started and run.started.command:
-        yield from wrapped_command(printable(run.started.command, 10_000), width, "  command   ")
+        label = "resume" if run.ended.hint == GOES_ON else "again"
+        yield from wrapped_command(printable(run.started.command, 10_000), width, f"  {label:<{INDENT - 2}}")
 
 
 def _summary(run: Progress) -> Iterator[str]:
@@ -85,7 +87,7 @@ def _summary(run: Progress) -> Iterator[str]:
     latest, planned = run.latest, run.planned
     for problem in run.ended.problems if run.ended else ():
         yield f"  problem   {printable(problem, 500)}"
-    if run.ended and run.ended.hint:
+    if run.ended and run.ended.hint and run.ended.hint != GOES_ON:  # the command itself says that
         yield f"  hint      {printable(run.ended.hint, 500)}"
     if latest and latest.write_bytes:
         yield f"  moved     {', '.join(_moved(run, latest))}"
@@ -103,13 +105,13 @@ def _summary(run: Progress) -> Iterator[str]:
 
 def _outcome(run: Progress) -> str:
     """How the run ended, after how long, and with what it spent that time: the parts add up to the whole."""
-    whole, spent = round(run.now), run.spent()
-    parts = [f"{name} {clock(took)}" for name, took in _whole_seconds(spent).items() if took or name in run.phases]
-    reused = [f"{name} reused" for name in (run.planned.phases if run.planned else ()) if run.is_reused(name)]
+    whole = _whole_seconds(run.spent())
+    told = {name: "reused" if run.is_reused(name) else clock(took) for name, took in whole.items()}
+    parts = [f"{name} {text}" for name, text in told.items() if whole[name] or name in run.phases or text == "reused"]
     earlier = f", {run.earlier} of {run.tensors} tensors by earlier runs" if run.earlier else ""
     outcome = run.ended.outcome if run.ended else "still running"
     when = "in" if outcome == "finished" else "after"
-    return f"{outcome} {when} {clock(whole)} ({', '.join(reused + parts)}){earlier}"
+    return f"{outcome} {when} {clock(sum(whole.values()))} ({', '.join(parts)}){earlier}"
 
 
 def _whole_seconds(parts: Mapping[str, float]) -> dict[str, int]:

@@ -52,13 +52,14 @@ def wrapped_command(command: str, width: int | None, label: str = "") -> list[st
     whole = f"{label}{command}"
     if width is None or len(whole) <= width:
         return [whole]
+    indent = " " * (len(label) if width - len(label) >= 2 * NARROWEST else 2)
     words = _SHELL_WORD.findall(command)
     lines, line = [], label
     for word in words if " ".join(words) == command else command.split(" "):
         longer = f"{line}{word}" if line == label else f"{line} {word}"
         if line != label and len(longer) + 2 > width:  # two for the backslash
             lines.append(f"{line} \\")
-            longer = f"  {word}"
+            longer = f"{indent}{word}"
         line = longer
     return [piece for line in [*lines, line] for piece in _cut(line, width)]
 

@@ -157,7 +157,7 @@ class TestBlocks:
         assert f"\nscale: ▁ {least:.0%} to █ {most:.0%}\n" in section
         for kind, row in rows:
             places = [None if share is None else (share - least) / (most - least) for share in row]
-            blocks = "".join("·" if place is None else BLOCKS[min(int(place * 8), 7)] for place in places)
+            blocks = "".join("·" if place is None else BLOCKS[min(int(place * 8 + 1e-9), 7)] for place in places)
             assert re.search(rf"(?m)^{re.escape(kind)} +{blocks}  +\d+%$", section)
         assert section.count("·") == 3
         assert f"\n- `lm_head`: {facts_of(out)['kept']['kinds']['lm_head']:.1%}\n" in section
