@@ -18,17 +18,34 @@ STAND_INS = {
     **dict(zip("▁▂▃▄▅▆▇", "_.:-=+*", strict=True)),
     **dict(zip("✓▶·…", "+>.~", strict=True)),
 }
-_HANDLER = "lowmem_aim.stand_ins"
+_HANDLER, _ASCII = "lowmem_aim.stand_ins", "lowmem_aim_ascii"
 
 
 def use_what_streams_can_show() -> None:
     """Have stdout and stderr replace what their encoding lacks; in a locale without UTF-8 they are made ASCII."""
     codecs.register_error(_HANDLER, _replaced)
+    codecs.register(_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not has_unicode(stream.encoding, os.environ):
-            # Not "ascii" alone: an old code page has some of the characters, and many letters of names.
-            narrow = "ascii" if _is_unicode(stream.encoding) else stream.encoding
+            ascii_ = _is_unicode(stream.encoding) or codecs.lookup(stream.encoding).name == "ascii"
+            narrow = _ASCII if ascii_ else stream.encoding  # an old code page has letters of names
             stream.reconfigure(encoding=narrow, errors=_HANDLER)
+
+
+def _ascii(name: str) -> codecs.CodecInfo | None:
+    """The codec of ASCII by another name: click takes a stream in "ascii" for a mistake, and writes UTF-8 to it."""
+    if name != _ASCII:
+        return None
+    found = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        found.encode,
+        found.decode,
+        found.streamreader,
+        found.streamwriter,
+        found.incrementalencoder,
+        found.incrementaldecoder,
+        name=_ASCII,
+    )
 
 
 def has_unicode(encoding: str, environment: Mapping[str, str]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,13 @@ def facts(run: Progress) -> dict[str, Any]:
 
 def summary_lines(run: Progress, width: int | None = None) -> Iterator[str]:
     """The lines of the closing summary, broken at spaces where they have more than `width` columns."""
-    yield from wrapped(_summary(run), width, INDENT)
+    yield from wrapped(_summary(run, width), width, INDENT)
     if run.ended and run.ended.outcome == "interrupted" and run.started and run.started.command:
         label = "resume" if run.ended.hint == GOES_ON else "again"
         yield from wrapped_command(printable(run.started.command, 10_000), width, f"  {label:<{INDENT - 2}}")
 
 
-def _summary(run: Progress) -> Iterator[str]:
+def _summary(run: Progress, width: int | None) -> Iterator[str]:
     yield _outcome(run)
     latest, planned = run.latest, run.planned
     for problem in run.ended.problems if run.ended else ():
@@ -96,7 +96,7 @@ def _summary(run: Progress) -> Iterator[str]:
         if latest.vram_peak is not None:
             peaks.append(f"VRAM {shown(latest.vram_peak)} of {shown(planned.vram_budget or 0)}")
         yield f"  peaks     {', '.join(peaks)} (the budget)"
-    yield from _kept(run)
+    yield from _kept(run, width)
     for text in run.warnings[:MOST_WARNINGS]:
         yield f"  warning   {printable(text, 500)}"
     if len(run.warnings) > MOST_WARNINGS:
@@ -123,6 +123,13 @@ def _whole_seconds(parts: Mapping[str, float]) -> dict[str, int]:
     return whole
 
 
+def _folded(shares: Sequence[float], most: int) -> list[float]:
+    """The shares, or, of more than `most`, the means of neighbours: a strip must fit its line."""
+    each = -(-len(shares) // max(most, 1))
+    cells = [shares[first : first + each] for first in range(0, len(shares), each)]
+    return [sum(cell) / len(cell) for cell in cells]
+
+
 def _in_order(layers: Mapping[str, float]) -> dict[str, float]:
     """By layer, ascending: tensors are merged in the order of their names, in which 10 comes before 2."""
     return {name: layers[name] for name in sorted(layers, key=lambda name: int(name or -1))}
@@ -138,7 +145,7 @@ def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
         yield f"{name} {shown(nbytes)} ({shown(nbytes / max(took, 0.001))}/s)"
 
 
-def _kept(run: Progress) -> Iterator[str]:
+def _kept(run: Progress, width: int | None) -> Iterator[str]:
     """Lines with the share of the delta that is left: of all of it, by kind of module, and by layer."""
     share = run.kept_share()
     if share is None:
@@ -155,7 +162,7 @@ def _kept(run: Progress) -> Iterator[str]:
     if layers:
         least, most = min(layers, key=lambda name: layers[name]), max(layers, key=lambda name: layers[name])
         scale = Scale.of(layers.values())
-        strip = "".join(map(scale.block, _in_order(layers).values()))
+        strip = "".join(map(scale.block, _folded([*_in_order(layers).values()], (width or 1000) - INDENT)))
         extremes = f"least in {least} ({layers[least]:.1%}), most in {most} ({layers[most]:.1%})"
         yield f"  by layer  {strip} from {scale}; {extremes}"
 

@@ -51,6 +51,16 @@ def test_without_utf8_the_same_picture_is_drawn_in_ascii(environment: dict[str, 
     assert not full.isascii()
 
 
+@pytest.mark.parametrize("environment", WITHOUT_UTF8)
+def test_lines_that_are_printed_are_ascii_too(environment: dict[str, str], out: Path) -> None:
+    program = "import sys, click; from lowmem_aim.system.characters import use_what_streams_can_show as use; use();"
+    program += f"click.echo({ascii('✓ █ ü')}); click.echo({ascii('▁▂')}, err=True); print({ascii('▶ …')})"
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, env=own | environment)
+    assert done.stdout == b"+ # \\xfc\n> ~\n"
+    assert done.stderr == b"_.\n"
+
+
 def test_names_that_ascii_lacks_are_escaped_and_nothing_fails(tmp_path: Path) -> None:
     text = told({"PYTHONIOENCODING": "ascii"}, "replay", tmp_path / "über")
     assert "\\xfcber` holds no recorded run" in text

@@ -173,3 +173,4 @@ def test_the_summary_has_a_scale_on_which_layers_differ() -> None:
         run.see(2.0, tensor(f"{layer}", layer, 1.0, (100.0, left)))
     [line] = [line for line in summary_lines(run) if line.startswith("  by layer")]
     assert line == "  by layer  █▁▅ from ▁ 91% to █ 97%; least in 1 (91.2%), most in 0 (96.6%)"
+    assert any(line.startswith("  by layer  ▄▅") for line in summary_lines(run, 14)), "means, where not all fit a line"
