@@ -54,7 +54,7 @@ def test_without_utf8_the_same_picture_is_drawn_in_ascii(environment: dict[str, 
 @pytest.mark.parametrize("environment", WITHOUT_UTF8)
 def test_lines_that_are_printed_are_ascii_too(environment: dict[str, str], out: Path) -> None:
     program = "import sys, click; from lowmem_aim.system.characters import use_what_streams_can_show as use; use();"
-    program += f"click.echo({ascii('✓ █ ü')}); click.echo({ascii('▁▂')}, err=True); print({ascii('▶ …')})"
+    program += f"click.echo({'✓ █ ü'!a}); click.echo({'▁▂'!a}, err=True); print({'▶ …'!a})"
     own = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, env=own | environment)
     assert done.stdout == b"+ # \\xfc\n> ~\n"
