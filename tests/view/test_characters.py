@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from long_cases import others_long
 
 from lowmem_aim.cli import commands
 from lowmem_aim.jobs import doctor
@@ -40,7 +41,7 @@ def told(environment: dict[str, str], *arguments: object) -> str:
     return done.stdout.decode()
 
 
-@pytest.mark.parametrize("environment", WITHOUT_UTF8)
+@pytest.mark.parametrize("environment", others_long(WITHOUT_UTF8, WITHOUT_UTF8[:1]))
 def test_without_utf8_the_same_picture_is_drawn_in_ascii(environment: dict[str, str], out: Path) -> None:
     drawn = told(environment, "replay", out, "--at", 97, "--size", "120x40")
     full = told({"LC_ALL": "C.UTF-8"}, "replay", out, "--at", 97, "--size", "120x40")
@@ -51,8 +52,8 @@ def test_without_utf8_the_same_picture_is_drawn_in_ascii(environment: dict[str, 
     assert not full.isascii()
 
 
-@pytest.mark.parametrize("environment", WITHOUT_UTF8)
-def test_lines_that_are_printed_are_ascii_too(environment: dict[str, str], out: Path) -> None:
+@pytest.mark.parametrize("environment", others_long(WITHOUT_UTF8, WITHOUT_UTF8[1:2]))
+def test_lines_that_are_printed_are_ascii_too(environment: dict[str, str]) -> None:
     program = "import sys, click; from lowmem_aim.system.characters import use_what_streams_can_show as use; use();"
     program += f"click.echo({'✓ █ ü'!a}); click.echo({'▁▂'!a}, err=True); print({'▶ …'!a})"
     own = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
