@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from long_cases import others_long
 
 from lowmem_aim.cli import commands
 from lowmem_aim.jobs import doctor
+from lowmem_aim.jobs.speed import disk_speed
 from lowmem_aim.output.folder import LOG, PRIVATE
 from lowmem_aim.system.characters import STAND_INS, has_unicode, use_what_streams_can_show
 
@@ -96,6 +98,7 @@ def test_what_a_stream_can_show(encoding: str, environment: dict[str, str], expe
 def test_the_doctor_says_how_to_see_block_characters(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = doctor._terminal() | {"terminal": True, "columns": 80, "blocks": False}
     monkeypatch.setattr(doctor, "_terminal", lambda: terminal)
+    monkeypatch.setattr(doctor, "disk_speed", partial(disk_speed, seconds=0.0))
     done = run("doctor")
     assert "ASCII only" in done.out
     assert "export LC_ALL=C.UTF-8" in done.out
