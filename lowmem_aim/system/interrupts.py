@@ -32,6 +32,7 @@ PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it 
 hint: mend the file and run the same command again; what is finished is kept
 """
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # the exit code is 128 plus the signal's number
+AT_ONCE = b"interrupted at once: the same command goes on from what was kept, if anything was\n"
 _SHOW_CURSOR = b"\x1b[?25h"
 _POLL_SECONDS = 0.1
 
@@ -68,7 +69,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _State.received:
         _State.received = number
         raise Interrupted
-    _end(f"{GOES_ON}\n".encode(), 128 + _State.received)
+    _end(AT_ONCE, 128 + _State.received)
 
 
 def _end(message: bytes, code: int) -> NoReturn:
