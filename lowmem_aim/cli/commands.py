@@ -33,9 +33,11 @@ from lowmem_aim.cli.usage import Choice
 from lowmem_aim.cli.values import NumberRange, PathType
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.recipe.words import NORMALISATIONS
+from lowmem_aim.system import interrupts
 from lowmem_aim.system.address_space import check_address_space
 
 if TYPE_CHECKING:
+    from lowmem_aim.events import Emit
     from lowmem_aim.recipe.recipe import Recipe
     from lowmem_aim.view.dashboard import Style
 
@@ -128,6 +130,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
     from lowmem_aim.jobs.plan import plan
     from lowmem_aim.view import plan_lines
     from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.wrapping import for_terminal
 
     with showing("quiet" if style in ("quiet", "json") else "plain") as view:
         found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
@@ -136,7 +139,8 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
         click.echo(json.dumps(known))
         formats.answered()
     else:
-        click.echo("\n".join([*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]))
+        lines = [*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]
+        click.echo(for_terminal(lines, plan_lines.INDENT))
     if found.problems:
         raise found.error()
 
@@ -227,6 +231,7 @@ def status_command(out: Path, style: Style) -> None:
 
     from lowmem_aim.output.folder import outputs_in
     from lowmem_aim.view.status import status_of
+    from lowmem_aim.view.wrapping import for_terminal
 
     folders = outputs_in(out)
     for folder in folders:
@@ -235,7 +240,7 @@ def status_command(out: Path, style: Style) -> None:
             click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
         else:
             heading = [] if folder == out else [f"{printable(folder.name)}:"]
-            click.echo("\n".join([*heading, *found.lines()]))
+            click.echo(for_terminal([*heading, *found.lines()]))
 
 
 @cli.command("pause")
@@ -308,9 +313,11 @@ def doctor_command(folder: Path, style: Style) -> None:
     import json
 
     from lowmem_aim.jobs.doctor import examine
+    from lowmem_aim.view.doctor_lines import INDENT
+    from lowmem_aim.view.wrapping import for_terminal
 
     found = examine(folder)
-    click.echo(json.dumps(found.as_json()) if style == "json" else "\n".join(found.lines()))
+    click.echo(json.dumps(found.as_json()) if style == "json" else for_terminal(found.lines(), INDENT))
 
 
 @cli.command("verify")
@@ -323,7 +330,11 @@ def verify_command(out: Path, style: Style) -> None:
     """
     from lowmem_aim.output.verify import verify_outputs
 
-    run(lambda emit: verify_outputs(out, emit), style)
+    def work(emit: Emit) -> Path:
+        interrupts.note_kept(False)
+        return verify_outputs(out, emit)
+
+    run(work, style)
 
 
 @cli.command("methods")
@@ -334,6 +345,7 @@ def methods_command(name: str | None, style: Style) -> None:
     import json
 
     from lowmem_aim.cli import catalogue
+    from lowmem_aim.view.wrapping import for_terminal
 
     found, problems = ([catalogue.method_of(name)], []) if name else catalogue.all_methods()
     for problem in problems:
@@ -342,7 +354,7 @@ def methods_command(name: str | None, style: Style) -> None:
         known = [catalogue.facts(method) for method in found]
         click.echo(json.dumps(known[0] if name else known, indent=2))
     else:
-        click.echo("\n".join(catalogue.description(found[0]) if name else catalogue.summary(found)))
+        click.echo(for_terminal(*((catalogue.description(found[0]), 12) if name else (catalogue.summary(found), 4))))
 
 
 @cli.command("demo")

@@ -15,25 +15,33 @@ from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.usage import command_line
 from lowmem_aim.errors import LowmemAimError, UsageError, printable
 from lowmem_aim.system import bugs, interrupts
+from lowmem_aim.system.characters import use_what_streams_can_show
 from lowmem_aim.system.faults import cause, of_the_system
 from lowmem_aim.system.files import cache_folder, name_temporary_folder
+from lowmem_aim.view.wrapping import for_terminal
 
 PROBLEMS_ON_SCREEN = 100  # the others are only counted; a model of another size has one for each tensor
+INDENT = len("error: ")
 MANY_FILES = 4096
 LONGEST_PROBLEM = 6000  # characters: a path may have 4,096 bytes
 
 
 def report(error: LowmemAimError) -> None:
     """Print an error to stderr, as plain text: what happened, then what to do; problems with one hint together."""
-    told = error.by_hint().items()
-    print("\n\n".join(f"{_listed(problems)}\n\nhint: {hint}" for hint, problems in told), file=sys.stderr)
+    told = [f"{_listed(problems)}\n\n{_told_hint(hint)}" for hint, problems in error.by_hint().items()]
+    print("\n\n".join(told), file=sys.stderr)
+
+
+def _told_hint(hint: str) -> str:
+    return for_terminal([f"hint: {hint}"], len("hint: "), sys.stderr)
 
 
 def _listed(problems: Sequence[str]) -> str:
     lines = [printable(problem, LONGEST_PROBLEM) for problem in problems[:PROBLEMS_ON_SCREEN]]
     if len(problems) > PROBLEMS_ON_SCREEN:
         lines.append(f"... and {len(problems) - PROBLEMS_ON_SCREEN} more")
-    return "error: " + "\n       ".join(lines)
+    first, *others = lines
+    return for_terminal([f"error: {first}", *(f"{'':{INDENT}}{line}" for line in others)], INDENT, sys.stderr)
 
 
 def main() -> None:
@@ -42,6 +50,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_closed_streams()
+    use_what_streams_can_show()
     name_temporary_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _folder_for_torch())
     _allow_many_files()
@@ -125,6 +134,6 @@ def _told(error: Exception, debug: bool) -> LowmemAimError:
 
 def _interrupted() -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone: that is a SIGHUP
-        sys.stderr.write(interrupts.MESSAGE.decode())
+        print(for_terminal([interrupts.message()], stream=sys.stderr), file=sys.stderr, flush=True)
     formats.tell_interruption(sys.argv, 128 + interrupts.received())
     return 128 + interrupts.received()

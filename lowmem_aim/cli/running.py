@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def run(work: Callable[[Emit], Path], style: Style, merges: bool = False) -> Non
     from lowmem_aim.events import RunEnded, Sampled, Worked
     from lowmem_aim.view import summary
     from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.wrapping import columns_of
 
     with interrupts.work(), showing(style) as view:
 
@@ -50,9 +52,10 @@ def run(work: Callable[[Emit], Path], style: Style, merges: bool = False) -> Non
             if style == "json" and view.progress.ended:
                 formats.answered()
     if style in ("human", "plain") and view.progress.planned:
-        told = summary.summary_lines(view.progress, shutil.get_terminal_size((100, 24)).columns)
+        columns = columns_of(sys.stderr)
+        told = summary.summary_lines(view.progress, columns)
         with contextlib.suppress(OSError):  # nobody reads it any more
-            for line in (*told, *(summary.next_commands(made) if merges else ())):
+            for line in (*told, *(summary.next_commands(made, columns) if merges else ())):
                 click.echo(line, err=True)
     if style != "json":
-        click.echo(click.format_filename(made))
+        click.echo(os.fsencode(made))  # not as text: the encoding of stdout may lack a letter of the path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lowmem_aim.demo.merges import OMEGA, calibrate, mean_factor, merge, write_r
 from lowmem_aim.demo.models import Echo, Models, make
 from lowmem_aim.demo.settings import Settings
 from lowmem_aim.demo.skills import SKILLS, Example, evaluation
+from lowmem_aim.view.wrapping import columns_of
 
 QUESTIONS = 400  # of each skill
 ANSWERS = 2  # of each skill, shown at the end
@@ -64,7 +66,8 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> str:
         shares = [row[skill] for skill in skills]
         drawn.add_row(label, *(f"{100 * share:.1f}" for share in (*shares, sum(shares) / len(shares))))
     text = io.StringIO()
-    Console(file=text, width=100, force_terminal=False, color_system=None).print(drawn)
+    width = min(columns_of(sys.stdout) or 100, 100)
+    Console(file=text, width=width, force_terminal=False, color_system=None).print(drawn)
     return text.getvalue().rstrip()
 
 

@@ -78,6 +78,7 @@ class Doctor:
             *_about_the_machine(self),
             *_about_the_folder(self.folder),
             *_about_defaults(self.defaults),
+            *_about_the_terminal(self.terminal),
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -352,3 +353,12 @@ def _about_the_folder(folder: Facts) -> Iterator[Advice]:
 def _about_defaults(defaults: Facts) -> Iterator[Advice]:
     if defaults["problem"] not in (None, UNKNOWN):
         yield Advice("warning", f"the file of defaults is wrong: {printable(defaults['problem'], 500)}")
+
+
+def _about_the_terminal(terminal: Facts) -> Iterator[Advice]:
+    if terminal["blocks"] is False:
+        yield Advice(
+            "hint",
+            "no UTF-8 here, so bars are drawn in ASCII: `export LC_ALL=C.UTF-8` (and unset PYTHONIOENCODING) "
+            "if the terminal can show more",
+        )

@@ -163,6 +163,7 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
     lacking = [space for space in spaces if not activations_kept(space.private, space.journal)]
     kept = next((space for space in spaces if space not in lacking), None)
     if kept:
+        run.emit(Notice("resuming: the activations are measured"))
         activations = Activations.load(kept.private / ACTIVATIONS)
     else:
         # What was measured in two environments must not reach the cache, from which other merges take.

@@ -16,7 +16,18 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from lowmem_aim.output.heatmap import MOST_KINDS, Modules, colour_of, heat_rows, inside, label_of, layers_of, shares_by
+from lowmem_aim.output.heatmap import (
+    MOST_KINDS,
+    Modules,
+    Scale,
+    colour_of,
+    heat_rows,
+    inside,
+    label_of,
+    layers_of,
+    scale_of,
+    shares_by,
+)
 from lowmem_aim.system.files import cache_folder
 
 if TYPE_CHECKING:
@@ -102,15 +113,18 @@ def _figure(kept: Modules) -> Figure:
     cells = figure.add_axes((left / width, below / height, across / width, down / height))
     colours = ListedColormap([colour_of(step / 255) for step in range(256)]).with_extremes(bad=NOT_RELAXED)
     numbers = [[float("nan") if share is None else share for share in row] for _, row in rows]
-    image = cells.imshow(numbers, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    scale = scale_of(every)
+    image = cells.imshow(
+        numbers, cmap=colours, vmin=scale.least, vmax=scale.most, aspect="auto", interpolation="nearest"
+    )
     bar = figure.add_axes(((left + across + 0.2) / width, below / height, 0.15 / width, down / height))
     figure.colorbar(image, cax=bar)
     cells.set_title(title, fontproperties=_font("DejaVuSans.ttf"), loc="left")
-    _label(cells, bar, labels, layers)
+    _label(cells, bar, labels, layers, scale)
     return figure
 
 
-def _label(cells: Axes, bar: Axes, labels: Sequence[str], layers: Sequence[str]) -> None:
+def _label(cells: Axes, bar: Axes, labels: Sequence[str], layers: Sequence[str], scale: Scale) -> None:
     """Draw all texts, in matplotlib's own fonts by file: the system may have others of the same names."""
     text, names = _font("DejaVuSans.ttf"), _font("DejaVuSansMono.ttf")
     each = next(step for step in (1, 5, 10, 50, 100) if len(layers) <= 20 * step or step == 100)
@@ -118,8 +132,8 @@ def _label(cells: Axes, bar: Axes, labels: Sequence[str], layers: Sequence[str])
     cells.set_xlabel("layer", fontproperties=text)
     cells.set_xticks(columns, [layers[column] for column in columns], fontproperties=text)
     cells.set_yticks(range(len(labels)), labels, fontproperties=names, parse_math=False)  # else `$x_1$` is a formula
-    quarters = (0.0, 0.25, 0.5, 0.75, 1.0)
-    bar.set_yticks(quarters, [f"{share:.0%}" for share in quarters], fontproperties=text, parse_math=False)
+    quarters = [scale.least + (scale.most - scale.least) * part / 4 for part in range(5)]
+    bar.set_yticks(quarters, [f"{share:.1%}" for share in quarters], fontproperties=text, parse_math=False)
 
 
 def _font(name: str) -> FontProperties:

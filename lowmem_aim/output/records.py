@@ -32,7 +32,7 @@ class Schema(Record):
     version: int
 
 
-VERSION = 2  # to be raised when a record gets other fields, or a field another meaning
+VERSION = 2  # to be raised when a record gets fields without defaults, or a field another meaning
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class PlanSize(Record):
     tensors: int = 0
     bytes: int = 0  # of the shards
     shards: Sequence[str] = ()  # file names
+    headers: Sequence[int] = ()  # bytes of each shard's header
 
 
 @dataclass(frozen=True)

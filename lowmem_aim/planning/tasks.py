@@ -89,7 +89,12 @@ class Plan:
 
     def size(self) -> dict[str, Any]:
         """The amount of work, as the journal records it."""
-        return {"tensors": len(self.tasks), "bytes": self.output_bytes, "shards": [shard.name for shard in self.shards]}
+        return {
+            "tensors": len(self.tasks),
+            "bytes": self.output_bytes,
+            "shards": [shard.name for shard in self.shards],
+            "headers": [len(shard.header) for shard in self.shards],
+        }
 
     def index(self) -> bytes:
         """The content of model.safetensors.index.json."""

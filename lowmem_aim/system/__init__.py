@@ -13,6 +13,8 @@ files.py          files: opened only if regular, written whole or not at all
 address_space.py  the limit of a process's address space
 faults.py         system calls that failed, told to the user
 lock.py           the lock of an output folder
+characters.py     the characters that stdout and stderr can show: ASCII in place of bars, if need be
+beginning.py      the moment at which the command began
 interrupts.py     signals: end, pause, report progress
 bugs.py           the traceback of a bug, kept for a report
 """

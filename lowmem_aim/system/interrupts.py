@@ -25,12 +25,14 @@ from typing import ClassVar, NoReturn
 
 from lowmem_aim.errors import ModelError
 
-MESSAGE = b"interrupted: run the same command again to go on\n"
+GOES_ON = "interrupted: run the same command again to go on"
+STARTS_OVER = "interrupted before anything was kept: the same command starts from the beginning"
 PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it was being read
 
 hint: repair the file and run the same command again; what is finished is kept
 """
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # the exit code is 128 plus the signal's number
+AT_ONCE = b"interrupted at once: the same command goes on from what was kept, if anything was\n"
 _SHOW_CURSOR = b"\x1b[?25h"
 _POLL_SECONDS = 0.1
 
@@ -46,6 +48,7 @@ class _State:
     working = False
     received = 0  # the first signal's number
     paused = False
+    kept = True  # whether the run that was interrupted has kept something
     at_end: ClassVar[list[Callable[[], None]]] = []  # calls that restore the terminal before the process ends
     tell: ClassVar[list[Callable[[], None]]] = []  # calls that print the progress
 
@@ -66,7 +69,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _State.received:
         _State.received = number
         raise Interrupted
-    _end(MESSAGE, 128 + _State.received)
+    _end(AT_ONCE, 128 + _State.received)
 
 
 def _end(message: bytes, code: int) -> NoReturn:
@@ -88,6 +91,16 @@ _pages_gone = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _end(PAGES_GON
 def received() -> int:
     """The number of the first signal that came during `work`; 0 if none has."""
     return _State.received
+
+
+def note_kept(kept: bool) -> None:
+    """Note whether the run that is being interrupted has kept something, for the closing message."""
+    _State.kept = kept
+
+
+def message(kept: bool | None = None) -> str:
+    """Return what an interrupted run tells about the next one. `kept`: whether there is something to build on."""
+    return GOES_ON if (_State.kept if kept is None else kept) else STARTS_OVER
 
 
 def check() -> None:
@@ -154,7 +167,7 @@ def work() -> Iterator[None]:
     """Mark the block as work: in it, a signal raises Interrupted."""
     if hasattr(signal, "SIGBUS"):
         ctypes.CDLL(None).signal(int(signal.SIGBUS), _pages_gone)
-    _State.working, _State.received, _State.paused = True, 0, False
+    _State.working, _State.received, _State.paused, _State.kept = True, 0, False, True
     try:
         yield
     finally:

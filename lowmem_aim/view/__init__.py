@@ -5,6 +5,8 @@ record.py        events as lines of JSON, and the log
 plan_lines.py    a plan as lines for people
 doctor_lines.py  the report of `doctor` as lines for people
 plain_lines.py   a run as plain lines, or as lines of JSON
+wrapping.py      long lines, broken at spaces for a terminal
+layer_rows.py    the rows of the screen with a cell for each layer
 screen.py        a run as one picture
 terminal.py      the terminal while a dashboard is shown
 dashboard.py     the live picture, and the choice among all of these

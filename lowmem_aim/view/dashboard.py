@@ -15,10 +15,12 @@ from rich.text import Text
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, Planned, RunStarted
-from lowmem_aim.system import interrupts
+from lowmem_aim.system import beginning, interrupts
 from lowmem_aim.view import terminal
 from lowmem_aim.view.plain_lines import JsonLines, Lines, Quiet, View, first_lines, line_of
+from lowmem_aim.view.plan_lines import INDENT
 from lowmem_aim.view.screen import screen
+from lowmem_aim.view.wrapping import wrapped
 
 REFRESH_SECONDS = 1.0  # samples come as often; a picture takes up to 10 ms to draw
 Style = Literal["human", "plain", "json", "quiet"]
@@ -27,7 +29,7 @@ Style = Literal["human", "plain", "json", "quiet"]
 @contextlib.contextmanager
 def showing(style: Style) -> Iterator[View]:
     """The View of `style`; `human` is the dashboard if this process has a terminal, and plain lines if not."""
-    clock_ = _seconds_since(time.monotonic())
+    clock_ = _seconds_since(beginning.began())
     if style == "quiet":
         yield Quiet(clock_)
     elif style == "json":
@@ -76,7 +78,8 @@ class Dashboard(Quiet):
             # A Text: in a str, rich would take names for markup and emoji.
             self.console.print(Text(printable(event.text, 500), style="dim"))
         elif isinstance(event, Planned):
-            self.console.print(Text("\n".join(first_lines(event)), no_wrap=True, overflow="ellipsis"))
+            told = wrapped(first_lines(event), self.console.size.width, INDENT)
+            self.console.print(Text("\n".join(told), no_wrap=True, overflow="ellipsis"))
         elif isinstance(event, PhaseStarted | RunStarted | Paused):
             self.draw()
 

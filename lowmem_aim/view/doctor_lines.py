@@ -9,12 +9,13 @@ from lowmem_aim.errors import printable
 from lowmem_aim.units import shown
 
 Facts = Mapping[str, Any]
+INDENT = 12  # columns of a heading
 UNKNOWN = "unknown"  # a fact that could not be found out
 
 
 def doctor_lines(report: Mapping[str, Any]) -> list[str]:
     """`report`: what `doctor --json` prints."""
-    found = [f"{heading:12}{text}" for heading, text in _paragraphs(report)]
+    found = [f"{heading:{INDENT}}{text}" for heading, text in _paragraphs(report)]
     advice = [f"{advice['level']}: {advice['text']}" for advice in report["advice"]]
     return [*found, *([""] if advice else []), *advice]
 

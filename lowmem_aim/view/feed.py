@@ -25,11 +25,13 @@ import lowmem_aim
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
 from lowmem_aim.output import requests
-from lowmem_aim.output.folder import LOG, existing_folder
-from lowmem_aim.system import interrupts
+from lowmem_aim.output.folder import LOG, existing_folder, outputs_in
+from lowmem_aim.system import beginning, interrupts
 from lowmem_aim.system.bugs import note_log
 from lowmem_aim.system.faults import of_the_system
+from lowmem_aim.system.files import partial_folder
 from lowmem_aim.view.record import Log
+from lowmem_aim.view.status import keeps_something
 from lowmem_aim.view.summary import write_facts
 
 SAMPLE_SECONDS = 1.0
@@ -39,10 +41,11 @@ PEAK_SECONDS = 0.1  # between two looks at memory, for its peak
 class Feed:
     """An Emit that any thread may call: it shows and records each event."""
 
-    def __init__(self, out: Path, emit: Emit, log: Log) -> None:
+    def __init__(self, out: Path, emit: Emit, log: Log, began: float) -> None:
+        """`began`: the time.monotonic() from which the log counts."""
         self._emit, self._log = emit, log
         self.recorded: list[Path] = []  # the folders whose logs this run writes to
-        self._began = time.monotonic()
+        self._began = began
         self._lock = threading.RLock()
         self.meters = Meters(out)
 
@@ -180,12 +183,13 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
     `command` is what to type to resume the run, should it be interrupted.
     """
     log = Log()
-    feed = Feed(out, emit, log)
+    feed = Feed(out, emit, log, beginning.began() if command else time.monotonic())
     feed(started(job, out, command))
     try:
         with _sampling(feed):
             yield feed
     except BaseException as error:
+        interrupts.note_kept(any(map(keeps_something, _folders(job, out))))
         feed(ended(error))
         for private in feed.recorded[:1]:
             if os.path.isfile(private / LOG):  # else nothing was finished, and the folder is gone
@@ -202,6 +206,13 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
                     write_facts(private)
 
 
+def _folders(job: Literal["merge", "calibrate"], out: Path) -> list[Path]:
+    """The folders in which a run keeps what a later one can build on."""
+    with contextlib.suppress(LowmemAimError):  # a name too long, or a folder that cannot be read
+        return [partial_folder(out)] if job == "calibrate" else outputs_in(out)
+    return []
+
+
 def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") -> RunStarted:
     """The event of a run that begins now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -211,7 +222,7 @@ def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") ->
 def ended(error: BaseException) -> RunEnded:
     """The event of a run that ends by an exception."""
     if interrupts.received() or isinstance(error, interrupts.Interrupted | KeyboardInterrupt):
-        return RunEnded("interrupted", 128 + (interrupts.received() or 2))
+        return RunEnded("interrupted", 128 + (interrupts.received() or 2), hint=interrupts.message())
     told = of_the_system(error) if isinstance(error, OSError) else error
     if not isinstance(told, LowmemAimError):
         told = LowmemAimError(f"{type(error).__name__}: {error}")

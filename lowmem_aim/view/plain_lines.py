@@ -13,6 +13,7 @@ from lowmem_aim.units import clock, shown
 from lowmem_aim.view import plan_lines as survey
 from lowmem_aim.view.progress import PhaseSeen, Progress
 from lowmem_aim.view.record import to_line
+from lowmem_aim.view.wrapping import for_terminal
 
 SECONDS_BETWEEN_LINES = 30.0
 RATES: tuple[Stage, ...] = ("read", "write")
@@ -52,16 +53,18 @@ class Lines(Quiet):
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(clock)
         self._last = 0.0
+        self._reused: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         super().__call__(event)
         now = self.progress.now
         if isinstance(event, Planned):
-            _print("\n".join(first_lines(event)))
+            _print(*first_lines(event), indent=survey.INDENT)
         elif isinstance(event, Paused):
             _print("paused" if event.paused else "going on")
         elif isinstance(event, PhaseStarted):
             self._last = now
+            self._tell_reused()
             _print(f"{event.phase}: {_amount(self.progress.phases[event.phase])}")
         elif isinstance(event, PhaseEnded):
             seen = self.progress.phases.get(event.phase)
@@ -72,20 +75,28 @@ class Lines(Quiet):
             self._last = now
             _print(line_of(self.progress))
 
+    def _tell_reused(self) -> None:
+        """Print which phases were not needed, each once."""
+        for phase in self.progress.planned.phases if self.progress.planned else ():
+            if self.progress.is_reused(phase) and phase not in self._reused:
+                self._reused.add(phase)
+                _print(f"{phase}: reused")
+
     def tell(self) -> None:
         """Print the progress now, because the user asks for it (SIGUSR1)."""
         _print(line_of(self.progress))
 
 
-def _print(line: str) -> None:
+def _print(*lines: str, indent: int = 2) -> None:
     with contextlib.suppress(OSError):  # nobody reads any more; the run goes on all the same
-        print(line, file=sys.stderr, flush=True)
+        print(for_terminal(lines, indent, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _amount(seen: PhaseSeen) -> str:
+    share = f"{min(seen.done / seen.total, 1.0):.0%}, " if seen.total and seen.done else ""
     if seen.unit == "bytes":
-        return f"{shown(seen.done)} of {shown(seen.total)}"
-    return f"{seen.done:.0f} of {seen.total} {seen.unit}"
+        return f"{share}{shown(seen.done)} of {shown(seen.total)}"
+    return f"{share}{seen.done:.0f} of {seen.total} {seen.unit}"
 
 
 def line_of(run: Progress) -> str:

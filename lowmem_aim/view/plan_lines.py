@@ -12,6 +12,7 @@ from typing import Any
 from lowmem_aim.errors import printable
 from lowmem_aim.units import clock, shown
 
+INDENT = 10  # columns of a heading
 KINDS_LISTED = 40  # shown; a model of many different modules has more
 MOST_LEFT_OUT = 5  # names shown for one reason
 STARTING_SECONDS = 3.0  # importing torch, opening the models
@@ -71,10 +72,11 @@ def count(number: float) -> str:
 
 
 def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for number, kind in enumerate(kinds[:KINDS_LISTED]):
+    names = [printable(kind["kind"], 40) for kind in kinds[:KINDS_LISTED]]
+    width = max(map(len, names), default=0)
+    for number, (name, kind) in enumerate(zip(names, kinds, strict=False)):
         own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
-        name = printable(kind["kind"], 40)
-        told = f"{name:<40} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
+        told = f"{name:<{width}} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
         yield f"{'tensors' if not number else '':<10}{told}"
     if len(kinds) > KINDS_LISTED:
         yield f"          ... and {len(kinds) - KINDS_LISTED} more kinds"

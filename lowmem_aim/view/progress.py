@@ -47,7 +47,12 @@ class PhaseSeen:
     begun: float
     done: float  # of `total`
     ended: float | None = None
+    before: float = 0.0  # seconds of the same phase for other outputs
     marks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))  # (working time, done)
+
+    def seconds(self, now: float) -> float:
+        """Seconds that the phase has taken, `now` seconds after the run began."""
+        return self.before + (now if self.ended is None else self.ended) - self.begun
 
 
 @dataclass
@@ -56,6 +61,8 @@ class Progress:
 
     now: float = 0.0  # seconds since it began
     started: RunStarted | None = None
+    starting: float = 0.0  # seconds until then, in which the command was loaded
+    first_phase_at: float | None = None  # seconds until the first phase began
     planned: Planned | None = None
     phases: dict[Phase, PhaseSeen] = field(default_factory=dict)
     samples: deque[tuple[float, Sampled]] = field(default_factory=lambda: deque(maxlen=HISTORY))
@@ -79,11 +86,14 @@ class Progress:
         self.now = max(self.now, t)
         match event:
             case RunStarted():
-                self.started = event
+                self.started, self.starting = event, t
             case Planned():
                 self.planned = event
             case PhaseStarted():
+                self.first_phase_at = t if self.first_phase_at is None else self.first_phase_at
+                again = self.phases.pop(event.phase, None)
                 seen = PhaseSeen(event.phase, event.total, event.unit, t, event.done)
+                seen.before = again.seconds(t) if again else 0.0
                 seen.marks.append((self.working, event.done))
                 self.phases[event.phase] = seen
                 self.item, self.shape = "", ()
@@ -167,6 +177,25 @@ class Progress:
     def warnings(self) -> list[str]:
         """The texts of all warnings, in order."""
         return [notice.text for notice in self.notices if notice.level == "warning"]
+
+    @property
+    def planning(self) -> float:
+        """Seconds from the start of the run to its first phase: models are opened and compared, memory is shared."""
+        return (self.now if self.first_phase_at is None else self.first_phase_at) - self.starting
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by part of the run, which add up to `now`: start, plan, the phases, and other for what is between."""
+        parts = {"start": self.starting, "plan": self.planning}
+        parts |= dict.fromkeys(self.planned.phases if self.planned else (), 0.0)  # in their order; the reused take none
+        parts |= {name: seen.seconds(self.now) for name, seen in self.phases.items()}
+        return parts | {"other": max(0.0, self.now - sum(parts.values()))}
+
+    def is_reused(self, phase: str) -> bool:
+        """Whether a planned phase was not needed: one behind it has begun, so what it gives was there already."""
+        planned = list(self.planned.phases) if self.planned else []
+        if phase not in planned or phase in self.phases:
+            return False
+        return any(later in self.phases for later in planned[planned.index(phase) + 1 :])
 
     def left(self) -> float | None:
         """Seconds until the current phase ends, at the pace of its last part; None if that pace is not known."""

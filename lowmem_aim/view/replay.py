@@ -13,15 +13,22 @@ from pathlib import Path
 from rich.console import Console
 
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.events import RunEnded
 from lowmem_aim.output.folder import LOG, PRIVATE, outputs_in
+from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import write_file
+from lowmem_aim.system.lock import is_held
 from lowmem_aim.view.dashboard import playing
 from lowmem_aim.view.plain_lines import Lines
-from lowmem_aim.view.progress import Progress
+from lowmem_aim.view.progress import Progress, seen
 from lowmem_aim.view.record import Timed, runs_in
 from lowmem_aim.view.screen import screen
+from lowmem_aim.view.status import keeps_something
+from lowmem_aim.view.summary import summary_lines
 from lowmem_aim.view.terminal import is_interactive
+from lowmem_aim.view.wrapping import columns_of
 
+NO_RUN = "a run that kept something leaves its log in OUT/.lowmem_aim, until it is discarded by `--fresh`"
 LONGEST_WAIT = 2.0  # seconds between two events
 
 
@@ -30,28 +37,45 @@ def run_of(out: Path, number: int = -1) -> list[Timed]:
     log = outputs_in(out)[0] / PRIVATE / LOG
     runs = runs_in(log)
     if not runs:
-        raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint="merges leave one in OUT/.lowmem_aim")
+        raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint=NO_RUN)
     if not 1 <= abs(number) <= len(runs):
         raise UsageError(
             f"there is no run {number}: `{printable(str(log))}` has {len(runs)}",
             f"1 is the first run, and {len(runs)} the last",
         )
-    return runs[number - 1 if number > 0 else number]
+    run = runs[number - 1 if number > 0 else number]
+    return run if run is runs[-1] and is_held(log.with_name("lock")) else _closed(run, keeps_something(log.parents[1]))
+
+
+def _closed(run: list[Timed], kept: bool) -> list[Timed]:
+    """A run that is over, with an end if its log has none: it was killed."""
+    last, event = run[-1]
+    if isinstance(event, RunEnded):
+        return run
+    hint = interrupts.message(kept)
+    return [*run, (last, RunEnded("interrupted", -1, ("the process was killed: the log has no end",), hint))]
 
 
 def play(run: Sequence[Timed], speed: float) -> None:
-    """Play a run: on a terminal as the dashboard, `speed` times as fast; elsewhere as plain lines, at once."""
+    """Play a run: on a terminal as the dashboard, `speed` times as fast; elsewhere as plain lines, at once.
+
+    The last screen stays, and the summary follows.
+    """
     now = 0.0
-    if not is_interactive():
+    if is_interactive():
+        with playing(lambda: now) as dashboard:
+            for t, event in run:
+                time.sleep(min(max(t - now, 0.0) / speed, LONGEST_WAIT))
+                now = t
+                dashboard(event)
+        console = Console(stderr=True)
+        console.print(screen(dashboard.progress, console.size.width - 1, console.size.height - 1))
+    else:
         lines = Lines(lambda: now)
         for now, event in run:  # noqa: B007  # the lines' clock
             lines(event)
-        return
-    with playing(lambda: now) as dashboard:
-        for t, event in run:
-            time.sleep(min(max(t - now, 0.0) / speed, LONGEST_WAIT))
-            now = t
-            dashboard(event)
+    for line in summary_lines(seen(run), columns_of(sys.stderr)):
+        print(line, file=sys.stderr)
 
 
 def parse_size(text: str) -> tuple[int, int]:

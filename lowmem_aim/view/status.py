@@ -6,17 +6,19 @@ Nothing is changed, except that a commit cut short by a kill is taken back, as t
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem_aim.errors import DiskError, UsageError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, check_private, is_finished
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, PlanSize
+from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, KeptComparison, PlanSize
+from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import input_errors, is_folder
-from lowmem_aim.system.lock import is_held, owner_of
+from lowmem_aim.system.lock import Owner, is_held, owner_of
 from lowmem_aim.units import shown
 from lowmem_aim.view.plain_lines import line_of
 from lowmem_aim.view.progress import Progress, seen
@@ -34,10 +36,13 @@ class Status:
     activations: bool  # measured and kept
     tensors: int  # finished
     tensors_total: int
-    bytes: int
+    bytes: int  # of finished tensors, as the screen counts them
     bytes_total: int
-    now: str = ""  # the progress of a running one, from its log
+    now: str = ""  # the progress of a running one, from its log: what its screen shows
     paused: bool = False  # by a key or by `lowmem-aim pause`
+    stopped: bool = False  # the process at work sleeps, by Ctrl-Z or SIGSTOP
+    pid: int = 0  # of the process at work; 0 if none is, or it is not known
+    kept: bool = False  # the next run can build on something
 
     def as_json(self) -> dict[str, Any]:
         """The status as `--json` prints it."""
@@ -45,19 +50,24 @@ class Status:
 
     def lines(self) -> list[str]:
         """The status as lines for people."""
-        by = f" by {self.owner}" if self.owner else ""
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` reads it all again"]
-        heading = f"running{by}" if self.state == "running" else "interrupted: run the same command again to go on"
+        if self.state == "interrupted":
+            return [interrupts.message(self.kept), *(self._done() if self.kept else ())]
+        on_disk = [f"on the disk: {line}" for line in self._done()]
+        return [self._at_work(), *([self.now] if self.now else []), *on_disk]
+
+    def _at_work(self) -> str:
+        if self.stopped:
+            return f"stopped: {self.owner}; `fg` in its terminal lets it go on, or `kill -CONT {self.pid}`"
         if self.paused:
-            heading = f"paused{': the run is ' * bool(self.owner)}{self.owner}"
-        if self.state == "interrupted" and not (self.tensors or self.activations or self.blocks):
-            return ["interrupted before anything was finished: the same command starts again"]
-        return [heading, *self._done(), *([self.now] if self.now else [])]
+            return f"paused{': the run is ' * bool(self.owner)}{self.owner}"
+        return f"running{f' by {self.owner}' * bool(self.owner)}"
 
     def _done(self) -> Iterator[str]:
         if self.tensors_total:  # else it is only a calibration
-            sizes = f"{shown(self.bytes)} of {shown(self.bytes_total)}"
+            share = self.bytes / self.bytes_total if self.bytes_total else 0.0
+            sizes = f"{share:.0%}, {shown(self.bytes)} of {shown(self.bytes_total)}"
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
         if self.activations:
             yield "activations are measured"
@@ -72,7 +82,8 @@ def status_of(out: Path) -> Status:
         there = is_folder(private)
     if not there:
         raise UsageError(
-            f"no run of this tool has been in `{printable(str(out))}`", "name the folder that a merge writes to"
+            f"no run of this tool has been in `{printable(str(out))}`",
+            hint="name the folder that a merge writes to; a run that has kept nothing leaves nothing there",
         )
     check_private(out)
     finished = is_finished(out)
@@ -80,22 +91,46 @@ def status_of(out: Path) -> Status:
     with Journal(private, read_only=True) as journal:
         size = journal.kept(PlanSize) or PlanSize()
         calibration = journal.kept(CalibrationSnapshot)
-        last = [groups[-1] for name in size.shards if (groups := journal.groups(name))]
+        last = {name: groups[-1] for name in size.shards if (groups := journal.groups(name))}
+        headers = dict(zip(size.shards, size.headers, strict=False))
         owner = owner_of(private / "lock")
+        activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
+        kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
         progress = _now(private / LOG) if running else None
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
             owner=str(owner) if owner and running else "",
             blocks=calibration.blocks if calibration else 0,
             blocks_total=calibration.of if calibration else 0,
-            activations=os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None,
-            tensors=sum(group.tensors for group in last),
+            activations=activations,
+            tensors=sum(group.tensors for group in last.values()),
             tensors_total=size.tensors,
-            bytes=sum(group.end for group in last),
-            bytes_total=size.bytes,
+            bytes=sum(group.end - headers.get(name, 0) for name, group in last.items()),
+            bytes_total=size.bytes - sum(headers.values()),
             now=line_of(progress) if progress else "",
             paused=progress is not None and progress.paused,
+            stopped=running and owner is not None and _is_stopped(owner),
+            pid=owner.pid if owner and running else 0,
+            kept=kept,
         )
+
+
+def keeps_something(out: Path) -> bool:
+    """Whether the next run in `out` can build on what earlier ones have left."""
+    try:
+        return status_of(out).kept
+    except LowmemAimError:  # nothing is there, or what is there cannot be read
+        return False
+
+
+def _is_stopped(owner: Owner) -> bool:
+    """Whether a process on this machine is suspended. False if that cannot be found out."""
+    import psutil  # only where a run is alive: `status` is quick
+
+    try:
+        return owner.host == socket.gethostname() and psutil.Process(owner.pid).status() == psutil.STATUS_STOPPED
+    except (psutil.Error, ValueError, OverflowError):
+        return False
 
 
 def _now(log: Path) -> Progress | None:

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import json
 import shlex
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import DiskError, printable
 from lowmem_aim.events import RunEnded, Sampled
 from lowmem_aim.output.folder import FACTS, LOG, PRIVATE, SUMS, outputs_in
-from lowmem_aim.output.heatmap import block_of, inside, shares_by
+from lowmem_aim.output.heatmap import Scale, inside, shares_by
 from lowmem_aim.system.files import real, write_file
+from lowmem_aim.system.interrupts import GOES_ON
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view.progress import STAGES, Progress, seen
 from lowmem_aim.view.record import runs_in
+from lowmem_aim.view.wrapping import wrapped, wrapped_command
 
 FORMAT = "lowmem-aim run 1"
 MOST_WARNINGS = 10
-INDENT = " " * 12
+INDENT = 12  # columns
 
 
 def write_facts(private: Path) -> None:
@@ -51,7 +52,9 @@ def facts(run: Progress) -> dict[str, Any]:
         "problems": list(ended.problems),
         "seconds": round(run.now, 3),
         "paused_seconds": round(run.idle, 3),
-        "phases": {name: round((s.ended or run.now) - s.begun, 3) for name, s in run.phases.items()},
+        "start_seconds": round(run.starting, 3),
+        "plan_seconds": round(run.planning, 3),
+        "phases": {name: round(seen.seconds(run.now), 3) for name, seen in run.phases.items()},
         "tensors": {"finished": run.tensors, "earlier": run.earlier},
         "warnings": run.warnings,
     }
@@ -66,14 +69,26 @@ def facts(run: Progress) -> dict[str, Any]:
         found["busy_seconds"] = {stage: getattr(latest, f"{stage}_seconds") for stage in STAGES}
     if (share := run.kept_share()) is not None:
         outputs = {name: kept.share for name, kept in run.kept_by_output.items() if name}
-        found["kept"] = {"delta": share, "layers": run.kept_by(0), "kinds": run.kept_by(1), "outputs": outputs}
+        layers = _in_order(run.kept_by(0))
+        found["kept"] = {"delta": share, "layers": layers, "kinds": run.kept_by(1), "outputs": outputs}
     return found
 
 
-def summary_lines(run: Progress, width: int = 100) -> Iterator[str]:
-    """The lines of the closing summary, broken at `width` columns if they can be broken."""
+def summary_lines(run: Progress, width: int | None = None) -> Iterator[str]:
+    """The lines of the closing summary, broken at spaces where they have more than `width` columns."""
+    yield from wrapped(_summary(run, width), width, INDENT)
+    if run.ended and run.ended.outcome == "interrupted" and run.started and run.started.command:
+        label = "resume" if run.ended.hint == GOES_ON else "again"
+        yield from wrapped_command(printable(run.started.command, 10_000), width, f"  {label:<{INDENT - 2}}")
+
+
+def _summary(run: Progress, width: int | None) -> Iterator[str]:
     yield _outcome(run)
     latest, planned = run.latest, run.planned
+    for problem in run.ended.problems if run.ended else ():
+        yield f"  problem   {printable(problem, 500)}"
+    if run.ended and run.ended.hint and run.ended.hint != GOES_ON:  # the command itself says that
+        yield f"  hint      {printable(run.ended.hint, 500)}"
     if latest and latest.write_bytes:
         yield f"  moved     {', '.join(_moved(run, latest))}"
     if latest and planned:
@@ -81,8 +96,7 @@ def summary_lines(run: Progress, width: int = 100) -> Iterator[str]:
         if latest.vram_peak is not None:
             peaks.append(f"VRAM {shown(latest.vram_peak)} of {shown(planned.vram_budget or 0)}")
         yield f"  peaks     {', '.join(peaks)} (the budget)"
-    for text in _kept(run):
-        yield from textwrap.wrap(text, width, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
+    yield from _kept(run, width)
     for text in run.warnings[:MOST_WARNINGS]:
         yield f"  warning   {printable(text, 500)}"
     if len(run.warnings) > MOST_WARNINGS:
@@ -90,9 +104,35 @@ def summary_lines(run: Progress, width: int = 100) -> Iterator[str]:
 
 
 def _outcome(run: Progress) -> str:
-    phases = ", ".join(f"{name} {clock((s.ended or run.now) - s.begun)}" for name, s in run.phases.items())
+    """How the run ended, after how long, and with what it spent that time: the parts add up to the whole."""
+    whole = _whole_seconds(run.spent())
+    told = {name: "reused" if run.is_reused(name) else clock(took) for name, took in whole.items()}
+    parts = [f"{name} {text}" for name, text in told.items() if whole[name] or name in run.phases or text == "reused"]
     earlier = f", {run.earlier} of {run.tensors} tensors by earlier runs" if run.earlier else ""
-    return f"finished in {clock(run.now)} ({phases}){earlier}"
+    outcome = run.ended.outcome if run.ended else "still running"
+    when = "in" if outcome == "finished" else "after"
+    return f"{outcome} {when} {clock(sum(whole.values()))} ({', '.join(parts)}){earlier}"
+
+
+def _whole_seconds(parts: Mapping[str, float]) -> dict[str, int]:
+    """The parts in whole seconds, which add up to their rounded sum: the largest fractions are rounded up."""
+    whole = {name: int(part) for name, part in parts.items()}
+    missing = round(sum(parts.values())) - sum(whole.values())
+    for name in sorted(parts, key=lambda name: whole[name] - parts[name])[:missing]:
+        whole[name] += 1
+    return whole
+
+
+def _folded(shares: Sequence[float], most: int) -> list[float]:
+    """The shares, or, of more than `most`, the means of neighbours: a strip must fit its line."""
+    each = -(-len(shares) // max(most, 1))
+    cells = [shares[first : first + each] for first in range(0, len(shares), each)]
+    return [sum(cell) / len(cell) for cell in cells]
+
+
+def _in_order(layers: Mapping[str, float]) -> dict[str, float]:
+    """By layer, ascending: tensors are merged in the order of their names, in which 10 comes before 2."""
+    return {name: layers[name] for name in sorted(layers, key=lambda name: int(name or -1))}
 
 
 def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
@@ -101,11 +141,11 @@ def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
         ("read", latest.read_bytes, ("calibrate", "compare", "merge")),
         ("written", latest.write_bytes, ("merge",)),
     ):
-        took = sum((s.ended or run.now) - s.begun for phase, s in run.phases.items() if phase in phases)
+        took = sum(seen.seconds(run.now) for phase, seen in run.phases.items() if phase in phases)
         yield f"{name} {shown(nbytes)} ({shown(nbytes / max(took, 0.001))}/s)"
 
 
-def _kept(run: Progress) -> Iterator[str]:
+def _kept(run: Progress, width: int | None) -> Iterator[str]:
     """Lines with the share of the delta that is left: of all of it, by kind of module, and by layer."""
     share = run.kept_share()
     if share is None:
@@ -121,20 +161,29 @@ def _kept(run: Progress) -> Iterator[str]:
     layers = {name: part for name, part in run.kept_by(0).items() if name}
     if layers:
         least, most = min(layers, key=lambda name: layers[name]), max(layers, key=lambda name: layers[name])
-        strip = "".join(block_of(layers[name]) for name in sorted(layers, key=int))
-        yield f"  by layer  {strip} least in {least} ({layers[least]:.0%}), most in {most} ({layers[most]:.0%})"
+        scale = Scale.of(layers.values())
+        strip = "".join(map(scale.block, _folded([*_in_order(layers).values()], (width or 1000) - INDENT)))
+        extremes = f"least in {least} ({layers[least]:.1%}), most in {most} ({layers[most]:.1%})"
+        yield f"  by layer  {strip} from {scale}; {extremes}"
 
 
-def next_commands(made: Path) -> Iterator[str]:
-    """Lines with commands for a merged model: evaluate, convert, upload. With several outputs, for the first."""
+def next_commands(made: Path, width: int | None = None) -> Iterator[str]:
+    """Lines with commands for a merged model: evaluate, convert, upload. With several outputs, for the first.
+
+    Lines of more than `width` columns are broken; what can be pasted stays so.
+    """
     out, *others = outputs_in(made)
     folder, name = quoted(out), quoted(Path(real(out).name), inside=True)
-    yield f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
-    yield f"  evaluate  lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"
-    yield f"  convert   python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
-    yield f"  upload    hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"  # the journal and the log are private
+    digests = f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
+    yield from wrapped([digests], width, INDENT)
+    for label, command in (
+        ("evaluate", f"lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"),
+        ("convert", f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"),
+        ("upload", f"hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"),  # the journal and the log are private
+    ):
+        yield from wrapped_command(command, width, f"  {label:<{INDENT - 2}}")
     if others:
-        yield f"            and likewise {', '.join(printable(other.name) for other in others)}"
+        yield from wrapped([f"            and likewise {', '.join(printable(o.name) for o in others)}"], width, INDENT)
 
 
 def quoted(path: Path, inside: bool = False) -> str:

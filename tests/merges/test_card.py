@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ from stopping import stop
 from lowmem_aim.errors import ResumeError
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.output import picture
-from lowmem_aim.output.heatmap import BLOCKS, MOST_KINDS, DeltaSums, block_map, by_module, colour_of, heat_rows
+from lowmem_aim.output.heatmap import BLOCKS, MOST_KINDS, DeltaSums, Scale, block_map, by_module, colour_of, heat_rows
 from lowmem_aim.output.picture import heatmap_png
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.options import Options
@@ -151,8 +152,12 @@ class TestBlocks:
         assert "matplotlib" not in facts_of(out)["versions"]
         section, rows = section_of(out), list(heat_rows(run.kept))
         assert len(rows) == 9
+        known = [share for _, row in rows for share in row if share is not None]
+        least, most = math.floor(min(known) * 100) / 100, math.ceil(max(known) * 100) / 100
+        assert f"\nscale: ▁ {least:.0%} to █ {most:.0%}\n" in section
         for kind, row in rows:
-            blocks = "".join("·" if share is None else BLOCKS[int(share * 8)] for share in row)
+            places = [None if share is None else (share - least) / (most - least) for share in row]
+            blocks = "".join("·" if place is None else BLOCKS[min(int(place * 8 + 1e-9), 7)] for place in places)
             assert re.search(rf"(?m)^{re.escape(kind)} +{blocks}  +\d+%$", section)
         assert section.count("·") == 3
         assert f"\n- `lm_head`: {facts_of(out)['kept']['kinds']['lm_head']:.1%}\n" in section
@@ -172,7 +177,7 @@ class TestBlocks:
 
     def test_a_layer_stands_below_its_number_however_many_there_are(self) -> None:
         kept = by_module((layer, "mlp.experts.*.up_proj", (1.0, float(layer == 80))) for layer in range(95))
-        ruler, row = block_map(kept)
+        ruler, row, _ = block_map(kept)
         assert ruler.index("80") == row.index("█")
         assert row.endswith("  1%")
         assert re.findall(r"\d+", ruler) == [str(layer) for layer in range(0, 95, 10)]
@@ -180,8 +185,8 @@ class TestBlocks:
     def test_thousands_of_kinds_are_not_all_shown(self) -> None:
         kept = by_module((0, f"kind{number}", (1.0, 0.5)) for number in range(3000))
         lines = list(block_map(kept))
-        assert len(lines) == MOST_KINDS + 2
-        assert lines[-1] == f"and {3000 - MOST_KINDS} more kinds"
+        assert len(lines) == MOST_KINDS + 3
+        assert lines[-2] == f"and {3000 - MOST_KINDS} more kinds"
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -225,10 +230,12 @@ class TestPicture:
         return read
 
     def test_a_cell_has_the_colour_of_its_share(self) -> None:
-        image = self.image(heatmap_png({("0", "k"): DeltaSums(10.0, 6.0)}))
+        kept = {(str(n), "k"): DeltaSums(100.0, after) for n, after in enumerate((90.0, 93.0, 95.0))}
+        image = self.image(heatmap_png(kept))
         pixels = image.convert("RGB").tobytes()
         colours = Counter(pixels[n : n + 3].hex() for n in range(0, len(pixels), 3))
-        assert "#" + colours.most_common(2)[1][0] == colour_of(0.6)
+        commonest = {f"#{colour}" for colour, _ in colours.most_common(4)}
+        assert commonest == {"#ffffff", colour_of(0.0), colour_of(153 / 255), colour_of(1.0)}, "from least to most"
         assert image.info.keys() <= {"dpi"}
 
     def test_its_size_is_bounded(self) -> None:
@@ -317,3 +324,11 @@ def test_what_a_run_tells_and_what_its_card_says_are_the_same(
     assert kept["delta"] == pytest.approx(run.kept_share(), abs=1e-4)
     assert kept["kinds"] == pytest.approx(run.kept_by(1), abs=1e-4)
     assert kept["layers"] == pytest.approx({k: v for k, v in run.kept_by(0).items() if k}, abs=1e-4)
+
+
+def test_a_scale_lies_between_the_least_and_the_most() -> None:
+    scale = Scale.of([0.874, None, 0.952])
+    assert str(scale) == "▁ 87% to █ 96%"
+    assert [scale.block(share) for share in (0.874, 0.915, 0.952, None)] == ["▁", "▅", "█", "·"]
+    assert str(Scale.of([0.5, 0.5])) == "▁ 49% to █ 50%"
+    assert str(Scale.of([0.0, 1.0])) == str(Scale.of([None])) == "▁ 0% to █ 100%"

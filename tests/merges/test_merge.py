@@ -474,7 +474,7 @@ class TestKilled:
         process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=60)
         assert process.returncode == code
-        assert "interrupted: run the same command again to go on" in err
+        assert "interrupted before anything was kept: the same command starts from the beginning" in err
         assert "Traceback" not in err
         assert not (tmp_path / "out").exists()
 

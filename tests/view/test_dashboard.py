@@ -318,7 +318,7 @@ def test_plain_lines_have_no_escape_bytes(environment: dict[str, str], tmp_path:
     with on_a_terminal(tmp_path, **environment) as screen:
         screen.wait_for("warning: beware")
         os.kill(screen.process, signal.SIGUSR1)
-        screen.wait_for("; RAM ")
+        screen.wait_for("RAM 1 bytes of ")
         screen.file.write_text("finish")
         assert screen.end() == 0
         assert b"\x1b" not in screen.seen

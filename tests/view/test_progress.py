@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from lowmem_aim.events import (
     RunEnded,
 )
 from lowmem_aim.view.progress import Progress, seen
+from lowmem_aim.view.summary import facts, summary_lines
 
 
 def samples(until: int, **a_second: float) -> list[tuple[float, Event]]:
@@ -136,3 +138,39 @@ def test_warnings_and_the_end_are_kept() -> None:
 def test_a_run_of_days_keeps_no_more_samples_than_are_drawn() -> None:
     run = merging(*samples(1000))
     assert len(run.samples) == run.samples.maxlen
+
+
+def test_the_parts_of_a_run_add_up_to_its_time_start_and_plan_included() -> None:
+    """Also when a phase runs once for each of several outputs."""
+    planned = replace(PLANNED, phases=("calibrate", "compare", "merge", "finish"))
+    events: list[tuple[float, Event]] = [(2.4, STARTED), (3.0, planned)]
+    for begin, phase in ((6.3, "compare"), (9.0, "compare"), (12.4, "merge"), (30.1, "finish")):
+        events += [(begin, PhaseStarted(phase, 3, "blocks")), (begin + 2.45, PhaseEnded(phase))]  # type: ignore[arg-type]
+    run = seen([*events, (33.3, RunEnded("finished", 0))])
+    assert run.spent() == pytest.approx(
+        {"start": 2.4, "plan": 3.9, "calibrate": 0, "compare": 4.9, "merge": 2.45, "finish": 2.45, "other": 17.2}
+    )
+    assert run.is_reused("calibrate")
+    first = next(summary_lines(run))
+    assert first == (
+        "finished in 0:33 (start 0:02, plan 0:04, calibrate reused, compare 0:05, merge 0:02, finish 0:03, other 0:17)"
+    )
+    parts = [int(minutes) * 60 + int(seconds) for minutes, seconds in re.findall(r" (\d+):(\d\d)", first)]
+    assert parts[0] == sum(parts[1:]) == 33
+
+
+def test_layers_are_in_their_order_in_run_json() -> None:
+    run = seen([(0.0, STARTED), (0.0, replace(PLANNED, layers=dict.fromkeys(map(str, range(12)), 1)))])
+    run.see(1.0, PhaseStarted("merge", 12, "bytes"))
+    for name in sorted(map(str, range(12))):  # as a file has them
+        run.see(2.0, tensor(name, int(name), 1.0, (2.0, 1.0)))
+    assert list(facts(run)["kept"]["layers"]) == [str(number) for number in range(12)]
+
+
+def test_the_summary_has_a_scale_on_which_layers_differ() -> None:
+    run = seen([(0.0, STARTED), (0.0, PLANNED), (1.0, PhaseStarted("merge", 12, "bytes"))])
+    for layer, left in enumerate((96.6, 91.2, 94.0)):
+        run.see(2.0, tensor(f"{layer}", layer, 1.0, (100.0, left)))
+    [line] = [line for line in summary_lines(run) if line.startswith("  by layer")]
+    assert line == "  by layer  █▁▅ from ▁ 91% to █ 97%; least in 1 (91.2%), most in 0 (96.6%)"
+    assert any(line.startswith("  by layer  ▄▅") for line in summary_lines(run, 14)), "means, where not all fit a line"
