@@ -330,7 +330,9 @@ class TestRecipe:
     def test_a_recipe_without_end(self, place: Place) -> None:
         if not Path("/dev/zero").exists():
             pytest.skip("needs /dev/zero")
-        place.refused(place.run("merge", "/dev/zero", place.out), 2, "this is no recipe: it has more than 1000000 bytes")
+        place.refused(
+            place.run("merge", "/dev/zero", place.out), 2, "this is no recipe: it has more than 1000000 bytes"
+        )
 
 
 class TestTokenizer:
