@@ -102,7 +102,7 @@ class TestHints:
             (("out", "r.yml"), "these are the wrong way round", "`lowmem-aim merge r.yml out`"),
             (("base", "out"), "`base` is a folder", "`lowmem-aim merge RECIPE out`"),
             (("a", "b", "out"), "3 paths are given", "each model has a flag, `--expert`"),
-            (("nin.yml", "out"), "there is no such file or folder; did you mean `nine.yml`?", "a recipe file first"),
+            (("nin.yml", "out"), "there is no such file or folder; did you mean `nine.yml`?", "check the path"),
             (("out",), "there is neither a recipe nor a `--method`", "give a recipe (`recipe.yml out/`)"),
             (("out", "--method", "ties"), "no models are listed", "add `--expert` for each model"),
             (("out", "--method", "ties"), "`ties` needs a `base_model`", "add `--base`"),
