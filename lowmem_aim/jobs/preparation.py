@@ -30,7 +30,7 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
-    _tell_of_uncached_loops(run)
+    _tell_of_loops(run)
     recipes = one_by_one(recipe)
     folders = [out / name for name in recipes]
     errors: list[LowmemAimError] = []
@@ -73,10 +73,13 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
         yield ready
 
 
-def _tell_of_uncached_loops(run: Run) -> None:
-    """Emit a notice if loops are compiled, and cannot be kept for the next run."""
-    trouble = kernels.cache_trouble() if run.device.type == "cpu" else ""
-    if trouble:
+def _tell_of_loops(run: Run) -> None:
+    """Emit a notice if the compiled loops are not used, or cannot be kept for the next run."""
+    if run.device.type != "cpu":
+        return
+    if why := kernels.unavailable():
+        run.emit(Notice(f"compiled loops are not used ({why}): torch does the same, several times slower"))
+    elif trouble := kernels.cache_trouble():
         run.emit(Notice(f"compiled loops cannot be kept, and every run compiles them again: {trouble}", "warning"))
 
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.errors import DiskError
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.methods import kernels
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.system.options import Options
 
@@ -518,3 +519,15 @@ class TestKilled:
         monkeypatch.undo()
         merge(recipe(llama), tmp_path / "out")
         assert digests(tmp_path / "out") == digests(merge(recipe(llama), tmp_path / "whole"))
+
+
+def test_a_merge_without_numba_gives_the_same_bytes_and_says_so_once(
+    llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ("--method", "ties", "--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code")
+    assert run("merge", tmp_path / "compiled", *models).code == 0
+    monkeypatch.setattr(kernels, "_found", lambda: (None, "numba is not installed"))
+    done = run("merge", tmp_path / "torch", *models)
+    assert done.err.count("compiled loops are not used (numba is not installed): torch does the same") == 1
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("compiled", "torch")]
+    assert weights[0] == weights[1]
