@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.errors import printable
+from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.jobs.finished import check_same
 from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
@@ -20,8 +20,8 @@ from lowmem_aim.output.copied import copied_files
 from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
-from lowmem_aim.recipe.recipe import Aim
-from lowmem_aim.recipe.words import is_here
+from lowmem_aim.recipe.recipe import Aim, Recipe
+from lowmem_aim.recipe.words import BUILTIN, PILE, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
 from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
 from lowmem_aim.system.tensors import dtype_named
@@ -175,10 +175,18 @@ CHECKS: list[Check] = [
 # --- what is to be run ------------------------------------------------------------------------------------------------
 
 
+def check_there(recipe: Recipe, calibration: str) -> None:
+    """Check that a file of texts or activations is there; a Hub dataset may be. Raises ModelError."""
+    here = calibration not in ("", BUILTIN) and is_here(calibration)
+    if here and not os.path.lexists(os.path.expanduser(calibration)):
+        raise ModelError(f"there is no calibration file `{printable(calibration)}`{recipe.looked(calibration)}")
+
+
 def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
     base = ready.inputs.base
-    if ready.sources.fetches or is_here(aim.calibration) or base is None:
+    check_there(ready.recipe, aim.calibration)
+    if ready.sources.fetches or is_here(aim.calibration or PILE) or base is None:
         return True
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run
 

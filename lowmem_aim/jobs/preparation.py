@@ -6,13 +6,12 @@ All checks are made, so that the user hears of all problems at once.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
+from lowmem_aim.errors import LowmemAimError, noted, raise_all
 from lowmem_aim.events import Notice
-from lowmem_aim.jobs.checks import CHECKS, OF_THE_IDENTITY
+from lowmem_aim.jobs.checks import CHECKS, OF_THE_IDENTITY, check_there
 from lowmem_aim.jobs.prepared import FETCHED, Prepared, Sources
 from lowmem_aim.methods import kernels
 from lowmem_aim.models.opening import open_inputs
@@ -20,7 +19,6 @@ from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.recipe.recipe import Recipe, one_by_one
-from lowmem_aim.recipe.words import BUILTIN, is_here
 from lowmem_aim.system.run import Run
 
 
@@ -61,9 +59,13 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
                 for name, one in recipes.items()
             }
         except LowmemAimError as error:
-            raise_all([*errors, error, *_missing_texts(recipe)])
+            errors.append(error)
+            for calibration in [table.calibration for table in (recipe.aim, recipe.acm) if table]:
+                with noted(errors):
+                    check_there(recipe, calibration)
+            raise_all(errors)
             raise
-        ready = Prepared(recipe, out, run, sources, reader, inputs, plans, errors)
+        ready = Prepared(recipe, out, run, sources, reader, inputs, plans, errors, notes=list(recipe.notes))
         for check in CHECKS:
             known = len(errors)
             with noted(errors):
@@ -81,11 +83,3 @@ def _tell_of_loops(run: Run) -> None:
         run.emit(Notice(f"compiled loops are not used ({why}): torch does the same, several times slower"))
     elif trouble := kernels.cache_trouble():
         run.emit(Notice(f"compiled loops cannot be kept, and every run compiles them again: {trouble}", "warning"))
-
-
-def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
-    """Yield an error for every file of texts or activations that is not there."""
-    tables = [table for table in (recipe.aim, recipe.acm) if table is not None]
-    for name in dict.fromkeys(table.calibration for table in tables):
-        if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
-            yield ModelError(f"there is no calibration file `{printable(name)}`")

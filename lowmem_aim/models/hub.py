@@ -24,6 +24,10 @@ WANTED += [pattern for pattern in READ_BY_LOADERS if not pattern.endswith((".jso
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
+class NoSuchModel(ModelError):
+    """No folder here and no model on the Hub has that name."""
+
+
 @dataclass(frozen=True)
 class Located:
     """A model that is on this machine."""
@@ -54,7 +58,7 @@ def local_model(reference: str) -> Located | None:
     looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
     # `..` in a revision would lead out of the Hub library's cache.
     if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
-        raise ModelError(f"there is no model folder `{shown}`", hint="check the path (Hub ids look like `owner/name`)")
+        raise NoSuchModel(f"there is no model folder `{shown}`", hint="check the path (Hub ids look like `owner/name`)")
     return None
 
 
@@ -111,7 +115,7 @@ def hub_errors(reference: str) -> Iterator[None]:
             f"`{shown}` is neither a folder here nor downloaded, and the Hub is out of reach", hint
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(
+        raise NoSuchModel(
             f"there is no folder `{shown}` here and no such model on the Hub",
             hint="check the name; private ones need HF_TOKEN",
         ) from error

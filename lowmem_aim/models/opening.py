@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, joined, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, NetworkError, joined, noted, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.hub import Located, locate, plain_name
+from lowmem_aim.models.hub import Located, NoSuchModel, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.settings import check_settings
@@ -57,10 +57,18 @@ def _open_all(
     opened: dict[str, Checkpoint] = {}
     for reference in dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]):
         with noted(errors):
-            located = find(reference)
+            located = _located(reference, find, recipe)
             opened[reference] = Checkpoint.open(located.folder, located.label, read)
     _tell_apart(list(opened.values()))
     return opened
+
+
+def _located(reference: str, find: Callable[[str], Located], recipe: Recipe) -> Located:
+    """The model that is found; the error for one that is not says in which folders it was looked for."""
+    try:
+        return find(reference)
+    except (NoSuchModel, NetworkError) as error:
+        raise type(error)([problem + recipe.looked(reference) for problem in error.problems], error.hint) from error
 
 
 def _inputs_of(recipe: Recipe, opened: dict[str, Checkpoint], reader: Reader) -> Inputs | None:

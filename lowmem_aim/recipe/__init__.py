@@ -3,6 +3,7 @@
 recipe.py         what a recipe is: frozen dataclasses
 words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file and line
+places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
 relaxations.py    the tables `aim:` and `acm:`
 reader.py         the tree of a recipe -> Recipe

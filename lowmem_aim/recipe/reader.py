@@ -60,8 +60,20 @@ class _Reader(Values):
             self._check_required(method, models, parameters)
         if self.problems or not method:
             raise RecipeError(sorted(self.problems, key=_line_of))
-        where, notices = self.root.where, tuple(dict.fromkeys(self.notices))
-        return Recipe(method, base, tuple(models), parameters, dtype, tokenizer_source, aim, acm, where, notices)
+        return Recipe(
+            method,
+            base,
+            tuple(models),
+            parameters,
+            dtype,
+            tokenizer_source,
+            aim,
+            acm,
+            self.root.where,
+            tuple(dict.fromkeys(self.notices)),
+            tuple(dict.fromkeys(self.notes)),
+            self.sought,
+        )
 
     # -- keys
 
@@ -83,7 +95,7 @@ class _Reader(Values):
         return method
 
     def _base(self, method: Method | None) -> str | None:
-        base = self.text(self.root.get("base_model"), "base_model")
+        base = self.model(self.root.get("base_model"), "base_model")
         if base is None and method and method.base == "required":
             self.problem(self.root, f"`{method.name}` needs a `base_model`")
         return base
@@ -108,7 +120,7 @@ class _Reader(Values):
             self.problem(item, "a model is a table: `- model: folder-or-id`")
             return None
         self.check_keys(item, ("model", "parameters"), {})
-        reference = self.text(item.get("model"), "model")
+        reference = self.model(item.get("model"), "model")
         if item.get("model") is None:
             self.problem(item, "`model` is missing")
         parameters = self._parameters(item, method)

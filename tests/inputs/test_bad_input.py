@@ -169,7 +169,7 @@ class TestCalibrationInput:
 
     def test_a_missing_file(self, place: Place) -> None:
         place.refused(
-            place.merge("--omega", "0.4", "--calibration", place.folder / "no.txt"), 3, "no.txt` cannot be read"
+            place.merge("--omega", "0.4", "--calibration", place.folder / "no.txt"), 3, "there is no calibration file"
         )
 
     def test_text_that_is_not_utf8(self, place: Place) -> None:
@@ -182,7 +182,11 @@ class TestCalibrationInput:
 
     @pytest.mark.parametrize(
         ("name", "message"),
-        [("base", "base` is a folder"), ("none", "no such file"), ("none.parquet", "no such file")],
+        [
+            ("base", "base` is a folder"),
+            ("none", "there is no calibration"),
+            ("none.parquet", "there is no calibration"),
+        ],
     )
     def test_a_path_is_no_dataset_of_the_hub(self, place: Place, name: str, message: str) -> None:
         place.refused(place.merge("--omega", "0.4", "--calibration", place.folder / name), 3, message)
