@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lowmem_aim.view.dashboard import Style
 
 
-LOAD_TORCH = ("merge", "plan", "relax", "calibrate", "verify", "demo")
+LOAD_TORCH = ("init", "merge", "plan", "relax", "calibrate", "verify", "demo")
 
 
 @click.group(cls=usage.Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,6 +110,40 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
 
     tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
     return read_recipe(from_flags.applied(tree, flags))
+
+
+@cli.command("init")
+@click.argument("method", required=False, shell_complete=completion.methods)
+@click.option("--base", shell_complete=completion.folders, help="the model that the experts were tuned from")
+@click.option(
+    "--expert",
+    multiple=True,
+    required=True,
+    shell_complete=completion.folders,
+    help="a model to merge, a folder or a Hub id; repeat it for each",
+)
+@click.option("--aim", is_flag=True, help="with AIM, at its authors' omega of 0.4")
+@click.option("--omega", type=NumberRange(0, 1), help="with AIM, at this omega: 1 changes nothing")
+@click.option(
+    "--output", "-o", type=PathType(), default="recipe.yml", show_default=True, help="the new file for the recipe"
+)
+def init_command(
+    method: str | None, base: str | None, expert: tuple[str, ...], aim: bool, omega: float | None, output: Path
+) -> None:
+    """Write a commented recipe for these models, to start from: METHOD is `ties` on a base, and else `linear`.
+
+    Only headers of the models are read, also on the Hub. `ties` takes any number of experts.
+    """
+    from lowmem_aim.jobs.init import init
+    from lowmem_aim.recipe.recipe import DEFAULT_OMEGA
+    from lowmem_aim.view import summary
+    from lowmem_aim.view.dashboard import showing
+
+    with showing("lines") as view:
+        made = init(method, base, expert, output, omega=DEFAULT_OMEGA if aim and omega is None else omega, emit=view)
+    for line in summary.commands_for(made):
+        click.echo(line, err=True)
+    click.echo(click.format_filename(made))
 
 
 @cli.command("merge")

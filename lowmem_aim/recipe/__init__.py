@@ -8,4 +8,5 @@ values.py         the values in the tree, checked one by one
 relaxations.py    the tables `aim:` and `acm:`
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
+starting.py       the text of a recipe to start from
 """

@@ -6,7 +6,9 @@ output, killed runs included. It follows from the log alone.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shlex
 import textwrap
 from collections.abc import Iterator
@@ -135,6 +137,14 @@ def next_commands(made: Path) -> Iterator[str]:
     yield f"  upload    hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"  # the journal and the log are private
     if others:
         yield f"            and likewise {', '.join(printable(other.name) for other in others)}"
+
+
+def commands_for(recipe: Path) -> Iterator[str]:
+    """Lines with commands for a recipe that has been written: plan and merge, into a folder that is not there yet."""
+    names = itertools.chain(["merged"], (f"merged-{number}" for number in itertools.count(2)))
+    out = next(name for name in names if not os.path.lexists(name))
+    yield f"  plan      lowmem-aim plan {quoted(recipe)} {out}"
+    yield f"  merge     lowmem-aim merge {quoted(recipe)} {out}"
 
 
 def quoted(path: Path, inside: bool = False) -> str:
