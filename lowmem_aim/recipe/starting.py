@@ -34,7 +34,10 @@ _BASES = {
 
 @dataclass(frozen=True)
 class Start:
-    """The models and the method that a recipe starts from. `omega`: AIM's, None for no AIM; `by_text`: tokens are matched by their text."""
+    """The models and the method that a recipe starts from.
+
+    `omega` is AIM's, None for no AIM; `by_text`: tokens are matched by their text.
+    """
 
     method: Method
     base: str | None
