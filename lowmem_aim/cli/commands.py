@@ -141,7 +141,7 @@ def init_command(
 
     with showing("lines") as view:
         made = init(method, base, expert, output, omega=DEFAULT_OMEGA if aim and omega is None else omega, emit=view)
-    for line in summary.commands_for(made):
+    for line in summary.commands_for(made, usage.program()):
         click.echo(line, err=True)
     click.echo(click.format_filename(made))
 
@@ -335,11 +335,18 @@ def methods_command(name: str | None, as_json: bool) -> None:
 
 @cli.command("demo")
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-def demo_command(folder: Path) -> None:
-    """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate."""
+@click.option("--tiny", is_flag=True, help="models of a million parameters, trained here: today the only kind there is")
+@click.option(
+    "--models", "only_models", is_flag=True, help="only make models to try merges on: quick ones, in half a minute"
+)
+def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
+    """Train a small base and three experts in FOLDER, merge them with and without AIM, compare, generate.
+
+    It ends with commands for merges of your own on these models.
+    """
     from lowmem_aim.demo import run
 
-    run(folder, click.echo)
+    run(folder, click.echo, usage.program(), only_models=only_models)
 
 
 @cli.command("completion")

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, noted, printable, raise_all
 from lowmem_aim.events import Notice
 from lowmem_aim.jobs.checks import CHECKS, OF_THE_IDENTITY, check_there
 from lowmem_aim.jobs.prepared import FETCHED, Prepared, Sources
@@ -65,7 +65,7 @@ def prepared(recipe: Recipe, out: Path, run: Run, sources: Sources = FETCHED) ->
                     check_there(recipe, calibration)
             raise_all(errors)
             raise
-        ready = Prepared(recipe, out, run, sources, reader, inputs, plans, errors, notes=list(recipe.notes))
+        ready = Prepared(recipe, out, run, sources, reader, inputs, plans, errors, notes=list(_local_names(recipe)))
         for check in CHECKS:
             known = len(errors)
             with noted(errors):
@@ -83,3 +83,9 @@ def _tell_of_loops(run: Run) -> None:
         run.emit(Notice(f"compiled loops are not used ({why}): torch does the same, several times slower"))
     elif trouble := kernels.cache_trouble():
         run.emit(Notice(f"compiled loops cannot be kept, and every run compiles them again: {trouble}", "warning"))
+
+
+def _local_names(recipe: Recipe) -> Iterator[str]:
+    if recipe.preferred:
+        names = ", ".join(f"`{printable(path)}`" for path in recipe.preferred)
+        yield f"found on this machine, so the Hub is not asked for these names: {names}"

@@ -71,7 +71,7 @@ class _Reader(Values):
             acm,
             self.root.where,
             tuple(dict.fromkeys(self.notices)),
-            tuple(dict.fromkeys(self.notes)),
+            tuple(dict.fromkeys(self.preferred)),
             self.sought,
         )
 

@@ -103,7 +103,7 @@ class Recipe:
     acm: Acm | None
     where: str
     notices: tuple[str, ...] = field(default=(), compare=False)
-    notes: tuple[str, ...] = field(default=(), compare=False)  # for the plan
+    preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
     # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
     sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 

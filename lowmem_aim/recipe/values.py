@@ -22,7 +22,7 @@ class Values:
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.notices: list[str] = []
-        self.notes: list[str] = []  # for the plan
+        self.preferred: list[str] = []  # paths that are here, and could be Hub ids
         self.sought: dict[str, tuple[str, ...]] = {}  # paths found nowhere -> the folders that were looked in
 
     def problem(self, node: Node, text: str) -> None:
@@ -67,8 +67,7 @@ class Values:
         if found.places:
             self.sought[path] = found.places
         elif is_hub_id(path):
-            whole = printable(os.path.abspath(found.path), LONGEST_PATH)
-            self.notes.append(f"`{printable(path)}` is `{whole}`, which is here, and not what the Hub has of that name")
+            self.preferred.append(path)
         return found.path
 
     def setting(self, node: Node, parameter: Parameter) -> Setting | None:

@@ -139,12 +139,17 @@ def next_commands(made: Path) -> Iterator[str]:
         yield f"            and likewise {', '.join(printable(other.name) for other in others)}"
 
 
-def commands_for(recipe: Path) -> Iterator[str]:
+def commands_for(recipe: Path, program: str) -> Iterator[str]:
     """Lines with commands for a recipe that has been written: plan and merge, into a folder that is not there yet."""
-    names = itertools.chain(["merged"], (f"merged-{number}" for number in itertools.count(2)))
-    out = next(name for name in names if not os.path.lexists(name))
-    yield f"  plan      lowmem-aim plan {quoted(recipe)} {out}"
-    yield f"  merge     lowmem-aim merge {quoted(recipe)} {out}"
+    out = free_name("merged")
+    yield f"  plan      {program} plan {quoted(recipe)} {out}"
+    yield f"  merge     {program} merge {quoted(recipe)} {out}"
+
+
+def free_name(stem: str, suffix: str = "") -> str:
+    """A name that nothing in the current folder has: `stem`, or `stem-2` and so on, with the suffix."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(f"{name}{suffix}" for name in names if not os.path.lexists(f"{name}{suffix}"))
 
 
 def quoted(path: Path, inside: bool = False) -> str:
