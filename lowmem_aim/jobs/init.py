@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lowmem_aim.errors import (
@@ -27,7 +27,7 @@ from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.methods.registry import find_method, names
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located
-from lowmem_aim.models.opening import open_inputs
+from lowmem_aim.models.opening import located, open_inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.starting import Start
@@ -88,20 +88,6 @@ def _start(name: str | None, base: str | None, experts: Sequence[str], omega: fl
     return start
 
 
-@dataclass
-class _Notices:
-    """Events kept until it is known that they are worth telling."""
-
-    kept: list[Event]
-
-    def __call__(self, event: Event) -> None:
-        self.kept.append(event)
-
-    def tell(self, emit: Emit) -> None:
-        for event in self.kept:
-            emit(event)
-
-
 def _checked(start: Start, emit: Emit) -> Start:
     """The start for models that fit together; tokens are matched by text if they do not fit otherwise.
 
@@ -115,13 +101,14 @@ def _checked(start: Start, emit: Emit) -> Start:
         starts = [start, *([replace(start, by_text=True)] if start.base else [])]
         errors: list[ModelError] = []
         for tried in starts:
-            notices = _Notices([])
+            told: list[Event] = []
             try:
-                _open(tried, found, headers, notices)
+                _open(tried, found, headers, told.append)
             except ModelError as error:
                 errors.append(error)
             else:
-                notices.tell(emit)
+                for event in told:
+                    emit(event)
                 return tried
     raise errors[0]
 
@@ -134,16 +121,17 @@ def _find_all(start: Start, headers: Headers, emit: Emit) -> dict[str, Located] 
     found: dict[str, Located] = {}
     errors: list[LowmemAimError] = []
     unseen: list[str] = []
+    recipe = read_recipe(tree_of(start.table(), "command line"))
     for reference in dict.fromkeys([*([start.base] if start.base else []), *start.experts]):
         with noted(errors):
             try:
-                found[reference] = headers.find(reference, emit)
+                found[reference] = located(reference, lambda wanted: headers.find(wanted, emit), recipe)
             except NetworkError:
                 unseen.append(f"`{printable(reference)}`")
     if unseen or errors:
-        for located in found.values():
+        for model in found.values():
             with noted(errors):
-                Checkpoint.open(located.folder, located.label).close()
+                Checkpoint.open(model.folder, model.label).close()
     raise_all(errors)
     if unseen:
         text = f"not looked at, since the Hub is out of reach: {', '.join(unseen)}; `plan` checks them once it is not"

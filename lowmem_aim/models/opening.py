@@ -57,13 +57,13 @@ def _open_all(
     opened: dict[str, Checkpoint] = {}
     for reference in dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]):
         with noted(errors):
-            located = _located(reference, find, recipe)
-            opened[reference] = Checkpoint.open(located.folder, located.label, read)
+            found = located(reference, find, recipe)
+            opened[reference] = Checkpoint.open(found.folder, found.label, read)
     _tell_apart(list(opened.values()))
     return opened
 
 
-def _located(reference: str, find: Callable[[str], Located], recipe: Recipe) -> Located:
+def located(reference: str, find: Callable[[str], Located], recipe: Recipe) -> Located:
     """The model that is found; the error for one that is not says in which folders it was looked for."""
     try:
         return find(reference)
