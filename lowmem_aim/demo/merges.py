@@ -87,6 +87,6 @@ def mean_factor(folder: Path, models: Models) -> float:
 
 
 def peak(folder: Path) -> float:
-    """How many times as active as the median channel a module's most active one is; the median over all modules."""
+    """The activity of a module's most active channel over that of its median one; the median over all modules."""
     means = [mean.flatten().float() for mean in Activations.load(folder / ACTIVATIONS).means.values()]
     return statistics.median(float(mean.max() / mean.median()) for mean in means)
