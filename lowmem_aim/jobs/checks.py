@@ -21,7 +21,7 @@ from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_p
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
 from lowmem_aim.recipe.recipe import Aim, Recipe
-from lowmem_aim.recipe.words import BUILTIN, PILE, is_here
+from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
 from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
 from lowmem_aim.system.tensors import dtype_named
@@ -185,7 +185,8 @@ def check_there(recipe: Recipe, calibration: str) -> None:
 def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
     base = ready.inputs.base
-    check_there(ready.recipe, aim.calibration)
+    if phase == "calibrate" or not is_activations_file(aim.calibration):  # else ACM refuses it, there or not
+        check_there(ready.recipe, aim.calibration)
     if ready.sources.fetches or is_here(aim.calibration or PILE) or base is None:
         return True
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run

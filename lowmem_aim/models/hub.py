@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem_aim.errors import ModelError, NetworkError, printable
+from lowmem_aim.errors import ModelError, NetworkError, NoSuchModel, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
 from lowmem_aim.system.files import input_errors, is_folder, real
@@ -22,10 +22,6 @@ from lowmem_aim.system.files import input_errors, is_folder, real
 WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
 WANTED += [pattern for pattern in READ_BY_LOADERS if not pattern.endswith((".json", ".jinja"))]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
-
-
-class NoSuchModel(ModelError):
-    """No folder here and no model on the Hub has that name."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, NetworkError, joined, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, joined, noted, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.hub import Located, NoSuchModel, locate, plain_name
+from lowmem_aim.models.hub import Located, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.settings import check_settings
