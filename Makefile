@@ -15,9 +15,10 @@ test test-long test-crash test-mergekit test-architectures test-memory bench gpu
 	export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): minutes, most of them for torch"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,data,report,dev]'
+	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[data,report,dev]'
 	touch $(STAMP)
 
 demo: install

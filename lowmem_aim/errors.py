@@ -4,6 +4,7 @@
     ├── UsageError               2  a flag or the output folder is wrong
     │   └── RecipeError          2  the recipe is wrong
     ├── ModelError               3  an input model (or calibration input) is wrong
+    │   └── NoSuchModel          3  no folder here and no model on the Hub has that name
     ├── DiskError                4  too little space, not writable, a write failed
     ├── MemoryBudgetError        5  something does not fit the memory
     ├── LockedError              6  another run owns the output folder
@@ -75,6 +76,10 @@ class ModelError(LowmemAimError):
 
     exit_code = 3
     usual_hint = "download the model again, or use another one"
+
+
+class NoSuchModel(ModelError):
+    """No folder here and no model on the Hub has that name."""
 
 
 class DiskError(LowmemAimError):

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 _flag, _machine, _output, _relaxation = map(flags_of, ("", "Machine", "Output", "Relaxation"))
-LOAD_TORCH = ("merge", "plan", "relax", "calibrate", "verify", "demo")
+LOAD_TORCH = ("init", "merge", "plan", "relax", "calibrate", "verify", "demo")
 
 
 @click.group(cls=usage.Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,6 +87,56 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
 
     tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
     return read_recipe(from_flags.applied(tree, flags))
+
+
+@cli.command("init")
+@click.argument("method", required=False, shell_complete=completion.methods)
+@_flag(
+    "--base",
+    metavar="MODEL",
+    shell_complete=completion.folders,
+    help="Name the model that the experts were tuned from. [default: none]",
+)
+@_flag(
+    "--expert",
+    metavar="MODEL",
+    multiple=True,
+    required=True,
+    shell_complete=completion.folders,
+    help="Name a model to merge, a folder or a Hub id; repeat it for each. [required]",
+)
+@_flag("--aim", is_flag=True, help="Relax the merge by AIM, at its authors' omega of 0.4. [default: no AIM]")
+@_flag(
+    "--omega",
+    metavar="NUMBER",
+    type=NumberRange(0, 1),
+    help="Relax the merge by AIM, at this omega: 1 changes nothing. [default: no AIM]",
+)
+@_flag(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=PathType(),
+    default="recipe.yml",
+    help="Write the recipe into this new file. [default: recipe.yml]",
+)
+def init_command(
+    method: str | None, base: str | None, expert: tuple[str, ...], aim: bool, omega: float | None, output: Path
+) -> None:
+    """Write a commented recipe for these models.
+
+    Without METHOD it is `ties` on a base, and `linear` without one. Of the models only headers are read.
+    """
+    from lowmem_aim.jobs.init import init
+    from lowmem_aim.recipe.recipe import DEFAULT_OMEGA
+    from lowmem_aim.view import summary
+    from lowmem_aim.view.dashboard import showing
+
+    with showing("plain") as view:
+        made = init(method, base, expert, output, omega=DEFAULT_OMEGA if aim and omega is None else omega, emit=view)
+    for line in summary.commands_for(made, usage.program()):
+        click.echo(line, err=True)
+    click.echo(click.format_filename(made))
 
 
 @cli.command("merge")
@@ -359,14 +409,17 @@ def methods_command(name: str | None, style: Style) -> None:
 
 @cli.command("demo")
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-def demo_command(folder: Path) -> None:
+@_flag("--tiny", is_flag=True, help="Train models of a million parameters. [default: these; there are no others yet]")
+@_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on, in half a minute.")
+def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
     """Train small models in FOLDER, merge them, and compare.
 
-    A base and three experts are trained at the first run, then merged with and without AIM.
+    A base and three experts are trained at the first run, then merged with and without AIM. It ends with commands for
+    merges of your own on these models.
     """
     from lowmem_aim.demo import run
 
-    run(folder, click.echo)
+    run(folder, click.echo, usage.program(), only_models=only_models)
 
 
 @cli.command("completion")

@@ -5,8 +5,10 @@ click finds what is wrong; `explained` words it like every other error.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -128,6 +130,16 @@ def _flags(context: click.Context | None) -> list[str]:
 def _quoted(message: str) -> str:
     """Turn click's quotation marks into backticks, and drop its full stop."""
     return re.sub(r"'([^'`]*)'", r"`\1`", message).removesuffix(".")
+
+
+def program() -> str:
+    """The words that start this program from the current folder: its name if the shell finds it, else as just now."""
+    called = sys.argv[0]
+    if os.path.basename(called) == "__main__.py":
+        return shlex.join([sys.executable, "-m", "lowmem_aim"])
+    found = shutil.which(PROGRAM)
+    is_found = found is not None and os.path.realpath(found) == os.path.realpath(called)
+    return PROGRAM if is_found or os.path.dirname(called) == "" else shlex.quote(called)
 
 
 def command_line() -> str:

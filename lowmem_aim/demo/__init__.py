@@ -7,7 +7,7 @@ train.py       the base and the experts, in memory
 models.py      the same as checkpoint folders: made whole or not at all, reused when the settings are the same
 merges.py      recipes, and the command lines that a user would type
 evaluate.py    exact-match accuracy of a checkpoint folder
-report.py      the table, a few answers, and the commands to repeat
+report.py      the table, what its numbers can tell, a few answers, and the next commands
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def run(folder: Path, echo: Callable[[str], None]) -> None:
-    """Make the models in `folder` or reuse them, merge, compare, print.
+def run(folder: Path, echo: Callable[[str], None], program: str, *, only_models: bool = False) -> None:
+    """Make the models in `folder` or reuse them, merge, compare, print; `only_models`: make quick ones, and no more.
 
-    Raises UsageError if `folder` holds anything that is not the demo's.
+    `program` starts `lowmem-aim` in the commands that are printed. Raises UsageError if `folder` holds anything that is
+    not the demo's.
     """
     # Here and not above: everything below imports torch, and `lowmem-aim --help` must not.
-    from lowmem_aim.demo.report import show
-    from lowmem_aim.demo.settings import Settings
+    from lowmem_aim.demo.report import show, show_models
+    from lowmem_aim.demo.settings import QUICK, Settings
 
-    show(folder, Settings(), echo)
+    if only_models:
+        show_models(folder, QUICK, echo, program)
+    else:
+        show(folder, Settings(), echo, program)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -83,3 +84,9 @@ def mean_factor(folder: Path, models: Models) -> float:
             factor = torch.ones(()) if means is None else 1.0 - shrinkage(means, OMEGA)
             kept += float(factor.double().mean()) * info.numel
     return kept / elements
+
+
+def peak(folder: Path) -> float:
+    """The activity of a module's most active channel over that of its median one; the median over all modules."""
+    means = [mean.flatten().float() for mean in Activations.load(folder / ACTIVATIONS).means.values()]
+    return statistics.median(float(mean.max() / mean.median()) for mean in means)

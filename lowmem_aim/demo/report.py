@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,20 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_aim.demo.evaluate import accuracies, answer, load
-from lowmem_aim.demo.merges import OMEGA, calibrate, mean_factor, merge, write_recipe
+from lowmem_aim.demo.merges import OMEGA, calibrate, mean_factor, merge, peak, write_recipe
 from lowmem_aim.demo.models import Echo, Models, make
 from lowmem_aim.demo.settings import Settings
 from lowmem_aim.demo.skills import SKILLS, Example, evaluation
+from lowmem_aim.view.summary import free_name, quoted
 from lowmem_aim.view.wrapping import columns_of
 
 QUESTIONS = 400  # of each skill
+AIM_RECIPE = "ties-aim.yml"
+WIDTH = 100  # columns of the text
 ANSWERS = 2  # of each skill, shown at the end
 
 
-def show(folder: Path, settings: Settings, echo: Echo) -> None:
+def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
     """Do everything that `lowmem-aim demo FOLDER` does. Raises UsageError if `folder` is not the demo's."""
-    transformers.utils.logging.disable_progress_bar()  # transformers shows one for every file that it writes
-    models = make(folder, settings, echo)
+    models = _made(folder, settings, echo)
     echo("")
     merged, factor = _merge(folder, models, echo)
     questions = {skill: evaluation(skill, QUESTIONS, settings.seed) for skill in SKILLS}
@@ -33,14 +37,68 @@ def show(folder: Path, settings: Settings, echo: Echo) -> None:
     scores = {label: accuracies(folder / name, questions) for label, name in rows.items()}
     echo("")
     echo(table(scores))
-    echo(
-        f"Answers of {QUESTIONS} held-out questions a skill that are right to the last letter, in percent. AIM keeps "
-        f"{factor:.1%} of the\ndelta on average; the control keeps that share of every element alike. "
-        "Differences of a few points may be chance."
-    )
+    plain, aim, _ = (scores[label] for label in merged)
+    for text in (_of_the_table(factor), what_can_be_told(plain, aim, QUESTIONS), _of_small_models(folder)):
+        echo(textwrap.fill(text, WIDTH))
     echo("")
     _answer(folder / "merged-aim", questions, echo)
     echo(f"\nEverything is in `{folder}`: the models, the recipes, and the merges with their model cards.")
+    again = free_name("merged-omega-0.2")
+    echo("\nThe merge with AIM again, with less of the delta:")
+    echo(f"    {program} merge {quoted(folder / AIM_RECIPE)} {again} --omega 0.2")
+    _next(folder, models, echo, program)
+
+
+def show_models(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
+    """Make the models alone, and print commands to try merges on them. Raises UsageError as `show`."""
+    models = _made(folder, settings, echo)
+    echo(f"The base and three experts are in `{folder}`. They have learnt little: they are for trying merges.")
+    _next(folder, models, echo, program)
+
+
+def _made(folder: Path, settings: Settings, echo: Echo) -> Models:
+    transformers.utils.logging.disable_progress_bar()  # transformers shows one for every file that it writes
+    return make(folder, settings, echo)
+
+
+def _next(folder: Path, models: Models, echo: Echo, program: str) -> None:
+    """Print the commands for a merge of the user's own, which work from the current folder."""
+    recipe, out = free_name("recipe", ".yml"), free_name("merged")
+    experts = " ".join(f"--expert {quoted(folder / expert)}" for expert in models.experts.values())
+    echo("\nA merge of your own, on these models:")
+    echo(f"    {program} init ties --base {quoted(folder / models.base)} {experts} -o {recipe}")
+    echo(f"    {program} plan {recipe} {out}")
+    echo(f"    {program} merge {recipe} {out}")
+
+
+def _of_the_table(factor: float) -> str:
+    return (
+        f"Answers of {QUESTIONS} held-out questions a skill that are right to the last letter, in percent. AIM keeps "
+        f"{factor:.1%} of the delta on average; the control keeps that share of every element alike."
+    )
+
+
+def what_can_be_told(plain: Mapping[str, float], aim: Mapping[str, float], questions: int) -> str:
+    """Whether two rows of the table differ by more than chance, by two standard errors, counting each row by itself.
+
+    Shares by skill, each of so many questions. That the rows answer the same questions can only make chance smaller.
+    """
+    variances = [(p * (1 - p) + q * (1 - q)) / questions for p, q in zip(plain.values(), aim.values(), strict=True)]
+    skill, mean = 2 * math.sqrt(max(variances)), 2 * math.sqrt(sum(variances)) / len(variances)
+    difference = (sum(aim.values()) - sum(plain.values())) / len(variances)
+    verdict = "more than" if abs(difference) > mean else "no more than"
+    return (
+        f"What {questions} questions can tell apart (two standard errors): {100 * skill:.1f} points in a skill, "
+        f"{100 * mean:.1f} in the mean. With AIM the mean differs by {100 * difference:+.1f} points: {verdict} chance."
+    )
+
+
+def _of_small_models(folder: Path) -> str:
+    return (
+        "This says nothing of AIM on large models. There, a few input channels are far more active than the others, "
+        "and AIM keeps the merge close to the base in these. Models this small have no such channels: in a typical "
+        f"module here, the most active one is only {peak(folder):.1f} times as active as the median."
+    )
 
 
 def _merge(folder: Path, models: Models, echo: Echo) -> tuple[dict[str, str], float]:
@@ -48,7 +106,7 @@ def _merge(folder: Path, models: Models, echo: Echo) -> tuple[dict[str, str], fl
     calibrate(folder, models, echo)
     factor = mean_factor(folder, models)
     plain = write_recipe(folder, "ties.yml", models, aim=False)
-    aim = write_recipe(folder, "ties-aim.yml", models, aim=True)
+    aim = write_recipe(folder, AIM_RECIPE, models, aim=True)
     control = write_recipe(folder, "ties-control.yml", models, aim=False, scale=factor)
     for recipe, out in ((plain, "merged"), (aim, "merged-aim"), (control, "merged-control")):
         merge(folder, recipe, out, echo)

@@ -46,3 +46,10 @@ class Settings:
         """A digest of all that decides what the models are, up to the machine and the version of torch."""
         sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _SOURCES]
         return hashlib.sha256(json.dumps([asdict(self), sources], sort_keys=True).encode()).hexdigest()
+
+
+# Models to try merges on, trained for some twenty seconds on two cores: they have learnt little, which does not matter.
+QUICK = Settings(
+    base=Training(steps=80, peak_rate=3e-3, batch=32, warmup=10),
+    expert=Training(steps=20, peak_rate=1e-3, batch=32, warmup=5),
+)

@@ -34,8 +34,8 @@ AnyRecipe = Recipe | Mapping[str, Any] | str | Path
 def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
     """Read a recipe: the path of a YAML file, or the same keys and values as a mapping (see docs/recipe.md).
 
-    Relative model folders are those of the current folder. Raises RecipeError with every problem, each with its line,
-    or, of a mapping, with its key.
+    Relative paths start at the current folder, and those of a file that lead nowhere there at the file's own folder.
+    Raises RecipeError with every problem, each with its line, or, of a mapping, with its key.
     """
     tree = tree_of(recipe, "recipe") if isinstance(recipe, Mapping) else load_tree(Path(recipe))
     return reader.read_recipe(tree)

@@ -23,7 +23,7 @@ from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_p
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
 from lowmem_aim.recipe.recipe import Aim
-from lowmem_aim.recipe.words import is_here
+from lowmem_aim.recipe.words import PILE, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
 from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
 from lowmem_aim.system.tensors import dtype_named
@@ -92,9 +92,12 @@ def check_comparison(ready: Prepared) -> None:
 
 
 def check_device(ready: Prepared) -> None:
-    """Check that the device is there, and tell of compiled loops that cannot be kept. Raises UsageError."""
-    trouble = kernels.cache_trouble() if ready.run.device.type == "cpu" else ""
-    if trouble:
+    """Check that the device is there; tell if compiled loops are not used, or not kept. Raises UsageError."""
+    if ready.run.device.type != "cpu":
+        return
+    if why := kernels.unavailable():
+        ready.emit(Notice(f"compiled loops are not used ({why}): torch does the same, several times slower"))
+    elif trouble := kernels.cache_trouble():
         what = "compiled loops cannot be kept, and every run compiles them again"
         ready.emit(Notice(f"{what}: {trouble}", "warning"))
 
@@ -195,7 +198,7 @@ LATER: tuple[Check, ...] = (
 def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
     """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
     base = ready.inputs.base
-    if ready.finder.fetches or is_here(aim.calibration) or base is None:
+    if ready.finder.fetches or is_here(aim.calibration or PILE) or base is None:
         return True
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run
 

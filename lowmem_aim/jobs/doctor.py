@@ -320,7 +320,7 @@ def _defaults() -> Facts:
 
 def _about_software(found: Doctor) -> Iterator[Advice]:
     if found.software["numba"] is None:
-        yield Advice("hint", "without numba, CPU merges are several times slower: pip install 'lowmem-aim[cpu]'")
+        yield Advice("warning", "numba is not installed: merges on the CPU are several times slower; pip install numba")
     elif found.processor["compiled_loops"] is False:
         why = kernels.unavailable()
         yield Advice("warning", f"numba is installed, but its loops are not used ({why}): CPU merges are slower")

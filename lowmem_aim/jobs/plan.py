@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +16,14 @@ from pathlib import Path
 from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, joined, noted, printable, raise_all
 from lowmem_aim.events import Emit, Event, Notice, silent
 from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
+from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
-from lowmem_aim.models.hub import Located, local_model
 from lowmem_aim.models.opening import Finder
-from lowmem_aim.models.stand_in import stand_in
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.survey import survey
 from lowmem_aim.recipe.recipe import Recipe
-from lowmem_aim.system.files import cache_folder, disk_errors, real
 from lowmem_aim.system.memory import Kind, enough
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.units import shown
@@ -57,7 +54,7 @@ def plan(
     for notice in recipe.notices:
         noting(Notice(notice, "warning"))
     with contextlib.ExitStack() as stack:
-        hub = _Hub(stack)
+        hub = Headers(stack)
         finder = Finder(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
         with prepared(recipe, out, options, noting, finder) as ready:
             try:
@@ -68,47 +65,12 @@ def plan(
     return replace(found, warnings=tuple(dict.fromkeys(warnings)))
 
 
-class _Hub:
-    """Finds models; those that are not here are stood in for by their headers."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack  # at its end, the stand-ins are removed
-        self._scratch: Path | None = None
-        self.missing: dict[str, int] = {}  # label -> bytes to download
-
-    def find(self, reference: str, emit: Emit) -> Located:
-        if here := local_model(reference):
-            self.missing[here.label] = 0
-            return here
-        self._scratch = self._scratch or self._stack.enter_context(_scratch_folder())
-        folder = self._scratch / f"{len(self.missing)}" / reference.replace("/", "--")[:100]
-        found = stand_in(reference, folder, emit)
-        self.missing[found.located.label] = found.missing_bytes
-        return found.located
-
-    def stands_in(self, folder: Path) -> bool:
-        return self._scratch is not None and real(self._scratch) in real(folder).parents
-
-
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A temporary folder in the cache, or where the system keeps such folders if the cache cannot be written."""
-    with contextlib.ExitStack() as stack:
-        try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            made = tempfile.TemporaryDirectory(prefix="stand-ins-", dir=cache_folder())
-        except OSError:
-            with disk_errors(cache_folder()):
-                made = tempfile.TemporaryDirectory(prefix="lowmem-aim-stand-ins-")
-        yield Path(stack.enter_context(made))
-
-
 @dataclass(frozen=True)
 class _Estimate:
     """The needs of a prepared merge on this machine, and the time that it would take."""
 
     ready: Prepared
-    hub: _Hub
+    hub: Headers
 
     def forecast(self, measure: bool) -> Forecast:
         ready = self.ready

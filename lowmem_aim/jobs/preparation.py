@@ -53,7 +53,9 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             raise_all(errors)
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
-        ready = Prepared(recipe, out, options, emit, finder, reader, inputs, plans, errors)
+        ready = Prepared(
+            recipe, out, options, emit, finder, reader, inputs, plans, errors, notes=list(_local_names(recipe))
+        )
         _make(AT_ONCE, ready)
         if not errors:
             _make(LATER, ready)
@@ -90,5 +92,11 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     names += [recipe.acm.calibration] if recipe.acm and not is_activations_file(recipe.acm.calibration) else []
     for name in dict.fromkeys(names):
         if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
-            hint = "check the path, which starts from the current folder; or name `builtin`, or a dataset on the Hub"
-            yield ModelError(f"there is no calibration file `{printable(name)}`", hint)
+            hint = "check the path; or name `builtin`, or a dataset on the Hub"
+            yield ModelError(f"there is no calibration file `{printable(name)}`{recipe.looked(name)}", hint)
+
+
+def _local_names(recipe: Recipe) -> Iterator[str]:
+    if recipe.preferred:
+        names = ", ".join(f"`{printable(path)}`" for path in recipe.preferred)
+        yield f"found on this machine, so the Hub is not asked for these names: {names}"

@@ -1,7 +1,7 @@
-"""The compiled CPU loops (`loops`, numba, the extra `[cpu]`) as functions of tensors.
+"""The compiled CPU loops (`loops`, numba) as functions of tensors.
 
 Each function does in one pass what the torch code beside its call does in several, and gives the same bytes. Callers
-ask `usable` first; without numba, or on another device, they go on in torch.
+ask `usable` first; on another device, or where numba cannot be loaded, they go on in torch.
 """
 
 from __future__ import annotations

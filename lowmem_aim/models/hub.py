@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem_aim.errors import ModelError, NetworkError, printable
+from lowmem_aim.errors import ModelError, NetworkError, NoSuchModel, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
 from lowmem_aim.system.files import input_errors, is_folder, real
@@ -54,7 +54,7 @@ def local_model(reference: str) -> Located | None:
     looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
     # `..` in a revision would lead out of the Hub library's cache.
     if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
-        raise ModelError(
+        raise NoSuchModel(
             f"there is no model folder `{shown}`", hint="check the path; ids on the Hub look like `owner/name`"
         )
     return None
@@ -113,7 +113,7 @@ def hub_errors(reference: str) -> Iterator[None]:
             f"`{shown}` is neither a folder here nor downloaded, and the Hub is out of reach", hint
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(
+        raise NoSuchModel(
             f"there is no folder `{shown}` here and no such model on the Hub",
             hint="check the name; private ones need HF_TOKEN",
         ) from error

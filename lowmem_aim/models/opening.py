@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from lowmem_aim.errors import LowmemAimError, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ class Finder:
 
 
 FETCHED = Finder()
+M = TypeVar("M")
 
 
 @contextlib.contextmanager
@@ -48,8 +50,8 @@ def opened_models(
 
         def open_one(reference: str) -> None:
             with noted(errors):
-                located = finder.find(reference, emit)
-                checkpoint = Checkpoint.open(located.folder, located.label, read)
+                model = located(reference, lambda wanted: finder.find(wanted, emit), recipe)
+                checkpoint = Checkpoint.open(model.folder, model.label, read)
                 found[reference] = stack.enter_context(checkpoint)
                 for text in checkpoint.oddities:
                     emit(Notice(text, "warning"))
@@ -58,7 +60,7 @@ def opened_models(
         elsewhere = []
         for reference in references:
             with noted(errors):
-                if local_model(reference):
+                if located(reference, local_model, recipe):
                     open_one(reference)
                 else:
                     elsewhere.append(reference)
@@ -67,6 +69,14 @@ def opened_models(
                 open_one(reference)
         _tell_apart([found[reference] for reference in references if reference in found])
         yield {reference: found.get(reference) for reference in references}
+
+
+def located(reference: str, find: Callable[[str], M], recipe: Recipe) -> M:
+    """What `find` gives for a model; the error for one that is not found says in which folders it was looked for."""
+    try:
+        return find(reference)
+    except (NoSuchModel, NetworkError) as error:
+        raise type(error)([problem + recipe.looked(reference) for problem in error.problems], error.hint) from error
 
 
 def compared(

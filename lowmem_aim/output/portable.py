@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_aim.errors import printable
+from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting
-from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file
+from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, same_reference
+from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
 
 
 def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -32,6 +35,26 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
         portable["acm"] = acm | {"calibration": calibration_label(recipe.acm.calibration)}
     return portable
+
+
+def how_to_run(plan: Plan, inputs: Inputs) -> str:
+    """Comments for the top of the recipe's file: what has to be filled in, and the command to run it again."""
+    recipe = plan.recipe
+    used = [(recipe.base, inputs.base), *zip((m.reference for m in recipe.models), inputs.experts, strict=True)]
+    local = [model.label for reference, model in used if reference and model and _is_local(reference, model)]
+    tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
+    local += [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
+    flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
+    lines = []
+    if local:
+        lines += ["These were folders and files of one machine, and are named without their paths. Fill in the paths:"]
+        lines += [f"  {printable(name)}" for name in dict.fromkeys(local)]
+    lines.append(f"To merge again: lowmem-aim merge mergekit_config.yml NEW-FOLDER{flags}")
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _is_local(reference: str, model: Checkpoint) -> bool:
+    return same_reference(reference, str(model.folder))
 
 
 def calibration_label(calibration: str) -> str:

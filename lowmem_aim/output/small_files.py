@@ -18,7 +18,7 @@ from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.output.heatmap import joined
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import drawn_with, heatmap_png
-from lowmem_aim.output.portable import portable_recipe
+from lowmem_aim.output.portable import how_to_run, portable_recipe
 from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
@@ -57,7 +57,7 @@ def output_files(
         files[PICTURE] = picture
     if environments:
         facts["environments"] = environments
-    files["mergekit_config.yml"] = yaml_text(recipe).encode()
+    files["mergekit_config.yml"] = (how_to_run(plan, inputs) + yaml_text(recipe)).encode()
     files["lowmem_aim.json"] = json_bytes(facts)
     files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
     files[CONFIG] = json_bytes(

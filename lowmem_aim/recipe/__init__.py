@@ -3,8 +3,10 @@
 recipe.py         what a recipe is: frozen dataclasses
 words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file and line
+places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
 relaxations.py    the tables `aim:` and `acm:`
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
+starting.py       the text of a recipe to start from
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import find_method
+from lowmem_aim.recipe import places
 from lowmem_aim.recipe.reader import read_aim
 from lowmem_aim.recipe.recipe import Aim, same_reference
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
@@ -155,7 +157,8 @@ def _is_base(model: Node, base: Node | None) -> bool:
     reference = model.get("model")
     if base is None or reference is None or not isinstance(reference.value, str) or not isinstance(base.value, str):
         return False
-    return same_reference(reference.value, base.value)
+    paths = [places.find(node.value, node.folder, os.path.isdir).path for node in (reference, base)]
+    return same_reference(*paths)
 
 
 def _with_parameter(table: Node, name: str, text: str) -> Node:

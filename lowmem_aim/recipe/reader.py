@@ -69,8 +69,20 @@ class _Reader(Values):
             self._check_required(method, models, parameters)
         if not method or not models:
             return None
-        where, notices = self.root.where, tuple(together(self.notices))
-        return Recipe(method, base, tuple(models), parameters, dtype, tokenizer_source, aim, acm, where, notices)
+        return Recipe(
+            method,
+            base,
+            tuple(models),
+            parameters,
+            dtype,
+            tokenizer_source,
+            aim,
+            acm,
+            self.root.where,
+            tuple(together(self.notices)),
+            tuple(dict.fromkeys(self.preferred)),
+            self.sought,
+        )
 
     def _is_recipe(self) -> bool:
         """Whether anything of a recipe is there; if not, that is the one problem."""
@@ -123,7 +135,7 @@ class _Reader(Values):
 
     def _base(self, method: Method | None) -> str | None:
         node = self.root.get("base_model")
-        base = self.text(node, "base_model")
+        base = self.model(node, "base_model")
         if node is None and method and method.base == "required":
             hint = "name the model that the others were tuned from: `base_model: folder-or-id`"
             flags = "add `--base`, the model that the others were tuned from"
@@ -160,7 +172,7 @@ class _Reader(Values):
             self.problem(item, "a model is a table: `- model: folder-or-id`", hint)
             return None
         meant = self.check_keys(item, ("model", "parameters"), {})
-        reference = self.text(item.get("model"), "model")
+        reference = self.model(item.get("model"), "model")
         if item.get("model") is None and "model" not in meant:
             self.problem(item, "`model` is missing", hint)
         parameters = self._parameters(item, method)

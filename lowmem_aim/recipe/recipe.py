@@ -103,6 +103,9 @@ class Recipe:
     acm: Acm | None
     where: str
     notices: tuple[str, ...] = field(default=(), compare=False)
+    preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
+    # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
+    sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def builds_on_base(self) -> bool:
@@ -118,6 +121,11 @@ class Recipe:
     def title(self) -> str:
         """The method's name and its relaxations: `ties + AIM + ACM`."""
         return " + ".join([self.method.name, *(["AIM"] if self.aim else []), *(["ACM"] if self.acm else [])])
+
+    def looked(self, path: str) -> str:
+        """The end of a message about a path that was found nowhere: `; looked in ...`; empty for a whole path."""
+        places = " and ".join(f"`{printable(place, 4096)}`" for place in self.sought.get(path, ()))
+        return f"; looked in {places}" if places else ""
 
     def resolve(self, tensor: str, t: float) -> dict[str, Any]:
         """The method's parameters for one tensor at depth `t` in [0, 1], by recipe name: model > top level > default.

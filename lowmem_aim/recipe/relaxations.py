@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from lowmem_aim.errors import did_you_mean, printable
 from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import DEFAULT_OMEGA, Acm, Aim, Setting
 from lowmem_aim.recipe.values import Values, no_name
-from lowmem_aim.recipe.words import DTYPES, NORMALISATIONS, SCALINGS, SHORT_DTYPES
+from lowmem_aim.recipe.words import BUILTIN, DTYPES, NORMALISATIONS, SCALINGS, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import Node
 
 AIM_KEYS = ("omega", "scaling", "exclude", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
@@ -117,4 +118,4 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
         near = _near(key, value) if isinstance(value, str) else ""
         read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")
         return None
-    return value
+    return read.placed(node, value, os.path.lexists) if key == "calibration" and value != BUILTIN else value

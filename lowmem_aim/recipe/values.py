@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Parameter
+from lowmem_aim.recipe import places
 from lowmem_aim.recipe.recipe import Setting
+from lowmem_aim.recipe.words import is_hub_id
 from lowmem_aim.recipe.yaml_tree import Node
 
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
@@ -30,6 +32,8 @@ class Values:
     def __init__(self) -> None:
         self.problems: list[Remark] = []
         self.notices: list[Remark] = []
+        self.preferred: list[str] = []  # paths that are here, and could be Hub ids
+        self.sought: dict[str, tuple[str, ...]] = {}  # paths found nowhere -> the folders that were looked in
 
     def problem(self, node: Node, text: str, hint: str = "") -> None:
         """Note a problem at the place of `node`."""
@@ -73,6 +77,22 @@ class Values:
             self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
             return None
         return value.strip()
+
+    def model(self, node: Node | None, what: str) -> str | None:
+        """The reference of a model: a Hub id, or a folder's path from the current folder; None as in `text`."""
+        text = self.text(node, what)
+        return text if node is None or text is None else self.placed(node, text, os.path.isdir)
+
+    def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
+        """A path of the recipe as seen from the current folder; two different things of that name are a problem."""
+        found = places.find(path, node.folder, exists)
+        if found.doubt:
+            self.problem(node, found.doubt, "write the whole path of the one that you mean")
+        if found.places:
+            self.sought[path] = found.places
+        elif is_hub_id(path):
+            self.preferred.append(path)
+        return found.path
 
     def setting(self, node: Node, parameter: Parameter, hint: str = "") -> Setting | None:
         """A parameter's value as the recipe gives it: a scalar, a gradient or filters; None after a problem.

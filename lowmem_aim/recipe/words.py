@@ -28,6 +28,13 @@ def is_activations_file(calibration: str) -> bool:
     return calibration.endswith(".safetensors")
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a path could as well be `owner/name[@revision]` on the Hub."""
+    name = text.partition("@")[0]
+    is_file = name.endswith((".jsonl", ".txt", ".safetensors"))
+    return "/" in name and not is_file and _DATASET_ID.fullmatch(name) is not None
+
+
 def is_here(calibration: str) -> bool:
     """Whether the texts or activations are on this machine, or nowhere: nothing is fetched from the Hub for them.
 

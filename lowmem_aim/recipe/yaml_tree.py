@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Node:
 
     value: Any
     where: str
+    folder: str = ""  # of the recipe's file, for its relative paths; "": the current folder
 
     def get(self, key: str) -> Node | None:
         """The value of a key; None if the key is absent or null, or if the node is no table."""
@@ -50,11 +51,11 @@ class Node:
 
     def with_item(self, key: str, node: Node) -> Node:
         """A copy of the table with `key` set to `node`; a node that is no table counts as an empty one."""
-        return Node({**(self.value if isinstance(self.value, dict) else {}), key: node}, self.where)
+        return replace(self, value={**(self.value if isinstance(self.value, dict) else {}), key: node})
 
 
-def parse(text: str, source: str) -> Node:
-    """Parse YAML into a tree; `source` is the name for its lines. Raises RecipeError."""
+def parse(text: str, source: str, folder: str = "") -> Node:
+    """Parse YAML into a tree. `source` is the name for its lines, `folder` that of its file. Raises RecipeError."""
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{source}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
     try:
@@ -67,7 +68,7 @@ def parse(text: str, source: str) -> Node:
         raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}", _SYNTAX) from error
     if root is None:
         return Node({}, f"{source}:1")
-    converter = _Converter(source)
+    converter = _Converter(source, folder)
     tree = converter.convert(root)
     if converter.problems:
         raise RecipeError(converter.problems, "write each key once, and plain values, without tags or objects")
@@ -120,9 +121,10 @@ class _Loader(yaml.SafeLoader):
 class _Converter:
     """A converter of yaml's nodes into ours, which counts what aliases expand to."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, folder: str) -> None:
         self.problems: list[str] = []
         self._source = source
+        self._folder = folder
         self._count = 0
         self._scalars = yaml.SafeLoader("")
 
@@ -133,12 +135,12 @@ class _Converter:
             raise RecipeError(f"{where}: the recipe is too large or too deep once its aliases are expanded")
         if node.tag.removeprefix(STANDARD) not in PLAIN_TAGS:
             self.problems.append(f"{where}: the YAML tag `{printable(node.tag)}` is not allowed")
-            return Node(None, where)
+            return Node(None, where, self._folder)
         if isinstance(node, yaml.SequenceNode):
-            return Node([self.convert(item, depth + 1) for item in node.value], where)
+            return Node([self.convert(item, depth + 1) for item in node.value], where, self._folder)
         if isinstance(node, yaml.MappingNode):
-            return Node(self._table(node, where, depth), where)
-        return Node(self._scalar(node, where), where)
+            return Node(self._table(node, where, depth), where, self._folder)
+        return Node(self._scalar(node, where), where, self._folder)
 
     def _scalar(self, node: yaml.Node, where: str) -> Any:
         try:
@@ -172,7 +174,7 @@ class _Converter:
                 self.problems.append(f"{line}: a key must be a plain word")
             elif key in own:
                 self.problems.append(f"{line}: the key `{printable(key)}` stands twice")
-            own[key] = Node(value.value, line)
+            own[key] = replace(value, where=line)
         return merged | own
 
 
@@ -195,7 +197,7 @@ def load_tree(path: Path) -> Node:
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_RECIPE_BYTES + 1)  # /dev/zero has no end
-        return parse(content.decode("utf-8"), shown)
+        return parse(content.decode("utf-8"), shown, os.path.dirname(path))
     except OSError as error:
         what = f"{printable(str(path), LONGEST_PATH)}: cannot be read: {cause(error)}"
         raise RecipeError(f"{what}{_instead(path)}", advice(error) or _RECIPE_FIRST) from error

@@ -6,7 +6,9 @@ output, killed runs included. It follows from the log alone.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -184,6 +186,19 @@ def next_commands(made: Path, width: int | None = None) -> Iterator[str]:
         yield from wrapped_command(command, width, f"  {label:<{INDENT - 2}}")
     if others:
         yield from wrapped([f"            and likewise {', '.join(printable(o.name) for o in others)}"], width, INDENT)
+
+
+def commands_for(recipe: Path, program: str) -> Iterator[str]:
+    """Lines with commands for a recipe that has been written: plan and merge, into a folder that is not there yet."""
+    out = free_name("merged")
+    yield f"  plan      {program} plan {quoted(recipe)} {out}"
+    yield f"  merge     {program} merge {quoted(recipe)} {out}"
+
+
+def free_name(stem: str, suffix: str = "") -> str:
+    """A name that nothing in the current folder has: `stem`, or `stem-2` and so on, with the suffix."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(f"{name}{suffix}" for name in names if not os.path.lexists(f"{name}{suffix}"))
 
 
 def quoted(path: Path, inside: bool = False) -> str:

@@ -13,30 +13,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from demo_settings import TINY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.demo.evaluate import exact_matches
 from lowmem_aim.demo.merges import OMEGA, mean_factor, write_recipe
 from lowmem_aim.demo.models import MODELS, make
-from lowmem_aim.demo.report import table
-from lowmem_aim.demo.settings import Settings, Training
+from lowmem_aim.demo.report import AIM_RECIPE, show_models, table, what_can_be_told
 from lowmem_aim.demo.skills import SKILLS, draw, evaluation, is_held_out, mixture
 from lowmem_aim.demo.tokenizer import build_tokenizer
 from lowmem_aim.demo.train import IGNORED, as_batch, expert_shares
 from lowmem_aim.errors import UsageError
 from lowmem_aim.relaxing.activations import Activations
-
-TINY = Settings(
-    hidden=16,
-    layers=2,
-    heads=2,
-    inner=16,
-    base=Training(steps=3, peak_rate=1e-3, batch=4, warmup=1),
-    expert=Training(steps=2, peak_rate=1e-3, batch=4, warmup=1),
-    shard_size="10KB",
-    calibration_texts=8,
-)
 
 
 class TestSkills:
@@ -166,14 +155,40 @@ def test_the_mean_factor_is_that_of_all_elements(copy: Path) -> None:
     assert mean_factor(copy, MODELS) == pytest.approx(factors / sizes, rel=1e-6)
 
 
-def test_its_recipes_merge(copy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(copy)
-    calibrate = ("calibrate", MODELS.base, "-o", tmp_path / "a.safetensors", "--calibration", "calibration.jsonl")
-    assert run(*calibrate, "--no-pack").code == 0
-    recipe = write_recipe(copy, "r.yml", MODELS, aim=True)
-    done = run("merge", recipe, tmp_path / "out", "--calibration", tmp_path / "a.safetensors")
+def test_its_recipes_merge_from_wherever_one_is(
+    copy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = ("--calibration", "copy/calibration.jsonl", "--no-pack")
+    assert run("calibrate", "copy/base", "-o", "copy/activations.safetensors", *texts).code == 0
+    write_recipe(copy, AIM_RECIPE, MODELS, aim=True)
+    done = run("merge", f"copy/{AIM_RECIPE}", "out", "--omega", "0.2")
     assert done.code == 0, done.err
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_it_ends_with_commands_that_run_where_the_user_is(
+    copy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").mkdir()  # a name that is taken is not proposed
+    said: list[str] = []
+    show_models(Path("copy"), TINY, said.append, "lowmem-aim")
+    commands = [line.split()[1:] for line in "\n".join(said).splitlines() if line.startswith("    lowmem-aim")]
+    assert [words[0] for words in commands] == ["init", "plan", "merge"]
+    for words in commands:
+        done = run(*words)
+        assert done.code == 0, done.err
+    assert (tmp_path / "merged-2" / "config.json").is_file()
+
+
+def test_what_its_numbers_can_tell_apart_is_computed() -> None:
+    half = {"add": 0.5, "sort": 0.5}
+    told = what_can_be_told(half, {"add": 0.5, "sort": 0.53}, 400)
+    assert "7.1 points in a skill, 5.0 in the mean" in told  # 2 sqrt(2 p (1 - p) / n), and that over the root of 2
+    assert "by +1.5 points: no more than chance" in told
+    assert "by -25.0 points: more than chance" in what_can_be_told(half, {"add": 0.25, "sort": 0.25}, 400)
+    assert "by +0.0 points: no more than chance" in what_can_be_told({"add": 1.0}, {"add": 1.0}, 400)
 
 
 def test_the_table_shows_the_scores_that_it_is_given() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
+import tomllib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import click
 import pytest
+from conftest import Run
+from demo_settings import TINY
 
 from lowmem_aim import errors, events
 from lowmem_aim.cli import usage
@@ -29,8 +33,9 @@ from lowmem_aim.events import (
     TensorDone,
 )
 from lowmem_aim.methods.registry import METHODS
-from lowmem_aim.recipe.reader import TOP_KEYS, UNSUPPORTED_KEYS
+from lowmem_aim.recipe.reader import TOP_KEYS, UNSUPPORTED_KEYS, read_recipe
 from lowmem_aim.recipe.relaxations import ACM_KEYS, AIM_KEYS
+from lowmem_aim.recipe.yaml_tree import parse
 from lowmem_aim.system import interrupts
 from lowmem_aim.view.progress import seen
 from lowmem_aim.view.record import KINDS, SCHEMA, from_line, to_line
@@ -115,6 +120,50 @@ def test_every_choice_says_what_was_meant() -> None:
 def test_every_command_of_the_examples_exists() -> None:
     text = "\n".join(f.read_text() for f in [ROOT / "README.md", *DOCS.glob("*.md")])
     assert not set(re.findall(r"^ *(?:\S*/)?lowmem-aim (\w+)", text, re.M)) - set(cli.commands)
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The words of each line of code that starts this program; comments are left out."""
+    blocks = re.findall(r"^```\n(.*?)^```$|^((?: {4}.*\n)+)", text, re.M | re.S)
+    lines = "".join(fenced or indented for fenced, indented in blocks).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r" *lowmem-aim ", line)]
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in DOCS.glob("*.md"))])
+def test_every_command_line_of_a_document_can_be_parsed(page: str) -> None:
+    for name, *words in commands_in((ROOT / page).read_text()):
+        words = words[: words.index("|")] if "|" in words else words  # completion, into another program
+        cli.commands[name].make_context(name, words)
+
+
+def test_the_readme_has_each_command_that_starts_work() -> None:
+    told = {name for name, *_ in commands_in((ROOT / "README.md").read_text())}
+    assert told >= {"init", "plan", "merge", "relax", "calibrate", "methods", "status", "verify", "doctor", "demo"}
+
+
+def test_the_first_merge_of_the_readme_runs_as_printed(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem_aim.demo.settings.QUICK", TINY)
+    monkeypatch.chdir(tmp_path)
+    first = (ROOT / "README.md").read_text().partition("## A first merge")[2].partition("\n## ")[0]
+    for words in commands_in(first):
+        done = run(*words)
+        assert done.code == 0, done.err
+    assert {"merged", "merged-aim", "first.yml"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_recipes_of_the_documents_can_be_read() -> None:
+    for page in (ROOT / "README.md", DOCS / "recipe.md"):
+        recipe = re.search(r"```yaml\n(merge_method:.*?)```", page.read_text(), re.S)
+        assert recipe is not None
+        assert read_recipe(parse(recipe[1], page.name)).aim is not None
+
+
+def test_the_readme_tells_every_extra() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    told = (ROOT / "README.md").read_text().partition("## Install")[2].partition("## A first merge")[0]
+    assert set(named(told)) == extras - {"cpu"}  # an empty name from the time when numba was an extra
 
 
 def test_every_exit_code_is_told_and_no_other_is() -> None:

@@ -43,7 +43,9 @@ def test_a_merge_of_hub_ids(hub: Path, llama: Path, tmp_path: Path, run: Run) ->
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "local/model.safetensors").read_bytes()
     front = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---\n")[1])
     assert front["base_model"] == ["tiny/base", "tiny/math", "tiny/code"]
-    config = yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text())
+    text = (tmp_path / "out/mergekit_config.yml").read_text()
+    assert "Fill in" not in text  # it runs as it is
+    config = yaml.safe_load(text)
     assert config["models"][0]["model"] == f"tiny/math@{REVISION}"
 
 

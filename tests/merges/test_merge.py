@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.errors import DiskError
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.methods import kernels
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.system.options import Options
 
@@ -110,6 +112,25 @@ class TestOutput:
             (tmp_path / name).symlink_to(llama / name)
         monkeypatch.chdir(tmp_path)
         assert digests(merge(again, tmp_path / "second")) == digests(first)
+
+    def test_its_own_recipe_says_what_to_fill_in_and_then_runs_from_its_folder(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = recipe(llama, "dare_linear", omega=0.3, density=("0.5",), calibration=str(texts))
+        out = merge(job, tmp_path / "first", Options(seed=5))
+        monkeypatch.chdir(out)
+        text = (out / "mergekit_config.yml").read_text()
+        filled = ["base", "math", "code", "chat", "texts.jsonl"]
+        assert re.findall(r"^#   (.+)$", text, re.M) == filled
+        for name in filled:
+            text = re.sub(rf": {name}$", f": {texts if name == texts.name else llama / name}", text, flags=re.M)
+        (tmp_path / "mergekit_config.yml").write_text(text)
+        command = re.search(r"lowmem-aim (merge .*)", text)
+        assert command is not None
+        words = command[1].replace("mergekit_config.yml", "../mergekit_config.yml").replace("NEW-FOLDER", "../again")
+        done = run(*words.split())
+        assert done.code == 0, done.err
+        assert digests(tmp_path / "again") == digests(out)
 
     def test_files_respect_the_umask(self, llama: Path, tmp_path: Path) -> None:
         before = os.umask(0o027)
@@ -518,3 +539,15 @@ class TestKilled:
         monkeypatch.undo()
         merge(recipe(llama), tmp_path / "out")
         assert digests(tmp_path / "out") == digests(merge(recipe(llama), tmp_path / "whole"))
+
+
+def test_a_merge_without_numba_gives_the_same_bytes_and_says_so_once(
+    llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ("--method", "ties", "--base", llama / "base", "--expert", llama / "math", "--expert", llama / "code")
+    assert run("merge", tmp_path / "compiled", *models).code == 0
+    monkeypatch.setattr(kernels, "_found", lambda: (None, "numba is not installed"))
+    done = run("merge", tmp_path / "torch", *models)
+    assert done.err.count("compiled loops are not used (numba is not installed): torch does the same") == 1
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("compiled", "torch")]
+    assert weights[0] == weights[1]

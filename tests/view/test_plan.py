@@ -406,3 +406,15 @@ class TestItOnlyLooks:
         assert distant["parameters"] == local["parameters"]
         assert any("downloads come first" in note for note in found["notes"])
         assert not list(cache_folder().glob("stand-ins-*"))
+
+
+def test_the_default_texts_are_on_the_hub_and_a_plan_does_not_fetch_them(
+    llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("lowmem_aim.measuring.texts._from_hub", lambda name, *_: asked.append(name) or [])
+    models = ("--method", "ties", "--base", llama / "base", "--expert", llama / "math", "--omega", "0.4")
+    done = run("plan", tmp_path / "out", *models, "--no-measure")
+    assert done.code == 0, done.err
+    assert "the texts are on the Hub, and were not fetched" in " ".join(done.out.split())
+    assert asked == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ import pytest
 from conftest import Place, Ran, Run
 
 from lowmem_aim.cli.commands import cli
+from lowmem_aim.cli.usage import program
 
 COMMANDS = sorted(cli.commands)
 ARGUMENTS = {  # that are enough for a command to be understood
@@ -265,3 +267,19 @@ def test_each_of_several_models_has_the_hint_of_its_own_error(place: Place) -> N
     assert "hint: name the folder that holds config.json" in first
     assert "`someone/some-model`" in second
     assert "hint: give a local folder" in second
+
+
+def test_next_commands_start_the_program_as_the_user_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "lowmem-aim"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    for called, folders, expected in [
+        ("lowmem-aim", "", "lowmem-aim"),
+        (str(script), str(tmp_path), "lowmem-aim"),
+        (str(script), "/nowhere", str(script)),
+        (".venv/bin/lowmem-aim", "/nowhere", ".venv/bin/lowmem-aim"),
+        ("/site/lowmem_aim/__main__.py", str(tmp_path), f"{sys.executable} -m lowmem_aim"),
+    ]:
+        monkeypatch.setattr(sys, "argv", [called])
+        monkeypatch.setenv("PATH", folders)
+        assert program() == expected
