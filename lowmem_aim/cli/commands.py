@@ -103,9 +103,9 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     multiple=True,
     required=True,
     shell_complete=completion.folders,
-    help="Name a model to merge, a folder or a Hub id; repeat it for each. [required]",
+    help="Name a model to merge, a folder or a Hub id; repeat it for each.",
 )
-@_flag("--aim", is_flag=True, help="Relax the merge by AIM, at its authors' omega of 0.4. [default: no AIM]")
+@_flag("--aim", is_flag=True, help="Relax the merge by AIM, at its authors' omega of 0.4.")
 @_flag(
     "--omega",
     metavar="NUMBER",
@@ -409,7 +409,7 @@ def methods_command(name: str | None, style: Style) -> None:
 
 @cli.command("demo")
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-@_flag("--tiny", is_flag=True, help="Train models of a million parameters. [default: these; there are no others yet]")
+@_flag("--tiny", is_flag=True, help="Train models of a million parameters; there are no others yet.")
 @_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on, in half a minute.")
 def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
     """Train small models in FOLDER, merge them, and compare.

@@ -72,7 +72,7 @@ def opened_models(
 
 
 def located(reference: str, find: Callable[[str], M], recipe: Recipe) -> M:
-    """What `find` gives for a model; the error for one that is not found says in which folders it was looked for."""
+    """The model that `find` finds; the error for one that is not there says in which folders it was looked for."""
     try:
         return find(reference)
     except (NoSuchModel, NetworkError) as error:

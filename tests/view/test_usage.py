@@ -261,12 +261,19 @@ class TestBugs:
 
 def test_each_of_several_models_has_the_hint_of_its_own_error(place: Place) -> None:
     (place.folder / "math/config.json").unlink()
-    done = place.merge("--expert", "someone/some-model")
+    done = place.merge("--expert", "./none")
     first, second = done.err.split("\n\nerror: ")
     assert "config.json" in first
     assert "hint: name the folder that holds config.json" in first
-    assert "`someone/some-model`" in second
-    assert "hint: give a local folder" in second
+    assert "there is no model folder `./none`" in second
+    assert "hint: check the path" in second
+
+
+def test_the_hub_is_not_asked_beside_a_wrong_model(place: Place) -> None:
+    (place.folder / "math/config.json").unlink()
+    done = place.merge("--expert", "someone/some-model")
+    place.refused(done, 3, "config.json")
+    assert "some-model" not in done.err
 
 
 def test_next_commands_start_the_program_as_the_user_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
