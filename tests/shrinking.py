@@ -80,6 +80,12 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "ministral": _ALL_ALIKE,
     "nemotron": _ALL_ALIKE,
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh", "local"]},
+    "roc_bert": {
+        "pronunciation_vocab_size": tiny.VOCAB,
+        "pronunciation_embed_dim": HIDDEN,
+        "shape_vocab_size": tiny.VOCAB,
+        "shape_embed_dim": HIDDEN,
+    },
     "zamba": {
         "num_hidden_layers": 5,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
