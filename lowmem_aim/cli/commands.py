@@ -81,12 +81,12 @@ def _check_paths(command: str, paths: Sequence[Path]) -> None:
 def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Recipe:
     """The recipe of a command line: the file's, as the flags edit it, or the flags' alone. Raises UsageError."""
     _check_paths(command, paths)
+    from lowmem_aim.jobs.preparation import sound_recipe
     from lowmem_aim.recipe import from_flags
-    from lowmem_aim.recipe.reader import read_recipe
     from lowmem_aim.recipe.yaml_tree import load_tree
 
     tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
-    return read_recipe(from_flags.applied(tree, flags))
+    return sound_recipe(from_flags.applied(tree, flags), paths[-1])
 
 
 @cli.command("init")
@@ -235,10 +235,10 @@ def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
     """
     refuse_if_running(out)
     from lowmem_aim.jobs.merge import merge
+    from lowmem_aim.jobs.preparation import sound_recipe
     from lowmem_aim.recipe import from_flags
-    from lowmem_aim.recipe.reader import read_recipe
 
-    recipe = read_recipe(from_flags.relax_recipe(merged, flags))
+    recipe = sound_recipe(from_flags.relax_recipe(merged, flags), out)
     run(lambda emit: merge(recipe, out, options_of(flags), emit), style, merges=True)
 
 

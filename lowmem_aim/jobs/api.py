@@ -20,10 +20,11 @@ from lowmem_aim.jobs import calibrate as calibrate_job
 from lowmem_aim.jobs import merge as merge_job
 from lowmem_aim.jobs import plan as plan_job
 from lowmem_aim.jobs.forecast import Forecast
+from lowmem_aim.jobs.preparation import sound_recipe
 from lowmem_aim.output.verify import verify_outputs
 from lowmem_aim.recipe import reader
 from lowmem_aim.recipe.recipe import Recipe
-from lowmem_aim.recipe.yaml_tree import load_tree, tree_of
+from lowmem_aim.recipe.yaml_tree import Node, load_tree, tree_of
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
 
@@ -37,8 +38,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
     Relative paths start at the current folder, and those of a file that lead nowhere there at the file's own folder.
     Raises RecipeError with every problem, each with its line, or, of a mapping, with its key.
     """
-    tree = tree_of(recipe, "recipe") if isinstance(recipe, Mapping) else load_tree(Path(recipe))
-    return reader.read_recipe(tree)
+    return reader.read_recipe(_tree(recipe))
 
 
 def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_event: OnEvent | None = None) -> Path:
@@ -49,7 +49,7 @@ def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_ev
     NetworkError, before any work where that is possible; what was finished before an error stays for the next call.
     """
     with _alone():
-        return merge_job.merge(_read(recipe), _path(out), options, _emit(on_event))
+        return merge_job.merge(_read(recipe, _path(out)), _path(out), options, _emit(on_event))
 
 
 def relax(
@@ -110,7 +110,7 @@ def plan(
     Raises the errors of models that cannot be opened; all else is among `Forecast.problems`.
     """
     with _alone():
-        return plan_job.plan(_read(recipe), _path(out), options, _emit(on_event), measure=measure)
+        return plan_job.plan(_read(recipe, _path(out)), _path(out), options, _emit(on_event), measure=measure)
 
 
 def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:
@@ -128,8 +128,12 @@ def _path(out: str | Path) -> Path:
     return Path(out)
 
 
-def _read(recipe: AnyRecipe) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+def _read(recipe: AnyRecipe, out: Path) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else sound_recipe(_tree(recipe), out)
+
+
+def _tree(recipe: str | Path | Mapping[str, Any]) -> Node:
+    return tree_of(recipe, "recipe") if isinstance(recipe, Mapping) else load_tree(Path(recipe))
 
 
 def _emit(on_event: OnEvent | None) -> Emit:

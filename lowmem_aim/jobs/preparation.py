@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, noted, printable, raise_all
-from lowmem_aim.events import Emit
+from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
+from lowmem_aim.events import Emit, silent
 from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.models.inputs import Inputs
@@ -21,8 +21,10 @@ from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.recipe.reader import readable_part
 from lowmem_aim.recipe.recipe import Recipe, one_by_one
 from lowmem_aim.recipe.words import BUILTIN, is_activations_file, is_here
+from lowmem_aim.recipe.yaml_tree import Node
 from lowmem_aim.system.options import Options, wrong_options
 
 
@@ -61,6 +63,24 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             _make(LATER, ready)
         reader.close()
         yield ready
+
+
+def sound_recipe(tree: Node, out: Path) -> Recipe:
+    """The recipe of a tree, if nothing is wrong in it.
+
+    Raises RecipeError with every problem, together with those of the output, the models that it names, and the texts.
+    """
+    recipe, wrong = readable_part(tree)
+    if recipe is not None and wrong is None:
+        return recipe
+    errors: list[LowmemAimError] = [] if wrong is None else [wrong]
+    with noted(errors):
+        _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
+    if recipe is not None:
+        errors += _missing_texts(recipe)
+        with opened_models(recipe, "mmap", silent, FETCHED, errors):  # beside errors, nothing is downloaded
+            pass
+    raise joined(errors)
 
 
 def _check_output(out: Path, folders: list[Path]) -> None:

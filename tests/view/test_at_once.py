@@ -59,6 +59,11 @@ def test_wrong_input_is_told_without_torch(place: Place) -> None:
     cases = [
         ([right, str(taken)], 2, ["is not empty"]),
         ([missing, str(taken)], 2, ["is not empty", "no model folder", "no calibration file"]),
+        (
+            [missing, str(taken), "--omega", "1.5"],
+            2,
+            ["must lie in [0, 1]", "is not empty", "no model folder", "no calibration file"],
+        ),
         ([larger, str(place.out)], 3, ["hidden_size"]),
         ([written(place, "wrong.yml", merge_method="tis"), str(place.out)], 2, ["did you mean `ties`"]),
         ([right, str(place.out), "--shard-size", "1"], 2, ["shard size"]),
