@@ -201,7 +201,12 @@ def _letters(word: str) -> str:
 
 
 def _slips(typed: str, meant: str) -> int:
-    """The fewest letters to change, add, drop, or swap with their neighbour, that turn one word into the other."""
+    """The fewest letters to change, add, drop, or swap with their neighbour, that turn one word into the other.
+
+    The same letters in another order count as one slip.
+    """
+    if typed != meant and sorted(typed) == sorted(meant):
+        return 1
     before, last = [0] * (len(meant) + 1), list(range(len(meant) + 1))
     for i, letter in enumerate(typed, start=1):
         row = [i]

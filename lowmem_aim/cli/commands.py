@@ -28,7 +28,7 @@ from lowmem_aim.cli.flags import (
     flags_of,
     options_of,
 )
-from lowmem_aim.cli.running import refuse_if_running, run
+from lowmem_aim.cli.running import print_path, refuse_if_running, run
 from lowmem_aim.cli.usage import Choice
 from lowmem_aim.cli.values import NumberRange, PathType
 from lowmem_aim.errors import UsageError, printable
@@ -136,7 +136,7 @@ def init_command(
         made = init(method, base, expert, output, omega=DEFAULT_OMEGA if aim and omega is None else omega, emit=view)
     for line in summary.commands_for(made, usage.program()):
         click.echo(line, err=True)
-    click.echo(click.format_filename(made))
+    print_path(made)
 
 
 @cli.command("merge")

@@ -58,4 +58,9 @@ def run(work: Callable[[Emit], Path], style: Style, merges: bool = False) -> Non
             for line in (*told, *(summary.next_commands(made, columns) if merges else ())):
                 click.echo(line, err=True)
     if style != "json":
-        click.echo(os.fsencode(made))  # not as text: the encoding of stdout may lack a letter of the path
+        print_path(made)
+
+
+def print_path(made: Path) -> None:
+    """Print what was made on stdout, byte for byte: the encoding of stdout may lack a letter of the path."""
+    click.echo(os.fsencode(made) if hasattr(sys.stdout, "buffer") else click.format_filename(made))

@@ -73,9 +73,8 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
 def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
     """The folder of the base, once `output` is sure to be a new file that can be written."""
     if output.suffix != ".safetensors":
-        raise UsageError(
-            f"the output `{output}` must end in .safetensors", f"name it `{output.with_suffix('.safetensors')}`"
-        )
+        named = output.with_suffix(".safetensors") if output.name else output / "activations.safetensors"
+        raise UsageError(f"the output `{output}` must end in .safetensors", f"name it `{named}`")
     _check_new(output, unfinished)
     if not os.path.isdir(output.absolute().parent):
         raise UsageError(f"there is no folder `{output.absolute().parent}`", "make that folder first")

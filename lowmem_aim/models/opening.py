@@ -14,7 +14,8 @@ from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.reader import Reader, ReaderNeeded
+from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import row_maps_of
@@ -84,15 +85,23 @@ def compared(
 ) -> Inputs | None:
     """The opened models compared with their reference, as one thing; None if the reference is not among them.
 
-    Raises ModelError with every problem at once.
+    Raises ModelError with every problem at once; ReaderNeeded if nothing is wrong as far as the reader knows by itself.
     """
-    inputs = _inputs_of(recipe, opened, reader)
+    inputs = _inputs_of(recipe, opened)
     if inputs is None:
         return None
     errors: list[LowmemAimError] = []
     unlike: set[Checkpoint] = set()
+    unknown: ReaderNeeded | None = None
+    try:
+        inputs.roles = reader.roles(inputs.reference)
+    except ReaderNeeded as needed:
+        unknown = needed
     with noted(errors):
         check_settings(inputs, reader, emit, unlike)
+    if unknown:
+        raise_all(errors)
+        raise unknown
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
     with noted(errors):
@@ -103,13 +112,13 @@ def compared(
     return inputs
 
 
-def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None], reader: Reader) -> Inputs | None:
+def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None]) -> Inputs | None:
     base = opened[recipe.base] if recipe.base else None
     references = [model.reference for model in recipe.models]
     experts = tuple(found for reference in references if (found := opened[reference]))
     merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
     reference = base if recipe.base and merges_base else opened[references[0]]
-    return Inputs(base, experts, reference, reader.roles(reference)) if reference else None
+    return Inputs(base, experts, reference, NO_ROLES) if reference else None
 
 
 def _tell_apart(checkpoints: list[Checkpoint]) -> None:

@@ -36,3 +36,6 @@ class TensorRoles:
             "buffers": sorted(self.buffers),
             "inputs_first": sorted(self.inputs_first),
         }
+
+
+NO_ROLES = TensorRoles({}, frozenset(), frozenset(), frozenset())

@@ -6,6 +6,7 @@ has its default. So configs whose relevant keys differ as written are read by tr
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.config import SIZES
+from lowmem_aim.models.config import LAYERS, SIZES
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import TensorRoles
 
 # Settings that change what a weight means without changing its shape. In models that are merged these must agree,
@@ -36,6 +37,10 @@ _MOST_SHOWN = 5  # settings of a model that are told
 _Difference = tuple[str, Any, Any]  # (dotted key, the other model's value, the reference's)
 
 
+# The order in which sizes are reported: those that others follow from come first.
+_ORDER = {key: place for place, key in enumerate((*LAYERS, *SIZES))}
+
+
 def check_settings(inputs: Inputs, reader: Reader, emit: Emit, unlike: set[Checkpoint]) -> None:
     """Compare every model's settings with the reference's.
 
@@ -46,7 +51,7 @@ def check_settings(inputs: Inputs, reader: Reader, emit: Emit, unlike: set[Check
     problems: list[str] = []
     found = []
     for other in inputs.others:
-        with noted(errors):
+        with noted(errors), contextlib.suppress(ReaderNeeded):
             must, should = _differences(other, inputs.reference, reader)
             shapes = unlike_shapes(other, inputs.reference, inputs.roles)
             must = must or (_unlike_sizes(other, inputs.reference) if shapes else [])
@@ -104,7 +109,7 @@ def _differences(
     if theirs == ours:
         return [], []
     if plain := [(key, theirs[key], ours[key]) for key in ours if _plainly_differs(key, theirs.get(key), ours[key])]:
-        return plain, []
+        return sorted(plain, key=lambda difference: _ORDER.get(difference[0], len(_ORDER))), []
     theirs, ours = (dict(_relevant(reader.settings(model))) for model in (other, reference))
     keys = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
     found = [(key, theirs.get(key), ours.get(key)) for key in keys]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -55,14 +56,18 @@ def from_line(line: str) -> Timed | None:
     """The time and the event of a line; None if this version has no such event, or a value is of a wrong type."""
     try:
         found = json.loads(line, parse_constant=_refused)
-        kind = KINDS[found["event"]]
-        known = get_type_hints(kind)
+        kind, known = KINDS[found["event"]], _fields(found["event"])
         values = {name: _tuples(value) for name, value in found.items() if name in known}
         if not all(_fits(value, known[name]) for name, value in values.items()) or not _fits(found["t"], float):
             return None
         return float(found["t"]), kind(**values)
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
+
+
+@functools.cache  # evaluating the annotations takes longer than all else that is done with a line
+def _fields(kind: str) -> dict[str, Any]:
+    return get_type_hints(KINDS[kind])
 
 
 def _refused(constant: str) -> float:

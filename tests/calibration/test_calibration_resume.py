@@ -358,7 +358,7 @@ def test_a_base_of_other_embeddings_or_biases_is_never_mixed_with_what_was_measu
         merge(job, out, options)
         assert digests(out) == digests(merge(job, tmp_path / "whole", options))
     else:
-        with pytest.raises(ResumeError, match="has another"):
+        with pytest.raises(ResumeError, match="no longer has the same"):
             merge(job, out, options)
 
 

@@ -125,7 +125,6 @@ class TestOmegaByLayerAndModule:
         found = problems("{omega: [{filter: up, value: [0.1, 1.5]}, {value: -1}], scaling: cube, exclude: [norm, '']}")
         assert [text.partition(": ")[2] for text in found] == [
             "`aim.omega` must lie in [0, 1], not 1.5",
-            "`aim.omega` cannot be this list",
             "`aim.omega` must lie in [0, 1], not -1",
             "`aim.scaling` must be one of identity, sqrt, square, rank, not `cube`",
             "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`",

@@ -302,9 +302,9 @@ class TestPicture:
         for name, job in (("relaxed", relaxed), ("plain", plain)):
             stop(job, tmp_path / name, 9)
         without_matplotlib(monkeypatch)
-        with pytest.raises(ResumeError, match="another one") as refused:
+        with pytest.raises(ResumeError, match="a different one") as refused:
             merge(relaxed, tmp_path / "relaxed", Options(shard_bytes=40_000))
-        assert "`matplotlib` was" in "\n".join(refused.value.problems)
+        assert "matplotlib: " in "\n".join(refused.value.problems)
         merge(plain, tmp_path / "plain", Options(shard_bytes=40_000))
         out = merge(relaxed, tmp_path / "relaxed", Options(shard_bytes=40_000, accept_environment=True))
         assert "\n```text\n" in section_of(out)

@@ -17,7 +17,6 @@ import tiny
 import torch
 from merge_cases import BY_METHOD, FLAGS, digests, recipe
 
-from lowmem_aim.cli.flags import parse_size
 from lowmem_aim.errors import MemoryBudgetError, UsageError, joined
 from lowmem_aim.events import Event, Notice
 from lowmem_aim.jobs.merge import merge
@@ -30,7 +29,7 @@ from lowmem_aim.methods.method import Rows
 from lowmem_aim.system import memory
 from lowmem_aim.system.memory import Budget, enough, is_allocation_failure, make_budget, too_small
 from lowmem_aim.system.options import Options
-from lowmem_aim.units import shown
+from lowmem_aim.units import bytes_of, shown
 
 CPU = torch.device("cpu")
 MB = 10**6
@@ -119,7 +118,7 @@ class TestShares:
         assert few.slice_elements >= 400_000
 
     def test_a_row_that_does_not_fit_is_refused_with_the_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(MemoryBudgetError, match=r"needs some .* GB of RAM .* 1\.0 GB") as caught:
+        with pytest.raises(MemoryBudgetError, match=r"needs .* GB of RAM, .* 1\.0 GB") as caught:
             self.share(1000 * MB, monkeypatch, row=500_000_000)
         assert caught.value.exit_code == 5
 
@@ -156,7 +155,7 @@ class TestShares:
 
     def test_what_preparing_took_for_a_moment_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
-        with pytest.raises(MemoryBudgetError, match=r"needs some 400\.0 MB"):
+        with pytest.raises(MemoryBudgetError, match=r"needs 400\.0 MB"):
             share_out(Budget(300 * MB), CPU, NEEDS, reached=400 * MB)
 
 
@@ -342,7 +341,7 @@ class TestRefusals:
     def test_the_number_is_the_same_wherever_it_is_shown(self, least: int) -> None:
         total = enough(300 * MB, least)
         assert total >= 300 * MB + least
-        assert parse_size(shown(total)) == total
+        assert bytes_of(shown(total)) == total
         refusal = too_small("it", "RAM", least, 300 * MB, 0, "")
         assert named_budget(refusal, "ram") == refusal.enough == total
 

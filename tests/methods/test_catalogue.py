@@ -170,7 +170,7 @@ class TestOtherPackages:
 
     def test_one_that_registers_another_name_is_told(self, install: Install) -> None:
         install("median", of_the_page())
-        with pytest.raises(RecipeError, match="registers none of that name"):
+        with pytest.raises(RecipeError, match="registers no method of that name"):
             read_recipe(parse("merge_method: median\nmodels: [{model: a}]\n", "recipe.yml"))
 
     def test_two_packages_with_one_name_are_both_named(self, install: Install) -> None:

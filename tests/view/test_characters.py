@@ -13,7 +13,7 @@ import pytest
 from conftest import Run
 from long_cases import others_long
 
-from lowmem_aim.cli import commands
+from lowmem_aim.cli.running import run
 from lowmem_aim.jobs import doctor
 from lowmem_aim.jobs.speed import disk_speed
 from lowmem_aim.output.folder import LOG, PRIVATE
@@ -74,7 +74,7 @@ def test_the_path_on_stdout_is_the_path_whatever_the_encoding(monkeypatch: pytes
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     use_what_streams_can_show()
-    commands._run(lambda emit: Path("über"), {"quiet": True})
+    run(lambda emit: Path("über"), "quiet")
     sys.stdout.flush()
     assert written.getvalue() == os.fsencode("über\n")
 

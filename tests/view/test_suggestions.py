@@ -39,7 +39,6 @@ def test_a_slip_is_recognised(typed: str, meant: str) -> None:
     [
         ("--cuda", FLAGS),
         ("--lambda", FLAGS),
-        ("--model", FLAGS),
         ("--x", FLAGS),
         ("linux", names()),
         ("task", ["ties"]),
@@ -74,13 +73,14 @@ class TestHints:
     def test_problems_that_need_different_steps_have_a_hint_each(self, place: Place) -> None:
         done = place.merge("--expert", "/nowhere/a", "--density", "50", "--omega", "40")
         errors = done.err.strip().split("\n\nerror: ")
-        assert len(errors) == 2
+        assert len(errors) == 3
         assert errors[0].startswith(
             "error: --density: `density` must lie in [0, 1], not 50; did you mean 0.5?\n\nhint: `"
         )
         assert errors[1].startswith(
             "--omega: `aim.omega` must lie in [0, 1], not 40; did you mean 0.4?\n\nhint: 1 changes"
         )
+        assert errors[2].startswith("there is no model folder `/nowhere/a`\n\nhint: check the path")
 
     def test_problems_that_need_the_same_step_have_one(self, place: Place) -> None:
         done = place.merge("--expert", "/nowhere/a", "--expert", "/nowhere/b")
