@@ -163,7 +163,7 @@ def test_the_recipes_of_the_documents_can_be_read() -> None:
 def test_the_readme_tells_every_extra() -> None:
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     told = (ROOT / "README.md").read_text().partition("## Install")[2].partition("## A first merge")[0]
-    assert set(named(told)) == extras - {"cpu"}  # an empty name from the time when numba was an extra
+    assert set(named(told)) == extras
 
 
 def test_every_exit_code_is_told_and_no_other_is() -> None:
