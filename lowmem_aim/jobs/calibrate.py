@@ -6,21 +6,23 @@ import os
 from functools import partial
 from pathlib import Path
 
-from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable
 from lowmem_aim.events import Emit, Notice, Planned, silent
 from lowmem_aim.jobs.identity import identity_of_calibration
+from lowmem_aim.jobs.preparation import missing_texts
 from lowmem_aim.jobs.resume import agree, differing_weights
-from lowmem_aim.measuring.calibration import GivenActivations, calibration_of
+from lowmem_aim.measuring.calibration import Measurement, calibration_of
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.hub import Located, locate
+from lowmem_aim.models.hub import local_model, locate
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.recipe.recipe import Aim
+from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.system.files import disk_errors, partial_folder, real, sync_folder
 from lowmem_aim.system.on_demand import torch
-from lowmem_aim.system.options import DEFAULTS, Options
-from lowmem_aim.system.run import Run, start
+from lowmem_aim.system.options import DEFAULTS, Options, wrong_options
+from lowmem_aim.system.run import start
 from lowmem_aim.view.feed import Feed, reported
 
 
@@ -37,19 +39,18 @@ def calibrate(
     ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError, NetworkError.
     """
     with reported("calibrate", output, emit, options.command) as feed:
-        return _calibrate(base, aim, output, start(options, feed), feed)
+        return _calibrate(base, aim, output, options, feed)
 
 
-def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
+def _calibrate(base: str, aim: Aim, output: Path, options: Options, feed: Feed) -> Path:
     unfinished = partial_folder(output)
-    located = _checked(base, output, unfinished, run)
-    with Checkpoint.open(located.folder, located.label, run.options.read) as checkpoint:
+    with _opened(base, aim, output, options, feed) as checkpoint:
+        run = start(options, feed)
         for text in checkpoint.oddities:
             run.emit(Notice(text, "warning"))
         with Reader(run.options.use_cache) as reader:
             calibration = calibration_of(aim, checkpoint, reader, run.emit)
-        if isinstance(calibration, GivenActivations):
-            raise UsageError("calibrate needs texts, not an activations file", hint="pass `--calibration file.jsonl`")
+        assert isinstance(calibration, Measurement)  # `_opened` has refused a file of activations
         with workspace(unfinished, fresh=run.options.fresh) as space:
             identity = identity_of_calibration(calibration, run.device)
             reread = partial(differing_weights, checkpoint, space.journal)
@@ -70,20 +71,39 @@ def _calibrate(base: str, aim: Aim, output: Path, run: Run, feed: Feed) -> Path:
     return output
 
 
-def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
-    """The folder of the base, once `output` is sure to be a new file that can be written."""
+def _opened(base: str, aim: Aim, output: Path, options: Options, emit: Emit) -> Checkpoint:
+    """The base, once all that can be checked without torch is right. Raises every error that there is."""
+    errors: list[LowmemAimError] = []
+    with noted(errors):
+        if problems := list(wrong_options(options)):
+            raise UsageError(problems, hint="docs/python.md has the options")
+    with noted(errors):
+        _check_output(output, partial_folder(output))
+    errors += missing_texts(aim.calibration)
+    if is_activations_file(aim.calibration):
+        errors.append(UsageError("calibrate needs texts, not activations", hint="pass `--calibration file.jsonl`"))
+    with noted(errors):
+        if local_model(base) or not errors:
+            located = locate(base, emit)
+            if real(located.folder) in real(output).parents:
+                raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
+            checkpoint = Checkpoint.open(located.folder, located.label, options.read)
+            if not errors:
+                return checkpoint
+            checkpoint.close()
+    raise joined(errors)
+
+
+def _check_output(output: Path, unfinished: Path) -> None:
+    """Check that `output` is a new file that can be written. Raises UsageError, DiskError."""
     if output.suffix != ".safetensors":
         named = output.with_suffix(".safetensors") if output.name else output / "activations.safetensors"
         raise UsageError(f"the output `{output}` must end in .safetensors", f"name it `{named}`")
     _check_new(output, unfinished)
     if not os.path.isdir(output.absolute().parent):
         raise UsageError(f"there is no folder `{output.absolute().parent}`", "make that folder first")
-    located = locate(base, run.emit)
-    if real(located.folder) in real(output).parents:
-        raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
     check_writable(output.absolute().parent)
     check_output(unfinished, [])
-    return located
 
 
 def _check_new(output: Path, unfinished: Path) -> None:

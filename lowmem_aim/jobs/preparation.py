@@ -107,13 +107,18 @@ def _make(checks: tuple[Check, ...], ready: Prepared) -> None:
 
 
 def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
-    """Yield an error for every file of texts or activations that is not there."""
     names = [recipe.aim.calibration] if recipe.aim else []
     names += [recipe.acm.calibration] if recipe.acm and not is_activations_file(recipe.acm.calibration) else []
     for name in dict.fromkeys(names):
-        if name and name != BUILTIN and is_here(name) and not os.path.lexists(Path(name).expanduser()):
-            hint = "check the path; or name `builtin`, or a dataset on the Hub"
-            yield ModelError(f"there is no calibration file `{printable(name)}`{recipe.looked(name)}", hint)
+        yield from missing_texts(name, recipe.looked(name))
+
+
+def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:
+    """Yield an error for a file of texts or activations that is not there; `looked`: where it was looked for."""
+    here = calibration not in ("", BUILTIN) and is_here(calibration)
+    if here and not os.path.lexists(Path(calibration).expanduser()):
+        hint = "check the path; or name `builtin`, or a dataset on the Hub"
+        yield ModelError(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
 
 
 def _local_names(recipe: Recipe) -> Iterator[str]:

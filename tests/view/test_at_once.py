@@ -73,6 +73,13 @@ def test_wrong_input_is_told_without_torch(place: Place) -> None:
         assert all(part in told for part in said), (line, told)
 
 
+def test_a_calibration_tells_all_at_once_too(place: Place) -> None:
+    line = ["calibrate", str(place.folder / "none"), "-o", str(place.folder / "a.txt"), "--calibration", "none.txt"]
+    ((code, said),) = ran(line)
+    assert code == 2
+    assert all(part in said for part in ("must end in .safetensors", "no model folder", "no calibration file"))
+
+
 def test_what_only_lists_or_looks_needs_no_torch(place: Place) -> None:
     place.merge()
     lines = [["methods"], ["methods", "ties"], ["--help"], ["merge", "--help"], ["status", str(place.out)]]
