@@ -146,7 +146,7 @@ def init_command(
 @OUTPUT_FLAGS
 @JOB_FLAGS
 def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
-    """Merge models by RECIPE (mergekit's YAML) into the new folder OUT.
+    """Merge by RECIPE (mergekit's YAML) into the new folder OUT.
 
     Flags override the recipe, or replace it. The same command resumes an interrupted run.
     """
@@ -169,7 +169,7 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     help="Measure the disk and the device for two seconds, to estimate the time. [default: --measure]",
 )
 def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: Any) -> None:
-    """Report what `merge` with the same arguments would do and need.
+    """Show what `merge` with the same arguments would do and need.
 
     The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
     the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with.

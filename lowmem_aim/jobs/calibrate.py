@@ -90,7 +90,7 @@ def _checked(base: str, output: Path, unfinished: Path, run: Run) -> Located:
 def _check_new(output: Path, unfinished: Path) -> None:
     if os.path.lexists(output):
         left = (
-            f"; `{printable(str(unfinished))}` is what an interrupted run has left"
+            f"; `{printable(str(unfinished))}` is left over from an interrupted run"
             if os.path.lexists(unfinished)
             else ""
         )
