@@ -59,7 +59,7 @@ class Start:
         return "\n".join([*self._head(), *self._models(), *self._parameters(), *self._rest()]) + "\n"
 
     def _head(self) -> Iterator[str]:
-        yield f"# `lowmem-aim methods {self.method.name}` has the formula and the bounds of every parameter."
+        yield f"# `lowmem-aim methods {self.method.name}` shows the formula and the bounds of every parameter."
         yield f"merge_method: {self.method.name}"
         if self.base is not None:
             yield ""
