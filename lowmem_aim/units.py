@@ -20,7 +20,7 @@ def bytes_of(text: str) -> int:
     """Turn `5GB`, `512MiB` or `1000000` into bytes: GB is 1e9, GiB is 2^30. Raises ValueError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"`{text[:100]}` is no size; write 5GB, 512MB or 1GiB")
+        raise ValueError(f"`{text[:100]}` is not a size; write 5GB, 512MB or 1GiB")
     step = 1024 if match[3] else 1000
     return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
 

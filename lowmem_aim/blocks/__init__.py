@@ -3,7 +3,7 @@
 shares.py       memory that running a model takes, and the division of a budget for it
 observer.py     the mean |x| of each input channel, collected while modules run
 offload.py      the weights of a block, or of one module, loaded and dropped
-calls.py        the calls of blocks, and the one who decides what happens at each
+calls.py        the calls of blocks, and the object that decides what happens at each
 embeddings.py   an embedding's weight of which only the rows asked for are read
 beside.py       the parts beside the blocks: weights loaded, embeddings read by row
 runner.py       a model that hands its blocks and its output head to whoever runs a forward

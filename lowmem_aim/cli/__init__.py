@@ -7,7 +7,7 @@ values.py          the types of their values: sizes, numbers in a range, paths
 mergekit_flags.py  mergekit's flags that this tool does not have, and what to do instead
 formats.py         `--format`, and JSON's last line after an error
 running.py         a command's work while it is shown, and what is printed at its end
-pausing.py         `pause` and `resume` from another terminal: a request, and why there is nobody to ask
+pausing.py         `pause` and `resume` from another terminal: a request, and why no run can take it
 usage.py           flags that every command has, and errors of usage in this tool's wording
 catalogue.py       the merge methods as `lowmem-aim methods` describes them
 completion.py      what a shell offers after Tab

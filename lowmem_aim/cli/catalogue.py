@@ -14,9 +14,9 @@ from lowmem_aim.methods.registry import find_method, names
 
 BASES = {
     "required": "on a base",
-    "optional": "on a base or without",
-    "listed": "a base only as one of them",
-    "averaged": "a base is one of them",
+    "optional": "with or without a base",
+    "listed": "a base counts only if it is one of them",
+    "averaged": "a base counts as one of them",
 }
 # Values to start from, for parameters that have no default, or one that changes nothing.
 _EXAMPLES: dict[str, Any] = {"weight": 0.5, "density": 0.5, "t": 0.4}

@@ -103,14 +103,14 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     multiple=True,
     required=True,
     shell_complete=completion.folders,
-    help="Name a model to merge, a folder or a Hub id; repeat it for each.",
+    help="Name a model to merge, a folder or a Hub id; repeat the flag for each.",
 )
-@_flag("--aim", is_flag=True, help="Relax the merge by AIM, at its authors' omega of 0.4.")
+@_flag("--aim", is_flag=True, help="Relax the merge with AIM, with its authors' omega of 0.4.")
 @_flag(
     "--omega",
     metavar="NUMBER",
     type=NumberRange(0, 1),
-    help="Relax the merge by AIM, at this omega: 1 changes nothing. [default: no AIM]",
+    help="Relax the merge with AIM, with this omega: 1 changes nothing. [default: no AIM]",
 )
 @_flag(
     "--output",
@@ -123,9 +123,9 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
 def init_command(
     method: str | None, base: str | None, expert: tuple[str, ...], aim: bool, omega: float | None, output: Path
 ) -> None:
-    """Write a commented recipe for these models.
+    """Write a commented recipe for the given models.
 
-    Without METHOD it is `ties` on a base, and `linear` without one. Of the models only headers are read.
+    METHOD defaults to `ties` with a base, and to `linear` without one. Only the headers of the models are read.
     """
     from lowmem_aim.jobs.init import init
     from lowmem_aim.recipe.recipe import DEFAULT_OMEGA
@@ -169,10 +169,10 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     help="Measure the disk and the device for two seconds, to estimate the time. [default: --measure]",
 )
 def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: Any) -> None:
-    """Tell what `merge` with the same arguments would do and need.
+    """Show what `merge` with the same arguments would do and need.
 
-    That is memory, disk and time, against what this machine has. Only headers are read, also of models on the Hub. The
-    exit code is 0 if the merge would run, else the one that it would end with.
+    The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
+    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with.
     """
     import json
 
@@ -203,7 +203,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
     metavar="MODEL",
     required=True,
     shell_complete=completion.folders,
-    help="Compare with this model, from which MERGED's experts were tuned: a folder, or an id on the Hub.",
+    help="Compare with this model, from which MERGED's experts were tuned: a folder or a Hub id.",
 )
 @_relaxation(
     "--with",
@@ -211,7 +211,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
     type=Choice(["aim", "acm", "both"]),
     default="aim",
     show_default=True,
-    help="Relax by AIM (by input channel), by ACM (by layer), or by both: ACM after AIM.",
+    help="Relax with AIM (by input channel), with ACM (by layer), or with both: ACM after AIM.",
 )
 @_relaxation(
     "--theta",
@@ -273,7 +273,7 @@ def calibrate_command(base: str, output: Path, style: Style, **flags: Any) -> No
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
 @DATA_FLAGS
 def status_command(out: Path, style: Style) -> None:
-    """Tell how far the run in OUT is.
+    """Show the progress of the run in OUT.
 
     It may be running, paused, interrupted or finished.
     """
@@ -298,26 +298,26 @@ def status_command(out: Path, style: Style) -> None:
 def pause_command(out: Path) -> None:
     """Pause the run in OUT, from another terminal.
 
-    It finishes what is in hand and waits. `lowmem-aim resume OUT` lets it go on.
+    The run finishes the work in hand and waits. `lowmem-aim resume OUT` lets it continue.
     """
     from lowmem_aim.cli import pausing
     from lowmem_aim.view.summary import quoted
 
     pausing.ask(out, "pause")
-    click.echo(f"paused; `lowmem-aim resume {quoted(out)}` lets it go on", err=True)
+    click.echo(f"paused; `lowmem-aim resume {quoted(out)}` lets it continue", err=True)
 
 
 @cli.command("resume")
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
 def resume_command(out: Path) -> None:
-    """Let the paused run in OUT go on.
+    """Let the paused run in OUT continue.
 
-    If it was interrupted, tell which command resumes it.
+    If it was interrupted, say which command resumes it.
     """
     from lowmem_aim.cli import pausing
 
     pausing.ask(out, "resume")
-    click.echo("the run goes on", err=True)
+    click.echo("the run continues", err=True)
 
 
 @cli.command("replay")
@@ -328,7 +328,7 @@ def resume_command(out: Path) -> None:
     metavar="NUMBER",
     type=NumberRange(0.001, 1e6),
     default=10,
-    help="Play it this many times as fast. [default: 10]",
+    help="Play the run this many times as fast. [default: 10]",
 )
 @_flag(
     "--at",
@@ -342,7 +342,7 @@ def resume_command(out: Path) -> None:
 def replay_command(
     out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None
 ) -> None:
-    """Show the recorded run of OUT as it was seen, faster."""
+    """Show the recorded run of OUT again, faster."""
     from lowmem_aim.view import replay
 
     run = replay.run_of(out, number)
@@ -358,7 +358,8 @@ def replay_command(
 def doctor_command(folder: Path, style: Style) -> None:
     """Report what a merge depends on here, and what to fix.
 
-    Versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, the terminal, and the file of defaults.
+    The report covers versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, the terminal, and the
+    file of defaults.
     """
     import json
 
@@ -391,7 +392,7 @@ def verify_command(out: Path, style: Style) -> None:
 @click.argument("name", required=False, shell_complete=completion.methods)
 @DATA_FLAGS
 def methods_command(name: str | None, style: Style) -> None:
-    """List the merge methods, or tell all about the one called NAME."""
+    """List the merge methods, or describe the one called NAME."""
     import json
 
     from lowmem_aim.cli import catalogue
@@ -410,12 +411,12 @@ def methods_command(name: str | None, style: Style) -> None:
 @cli.command("demo")
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
 @_flag("--tiny", is_flag=True, help="Train models of a million parameters; there are no others yet.")
-@_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on, in half a minute.")
+@_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on; this takes half a minute.")
 def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
     """Train small models in FOLDER, merge them, and compare.
 
-    A base and three experts are trained at the first run, then merged with and without AIM. It ends with commands for
-    merges of your own on these models.
+    The first run trains a base and three experts. They are merged with and without AIM. The demo ends with commands for
+    your own merges of these models.
     """
     from lowmem_aim.demo import run
 
@@ -427,7 +428,7 @@ def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
 def completion_command(shell: str) -> None:
     """Print what SHELL needs to complete words after Tab.
 
-    Put one line into the shell's start file:
+    Add one line to the shell's start file:
 
     \b
     bash   eval "$(lowmem-aim completion bash)"    in ~/.bashrc

@@ -75,10 +75,10 @@ CALIBRATION_FLAGS = _options(
         "--calibration",
         metavar="WHAT",
         shell_complete=completion.texts,
-        help="Calibrate on these texts: a .jsonl or .txt file, `builtin`, or the id of a dataset on the Hub. "
+        help="Calibrate on these texts: a .jsonl or .txt file, `builtin`, or the Hub id of a dataset. "
         "A .safetensors file of activations is used as it is. [default: the AIM authors' Pile set, from the Hub]",
     ),
-    _calibration("--samples", type=int, help="Take this many texts. [default: 256; for ACM 100]"),
+    _calibration("--samples", type=int, help="Use this many texts. [default: 256, or 100 for ACM]"),
     _calibration("--block-size", type=int, help="Run the texts in sequences of this many tokens. [default: 512]"),
     _calibration("--calibration-seed", type=int, help="Shuffle a dataset from the Hub with this seed. [default: 42]"),
     _calibration(
@@ -104,7 +104,7 @@ RECIPE_FLAGS = _options(
         "--base",
         metavar="MODEL",
         shell_complete=completion.folders,
-        help="Take this model as the base: a folder, or an id on the Hub. [default: the recipe's]",
+        help="Use this model as the base: a folder or a Hub id. [default: the recipe's]",
     ),
     _recipe(
         "--expert",
@@ -144,15 +144,15 @@ RECIPE_FLAGS = _options(
         type=Choice(["stop", "base"]),
         default="stop",
         show_default=True,
-        help="At NaN or Inf in an expert, stop, or take the base's value there.",
+        help="Stop at NaN or Inf in an expert, or use the base's value there.",
     ),
 )
 AIM_FLAGS = _options(
     _aim(
         "--omega",
         metavar="NUMBER",
-        help="Relax the merge by AIM: 1 changes nothing, and 0 keeps the most active channels as they are in the base. "
-        "Several values, such as 0.2,0.4, give one output each. [default: the recipe's; `relax` takes 0.4]",
+        help="Relax the merge with AIM: 1 changes nothing, 0 keeps the most active channels as they are in the base. "
+        "Several values, such as 0.2,0.4, give one output each. [default: the recipe's; 0.4 for `relax`]",
     ),
     _aim(
         "--scaling",
@@ -201,7 +201,7 @@ JOB_FLAGS = _options(
         default="auto",
         show_default=True,
         shell_complete=completion.words("auto", "cpu", "cuda", "mps"),
-        help="Compute on cpu, cuda, cuda:N or mps; auto takes the first GPU if there is one.",
+        help="Compute on cpu, cuda, cuda:N or mps; auto uses the first GPU if there is one.",
     ),
     _machine(
         "--ram",
@@ -217,7 +217,7 @@ JOB_FLAGS = _options(
         "--threads",
         metavar="NUMBER",
         type=click.IntRange(1),
-        help="Use this many threads of the CPU. [default: as many as torch takes]",
+        help="Use this many CPU threads. [default: as many as torch uses]",
     ),
     _machine(
         "--read",
@@ -226,11 +226,11 @@ JOB_FLAGS = _options(
         show_default=True,
         help="Read model files through a memory map or by system calls; the result is the same.",
     ),
-    _run("--fresh", is_flag=True, help="Discard what an interrupted run has left and start over."),
+    _run("--fresh", is_flag=True, help="Discard what an interrupted run left behind and start over."),
     _run(
         "--accept-environment",
         is_flag=True,
-        help="Resume an interrupted run although versions or the device have changed.",
+        help="Resume an interrupted run even if versions or the device have changed.",
     ),
     FORMAT_FLAGS,
 )

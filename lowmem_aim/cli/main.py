@@ -118,7 +118,7 @@ def _check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        raise UsageError(f"the current folder cannot be used: {cause(error)}", "`cd` to one that is there") from error
+        raise UsageError(f"the current folder cannot be used: {cause(error)}", "`cd` to one that exists") from error
 
 
 def _told(error: Exception, debug: bool) -> LowmemAimError:

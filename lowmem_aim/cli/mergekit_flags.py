@@ -5,7 +5,7 @@ from __future__ import annotations
 _LAZY = "leave it out: tensors are always read in slices, as they are needed"
 _STREAMED = "leave it out: `--ram` limits the memory in use"
 _COPIED = "leave it out: the tokenizer is always copied"
-_CACHE = "set HF_HOME: models of the Hub are kept there"
+_CACHE = "set HF_HOME: models from the Hub are kept there"
 _ADAPTER = "adapters are not merged here: merge each into its model first"
 _GPU = "use `--device cuda`"
 
@@ -21,14 +21,14 @@ INSTEAD = {
     "--allow-crimes": "leave it out: what does not fit together is refused, with its reason",
     "--lazy-unpickle": "leave it out: only safetensors are read, and always in slices",
     "--lazy-loader": _LAZY,
-    "--trust-remote-code": "leave it out: code of models is never run, and models that need some are refused",
+    "--trust-remote-code": "leave it out: model code is never run, and models that need it are refused",
     "--clone-tensors": "leave it out: each tensor is written once",
     "--safe-serialization": "leave it out: the output is always safetensors",
     "--write-model-card": "leave it out: the output always has a model card",
     "--async-write": "leave it out: reading, computing and writing always overlap",
     "--write-threads": "leave it out: reading, computing and writing always overlap",
     "--num-threads": "use `--threads`",
-    "--verbose": "leave it out: progress is always shown; `--json` tells every event",
+    "--verbose": "leave it out: progress is always shown; `--json` prints every event",
     "--transformers-cache": _CACHE,
     "--lora-merge-cache": _ADAPTER,
     "--lora-merge-dtype": _ADAPTER,

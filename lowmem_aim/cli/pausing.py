@@ -40,7 +40,7 @@ def ask(out: Path, word: Word) -> None:
     if all(left):
         raise UsageError(
             f"the run in `{printable(str(out))}` has not answered within {ANSWER_SECONDS:.0f} seconds",
-            hint="a run that Ctrl-Z has stopped answers once `fg` wakes it; one that a Python script runs cannot pause",
+            hint="a run stopped by Ctrl-Z answers once `fg` continues it; a run of a Python script cannot be paused",
         )
     if not any(map(_is_running, folders)):  # a run that ends removes the requests
         raise _nobody_to_ask(out, folders)
@@ -64,14 +64,14 @@ def _nobody_to_ask(out: Path, folders: Sequence[Path]) -> LowmemAimError:
     been = [folder for folder in folders if os.path.isdir(folder / PRIVATE)]
     if not been:
         return UsageError(
-            f"no run is at work in {shown}",
-            hint="name the output folder of a run; one that is still reading its inputs cannot be paused yet",
+            f"no run is active in {shown}",
+            hint="name the output folder of a run; a run that is still reading its inputs cannot be paused yet",
         )
     if all(map(is_finished, been)):
         return UsageError(
-            f"the run in {shown} is finished", hint=f"`lowmem-aim verify {quoted(out)}` checks what it has made"
+            f"the run in {shown} is finished", hint=f"`lowmem-aim verify {quoted(out)}` checks its output"
         )
-    return UsageError(f"no run is at work in {shown}: it was interrupted", hint=_to_go_on(been))
+    return UsageError(f"no run is active in {shown}: it was interrupted", hint=_to_go_on(been))
 
 
 def _to_go_on(folders: Sequence[Path]) -> str:
@@ -79,4 +79,4 @@ def _to_go_on(folders: Sequence[Path]) -> str:
     runs = next((runs for folder in folders if (runs := runs_in(folder / PRIVATE / LOG))), None)
     started = runs[-1][0][1] if runs else None
     command = printable(getattr(started, "command", ""), LONGEST_COMMAND)
-    return f"to go on, type: {command}" if command else "give the same command again to go on"
+    return f"to resume it, type: {command}" if command else "give the same command again to resume it"

@@ -7,7 +7,7 @@ train.py       the base and the experts, in memory
 models.py      the same as checkpoint folders: made whole or not at all, reused when the settings are the same
 merges.py      recipes, and the command lines that a user would type
 evaluate.py    exact-match accuracy of a checkpoint folder
-report.py      the table, what its numbers can tell, a few answers, and the next commands
+report.py      the table, what its numbers show, a few answers, and the next commands
 """
 
 from __future__ import annotations

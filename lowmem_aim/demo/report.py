@@ -52,7 +52,7 @@ def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
 def show_models(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
     """Make the models alone, and print commands to try merges on them. Raises UsageError as `show`."""
     models = _made(folder, settings, echo)
-    echo(f"The base and three experts are in `{folder}`. They have learnt little: they are for trying merges.")
+    echo(f"The base and three experts are in `{folder}`. They have learnt little and only serve to try merges.")
     _next(folder, models, echo, program)
 
 
@@ -65,7 +65,7 @@ def _next(folder: Path, models: Models, echo: Echo, program: str) -> None:
     """Print the commands for a merge of the user's own, which work from the current folder."""
     recipe, out = free_name("recipe", ".yml"), free_name("merged")
     experts = " ".join(f"--expert {quoted(folder / expert)}" for expert in models.experts.values())
-    echo("\nA merge of your own, on these models:")
+    echo("\nYour own merge of these models:")
     echo(f"    {program} init ties --base {quoted(folder / models.base)} {experts} -o {recipe}")
     echo(f"    {program} plan {recipe} {out}")
     echo(f"    {program} merge {recipe} {out}")
@@ -73,8 +73,8 @@ def _next(folder: Path, models: Models, echo: Echo, program: str) -> None:
 
 def _of_the_table(factor: float) -> str:
     return (
-        f"Answers of {QUESTIONS} held-out questions a skill that are right to the last letter, in percent. AIM keeps "
-        f"{factor:.1%} of the delta on average; the control keeps that share of every element alike."
+        f"Exactly right answers to {QUESTIONS} held-out questions per skill, in percent. AIM keeps {factor:.1%} of the "
+        "delta on average; the control keeps the same share of every element."
     )
 
 
@@ -88,15 +88,16 @@ def what_can_be_told(plain: Mapping[str, float], aim: Mapping[str, float], quest
     difference = (sum(aim.values()) - sum(plain.values())) / len(variances)
     verdict = "more than" if abs(difference) > mean else "no more than"
     return (
-        f"What {questions} questions can tell apart (two standard errors): {100 * skill:.1f} points in a skill, "
-        f"{100 * mean:.1f} in the mean. With AIM the mean differs by {100 * difference:+.1f} points: {verdict} chance."
+        f"The smallest difference that {questions} questions per skill can show (two standard errors): "
+        f"{100 * skill:.1f} points in a skill, {100 * mean:.1f} in the mean. "
+        f"With AIM, the mean differs by {100 * difference:+.1f} points: {verdict} chance."
     )
 
 
 def _of_small_models(folder: Path) -> str:
     return (
-        "This says nothing of AIM on large models. There, a few input channels are far more active than the others, "
-        "and AIM keeps the merge close to the base in these. Models this small have no such channels: in a typical "
+        "This says nothing about AIM on large models. There, a few input channels are far more active than the others, "
+        "and AIM keeps the merge close to the base in those. Models this small have no such channels: in a typical "
         f"module here, the most active one is only {peak(folder):.1f} times as active as the median."
     )
 

@@ -1,13 +1,13 @@
 """Whole jobs, one file each: prepared, done, finished.
 
 api.py           the jobs as functions for scripts: what `import lowmem_aim` offers
-preparation.py   all that a merge finds out and checks before it works
+preparation.py   everything that a merge finds out and checks before it works
 prepared.py      a merge that could begin: models, plans, what the checks have found out
 checks.py        the checks before work, of `plan` and `merge` alike
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
-oddities.py      what a merge tells before it works: idle filters, a missing tokenizer
-identity.py      the identity of a run: all that its output follows from
+oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
+identity.py      the identity of a run: all that its output depends on
 differences.py   the differences between two runs, key by key
 resume.py        whether an interrupted run may be resumed
 finished.py      whether a finished output is of this job, and of its inputs as they are now

@@ -109,7 +109,7 @@ def _check_output(output: Path, unfinished: Path) -> None:
 def _check_new(output: Path, unfinished: Path) -> None:
     if os.path.lexists(output):
         left = (
-            f"; `{printable(str(unfinished))}` is what an interrupted run has left"
+            f"; `{printable(str(unfinished))}` is left over from an interrupted run"
             if os.path.lexists(unfinished)
             else ""
         )

@@ -98,7 +98,7 @@ def check_device(ready: Prepared) -> None:
     if why := kernels.unavailable():
         ready.emit(Notice(f"compiled loops are not used ({why}): torch does the same, several times slower"))
     elif trouble := kernels.cache_trouble():
-        what = "compiled loops cannot be kept, and every run compiles them again"
+        what = "compiled loops cannot be saved, so every run compiles them again"
         ready.emit(Notice(f"{what}: {trouble}", "warning"))
 
 
@@ -140,7 +140,7 @@ def check_begun(ready: Prepared) -> None:
         private, finished = folder / PRIVATE, is_finished(folder)
         if not os.path.isdir(private) or (ready.options.fresh and not finished):
             continue
-        state = "is finished already" if finished else "holds an interrupted run, which goes on"
+        state = "is finished already" if finished else "holds an interrupted run, which is resumed"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
         with Journal(private, read_only=True) as journal:
             journal.check_version(finished=finished)
@@ -153,7 +153,7 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
         return  # what is missing would be reported as a difference
     if ready.unread:
         ready.notes.append(
-            f"whether `{printable(str(folder))}` is of the same job cannot be told before the texts are fetched"
+            f"whether `{printable(str(folder))}` is of the same job is not known until the texts are fetched"
         )
     elif finished:
         now = ready.identity(name)

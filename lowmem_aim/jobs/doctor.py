@@ -93,7 +93,9 @@ class Doctor:
 def examine(folder: Path) -> Doctor:
     """Find out all facts, in some seconds; the disk of `folder` is measured. Raises UsageError if there is none."""
     if not os.path.isdir(folder):
-        raise UsageError(f"there is no folder `{printable(str(folder))}`", hint="name one that an output would lie in")
+        raise UsageError(
+            f"there is no folder `{printable(str(folder))}`", hint="name the folder that an output would be in"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the facts say themselves: an old driver, no swap
         return Doctor(
@@ -325,7 +327,7 @@ def _about_software(found: Doctor) -> Iterator[Advice]:
         why = kernels.unavailable()
         yield Advice("warning", f"numba is installed, but its loops are not used ({why}): CPU merges are slower")
     elif trouble := kernels.cache_trouble():
-        yield Advice("warning", f"compiled loops cannot be kept, and every merge compiles them again: {trouble}")
+        yield Advice("warning", f"compiled loops cannot be saved, so every merge compiles them again: {trouble}")
     if found.software["nvidia_driver"] not in (None, UNKNOWN) and found.gpus == []:
         torch_version = printable(str(found.software["torch"]))
         yield Advice("warning", f"there is an NVIDIA driver, but no GPU that torch {torch_version} can use")
@@ -336,7 +338,7 @@ def _about_the_machine(found: Doctor) -> Iterator[Advice]:
     if isinstance(free, int) and free < LITTLE_RAM:
         yield Advice("warning", f"only {units.shown(free)} of RAM are free: close other programs")
     if isinstance(allowed, float) and isinstance(threads, int) and allowed < threads:
-        yield Advice("hint", f"this container has {allowed:g} cores' time: `--threads {max(1, round(allowed))}`")
+        yield Advice("hint", f"this container is limited to {allowed:g} cores: `--threads {max(1, round(allowed))}`")
 
 
 def _about_the_folder(folder: Facts) -> Iterator[Advice]:
@@ -346,7 +348,7 @@ def _about_the_folder(folder: Facts) -> Iterator[Advice]:
         yield Advice(
             "warning",
             f"`{printable(folder['filesystem'])}` may be a network filesystem: an output is safer on a local disk, "
-            "and inputs that others may change are read with `--read pread`",
+            "and use `--read pread` for inputs that others may change",
         )
 
 

@@ -63,7 +63,7 @@ def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, em
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
     for number in moved:
         label = printable(str(now.inputs[number]["label"]))
-        emit(Notice(f"`{label}` has new or moved files: what was read of it is read again"))
+        emit(Notice(f"`{label}` has new or moved files: what was read from it is read again"))
         for name in reread(number):
             raise ResumeError(
                 [_not_of_these(out), f"`{label}` no longer has the same `{printable(name)}`"], FINISHED_HINT

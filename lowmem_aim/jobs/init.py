@@ -134,7 +134,7 @@ def _find_all(start: Start, headers: Headers, emit: Emit) -> dict[str, Located] 
                 Checkpoint.open(model.folder, model.label).close()
     raise_all(errors)
     if unseen:
-        text = f"not looked at, since the Hub is out of reach: {', '.join(unseen)}; `plan` checks them once it is not"
+        text = f"not checked, because the Hub cannot be reached: {', '.join(unseen)}; `plan` checks them once it can be"
         emit(Notice(text, "warning"))
     return None if unseen else found
 

@@ -155,7 +155,7 @@ def calibrated(ready: Prepared, outputs: Sequence[HeldOutput]) -> Activations | 
         space.forget_calibration()
     check_activations(activations, calibration.base, calibration.aim)
     for part in idle_exclusions(activations, calibration.base, calibration.aim):
-        run.emit(Notice(f"`aim.exclude`: `{printable(part)}` is part of no weight that AIM relaxes", "warning"))
+        run.emit(Notice(f"`aim.exclude`: `{printable(part)}` matches no weight that AIM relaxes", "warning"))
     return activations
 
 
@@ -163,7 +163,7 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
     lacking = [space for space in spaces if not activations_kept(space.private, space.journal)]
     kept = next((space for space in spaces if space not in lacking), None)
     if kept:
-        run.emit(Notice("resuming: the activations are measured"))
+        run.emit(Notice("resuming: the activations are already measured"))
         activations = Activations.load(kept.private / ACTIVATIONS)
     else:
         # What was measured in two environments must not reach the cache, from which other merges take.

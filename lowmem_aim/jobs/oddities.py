@@ -26,7 +26,7 @@ def _idle_filters(plan: Plan) -> Iterator[str]:
     tables += [{"aim.omega": recipe.aim.omega}] if recipe.aim else []
     settings = [(key, setting) for table in tables for key, setting in table.items() if setting.filtered]
     idle = [
-        f"`{key}`: the filter `{printable(pattern)}` is part of no name of a tensor that is merged"
+        f"`{key}`: the filter `{printable(pattern)}` matches no name of a merged tensor"
         for key, setting in settings
         for pattern, _ in setting.value
         if pattern not in ("", "*") and not any(pattern in name for name in names)

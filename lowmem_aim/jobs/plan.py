@@ -121,7 +121,7 @@ class _Estimate:
         written, spilled = ready.bytes_to_write(), ready.bytes_to_spill()
         missing = sum(self.hub.missing.values())
         parts = [f"the output {shown(written)}"]
-        parts += [f"before it hidden states, at most {shown(spilled)}"] if spilled else []
+        parts += [f"before that hidden states, at most {shown(spilled)}"] if spilled else []
         parts += [f"besides downloads of {shown(missing)}, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(ready.out)).free
         return Requirement("disk", max(written, spilled) + SMALL_FILES_BYTES, free, ", ".join(parts))
@@ -129,7 +129,7 @@ class _Estimate:
     def _tell_of_downloads(self) -> None:
         missing = [f"{printable(label)} {shown(count)}" for label, count in self.hub.missing.items() if count]
         if missing:
-            self.ready.notes.append(f"downloads come first, and their time is not in it: {', '.join(missing)}")
+            self.ready.notes.append(f"the time does not include downloads, which come first: {', '.join(missing)}")
 
     # -- time
 

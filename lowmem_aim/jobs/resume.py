@@ -106,10 +106,10 @@ def _refuse_differences(
     if elsewhere and not accept_environment:
         problems += elsewhere
     if problems:
-        only = "`--accept-environment` resumes it all the same; " if len(elsewhere) == len(problems) else ""
+        only = "`--accept-environment` resumes it anyway; " if len(elsewhere) == len(problems) else ""
         raise ResumeError(
             ["the interrupted run in this folder was a different one:", *most(problems)],
-            hint=f"{only}`--fresh` starts over; to resume it, give the command and the inputs that it had",
+            hint=f"{only}`--fresh` starts over; to resume it, give the same command and inputs as before",
         )
     return elsewhere
 
@@ -139,7 +139,7 @@ def _changed(
     if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
         yield f"`{label}` no longer has the same tensors or files"
     elif old["files"] != new["files"]:
-        emit(Notice(f"`{label}` has new or moved files: what was read of it is read again"))
+        emit(Notice(f"`{label}` has new or moved files: what was read from it is read again"))
         for name in reread():
             yield f"`{label}` no longer has the same `{printable(name)}`"
             return  # one says enough; others would take their time

@@ -170,7 +170,7 @@ def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Me
     meta_model.require_blocks()
     context = getattr(meta_model.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and 16 <= context < aim.block_size:
-        emit(Notice(f"blocks of {context} tokens: `{printable(base.label)}` takes no more"))
+        emit(Notice(f"the sequences have {context} tokens: `{printable(base.label)}` allows no more"))
         aim = replace(aim, block_size=context)
     sequences = token_sequences(aim, partial(reader.encode, base), emit)
     _check_ids(base, meta_model, sequences)

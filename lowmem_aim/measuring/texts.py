@@ -112,9 +112,7 @@ def _from_jsonl(content: str, shown: str) -> Iterator[str]:
 def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
     """Yield the texts of a Hub dataset in the AIM authors' order: shuffled by `seed`, too long ones skipped."""
     shown = printable(dataset)
-    hint = (
-        "pass a text file of your own, or the small set that comes along: `--calibration file.jsonl|file.txt|builtin`"
-    )
+    hint = "pass your own text file, or the small set of this tool: `--calibration file.jsonl|file.txt|builtin`"
     try:
         from datasets import get_dataset_split_names, load_dataset
     except ImportError:

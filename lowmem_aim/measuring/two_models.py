@@ -29,7 +29,7 @@ from lowmem_aim.system.tensor_store import Stored
 
 # Paths within a block of the module whose output is the MLP's; the first that exists counts.
 MLPS = ("mlp.down_proj", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
-_WITHOUT = "leave `acm:` out: a merge alone runs no model"
+_WITHOUT = "leave `acm:` out: a merge without it runs no model"
 HEAD_ELEMENTS = 1 << 20  # of each head, in memory at a time
 Information = dict[str, list[float]]  # group -> nats for each text
 
@@ -63,7 +63,7 @@ def information_between(
         except ForwardFailed as reason:
             if isinstance(reason.__cause__, Exception) and raised_here(reason.__cause__):
                 raise reason.__cause__ from None
-            raise ModelError(f"ACM: transformers cannot run a forward of this model: {reason}", _WITHOUT) from reason
+            raise ModelError(f"ACM: transformers cannot run this model: {reason}", _WITHOUT) from reason
     emit(PhaseEnded("compare"))
     return information
 

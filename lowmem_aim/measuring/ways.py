@@ -103,8 +103,8 @@ def _refused(runner: BlockRunner, reason: Exception) -> Exception:
         return cause
     label = printable(runner.meta_model.weights.checkpoint.label)
     return ModelError(
-        f"transformers cannot run a forward of `{label}`: {reason}",
-        hint="are config and weights sound, and can this model be run on text alone? without `aim:` it needs no run",
+        f"transformers cannot run a forward pass of `{label}`: {reason}",
+        hint="do config and weights match, and can this model run on text alone? without `aim:`, no model is run",
     )
 
 

@@ -71,7 +71,7 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
     replaced = reads.replaced_elements(targets[0].plan)
     for label, counts in itertools.groupby(replaced, key=lambda found: found.label):
         count = sum(found.elements for found in counts)
-        what = f"{count} element(s) of `{printable(label)}` are NaN or Inf and took the base's value"
+        what = f"{count} element(s) of `{printable(label)}` are NaN or Inf and got the base's value"
         run.emit(Notice(what, "warning"))
     models = reads.model_digests()
     return [target.merged(models, replaced) for target in targets]

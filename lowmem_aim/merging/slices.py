@@ -66,7 +66,7 @@ class Stride:
                 return  # another thread has halved it already
             self._rows, self.elements = None, max(1, count * columns // 2)
             size = shown(self.elements * torch.float32.itemsize)
-        self._emit(Notice(f"memory ran short: going on with slices of {size}", "warning"))
+        self._emit(Notice(f"memory ran short: continuing with slices of {size}", "warning"))
 
     def cuts(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         """Yield (start, stop), in rows, of each slice of a tensor."""

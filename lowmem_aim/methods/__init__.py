@@ -1,7 +1,7 @@
 """Merge methods in weight space: pure functions of row slices, one file a family.
 
 method.py         what a method is: a script of rounds that ends in a combine; parameters; `@merge_method`
-footprint.py      the memory that a method declares to take
+footprint.py      the memory that a method declares it takes
 registry.py       all methods by name, those of other packages included
 exact.py          sums that do not depend on the order of their terms
 masks.py          random masks from a counter

@@ -78,7 +78,7 @@ def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> _Pro
     row_map = inputs.row_map(other, ours.name)
     mapped = row_map is not None
     if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
-        text = f"`{label}`: `{name}` has another number of rows than its embedding; tokens cannot be matched"
+        text = f"`{label}`: `{name}` has a different number of rows than its embedding; tokens cannot be matched"
         return _Problem("tokens", text)
     if theirs.shape[mapped:] != ours.shape[mapped:]:
         is_vocabulary = ours.name in inputs.roles.vocabulary

@@ -122,7 +122,7 @@ def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:
         numbers = value if isinstance(value, list) and key not in LAYERS else [value]
         for number in numbers:
             if number is not None and not (type(number) is int and lowest <= number <= limit):
-                yield f"`{key}` is {_shown(number)}, no whole number from {lowest} to {limit},"
+                yield f"`{key}` is {_shown(number)}, not a whole number from {lowest} to {limit},"
                 break
     for key, kind, what in (("model_type", str, "no text"), ("tie_word_embeddings", bool, "neither true nor false")):
         if not isinstance(table.get(key), kind | None):

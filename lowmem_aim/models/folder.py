@@ -157,8 +157,8 @@ def _unread_copies(folder: Path, copies: Sequence[str], weight_map: Mapping[str,
     twice = [name for name in copies if name in weight_map]
     unnamed = [name for name in copies if name not in weight_map]
     for names, what in (
-        (twice, "that stand in two shards are read where the index says"),
-        (unnamed, "that stand in a shard, but not in the index, are not read"),
+        (twice, "that are in two shards are read where the index says"),
+        (unnamed, "that are in a shard, but not in the index, are not read"),
     ):
         if names:
             yield f"`{printable(str(folder))}`: {len(names)} tensor(s) {what}, `{printable(names[0])}` the first"

@@ -81,7 +81,7 @@ class _BadHeader(Exception):
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise _BadHeader("a key stands twice in its header")
+        raise _BadHeader("a key appears twice in its header")
     return table
 
 
@@ -93,7 +93,7 @@ def _natural(digits: str) -> int:
 
 
 def _no_number(text: str) -> float:
-    raise _BadHeader(f"its header holds {text[:24]}, which is no whole number")
+    raise _BadHeader(f"its header holds {text[:24]}, which is not a whole number")
 
 
 def _decoded(text: bytes) -> Any:

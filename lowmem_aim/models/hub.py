@@ -110,12 +110,12 @@ def hub_errors(reference: str) -> Iterator[None]:
         raise ModelError(f"`{shown}` has no such revision on the Hub", hint="check what follows the `@`") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before its superclass RepositoryNotFoundError
         raise NetworkError(
-            f"`{shown}` is neither a folder here nor downloaded, and the Hub is out of reach", hint
+            f"`{shown}` is neither a folder here nor downloaded, and the Hub cannot be reached", hint
         ) from error
     except RepositoryNotFoundError as error:
         raise NoSuchModel(
             f"there is no folder `{shown}` here and no such model on the Hub",
-            hint="check the name; private ones need HF_TOKEN",
+            hint="check the name; private models need HF_TOKEN",
         ) from error
     except HFValidationError as error:
         raise ModelError(

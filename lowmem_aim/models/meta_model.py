@@ -64,7 +64,7 @@ class MetaModel:
             raise ModelError(
                 f"`{shown}` (model type `{kind}`) cannot be run block by block: "
                 "beside its token embedding there is no list of layers of one class",
-                hint="leave `aim:` and `acm:` out (`--omega`, `--theta`): a merge alone runs no model",
+                hint="leave `aim:` and `acm:` out (`--omega`, `--theta`): a merge without them runs no model",
             )
 
     @property

@@ -122,7 +122,9 @@ class ReaderProcess:
         self.stderr.seek(0)
         said = self.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
         if -self.process.returncode in _FROM_OUTSIDE:
-            return ReaderKilled("was stopped: somebody, or a system short of memory, killed the process that reads it")
+            return ReaderKilled(
+                "was stopped: the process that reads it was killed, by somebody or by a system short of memory"
+            )
         if said and not any(word in said[-1].lower() for word in ("memory", "alloc")):  # as std::bad_alloc
             return ReaderFailed(f"fails: {printable(said[-1])}")
         # Compiled code that gets no memory aborts with no word.

@@ -18,7 +18,7 @@ from typing import Any
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.system.files import name_temporary_folder
 
-TOKENIZER_HINT = "are its files whole, and the model's own?"
+TOKENIZER_HINT = "are its files complete, and do they belong to this model?"
 _PAGES_FILE = Path("/proc/self/statm")
 _loaded: dict[str, Any] = {}  # the tokenizer that `encode` has loaded last, by its files
 
@@ -104,7 +104,9 @@ def _tokenizer(question: Question) -> Any:
     from transformers import AutoTokenizer
 
     if wrong := _no_sentencepiece(Path(question["folder"])):
-        raise ModelError(f"`{printable(question['label'])}`: its `{wrong}` is no sentencepiece model", TOKENIZER_HINT)
+        raise ModelError(
+            f"`{printable(question['label'])}`: its `{wrong}` is not a sentencepiece model", TOKENIZER_HINT
+        )
     with _tokenizer_errors(f"`{printable(question['label'])}` has no tokenizer that transformers can load"):
         return AutoTokenizer.from_pretrained(question["folder"], trust_remote_code=False, local_files_only=True)
 

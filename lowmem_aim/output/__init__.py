@@ -11,7 +11,7 @@ merged.py        digests and figures of what a merge has written and read
 small_files.py   every small file of an output, by name
 copied.py        the files that an output takes over from its reference
 code_keys.py     keys of JSON files that make a loader run code
-portable.py      the recipe as others may run it
+portable.py      the recipe in a form that others can run
 provenance.py    lowmem_aim.json: inputs, outputs, versions
 card.py          the model card
 heatmap.py       how much of the delta is left, by layer and kind of module

@@ -56,8 +56,8 @@ def delta_left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
     parts = [drawn] * any(heat_rows(kept)) + ["Outside the layers:", "\n".join(rows)] * bool(rows)
     return (
         f"\n## How much of the delta is left\n\n{_relaxed_by(recipe)} left {share:.1%} of the merged delta: the sum of "
-        "the absolute values afterwards over the sum before, in the weights that are relaxed, estimated on some "
-        f"{SAMPLED_ELEMENTS // 1000 * 1000:,} elements of each, evenly spread.\n\n" + "\n\n".join(parts) + "\n"
+        "the absolute values afterwards, divided by the sum before, over the weights that are relaxed, estimated from "
+        f"some {SAMPLED_ELEMENTS // 1000 * 1000:,} evenly spread elements of each.\n\n" + "\n\n".join(parts) + "\n"
     )
 
 
@@ -76,7 +76,7 @@ def card_text(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, l
     if recipe.aim:
         relaxed = (
             f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
-            f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it takes. "
+            f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it keeps. "
             f"Calibration: {_inline(calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
         )
     if recipe.acm:
@@ -130,8 +130,8 @@ def _replaced(facts: dict[str, Any]) -> str:
         return "\nNo element of a model was NaN or Inf (`--nonfinite base`).\n"
     rows = [f"| {_inline(i['model'])} | {_inline(i['tensor'])} | {i['elements']} |" for i in facts["nonfinite"]]
     return (
-        "\n## Elements that were not finite\n\nThese elements were NaN or Inf, and the base's value stands in for them "
-        "(`--nonfinite base`): the model has no say there.\n\n| model | tensor | elements |\n|---|---|---|\n"
+        "\n## Elements that were not finite\n\nThese elements were NaN or Inf, and the base's value is used instead "
+        "(`--nonfinite base`): the model contributes nothing there.\n\n| model | tensor | elements |\n|---|---|---|\n"
         + "\n".join(rows)
         + "\n"
     )
@@ -142,9 +142,7 @@ def _changes(facts: dict[str, Any]) -> str:
         return ""
     steps = [", ".join(f"{name} {value}" for name, value in step.items()) for step in facts["environments"]]
     listed = "\n".join(f"- {_inline(step)}" for step in steps)
-    return (
-        f"\nThe run was interrupted and went on in another environment, which may show in the low bits:\n\n{listed}\n"
-    )
+    return f"\nThe run was interrupted and resumed in another environment, which may change the low bits:\n\n{listed}\n"
 
 
 def _names(portable: dict[str, Any]) -> list[str]:

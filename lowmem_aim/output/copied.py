@@ -103,7 +103,7 @@ class _Taken:
     def _refusal(self, name: str, file: Path) -> str:
         """Why a file is left behind, or an empty string."""
         if not is_listable(name):
-            return "its name is too long, or has characters that names on other systems cannot have"
+            return "its name is too long, or has characters that other systems do not allow in names"
         if not file.is_file():
             return "no regular file"
         if not is_inside(self.reference.folder, file):
@@ -125,7 +125,12 @@ class _Taken:
             return json_bytes(value) if gone else content
         elif file.suffix.lower() == ".safetensors":
             read_header(file)
-            self.emit(Notice(f"`{printable(name)}` is the reference's: what modules hold is not merged", "warning"))
+            self.emit(
+                Notice(
+                    f"`{printable(name)}` is the reference's: weights in module folders are not merged",
+                    "warning",
+                )
+            )
         return content
 
     def modules(self) -> list[str]:
@@ -161,7 +166,7 @@ def _check_vocabulary(content: bytes, file: Path) -> None:
 def _tell_of_code(name: str, gone: Sequence[str], emit: Emit) -> None:
     if gone:
         keys = ", ".join(f"`{key}`" for key in gone)
-        emit(Notice(f"the output's {printable(name)} has no {keys}: a loader would run code for it", "warning"))
+        emit(Notice(f"the output's {printable(name)} has no {keys}, which would make a loader run code", "warning"))
 
 
 def _tell_of_left(left: dict[str, str], emit: Emit) -> None:

@@ -47,7 +47,7 @@ def how_to_run(plan: Plan, inputs: Inputs) -> str:
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
     lines = []
     if local:
-        lines += ["These were folders and files of one machine, and are named without their paths. Fill in the paths:"]
+        lines += ["These were folders and files on one machine and are named without their paths. Fill in the paths:"]
         lines += [f"  {printable(name)}" for name in dict.fromkeys(local)]
     lines.append(f"To merge again: lowmem-aim merge mergekit_config.yml NEW-FOLDER{flags}")
     return "".join(f"# {line}\n" for line in lines)

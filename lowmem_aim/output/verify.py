@@ -17,7 +17,7 @@ from lowmem_aim.system.files import input_errors, is_file, open_to_read, read_fi
 
 LONGEST_NAME = 200  # characters
 PIECE_BYTES = 64 << 20  # read at a time
-_HINT = "merge again into a new folder; if it happens again, suspect the disk"
+_HINT = "merge again into a new folder; if it happens again, check the disk"
 _STRAY_HINT = "move these files elsewhere"
 _LAST = "# sha256 of the lines above: "
 

@@ -116,7 +116,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
             _remove_empty([private, out])
     except BaseException as error:
         if isinstance(error, DiskError | ModelError | MemoryBudgetError) and keep:
-            error.add_to_hints("what is finished is kept: the same command goes on from there")
+            error.add_to_hints("what is finished is kept: the same command resumes from there")
         if not keep and not isinstance(error, LockedError):  # then the folder is another run's
             _remove_empty([private, *made])
         raise

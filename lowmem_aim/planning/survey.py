@@ -206,5 +206,5 @@ def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...
 
 def _why_copied(task: Task, inputs: Inputs) -> str:
     if task.name in inputs.roles.buffers:
-        return "copied: state of the model that is no weight"
-    return "copied: it is empty" if task.numel == 0 else "copied: no floating-point numbers"
+        return "copied: state of the model that is not a weight"
+    return "copied: it is empty" if task.numel == 0 else "copied: not floating-point numbers"

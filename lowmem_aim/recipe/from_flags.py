@@ -72,7 +72,7 @@ def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
     for way in ways:
         tree = tree.with_item(way, empty_recipe())
     if "aim" not in ways and (own := [flag for flag in ("omega", "scaling", "exclude", "tied") if flags.get(flag)]):
-        raise RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` is AIM, and then ACM")
+        raise RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` applies AIM and then ACM")
     return applied(tree, flags)
 
 

@@ -96,7 +96,7 @@ class _Reader(Values):
             self.problem(self.root, "this recipe is empty", _EXAMPLE)
         elif not any(key in TOP_KEYS or key in UNSUPPORTED_KEYS or nearest(key, TOP_KEYS) for key in keys):
             listed = ", ".join(f"`{printable(key, 40)}`" for key in [*keys][:5])
-            self.problem(self.root, f"this is no recipe: its keys are {listed}", _EXAMPLE)
+            self.problem(self.root, f"this is not a recipe: its keys are {listed}", _EXAMPLE)
         return not self.problems
 
     def _beside(self) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ class _Reader(Values):
         if node is None:
             return {}
         if not isinstance(node.value, dict):
-            hint = "write `parameters: {weight: 1.0}`, or each on a line of its own beneath"
+            hint = "write `parameters: {weight: 1.0}`, or one parameter per line below it"
             self.problem(node, "`parameters` must be a table", hint)
             return {}
         if not method:  # no method: reported already; a name that no method has is wrong in any case
@@ -321,7 +321,7 @@ def read_recipe(root: Node) -> Recipe:
     """Build a Recipe from its tree. Raises RecipeError with every problem at once."""
     recipe, error = readable_part(root)
     if error or recipe is None:
-        raise error or RecipeError(f"{root.where}: this is no recipe")
+        raise error or RecipeError(f"{root.where}: this is not a recipe")
     return recipe
 
 

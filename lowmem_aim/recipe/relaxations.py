@@ -67,7 +67,9 @@ def _omega(read: Values, node: Node) -> Setting | tuple[float, ...] | None:
         read.problem(node, "`aim.omega` is an empty list")
     for value, item in zip(values, node.value, strict=True):
         if value is not None and not isinstance(value, int | float):
-            read.problem(item, "`aim.omega`: a gradient is `- value: [...]`, as in a filter; a list is several merges")
+            read.problem(
+                item, "`aim.omega`: a gradient is `- value: [...]`, as in a filter; a list gives several outputs"
+            )
         elif values.count(value) > 1:
             read.problem(item, f"`aim.omega` has {value:g} twice")
     right = all(isinstance(value, int | float) for value in values)
@@ -78,7 +80,7 @@ def _exclude(read: Values, node: Node) -> tuple[str, ...] | None:
     items = node.value if isinstance(node.value, list) else [node]
     wrong = [item for item in items if not isinstance(item.value, str) or not item.value]
     for item in wrong:
-        read.problem(item, "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`")
+        read.problem(item, "`aim.exclude` must be a list of parts of tensor names, such as `[lm_head, norm]`")
     return None if wrong else tuple(item.value for item in items)
 
 

@@ -25,8 +25,8 @@ WIDTH = 100  # columns of a comment
 MANY = 4  # experts, whose changes hit the same elements often
 _PLAIN = re.compile(r"[\w./~][\w./~@+-]*")
 _BASES = {
-    "required": "the model that the experts were tuned from: their changes against it are merged",
-    "optional": "the experts' changes against it are merged; without this line, their whole weights are",
+    "required": "the model that the experts were tuned from: their changes to it are merged",
+    "optional": "the experts' changes to it are merged; without this line, their whole weights are",
     "listed": "not merged itself: the reference for `aim` and `tokenizer_source`; list it below to merge it",
     "averaged": "counts as one of the models",
 }
@@ -59,7 +59,7 @@ class Start:
         return "\n".join([*self._head(), *self._models(), *self._parameters(), *self._rest()]) + "\n"
 
     def _head(self) -> Iterator[str]:
-        yield f"# `lowmem-aim methods {self.method.name}` has the formula and the bounds of every parameter."
+        yield f"# `lowmem-aim methods {self.method.name}` shows the formula and the bounds of every parameter."
         yield f"merge_method: {self.method.name}"
         if self.base is not None:
             yield ""
@@ -101,16 +101,17 @@ class Start:
             return
         yield ""
         if self.by_text:
-            yield from _comment("the models' vocabularies differ: their tokens are matched by their text")
+            yield from _comment("the models' vocabularies differ: tokens are matched by their text")
         else:
-            yield from _comment("for experts with other tokens than the base: match them by their text")
+            yield from _comment("for experts whose tokens differ from the base's: match tokens by their text")
         yield f"{'' if self.by_text else '# '}tokenizer_source: base"
         yield ""
         off = "" if self.omega is not None else "# "
         yield from _comment(
-            "AIM: the more active an input channel of the base, the less of the merge it takes. omega 1 changes "
+            "AIM: the more active an input channel of the base, the less of the merge it keeps. omega 1 changes "
             "nothing, 0 keeps the most active channels as they are in the base; its authors advise 0.2 to 0.6. "
-            "calibration: a small text that comes with the program; a .jsonl or .txt file with texts of yours is better"
+            "calibration: `builtin` is a small text that comes with the program; your own texts, in a .jsonl or .txt "
+            "file, are better"
         )
         yield f"{off}aim:"
         yield f"{off}  omega: {_scalar(DEFAULT_OMEGA if self.omega is None else self.omega)}"
@@ -142,17 +143,17 @@ def why(method: Method, name: str) -> str:
         return _why_weight(method)
     if name == "density":
         which = "the largest" if method.name.startswith(("ties", "breadcrumbs")) else "drawn at random"
-        return f"the share of each expert's changes that stays, {which}; the less, the less experts disturb each other"
+        return f"the share of each expert's changes that is kept, {which}; the smaller, the less experts interfere"
     if name == "t" and method.name == "nearswap":
-        return "in units of the weights: where base and expert differ by less, the expert's value is taken whole"
+        return "where base and expert differ by less than this, in units of the weights, the expert's value is taken"
     if name == "t":
-        return "0 is the base, 1 the expert; half-way to start with"
-    return "it has no default: any value in its range, to be chosen by you"
+        return "0 is the base, 1 the expert; this starts half-way"
+    return "it has no default: choose any value in its range"
 
 
 def _why_weight(method: Method) -> str:
     if method.name == "nuslerp":
-        return "the second weight's share of the sum is the place between the two models; equal ones are half-way"
+        return "the second weight's share of the sum is the place between the two models; equal weights: half-way"
     normalised = [method.parameters[name] for name in ("normalize", "normalize_weights") if name in method.parameters]
     if normalised and normalised[0].default:
         return "the result is divided by the sum of the weights, so only their ratios count"

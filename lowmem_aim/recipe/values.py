@@ -58,7 +58,7 @@ class Values:
                 why, hint = unsupported[key]
                 self.problem(node, f"`{key}` is not supported: {why}", hint)
             elif key not in known:
-                hint = f"the keys that can stand here are {', '.join(known)}"
+                hint = f"the keys allowed here are {', '.join(known)}"
                 self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}", hint)
                 meant.add(nearest(key, known))
         return meant
@@ -87,7 +87,7 @@ class Values:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""
         found = places.find(path, node.folder, exists)
         if found.doubt:
-            self.problem(node, found.doubt, "write the whole path of the one that you mean")
+            self.problem(node, found.doubt, "write the full path of the one that you mean")
         if found.places:
             self.sought[path] = found.places
         elif is_hub_id(path):

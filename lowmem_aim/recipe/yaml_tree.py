@@ -57,7 +57,7 @@ class Node:
 def parse(text: str, source: str, folder: str = "") -> Node:
     """Parse YAML into a tree. `source` is the name for its lines, `folder` that of its file. Raises RecipeError."""
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{source}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
+        raise RecipeError(f"{source}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
     try:
         root = _Loader(text, source).get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -96,7 +96,7 @@ def tree_of(value: Any, where: str) -> Node:
             return Node(os.fspath(value), where)
         if value is None or isinstance(value, bool | int | float | str):
             return Node(value, where)
-        raise RecipeError(f"{where}: a {type(value).__name__} cannot stand in a recipe")
+        raise RecipeError(f"{where}: a {type(value).__name__} is not allowed in a recipe")
 
     return converted(value, where, 0)
 
@@ -173,7 +173,7 @@ class _Converter:
             if not key:
                 self.problems.append(f"{line}: a key must be a plain word")
             elif key in own:
-                self.problems.append(f"{line}: the key `{printable(key)}` stands twice")
+                self.problems.append(f"{line}: the key `{printable(key)}` appears twice")
             own[key] = replace(value, where=line)
         return merged | own
 
@@ -204,6 +204,6 @@ def load_tree(path: Path) -> Node:
     except UnicodeDecodeError as error:
         if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
             raise RecipeError(
-                f"{shown}: this is no recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
+                f"{shown}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
             ) from None
-        raise RecipeError(f"{shown}: this is no recipe: it is not UTF-8 text", _RECIPE_FIRST) from error
+        raise RecipeError(f"{shown}: this is not a recipe: it is not UTF-8 text", _RECIPE_FIRST) from error

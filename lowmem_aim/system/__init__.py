@@ -11,7 +11,7 @@ tensor_store.py   tensors between two uses: on the device, in RAM or in a file
 run.py            a running job: its options, device, memory budget and events
 files.py          files: opened only if regular, written whole or not at all
 address_space.py  the limit of a process's address space
-faults.py         system calls that failed, told to the user
+faults.py         system calls that failed, explained to the user
 lock.py           the lock of an output folder
 characters.py     the characters that stdout and stderr can show: ASCII in place of bars, if need be
 beginning.py      the moment at which the command began

@@ -128,7 +128,7 @@ def _size(value: Any) -> int:
         return value
     if isinstance(value, str):
         return bytes_of(value)
-    raise ValueError(f'`{printable(str(value), 100)}` is no size; write "5GB", "512MB" or "1GiB"')
+    raise ValueError(f'`{printable(str(value), 100)}` is not a size; write "5GB", "512MB" or "1GiB"')
 
 
 def _switch(value: Any) -> bool:

@@ -25,7 +25,7 @@ from typing import ClassVar, NoReturn
 
 from lowmem_aim.errors import ModelError
 
-GOES_ON = "interrupted: run the same command again to go on"
+GOES_ON = "interrupted: run the same command again to resume"
 STARTS_OVER = "interrupted before anything was kept: the same command starts from the beginning"
 PAGES_GONE = b"""error: an input file was cut off, or its disk failed, while it was being read
 

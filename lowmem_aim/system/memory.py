@@ -78,7 +78,7 @@ def make_budget(device: torch.device, ram: int | None = None, vram: int | None =
         if vram is not None:
             raise UsageError(
                 f"--vram has no meaning on the device `{printable(str(device))}`",
-                hint="leave it out, also of the file of defaults",
+                hint="leave it out, and out of the file of defaults",
             )
         return Budget(ram)
     free, total = torch.cuda.mem_get_info(device)

@@ -46,7 +46,7 @@ def _size(value: Any, nothing: str = "none") -> str:
 
 def _processor_line(facts: Facts) -> str:
     limit = facts["container_cores"]
-    limited = f", the container has the time of {limit:g}" if isinstance(limit, float) else ""
+    limited = f", of which the container may use {limit:g}" if isinstance(limit, float) else ""
     loops = {True: "compiled loops", False: "no compiled loops"}.get(facts["compiled_loops"], "compiled loops unknown")
     return f"{_text(facts['model'])}: {_text(facts['cores'])} cores{limited}, {_text(facts['instructions'])}, {loops}"
 
@@ -101,7 +101,7 @@ def _cache_lines(facts: Facts) -> Iterator[tuple[str, str]]:
 
 def _terminal_line(facts: Facts) -> str:
     if facts["terminal"] is not True:
-        return "stderr is not a terminal: progress is told in plain lines" if facts["terminal"] is False else UNKNOWN
+        return "stderr is not a terminal: progress is shown in plain lines" if facts["terminal"] is False else UNKNOWN
     blocks = {True: "block characters", False: "ASCII only"}.get(facts["blocks"], UNKNOWN)
     return (
         f"{_text(facts['columns'])} columns, colours: {_text(facts['colours'])}, {blocks}, TERM={_text(facts['term'])}"

@@ -86,7 +86,7 @@ def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
     """The lines of a Forecast, as JSON has it: what fits, how long it takes, and the verdict."""
     for need in forecast["needs"]:
         verdict = "fits" if need["fits"] else "DOES NOT FIT"
-        amounts = f"{shown(need['least'])} at least, {shown(need['there'])} there"
+        amounts = f"{shown(need['least'])} at least, {shown(need['there'])} available"
         yield f"{need['what']:<10}{amounts}: {verdict} ({need['why']})"
     if forecast["steps"]:
         parts = [f"{step['phase']} {clock(step['seconds'])}{_slowest(step)}" for step in forecast["steps"]]

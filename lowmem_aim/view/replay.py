@@ -28,7 +28,7 @@ from lowmem_aim.view.summary import summary_lines
 from lowmem_aim.view.terminal import is_interactive
 from lowmem_aim.view.wrapping import columns_of
 
-NO_RUN = "a run that kept something leaves its log in OUT/.lowmem_aim, until it is discarded by `--fresh`"
+NO_RUN = "a run that has kept something leaves its log in OUT/.lowmem_aim, until `--fresh` discards it"
 LONGEST_WAIT = 2.0  # seconds between two events
 
 
@@ -82,7 +82,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read a size such as `80x24`: (columns, rows). Raises UsageError."""
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
     if not match or not 20 <= int(match[1]) <= 500 or not 1 <= int(match[2]) <= 200:
-        raise UsageError(f"`{printable(text)}` is no size of a screen", hint="write columns x rows, such as 80x24")
+        raise UsageError(f"`{printable(text)}` is not a screen size", hint="write columns x rows, such as 80x24")
     return int(match[1]), int(match[2])
 
 

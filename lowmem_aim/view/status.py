@@ -51,7 +51,7 @@ class Status:
     def lines(self) -> list[str]:
         """The status as lines for people."""
         if self.state == "finished":
-            return ["finished; `lowmem-aim verify` reads it all again"]
+            return ["finished; `lowmem-aim verify` checks it"]
         if self.state == "interrupted":
             return [interrupts.message(self.kept), *(self._done() if self.kept else ())]
         on_disk = [f"on the disk: {line}" for line in self._done()]
@@ -59,7 +59,7 @@ class Status:
 
     def _at_work(self) -> str:
         if self.stopped:
-            return f"stopped: {self.owner}; `fg` in its terminal lets it go on, or `kill -CONT {self.pid}`"
+            return f"stopped: {self.owner}; `fg` in its terminal continues it, or `kill -CONT {self.pid}`"
         if self.paused:
             return f"paused{': the run is ' * bool(self.owner)}{self.owner}"
         return f"running{f' by {self.owner}' * bool(self.owner)}"
@@ -82,7 +82,7 @@ def status_of(out: Path) -> Status:
         there = is_folder(private)
     if not there:
         raise UsageError(
-            f"no run of this tool has been in `{printable(str(out))}`",
+            f"there has been no run in `{printable(str(out))}`",
             hint="name the folder that a merge writes to; a run that has kept nothing leaves nothing there",
         )
     check_private(out)

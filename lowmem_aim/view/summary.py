@@ -176,7 +176,7 @@ def next_commands(made: Path, width: int | None = None) -> Iterator[str]:
     """
     out, *others = outputs_in(made)
     folder, name = quoted(out), quoted(Path(real(out).name), inside=True)
-    digests = f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` reads them)"
+    digests = f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` checks them)"
     yield from wrapped([digests], width, INDENT)
     for label, command in (
         ("evaluate", f"lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"),

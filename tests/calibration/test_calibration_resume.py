@@ -315,7 +315,7 @@ class TestCalibrateCommand:
         made.write_text("mine")
         found = run(*command, made)
         assert found.code == 2
-        assert "made.safetensors.partial` is what an interrupted run has left" in found.err
+        assert "made.safetensors.partial` is left over from an interrupted run" in found.err
         made.unlink()
         assert "2/3 blocks" in run("status", tmp_path / "made.safetensors.partial").out
 
@@ -336,7 +336,7 @@ class TestCalibrateCommand:
             patch.setattr(Snapshots, "offer", stopping)
             found = run(*command, made)
         assert found.code == 4
-        assert "the same command goes on from there" in found.err
+        assert "the same command resumes from there" in found.err
         assert not made.exists()
 
 

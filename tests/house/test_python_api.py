@@ -134,7 +134,7 @@ def test_a_mapping_is_the_recipe_that_its_yaml_is(here: Path) -> None:
         lowmem_aim.read_recipe(table | {"merge_method": "tie", "dtype": "float8", "models": 3})
     assert len(caught.value.problems) == 3
     assert all(problem.startswith("recipe: ") for problem in caught.value.problems)
-    with pytest.raises(errors.RecipeError, match=r"recipe: models\[0\]: weight: a Tensor cannot stand in a recipe"):
+    with pytest.raises(errors.RecipeError, match=r"recipe: models\[0\]: weight: a Tensor is not allowed in a recipe"):
         lowmem_aim.read_recipe({"models": [{"weight": torch.ones(1)}]})
     circle: dict[str, object] = {}
     circle["aim"] = circle

@@ -131,7 +131,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Where we are stricter than the library, on purpose: it takes the last of two keys, entries as lists, keys that it does
 # not know, null for the metadata, numbers of 64 bits in empty tensors, and dtypes that cannot be merged.
 STRICTER = (
-    "stands twice",
+    "appears twice",
     "is malformed",
     "malformed shape or offsets",
     "beyond 64 bits",

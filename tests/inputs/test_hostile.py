@@ -36,7 +36,7 @@ class TestConfig:
     @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
     def test_a_number_of_layers_that_no_model_has(self, place: Place, key: str, value: Any) -> None:
         tiny.edit_config(place.folder / "base", **{key: value})
-        place.refused(place.merge(), 3, "base`: `" + key, "no whole number from 1 to 1000")
+        place.refused(place.merge(), 3, "base`: `" + key, "not a whole number from 1 to 1000")
 
     def test_every_wrong_value_of_every_model_is_listed(self, place: Place) -> None:
         tiny.edit_config(place.folder / "base", hidden_size=10**15, model_type=["x"], head_dim=-3)
@@ -292,7 +292,7 @@ class TestRecipe:
             ("dtype: !!int ''", "is not a valid value"),
             ("dtype: !!bool maybe", "`maybe` is not a valid value"),
             ("dtype: !!float abc", "`abc` is not a valid value"),
-            ("'merge_method': linear", "the key `merge_method` stands twice"),
+            ("'merge_method': linear", "the key `merge_method` appears twice"),
             ("x: [" + "1," * 400_000 + "1]", "too large or too deep"),
             ("x: {" + "".join(f"a{i}: 1," for i in range(80_000)) + "}", "too large or too deep"),
             ("x: " + "[" * 400_000 + "]" * 400_000, "too large or too deep"),
@@ -331,7 +331,7 @@ class TestRecipe:
         if not Path("/dev/zero").exists():
             pytest.skip("needs /dev/zero")
         place.refused(
-            place.run("merge", "/dev/zero", place.out), 2, "this is no recipe: it has more than 1000000 bytes"
+            place.run("merge", "/dev/zero", place.out), 2, "this is not a recipe: it has more than 1000000 bytes"
         )
 
 
@@ -505,7 +505,7 @@ class TestPipesAndLinks:
 class TestFlags:
     def test_sizes_and_paths_beyond_reason(self, place: Place) -> None:
         for flag in ("--ram", "--vram", "--shard-size"):
-            place.refused(place.merge(flag, "9" * 400), 2, f"`{flag}`", "is no size")
+            place.refused(place.merge(flag, "9" * 400), 2, f"`{flag}`", "is not a size")
         long = place.folder / ("n" * 300)
         for command in (("merge", long), ("merge", long, place.out), ("status", long), ("verify", long)):
             place.refused(place.run(*command), 2, "is too long for a path")

@@ -89,7 +89,7 @@ def test_errors_of_the_hub_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_p
         (errors.GatedRepoError("x", response=response), ModelError, "gated"),
         (errors.RepositoryNotFoundError("x", response=response), ModelError, "no such model"),
         (errors.RevisionNotFoundError("x", response=response), ModelError, "no such revision"),
-        (errors.LocalEntryNotFoundError("x"), NetworkError, "out of reach"),
+        (errors.LocalEntryNotFoundError("x"), NetworkError, "cannot be reached"),
         (ConnectionError("reset"), NetworkError, "reset"),
     ]
     monkeypatch.chdir(tmp_path)

@@ -142,7 +142,7 @@ def test_a_model_on_the_hub_is_read_by_its_headers(models: Path, run: Run, hub: 
 def test_a_model_that_the_hub_does_not_give_is_said_not_to_be_looked_at(models: Path, run: Run) -> None:
     done = run("init", "--base", "base", "--expert", "someone/model")
     assert done.code == 0, done.err
-    assert "not looked at, since the Hub is out of reach: `someone/model`" in done.err
+    assert "not checked, because the Hub cannot be reached: `someone/model`" in done.err
     assert read_recipe("recipe.yml").models[0].reference == "someone/model"
     done = run("init", "--base", "./nowhere", "--expert", "someone/model", "-o", "b.yml")
     assert (done.code, (models / "b.yml").exists()) == (3, False)

@@ -58,7 +58,7 @@ def test_a_tensor_that_stands_in_two_shards(place: Place) -> None:
     first_name = sorted(tensors)[0]
     save_file(second | {first_name: torch.zeros(1)}, folder / SHARDS[1], metadata={"format": "pt"})
     assert warned(place) == [
-        f"`{folder}`: 1 tensor(s) that stand in two shards are read where the index says, `{first_name}` the first"
+        f"`{folder}`: 1 tensor(s) that are in two shards are read where the index says, `{first_name}` the first"
     ]
 
 
@@ -67,7 +67,7 @@ def test_a_tensor_that_the_index_does_not_name(place: Place) -> None:
     in_two_shards(folder)
     save_file(load_file(folder / SHARDS[1]) | {"v": torch.zeros(1)}, folder / SHARDS[1], metadata={"format": "pt"})
     assert warned(place) == [
-        f"`{folder}`: 1 tensor(s) that stand in a shard, but not in the index, are not read, `v` the first"
+        f"`{folder}`: 1 tensor(s) that are in a shard, but not in the index, are not read, `v` the first"
     ]
 
 
@@ -102,7 +102,7 @@ def test_a_filter_that_is_part_of_no_tensors_name(place_of_it: str, place: Place
         recipe["aim"] = {"omega": idle, "calibration": str(texts), "samples": 1}
     found = warned(place, recipe=recipe)
     assert [text for text in found if "the filter" in text] == [
-        f"`{key}`: the filter `mpl` is part of no name of a tensor that is merged"
+        f"`{key}`: the filter `mpl` matches no name of a merged tensor"
     ]
 
 

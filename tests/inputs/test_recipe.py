@@ -154,12 +154,12 @@ aim: {omega: 1.2, samples: 0, omga: 2}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("merge_method: linear\nmerge_method: ties\n", "recipe.yml:2: the key `merge_method` stands twice"),
+        ("merge_method: linear\nmerge_method: ties\n", "recipe.yml:2: the key `merge_method` appears twice"),
         ("a: [1, 2\nb: 3", "not valid YAML"),
         ("- 1\n- 2", "a recipe is a table"),
         ("", "recipe.yml:1: this recipe is empty"),
         ("dtype: float32", "`merge_method` is missing"),
-        ("services: {web: {image: x}}\nversion: 3", "this is no recipe: its keys are `services`, `version`"),
+        ("services: {web: {image: x}}\nversion: 3", "this is not a recipe: its keys are `services`, `version`"),
         ("merge_method: !!python/object/apply:os.system [ls]", "tag"),
         ("merge_method: [" * 500 + "]" * 500, "not valid YAML|too deep"),
         ("merge_method: tyes\nbase_model: b\nmodels: [{model: a}]", "did you mean `ties`"),

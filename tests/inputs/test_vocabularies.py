@@ -111,7 +111,7 @@ def test_a_damaged_sentencepiece_model_is_told_as_that(place: Place, texts: Path
         file.write_bytes(file.read_bytes()[:-100])
     for more in (("--tokenizer-source", "base"), ("--omega", 0.4, "--calibration", texts)):
         done = place.merge(*more)
-        place.refused(done, 3, "`base`: its `tokenizer.model` is no sentencepiece model")
+        place.refused(done, 3, "`base`: its `tokenizer.model` is not a sentencepiece model")
         assert "tiktoken" not in done.err
 
 

@@ -127,7 +127,7 @@ class TestOmegaByLayerAndModule:
             "`aim.omega` must lie in [0, 1], not 1.5",
             "`aim.omega` must lie in [0, 1], not -1",
             "`aim.scaling` must be one of identity, sqrt, square, rank, not `cube`",
-            "`aim.exclude` must be parts of tensor names, such as `[lm_head, norm]`",
+            "`aim.exclude` must be a list of parts of tensor names, such as `[lm_head, norm]`",
         ]
 
 

@@ -162,7 +162,7 @@ class TestChangedInputsOfAFinishedOutput:
         assert any("`math` has new or moved files" in note for note in foreseen.notes)
         notices = self.again(job, out)
         assert [text for text in notices if "read again" in text] == [
-            "`math` has new or moved files: what was read of it is read again"
+            "`math` has new or moved files: what was read from it is read again"
         ]
         verify(out, f"{PRIVATE}/{SUMS}")
         monkeypatch.setattr(TensorInputs, "__init__", None)  # nothing is read any more

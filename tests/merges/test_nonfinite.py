@@ -154,7 +154,7 @@ def test_the_card_and_a_warning_tell_what_was_replaced(models: Path) -> None:
     card = (out / "README.md").read_text()
     assert all(f"| `math` | `{name}` | {count} |" in card for name, count in COUNTS.items())
     warnings = [event.text for event in events if isinstance(event, Notice) and event.level == "warning"]
-    assert warnings == ["284 element(s) of `math` are NaN or Inf and took the base's value"]
+    assert warnings == ["284 element(s) of `math` are NaN or Inf and got the base's value"]
 
 
 def test_the_counts_outlive_interruptions(models: Path, each_tensor: None) -> None:

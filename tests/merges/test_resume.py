@@ -245,7 +245,7 @@ def test_files_that_the_user_puts_there_meanwhile_are_his(llama: Path, tmp_path:
 
     with pytest.raises(DiskError, match=r"README\.md` appeared in the output folder") as caught:
         merge(job, out, SHARDS, emit)
-    assert "the same command goes on" in caught.value.hint
+    assert "the same command resumes" in caught.value.hint
     assert (out / "README.md").read_text() == "mine"
     with pytest.raises(UsageError, match="not empty"):
         merge(job, out, SHARDS)
@@ -351,7 +351,7 @@ def test_other_versions_are_refused_or_accepted_and_told(
     merge(job, out, Options(shard_bytes=40_000, accept_environment=True))
     steps = json.loads((out / "lowmem_aim.json").read_text())["environments"]
     assert [step["torch"] == "9.9" for step in steps] == [False, True]
-    assert "went on in another environment" in (out / "README.md").read_text()
+    assert "resumed in another environment" in (out / "README.md").read_text()
 
 
 # --- when it is finished ----------------------------------------------------------------------------------------------

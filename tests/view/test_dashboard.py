@@ -180,7 +180,7 @@ def test_a_signal_leaves_the_terminal_as_it_was(number: signal.Signals, tmp_path
         assert screen.end() == 128 + number
         assert screen.settings() == screen.before
         assert screen.shows_cursor
-        assert screen.plain().endswith("interrupted: run the same command again to go on\n")
+        assert screen.plain().endswith("interrupted: run the same command again to resume\n")
 
 
 def test_a_killed_run_leaves_a_cursor(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class TestWhatPeopleSee:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         found = examine(tmp_path)
         assert found.terminal["terminal"] is False
-        assert f"{'terminal':12}stderr is not a terminal: progress is told in plain lines" in found.lines()
+        assert f"{'terminal':12}stderr is not a terminal: progress is shown in plain lines" in found.lines()
 
 
 class TestCaches:
@@ -286,7 +286,7 @@ class TestAdvice:
         monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
         monkeypatch.delenv("NUMBA_CACHE_DIR")
         monkeypatch.setattr("lowmem_aim.methods.kernels.available", lambda: True)
-        assert "compiled loops cannot be kept" not in advice(examine(tmp_path), "warning")
+        assert "compiled loops cannot be saved" not in advice(examine(tmp_path), "warning")
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         assert f"`{tmp_path / 'file' / 'lowmem_aim'}" in advice(examine(tmp_path), "warning")

@@ -163,7 +163,7 @@ class TestNobodyToAsk:
             done = run(word, out)
             assert (done.code, done.out) == (2, "")
             assert "it was interrupted" in done.err
-            assert f"hint: to go on, type: {COMMAND}\n" in done.err
+            assert f"hint: to resume it, type: {COMMAND}\n" in done.err
             assert not (out / PRIVATE / requests.REQUEST).exists()
 
     def test_of_an_interrupted_calibration_too(self, tmp_path: Path, run: Run) -> None:
@@ -172,7 +172,7 @@ class TestNobodyToAsk:
         with reported("calibrate", tmp_path, lambda event: None, COMMAND) as feed:
             feed.record_in([private])
         for name in ("a.safetensors", "a.safetensors.partial"):
-            assert f"to go on, type: {COMMAND}" in run("resume", tmp_path / name).err
+            assert f"to resume it, type: {COMMAND}" in run("resume", tmp_path / name).err
 
     def test_a_finished_one_and_an_empty_folder(self, place: Place) -> None:
         assert place.merge().code == 0
@@ -182,7 +182,7 @@ class TestNobodyToAsk:
             assert "is finished" in done.err
             done = place.run(word, place.folder / "base")
             assert done.code == 2
-            assert "no run is at work in" in done.err
+            assert "no run is active in" in done.err
         assert place.run("verify", place.out).code == 0
 
 

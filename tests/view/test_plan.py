@@ -101,7 +101,7 @@ class TestWhatItSays:
         recipe = written(ties(tmp_path), tmp_path)
         found = planned(run, recipe, tmp_path / "out")["survey"]
         [(why, names)] = found["left_out"].items()
-        assert why == "copied: state of the model that is no weight"
+        assert why == "copied: state of the model that is not a weight"
         assert names == list(mask)
         assert f"{why}: transformer.h.0.attn.bias" in run("plan", recipe, tmp_path / "out", "--no-measure").out
 
@@ -404,7 +404,7 @@ class TestItOnlyLooks:
         assert distant["missing_bytes"] == weights(sharded) > 0
         assert local["missing_bytes"] == 0
         assert distant["parameters"] == local["parameters"]
-        assert any("downloads come first" in note for note in found["notes"])
+        assert any("does not include downloads" in note for note in found["notes"])
         assert not list(cache_folder().glob("stand-ins-*"))
 
 

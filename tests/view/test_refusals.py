@@ -203,7 +203,7 @@ def a_config_is_no_json(scene: Scene) -> None:
     (scene.math / "config.json").write_text("{")
 
 
-@refusal(3, "no whole number from 1 to 1000")
+@refusal(3, "not a whole number from 1 to 1000")
 def a_config_has_too_many_layers(scene: Scene) -> None:
     tiny.edit_config(scene.math, num_hidden_layers=10**6)
 

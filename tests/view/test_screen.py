@@ -244,8 +244,8 @@ def test_nothing_in_a_log_reaches_a_terminal_as_a_command(recorded: list[Timed])
     [
         (("--run", "2"), "there is no run 2"),
         (("--run", "0"), "there is no run 0"),
-        (("--size", "80"), "no size of a screen"),
-        (("--size", "9999x9999"), "no size of a screen"),
+        (("--size", "80"), "not a screen size"),
+        (("--size", "9999x9999"), "not a screen size"),
         (("--speed", "0"), "--speed"),
         (("--speed", "nan"), "--speed"),
         (("--at", "inf"), "--at"),

@@ -93,7 +93,7 @@ class TestWords:
             (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
             (("merge", "out", "--threads", "0"), "`--threads`: 0 is not in the range x>=1\n"),
             (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
-            (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is no size"),
+            (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is not a size"),
             (("merge", "out", "--weight"), "option `--weight` requires an argument\n\nhint: see `lowmem-aim merge"),
             (("merge", "out", "--fresh=1"), "option `--fresh` does not take a value\n\nhint: see `lowmem-aim merge"),
             (("methods", "ties", "more"), "unexpected extra argument (more)"),
