@@ -1,7 +1,9 @@
 """The command line: flags, commands, exit codes.
 
 main.py            the entry point: errors and signals as messages and exit codes
-commands.py        the commands
+commands.py        the program: all commands as one group
+working.py         the commands that work: on recipes, models and activations
+looking.py         the commands that look: at runs, methods and the machine
 flags.py           the flags that several commands share, in the groups of their help
 values.py          the types of their values: sizes, numbers in a range, paths
 mergekit_flags.py  mergekit's flags that this tool does not have, and what to do instead

@@ -1,49 +1,36 @@
-"""The commands. torch and transformers are imported only once work starts.
+"""The program: all commands as one group.
 
-stdout gets the path of what was made; everything else goes to stderr. Exit codes: see `errors`; 129, 130 and 143 after
-SIGHUP, SIGINT and SIGTERM.
+Exit codes: see `errors`; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 import lowmem_aim
-from lowmem_aim.cli import completion, formats, usage
-from lowmem_aim.cli.flags import (
-    AIM_FLAGS,
-    CALIBRATION_FLAGS,
-    DATA_FLAGS,
-    FORMAT_FLAGS,
-    JOB_FLAGS,
-    OUTPUT_FLAGS,
-    RECIPE_FLAGS,
-    flags_of,
-    options_of,
-)
-from lowmem_aim.cli.running import print_path, refuse_if_running, run
-from lowmem_aim.cli.usage import Choice
-from lowmem_aim.cli.values import NumberRange, PathType
-from lowmem_aim.errors import UsageError, printable
-from lowmem_aim.recipe.words import NORMALISATIONS
-from lowmem_aim.system import interrupts
+from lowmem_aim.cli import looking, usage, working
 from lowmem_aim.system.address_space import check_address_space
 
-if TYPE_CHECKING:
-    from lowmem_aim.events import Emit
-    from lowmem_aim.recipe.recipe import Recipe
-    from lowmem_aim.view.dashboard import Style
-
-
-_flag, _machine, _output, _relaxation = map(flags_of, ("", "Machine", "Output", "Relaxation"))
-LOAD_TORCH = ("init", "merge", "plan", "relax", "calibrate", "verify", "demo")
+WORKING = (
+    working.init_command,
+    working.merge_command,
+    working.plan_command,
+    working.relax_command,
+    working.calibrate_command,
+    working.verify_command,
+    working.demo_command,
+)
+LOOKING = (
+    looking.status_command,
+    looking.pause_command,
+    looking.resume_command,
+    looking.replay_command,
+    looking.doctor_command,
+    looking.methods_command,
+    looking.completion_command,
+)
 
 
 @click.group(cls=usage.Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,388 +38,10 @@ LOAD_TORCH = ("init", "merge", "plan", "relax", "calibrate", "verify", "demo")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Activation-informed merging (AIM) of large language models, streamed from disk in little memory."""
-    if context.invoked_subcommand in LOAD_TORCH and not set(sys.argv) & {"-h", "--help"}:
+    loads_torch = context.invoked_subcommand in {command.name for command in WORKING}
+    if loads_torch and not set(sys.argv) & {"-h", "--help"}:
         check_address_space()
 
 
-_PATHS = click.argument(
-    "paths", nargs=-1, metavar="[RECIPE] OUT", type=PathType(), required=True, shell_complete=completion.recipes
-)
-
-
-def _check_paths(command: str, paths: Sequence[Path]) -> None:
-    """Raise UsageError for paths that are not a recipe and an output folder, or a folder alone."""
-    names = [path.suffix in (".yml", ".yaml") for path in paths]
-    given = [shlex.quote(printable(str(path))) for path in paths]
-    start = f"{usage.PROGRAM} {command}"
-    if len(paths) > 2:
-        wrong, hint = f"{len(paths)} paths are given", f"`{start} RECIPE OUT`: each model has a flag, `--expert`"
-    elif names == [True]:
-        wrong, hint = "the output folder is missing", f"`{start} {given[0]} OUT`"
-    elif len(paths) == 2 and names[1] and not names[0]:
-        wrong, hint = "these are the wrong way round", f"`{start} {given[1]} {given[0]}`"
-    elif len(paths) == 2 and os.path.isdir(paths[0]):
-        wrong, hint = f"`{printable(str(paths[0]))}` is a folder", f"`{start} RECIPE {given[1]}`"
-    else:
-        return
-    raise UsageError(f"{command} takes a recipe and then an output folder: {wrong}", hint)
-
-
-def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Recipe:
-    """The recipe of a command line: the file's, as the flags edit it, or the flags' alone. Raises UsageError."""
-    _check_paths(command, paths)
-    from lowmem_aim.jobs.preparation import sound_recipe
-    from lowmem_aim.recipe import from_flags
-    from lowmem_aim.recipe.yaml_tree import load_tree
-
-    tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
-    return sound_recipe(from_flags.applied(tree, flags), paths[-1])
-
-
-@cli.command("init")
-@click.argument("method", required=False, shell_complete=completion.methods)
-@_flag(
-    "--base",
-    metavar="MODEL",
-    shell_complete=completion.folders,
-    help="Name the model that the experts were tuned from. [default: none]",
-)
-@_flag(
-    "--expert",
-    metavar="MODEL",
-    multiple=True,
-    required=True,
-    shell_complete=completion.folders,
-    help="Name a model to merge, a folder or a Hub id; repeat the flag for each.",
-)
-@_flag("--aim", is_flag=True, help="Relax the merge with AIM, with its authors' omega of 0.4.")
-@_flag(
-    "--omega",
-    metavar="NUMBER",
-    type=NumberRange(0, 1),
-    help="Relax the merge with AIM, with this omega: 1 changes nothing. [default: no AIM]",
-)
-@_flag(
-    "--output",
-    "-o",
-    metavar="FILE",
-    type=PathType(),
-    default="recipe.yml",
-    help="Write the recipe into this new file. [default: recipe.yml]",
-)
-def init_command(
-    method: str | None, base: str | None, expert: tuple[str, ...], aim: bool, omega: float | None, output: Path
-) -> None:
-    """Write a commented recipe for the given models.
-
-    METHOD defaults to `ties` with a base, and to `linear` without one. Only the headers of the models are read.
-    """
-    from lowmem_aim.jobs.init import init
-    from lowmem_aim.recipe.recipe import DEFAULT_OMEGA
-    from lowmem_aim.view import summary
-    from lowmem_aim.view.dashboard import showing
-
-    with showing("plain") as view:
-        made = init(method, base, expert, output, omega=DEFAULT_OMEGA if aim and omega is None else omega, emit=view)
-    for line in summary.commands_for(made, usage.program()):
-        click.echo(line, err=True)
-    print_path(made)
-
-
-@cli.command("merge")
-@_PATHS
-@RECIPE_FLAGS
-@AIM_FLAGS
-@OUTPUT_FLAGS
-@JOB_FLAGS
-def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
-    """Merge by RECIPE (mergekit's YAML) into the new folder OUT.
-
-    Flags override the recipe, or replace it. The same command resumes an interrupted run.
-    """
-    recipe = _recipe("merge", paths, flags)
-    refuse_if_running(paths[-1])
-    from lowmem_aim.jobs.merge import merge
-
-    run(lambda emit: merge(recipe, paths[-1], options_of(flags), emit), style, merges=True)
-
-
-@cli.command("plan")
-@_PATHS
-@RECIPE_FLAGS
-@AIM_FLAGS
-@OUTPUT_FLAGS
-@JOB_FLAGS
-@_machine(
-    "--measure/--no-measure",
-    default=True,
-    help="Measure the disk and the device for two seconds, to estimate the time. [default: --measure]",
-)
-def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: Any) -> None:
-    """Show what `merge` with the same arguments would do and need.
-
-    The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
-    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with.
-    """
-    import json
-
-    recipe = _recipe("plan", paths, flags)
-    from lowmem_aim.jobs.plan import plan
-    from lowmem_aim.view import plan_lines
-    from lowmem_aim.view.dashboard import showing
-    from lowmem_aim.view.wrapping import for_terminal
-
-    with showing("quiet" if style in ("quiet", "json") else "plain") as view:
-        found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
-    known = found.as_json()
-    if style == "json":
-        click.echo(json.dumps(known))
-        formats.answered()
-    else:
-        lines = [*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]
-        click.echo(for_terminal(lines, plan_lines.INDENT))
-    if found.problems:
-        raise found.error()
-
-
-@cli.command("relax")
-@click.argument("merged", shell_complete=completion.folders)
-@click.argument("out", type=PathType(), shell_complete=completion.folders)
-@_relaxation(
-    "--base",
-    metavar="MODEL",
-    required=True,
-    shell_complete=completion.folders,
-    help="Compare with this model, from which MERGED's experts were tuned: a folder or a Hub id.",
-)
-@_relaxation(
-    "--with",
-    "relaxations",
-    type=Choice(["aim", "acm", "both"]),
-    default="aim",
-    show_default=True,
-    help="Relax with AIM (by input channel), with ACM (by layer), or with both: ACM after AIM.",
-)
-@_relaxation(
-    "--theta",
-    type=float,
-    help="Set how fast a layer keeps more of its delta as its mutual information falls; for ACM only. [default: 0.7]",
-)
-@_relaxation(
-    "--normalise",
-    metavar="OVER",
-    shell_complete=completion.words(*NORMALISATIONS),
-    help="Take mutual information relative to the `samples` of a layer, or to all `layers`; for ACM only. "
-    "[default: samples]",
-)
-@AIM_FLAGS
-@OUTPUT_FLAGS
-@JOB_FLAGS
-def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
-    """Apply AIM or ACM to MERGED, a model merged earlier.
-
-    Any tool may have merged it. The result is the new folder OUT. The same command resumes an interrupted run.
-    """
-    refuse_if_running(out)
-    from lowmem_aim.jobs.merge import merge
-    from lowmem_aim.jobs.preparation import sound_recipe
-    from lowmem_aim.recipe import from_flags
-
-    recipe = sound_recipe(from_flags.relax_recipe(merged, flags), out)
-    run(lambda emit: merge(recipe, out, options_of(flags), emit), style, merges=True)
-
-
-@cli.command("calibrate")
-@click.argument("base", shell_complete=completion.folders)
-@_output(
-    "--output",
-    "-o",
-    metavar="FILE",
-    type=PathType(),
-    required=True,
-    help="Write the activations to this new .safetensors file.",
-)
-@CALIBRATION_FLAGS
-@JOB_FLAGS
-def calibrate_command(base: str, output: Path, style: Style, **flags: Any) -> None:
-    """Measure the activations of BASE once, for many merges.
-
-    Pass the file to them as --calibration. The same command resumes an interrupted run.
-    """
-    from lowmem_aim.system.files import partial_folder
-
-    refuse_if_running(partial_folder(output))
-    from lowmem_aim.jobs.calibrate import calibrate
-    from lowmem_aim.recipe import from_flags
-
-    aim = from_flags.calibration_settings(flags)
-    run(lambda emit: calibrate(base, aim, output, options_of(flags), emit), style)
-
-
-@cli.command("status")
-@click.argument("out", type=PathType(), shell_complete=completion.folders)
-@DATA_FLAGS
-def status_command(out: Path, style: Style) -> None:
-    """Show the progress of the run in OUT.
-
-    It may be running, paused, interrupted or finished.
-    """
-    import json
-
-    from lowmem_aim.output.folder import outputs_in
-    from lowmem_aim.view.status import status_of
-    from lowmem_aim.view.wrapping import for_terminal
-
-    folders = outputs_in(out)
-    for folder in folders:
-        found = status_of(folder)
-        if style == "json":
-            click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
-        else:
-            heading = [] if folder == out else [f"{printable(folder.name)}:"]
-            click.echo(for_terminal([*heading, *found.lines()]))
-
-
-@cli.command("pause")
-@click.argument("out", type=PathType(), shell_complete=completion.folders)
-def pause_command(out: Path) -> None:
-    """Pause the run in OUT, from another terminal.
-
-    The run finishes the work in hand and waits. `lowmem-aim resume OUT` lets it continue.
-    """
-    from lowmem_aim.cli import pausing
-    from lowmem_aim.view.summary import quoted
-
-    pausing.ask(out, "pause")
-    click.echo(f"paused; `lowmem-aim resume {quoted(out)}` lets it continue", err=True)
-
-
-@cli.command("resume")
-@click.argument("out", type=PathType(), shell_complete=completion.folders)
-def resume_command(out: Path) -> None:
-    """Let the paused run in OUT continue.
-
-    If it was interrupted, say which command resumes it.
-    """
-    from lowmem_aim.cli import pausing
-
-    pausing.ask(out, "resume")
-    click.echo("the run continues", err=True)
-
-
-@cli.command("replay")
-@click.argument("out", type=PathType(), shell_complete=completion.folders)
-@_flag("--run", "number", type=int, default=-1, help="Show this run: 1 is the first, -1 the last. [default: -1]")
-@_flag(
-    "--speed",
-    metavar="NUMBER",
-    type=NumberRange(0.001, 1e6),
-    default=10,
-    help="Play the run this many times as fast. [default: 10]",
-)
-@_flag(
-    "--at",
-    "second",
-    metavar="SECONDS",
-    type=NumberRange(0, 1e9),
-    help="Print the screen as it was at this second instead. [default: play the whole run]",
-)
-@_flag("--size", metavar="COLUMNSxROWS", help="Draw that screen with this many columns and rows. [default: 80x24]")
-@_flag("--svg", metavar="FILE", type=PathType(), help="Write that screen to this new SVG file. [default: print it]")
-def replay_command(
-    out: Path, number: int, speed: float, second: float | None, size: str | None, svg: Path | None
-) -> None:
-    """Show the recorded run of OUT again, faster."""
-    from lowmem_aim.view import replay
-
-    run = replay.run_of(out, number)
-    if second is None and svg is None and size is None:
-        replay.play(run, speed)
-    else:
-        replay.picture(run, second, replay.parse_size(size or "80x24"), svg)
-
-
-@cli.command("doctor")
-@click.argument("folder", type=PathType(), default=".", shell_complete=completion.folders)
-@DATA_FLAGS
-def doctor_command(folder: Path, style: Style) -> None:
-    """Report what a merge depends on here, and what to fix.
-
-    The report covers versions, processor, memory, GPUs, the disk of FOLDER and its speed, caches, the terminal, and the
-    file of defaults.
-    """
-    import json
-
-    from lowmem_aim.jobs.doctor import examine
-    from lowmem_aim.view.doctor_lines import INDENT
-    from lowmem_aim.view.wrapping import for_terminal
-
-    found = examine(folder)
-    click.echo(json.dumps(found.as_json()) if style == "json" else for_terminal(found.lines(), INDENT))
-
-
-@cli.command("verify")
-@click.argument("out", type=PathType(), shell_complete=completion.folders)
-@FORMAT_FLAGS
-def verify_command(out: Path, style: Style) -> None:
-    """Compare every file of the finished OUT with what was written.
-
-    The exit code is 8 if one differs.
-    """
-    from lowmem_aim.output.verify import verify_outputs
-
-    def work(emit: Emit) -> Path:
-        interrupts.note_kept(False)
-        return verify_outputs(out, emit)
-
-    run(work, style)
-
-
-@cli.command("methods")
-@click.argument("name", required=False, shell_complete=completion.methods)
-@DATA_FLAGS
-def methods_command(name: str | None, style: Style) -> None:
-    """List the merge methods, or describe the one called NAME."""
-    import json
-
-    from lowmem_aim.cli import catalogue
-    from lowmem_aim.view.wrapping import for_terminal
-
-    found, problems = ([catalogue.method_of(name)], []) if name else catalogue.all_methods()
-    for problem in problems:
-        click.echo(f"warning: {problem}", err=True)
-    if style == "json":
-        known = [catalogue.facts(method) for method in found]
-        click.echo(json.dumps(known[0] if name else known, indent=2))
-    else:
-        click.echo(for_terminal(*((catalogue.description(found[0]), 12) if name else (catalogue.summary(found), 4))))
-
-
-@cli.command("demo")
-@click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-@_flag("--tiny", is_flag=True, help="Train models of a million parameters; there are no others yet.")
-@_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on; this takes half a minute.")
-def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
-    """Train small models in FOLDER, merge them, and compare.
-
-    The first run trains a base and three experts. They are merged with and without AIM. The demo ends with commands for
-    your own merges of these models.
-    """
-    from lowmem_aim.demo import run
-
-    run(folder, click.echo, usage.program(), only_models=only_models)
-
-
-@cli.command("completion")
-@click.argument("shell", type=Choice(completion.SHELLS), metavar="SHELL")
-def completion_command(shell: str) -> None:
-    """Print what SHELL needs to complete words after Tab.
-
-    Add one line to the shell's start file:
-
-    \b
-    bash   eval "$(lowmem-aim completion bash)"    in ~/.bashrc
-    zsh    eval "$(lowmem-aim completion zsh)"     in ~/.zshrc, after compinit
-    fish   lowmem-aim completion fish | source     in ~/.config/fish/config.fish
-    """
-    click.echo(completion.script(cli, shell), nl=False)
+for _command in (*WORKING, *LOOKING):
+    cli.add_command(_command)
