@@ -249,7 +249,7 @@ OUTPUT_FLAGS = _options(
     ),
     _output(
         "--tokenizer-source",
-        metavar="MODEL",
+        metavar="base",
         shell_complete=completion.words("base"),
         help="Match rows of the vocabularies by the text of their tokens, and give the output the tokenizer of `base`. "
         "[default: the recipe's, or row by row]",

@@ -16,7 +16,7 @@ INSTEAD = {
     "--multi-gpu": "use `--device cuda:0`: a merge runs on one GPU",
     "--low-cpu-memory": _STREAMED,
     "--gpu-rich": _GPU,
-    "--out-shard-size": "use `--shard-size`",
+    "--out-shard-size": "use `--shard-size`, in bytes, such as `--shard-size 5GB`",
     "--copy-tokenizer": _COPIED,
     "--allow-crimes": "leave it out: what does not fit together is refused, with its reason",
     "--lazy-unpickle": "leave it out: only safetensors are read, and always in slices",

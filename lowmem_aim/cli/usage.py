@@ -95,8 +95,12 @@ def explained(error: click.ClickException) -> UsageError:
     """Turn what click found wrong with a command line into a UsageError."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM
-    if isinstance(error, click.NoSuchOption) and (instead := instead_of(error.option_name)):
-        return UsageError(f"`{command}` has no flag `{printable(error.option_name)}`, which is mergekit's", instead)
+    if isinstance(error, click.NoSuchOption) and instead_of(error.option_name):
+        typed = dict.fromkeys(word.partition("=")[0] for word in sys.argv if word.startswith("--"))
+        foreign = [error.option_name, *(flag for flag in typed if flag not in _flags(context))]
+        steps = {flag: step for flag in foreign if (step := instead_of(flag))}
+        problems = [f"`{command}` has no flag `{printable(flag)}`, which is mergekit's" for flag in steps]
+        return UsageError(problems, [*steps.values()])
     return UsageError(_what(error, command), hint=f"see `{command} --help`")
 
 

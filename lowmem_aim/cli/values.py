@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,15 @@ class NumberRange(click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         """The value as a number. Raises click.BadParameter."""
-        number = super().convert(value, param, context)
-        return self.fail("that is not a number", param, context) if number != number else number
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isnan(number):
+            self.fail(f"`{printable(str(value))}` is not a number", param, context)
+        if (self.min is not None and number < self.min) or (self.max is not None and number > self.max):
+            self.fail(f"must lie between {self.min:g} and {self.max:g}, not {number:g}", param, context)
+        return number
 
 
 class PathType(click.Path):

@@ -6,6 +6,7 @@ with `pack: false`, each text is a sequence of its own, its tokens beyond block_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -109,6 +110,34 @@ def _from_jsonl(content: str, shown: str) -> Iterator[str]:
         yield text
 
 
+def _is_reached(dataset: str) -> bool:
+    """Whether the Hub answers. Asked once, because the library retries for half a minute and writes to the terminal."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(dataset, timeout=10)
+    except HfHubHTTPError:  # an answer: loading the set will say what is wrong
+        return True
+    except Exception:  # whatever the network layer raises
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _from_its_cache() -> Iterator[None]:
+    """Hold the Hub's libraries offline, so that they use what they have downloaded before."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
 def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
     """Yield the texts of a Hub dataset in the AIM authors' order: shuffled by `seed`, too long ones skipped."""
     shown = printable(dataset)
@@ -119,14 +148,15 @@ def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
         raise UsageError(
             f"the calibration dataset `{shown}` is on the Hub, which needs `pip install 'lowmem-aim[data]'`", hint
         ) from None
+    reached = _is_reached(dataset)
     try:
-        splits = get_dataset_split_names(dataset)
-        split = next(name for name in ("validation", "test", "train", *splits) if name in splits)
-        rows = load_dataset(dataset, split=split).shuffle(seed=aim.seed)
+        with contextlib.nullcontext() if reached else _from_its_cache():
+            splits = get_dataset_split_names(dataset)
+            split = next(name for name in ("validation", "test", "train", *splits) if name in splits)
+            rows = load_dataset(dataset, split=split).shuffle(seed=aim.seed)
     except Exception as error:  # the library raises whatever its readers and its network layer do
-        raise NetworkError(
-            f"the calibration dataset `{shown}` cannot be loaded: {printable(str(error))}", hint
-        ) from error
+        why = printable(str(error)) if reached else "the Hub cannot be reached, and nothing of it is in the cache"
+        raise NetworkError(f"the calibration dataset `{shown}` cannot be loaded: {why}", hint) from error
     if "text" not in rows.column_names:
         raise ModelError(f"the calibration dataset `{shown}` has no column `text`", hint)
     texts = (row["text"].strip() for row in rows)

@@ -182,7 +182,7 @@ class Parameter:
 
     def _as_percent(self, value: float) -> str:
         """A suggestion for a percentage in the place of a fraction."""
-        return f"; did you mean {value / 100:g}?" if (self.low, self.high) == (0, 1) and 2 <= value <= 100 else ""
+        return f"; did you mean {value / 100:g}?" if (self.low, self.high) == (0, 1) and 10 <= value <= 100 else ""
 
     def _range(self) -> str:
         if self.high is None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem_aim.errors import ModelError, NetworkError, NoSuchModel, printable
+from lowmem_aim.errors import ModelError, NetworkError, NoSuchModel, nearest, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
 from lowmem_aim.system.files import input_errors, is_folder, real
@@ -54,8 +54,11 @@ def local_model(reference: str) -> Located | None:
     looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
     # `..` in a revision would lead out of the Hub library's cache.
     if looks_local or ".." in reference or not _HUB_ID.fullmatch(reference):
+        beside = sorted(os.listdir(folder.parent)) if os.path.isdir(folder.parent) else []
+        near = nearest(folder.name, beside)
+        meant = f"; did you mean `{printable(os.path.join(os.path.dirname(reference), near))}`?" if near else ""
         raise NoSuchModel(
-            f"there is no model folder `{shown}`", hint="check the path; ids on the Hub look like `owner/name`"
+            f"there is no model folder `{shown}`{meant}", hint="check the path; ids on the Hub look like `owner/name`"
         )
     return None
 

@@ -21,6 +21,7 @@ from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.dtypes import BY_NAME, DTYPES
 from lowmem_aim.system.options import NonFinite
+from lowmem_aim.units import shown
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The order in which the safetensors library writes dtypes, the last first.
@@ -40,7 +41,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
             hint="replace the model that holds NaN or Inf, or leave the flag out",
         )
     if shard_bytes < SMALLEST_SHARD:
-        raise UsageError(f"a shard size of {shard_bytes} bytes is too small", hint="the default is 5GB")
+        raise UsageError(f"a shard size of {shown(shard_bytes)} is too small", hint="write it in bytes, such as 5GB")
     layers = layer_count(inputs.reference.config)
     tasks = [_task(info, recipe, inputs, layers) for info in inputs.reference if info.name not in inputs.dropped]
     _check(tasks, recipe, inputs, seed)

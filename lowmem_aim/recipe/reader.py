@@ -67,10 +67,10 @@ class _Reader(Values):
         if method and self.all_read:
             self._check_counts(method, base, models)
             self._check_required(method, models, parameters)
-        if not method or not models:
+        if not models:
             return None
         return Recipe(
-            method,
+            method or METHODS["linear"],  # beside the problem of a wrong one, so that the models can be looked at
             base,
             tuple(models),
             parameters,

@@ -70,7 +70,7 @@ def _omega(read: Values, node: Node) -> Setting | tuple[float, ...] | None:
             read.problem(
                 item, "`aim.omega`: a gradient is `- value: [...]`, as in a filter; a list gives several outputs"
             )
-        elif values.count(value) > 1:
+        elif value is not None and values.count(value) > 1:
             read.problem(item, f"`aim.omega` has {value:g} twice")
     right = all(isinstance(value, int | float) for value in values)
     return tuple(float(value) + 0.0 for value in values) if right else None  # -0.0 + 0.0 is 0.0: no folder `omega--0`

@@ -25,7 +25,7 @@ WIDTH = 100  # columns of a comment
 MANY = 4  # experts, whose changes hit the same elements often
 _PLAIN = re.compile(r"[\w./~][\w./~@+-]*")
 _BASES = {
-    "required": "the model that the experts were tuned from: their changes to it are merged",
+    "required": "the model that the merge builds on: most often the one that the experts were tuned from",
     "optional": "the experts' changes to it are merged; without this line, their whole weights are",
     "listed": "not merged itself: the reference for `aim` and `tokenizer_source`; list it below to merge it",
     "averaged": "counts as one of the models",
@@ -95,7 +95,8 @@ class Start:
 
     def _rest(self) -> Iterator[str]:
         yield ""
-        yield from _comment("what the output is stored in; without this line, each tensor as in the base")
+        first = "the base" if self.base is not None else "the first model"
+        yield from _comment(f"what the output is stored in; without this line, each tensor as in {first}")
         yield "# dtype: bfloat16"
         if self.base is None:
             return

@@ -35,7 +35,8 @@ def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
         yield f"          {why}: {', '.join(printable(name) for name in names[:MOST_LEFT_OUT])}{more}"
     files = f" in {survey['shards']} files" if survey["shards"] > 1 else ""
     outputs = f", {len(survey['outputs'])} outputs" if survey["outputs"] else ""
-    yield f"bytes     {shown(survey['read_bytes'])} to read, {shown(survey['write_bytes'])} to write{files}{outputs}"
+    read, write = shown(survey["read_bytes"]), shown(survey["write_bytes"])
+    yield f"bytes     {read} to read (more if memory is tight), {write} to write{files}{outputs}"
 
 
 def _listed(values: Any) -> str:
@@ -48,8 +49,8 @@ def _texts(table: Mapping[str, Any]) -> str:
     source = printable(table["calibration"]) or "the authors' Pile set"
     if source.endswith(".safetensors"):
         return f"activations from {source}"
-    length = f" of {table['block_size']} tokens" if "block_size" in table else ""
-    return f"{table['samples']} texts{length} of {source}"
+    length = f", at most {table['block_size']} tokens at a time" if "block_size" in table else ""
+    return f"at most {table['samples']} texts of {source}{length}"
 
 
 def _model(model: Mapping[str, Any]) -> str:

@@ -117,7 +117,8 @@ def _bar(run: Progress, width: int) -> Text:
         so_far = f"  {current.phase} {_share(current):.0%}, {_amount(current)}" if current and current.total else ""
         return Text.assemble((f"{run.ended.outcome:<{LABEL - 2}}", "bold"), so_far)
     if current is None or not current.total:
-        return _labelled("plan" if not run.phases else "", Text("reading headers" if not run.phases else ""), "bold")
+        label, text = ("", "") if run.phases else ("plan", "checking everything before work")
+        return _labelled(label, Text(text), "bold")
     left = run.left()
     eta = "paused" if run.paused else f"{clock(left)} left" if left is not None else ""
     figures = (f" {_share(current):>4.0%}  {_amount(current)}  {eta:>10}", f" {_share(current):>4.0%}  {eta:>10}")

@@ -43,6 +43,7 @@ class Status:
     stopped: bool = False  # the process at work sleeps, by Ctrl-Z or SIGSTOP
     pid: int = 0  # of the process at work; 0 if none is, or it is not known
     kept: bool = False  # the next run can build on something
+    command: str = ""  # that resumes the run, or starts it again, from the log of the last one
 
     def as_json(self) -> dict[str, Any]:
         """The status as `--json` prints it."""
@@ -53,7 +54,8 @@ class Status:
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` checks it"]
         if self.state == "interrupted":
-            return [interrupts.message(self.kept), *(self._done() if self.kept else ())]
+            command = [f"  {printable(self.command, 4096)}"] if self.command else []
+            return [interrupts.message(self.kept), *command, *(self._done() if self.kept else ())]
         on_disk = [f"on the disk: {line}" for line in self._done()]
         return [self._at_work(), *([self.now] if self.now else []), *on_disk]
 
@@ -82,8 +84,8 @@ def status_of(out: Path) -> Status:
         there = is_folder(private)
     if not there:
         raise UsageError(
-            f"there has been no run in `{printable(str(out))}`",
-            hint="name the folder that a merge writes to; a run that has kept nothing leaves nothing there",
+            f"there is no run in `{printable(str(out))}`",
+            hint="name the folder that a merge writes to; a run that kept nothing leaves nothing there",
         )
     check_private(out)
     finished = is_finished(out)
@@ -96,7 +98,7 @@ def status_of(out: Path) -> Status:
         owner = owner_of(private / "lock")
         activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
         kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
-        progress = _now(private / LOG) if running else None
+        progress = None if finished else _now(private / LOG)
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
             owner=str(owner) if owner and running else "",
@@ -107,11 +109,12 @@ def status_of(out: Path) -> Status:
             tensors_total=size.tensors,
             bytes=sum(group.end - headers.get(name, 0) for name, group in last.items()),
             bytes_total=size.bytes - sum(headers.values()),
-            now=line_of(progress) if progress else "",
-            paused=progress is not None and progress.paused,
+            now=line_of(progress) if progress and running else "",
+            paused=running and progress is not None and progress.paused,
             stopped=running and owner is not None and _is_stopped(owner),
             pid=owner.pid if owner and running else 0,
             kept=kept,
+            command=progress.started.command if progress and progress.started else "",
         )
 
 

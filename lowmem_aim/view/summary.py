@@ -157,6 +157,8 @@ def _kept(run: Progress, width: int | None) -> Iterator[str]:
         yield "  kept      " + ", ".join(f"{name} {part:.1%}" for name, part in several.items() if part is not None)
     else:
         yield f"  kept      {share:.1%} of the delta"
+    if len(several) > 1:
+        yield f"  of {next(iter(several))} alone:"
     kinds = shares_by(inside(run.kept), 1)
     if kinds:
         yield "  by kind   " + ", ".join(f"{printable(kind, 40)} {part:.0%}" for kind, part in kinds.items())
@@ -179,7 +181,7 @@ def next_commands(made: Path, width: int | None = None) -> Iterator[str]:
     digests = f"  digests   {printable(str(out / PRIVATE / SUMS), 1000)} (`lowmem-aim verify` checks them)"
     yield from wrapped([digests], width, INDENT)
     for label, command in (
-        ("evaluate", f"lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k,mbpp --batch_size auto"),
+        ("evaluate", f"lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k --batch_size auto"),
         ("convert", f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"),
         ("upload", f"hf upload YOU/{name} {folder} --exclude '*{PRIVATE}/*'"),  # the journal and the log are private
     ):

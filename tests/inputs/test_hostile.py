@@ -43,7 +43,7 @@ class TestConfig:
         tiny.edit_config(place.folder / "math", num_attention_heads="4", tie_word_embeddings="yes")
         tiny.edit_config(place.folder / "code", text_config={"num_hidden_layers": 10**30}, num_local_experts=10**9)
         messages = (
-            *("base`: `hidden_size` is 1000000000000000, no whole", 'base`: `model_type` is ["x"], no text'),
+            *("base`: `hidden_size` is 1000000000000000, not a whole", 'base`: `model_type` is ["x"], no text'),
             *(
                 "base`: `head_dim` is -3,",
                 "math`: `num_attention_heads` is '4',",

@@ -329,7 +329,7 @@ def test_a_flag_that_is_wrong_for_all_experts_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "meant"), [(50, "0.5"), (2, "0.02"), (100, "1"), (1.5, None), (101, None), (-5, None)]
+    ("value", "meant"), [(50, "0.5"), (20, "0.2"), (4, None), (100, "1"), (1.5, None), (101, None), (-5, None)]
 )
 def test_a_percentage_in_the_place_of_a_fraction_is_recognised(value: float, meant: str | None) -> None:
     found = problems(TWO.replace("{weight: 0.5}", f"{{weight: 0.5, density: {value}}}"))[0]

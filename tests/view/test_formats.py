@@ -127,7 +127,7 @@ class TestJsonsLastLine:
             (("merge",), 2, "is missing"),
             (("merge", "none.yml", "out"), 2, "none.yml"),
             (("calibrate", "nobody/nothing.txt", "-o", "a.bin"), 2, "a.bin"),
-            (("status", "out"), 2, "there has been no run in"),
+            (("status", "out"), 2, "there is no run in"),
             (("methods", "tie"), 2, "did you mean `ties`?"),
             (("verify", "out"), 2, "not a finished output"),
         ],
