@@ -116,6 +116,10 @@ def _what(error: click.ClickException, command: str) -> str:
         name = _quoted(error.param.get_error_hint(error.ctx))
         missing = isinstance(error, click.MissingParameter)
         return f"the {kind} {name} is missing" if missing else f"{name}: {_quoted(error.message)}"
+    if extra := re.match(r"Got unexpected extra arguments? \((.*)\)", error.format_message()):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        own = ": each model needs its own `--expert`" if "--expert" in _flags(context) else ""
+        return f"`{printable(extra[1])}` is more than `{command}` takes{own}"
     message = _quoted(error.format_message())
     return message[:1].lower() + message[1:]
 

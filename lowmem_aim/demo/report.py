@@ -39,7 +39,7 @@ def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
     echo(table(scores))
     plain, aim, _ = (scores[label] for label in merged)
     for text in (_of_the_table(factor), what_can_be_told(plain, aim, QUESTIONS), _of_small_models(folder)):
-        echo(textwrap.fill(text, WIDTH))
+        echo(textwrap.fill(text, min(columns_of(sys.stdout) or WIDTH, WIDTH)))
     echo("")
     _answer(folder / "merged-aim", questions, echo)
     echo(f"\nEverything is in `{folder}`: the models, the recipes, and the merges with their model cards.")

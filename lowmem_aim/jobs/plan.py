@@ -97,7 +97,8 @@ class _Estimate:
         budget, model_runs = self.ready.run.budget, self.ready.model_runs
         used, on_host = budget.ram_used(), budget.vram is None
         reached = self.ready.reached - budget.ram_used()
-        wants = [(self.ready.needs().least_ram(on_host, reached), "what the method holds, and slices of each model")]
+        merged = "the program, what the method holds, and slices of each model"
+        wants = [(self.ready.needs().least_ram(on_host, reached), merged)]
         for model_run in model_runs:
             what = f"{model_run.phase}: one module of a block at a time, and one sequence's work"
             wants.append((model_run.needs.least_ram(on_host), what))
@@ -120,7 +121,7 @@ class _Estimate:
         ready = self.ready
         written, spilled = ready.bytes_to_write(), ready.bytes_to_spill()
         missing = sum(self.hub.missing.values())
-        parts = [f"the output {shown(written)}"]
+        parts = [f"the output {shown(written)}, and {shown(SMALL_FILES_BYTES)} to spare"]
         parts += [f"before that hidden states, at most {shown(spilled)}"] if spilled else []
         parts += [f"besides downloads of {shown(missing)}, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(ready.out)).free

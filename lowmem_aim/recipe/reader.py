@@ -50,6 +50,7 @@ class _Reader(Values):
         self.by_flags = root.where == COMMAND_LINE
         self.meant: set[str] = set()  # keys that are there, but misspelled
         self.all_read = True  # the list of models, with nothing missing
+        self.misspelled = False  # the `parameters` of a model
 
     def recipe(self) -> Recipe | None:
         """The recipe; with `problems`, without the values that are wrong; None if no method or no model is left."""
@@ -149,7 +150,7 @@ class _Reader(Values):
             self._no_models(node)
             return []
         entries = [entry for item in node.value if (entry := self._model(item, method))]
-        self.all_read = len(entries) == len(node.value)
+        self.all_read = len(entries) == len(node.value) and not self.misspelled
         if not method or base is None:
             return entries
         others = [entry for entry in entries if not same_reference(entry.reference, base)]
@@ -172,6 +173,7 @@ class _Reader(Values):
             self.problem(item, "a model is a table: `- model: folder-or-id`", hint)
             return None
         meant = self.check_keys(item, ("model", "parameters"), {})
+        self.misspelled |= "parameters" in meant
         reference = self.model(item.get("model"), "model")
         if item.get("model") is None and "model" not in meant:
             self.problem(item, "`model` is missing", hint)

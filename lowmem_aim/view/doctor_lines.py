@@ -113,6 +113,6 @@ def _defaults_line(facts: Facts) -> str:
     if not isinstance(values, dict):
         return _text(values)
     if not facts["there"]:
-        return "no file of defaults"
+        return f"no file of defaults ({_text(facts['path'])})" if facts["path"] else "no file of defaults"
     told = {key: _size(value) if key in ("ram", "vram") else _text(value) for key, value in values.items()}
     return f"{_text(facts['path'])}: {', '.join(f'{key} = {value}' for key, value in told.items()) or 'nothing'}"

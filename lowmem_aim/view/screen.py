@@ -134,7 +134,8 @@ def _share(phase: PhaseSeen) -> float:
 def _amount(phase: PhaseSeen) -> str:
     if phase.unit == "bytes":
         return f"{shown(phase.done)} of {shown(phase.total)}"
-    return f"{phase.done:.1f} of {phase.total} {phase.unit}"
+    done = f"{phase.done:.1f}" if phase.unit == "blocks" else f"{phase.done:.0f}"
+    return f"{done} of {phase.total} {phase.unit}"
 
 
 def _problems(problems: Sequence[str], width: int) -> list[str]:

@@ -96,7 +96,7 @@ class TestWords:
             (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is not a size"),
             (("merge", "out", "--weight"), "option `--weight` requires an argument\n\nhint: see `lowmem-aim merge"),
             (("merge", "out", "--fresh=1"), "option `--fresh` does not take a value\n\nhint: see `lowmem-aim merge"),
-            (("methods", "ties", "more"), "unexpected extra argument (more)"),
+            (("methods", "ties", "more"), "`more` is more than `lowmem-aim methods` takes"),
             (("methods", "tie"), "unknown merge method `tie`; did you mean `ties`?"),
             (("merge", "out", "--method", "TIES"), "unknown merge_method `TIES`; did you mean `ties`?"),
         ],
