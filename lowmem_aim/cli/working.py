@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,8 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
     from lowmem_aim.view.dashboard import showing
     from lowmem_aim.view.wrapping import for_terminal
 
+    if style == "human" and sys.stderr.isatty():  # the seconds that follow would look like a hang
+        click.echo(f"reading headers{', and measuring this machine' * measure} ...", err=True)
     with showing("quiet" if style in ("quiet", "json") else "plain") as view:
         found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
     known = found.as_json()
