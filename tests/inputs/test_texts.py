@@ -90,6 +90,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Any, splits: list[str])
     fake = types.ModuleType("datasets")
     fake.load_dataset = load  # type: ignore[attr-defined]
     fake.get_dataset_split_names = lambda name: splits  # type: ignore[attr-defined]
+    fake.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
 
 
@@ -100,11 +101,34 @@ def test_a_hub_dataset_is_shuffled_and_long_texts_are_skipped(monkeypatch: pytes
     assert found == [[1, 3, 3, 3], [1, *[2] * 15]]
 
 
-def test_a_hub_dataset_that_cannot_be_had_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_datasets(monkeypatch, ConnectionError("no route"), ["train"])
-    with pytest.raises(NetworkError, match="no route") as caught:
+@pytest.mark.parametrize(
+    ("answers", "said"), [(True, "cannot be loaded: broken"), (False, "the Hub cannot be reached, and nothing of it")]
+)
+def test_a_hub_dataset_that_cannot_be_had_says_what_to_pass(
+    answers: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library, which would retry for half a minute, is held offline where the Hub does not answer."""
+    from huggingface_hub import HfApi, constants
+
+    def asked(self: HfApi, *_: Any, **__: Any) -> None:
+        if not answers:
+            raise ConnectionError("no route")
+
+    offline = []
+
+    def splits(name: str) -> list[str]:
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise ValueError("broken")
+
+    fake_datasets(monkeypatch, ValueError("broken"), ["train"])
+    monkeypatch.setattr("datasets.get_dataset_split_names", splits)
+    monkeypatch.setattr(HfApi, "dataset_info", asked)
+    before = constants.HF_HUB_OFFLINE
+    with pytest.raises(NetworkError, match=said) as caught:
         sequences("some/set")
     assert "builtin" in caught.value.hint
+    assert offline == [before or not answers]
+    assert before == constants.HF_HUB_OFFLINE
 
 
 def test_without_the_datasets_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
