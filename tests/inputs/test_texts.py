@@ -92,6 +92,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Any, splits: list[str])
     fake.get_dataset_split_names = lambda name: splits  # type: ignore[attr-defined]
     fake.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
 
 
 def test_a_hub_dataset_is_shuffled_and_long_texts_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
