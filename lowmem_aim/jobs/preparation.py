@@ -25,6 +25,7 @@ from lowmem_aim.recipe.reader import readable_part
 from lowmem_aim.recipe.recipe import Recipe, one_by_one
 from lowmem_aim.recipe.words import BUILTIN, is_activations_file, is_here
 from lowmem_aim.recipe.yaml_tree import Node
+from lowmem_aim.system.files import input_errors, is_there
 from lowmem_aim.system.options import Options, wrong_options
 
 
@@ -115,8 +116,16 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
 
 def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:
     """Yield an error for a file of texts or activations that is not there; `looked`: where it was looked for."""
-    here = calibration not in ("", BUILTIN) and is_here(calibration)
-    if here and not os.path.lexists(Path(calibration).expanduser()):
+    if calibration in ("", BUILTIN) or not is_here(calibration):
+        return
+    path = Path(os.path.expanduser(calibration))
+    try:
+        with input_errors(path):
+            there = is_there(path)
+    except ModelError as error:
+        yield error
+        return
+    if not there:
         hint = "check the path; or name `builtin`, or a dataset on the Hub"
         yield ModelError(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
 

@@ -32,7 +32,7 @@ from lowmem_aim.models.known_files import (
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.output.verify import is_listable
-from lowmem_aim.system.files import input_errors
+from lowmem_aim.system.files import input_errors, is_file, is_folder
 from lowmem_aim.units import shown
 
 LARGEST_SUM = 256_000_000  # bytes
@@ -60,10 +60,10 @@ def _copied(reference: Checkpoint, emit: Emit) -> dict[str, bytes]:
     for name, patterns in folders.items():
         if not is_inside(root, root / name):
             taken.left[f"{name}/"] = _LEADS_OUT
-        elif (root / name).is_dir():
+        elif is_folder(root / name):
             taken.take_all(root / name, patterns)
     raise_all(taken.errors)
-    taken.left |= {f"{f.name}/": "" for f in root.iterdir() if f.is_dir() and f.name not in folders and _matters(f)}
+    taken.left |= {f"{f.name}/": "" for f in root.iterdir() if is_folder(f) and f.name not in folders and _matters(f)}
     _, gone = without_code(reference.config)
     _tell_of_code(CONFIG, gone, emit)
     _tell_of_left(taken.left, emit)
@@ -84,10 +84,10 @@ class _Taken:
         """Take every file of a folder whose name is one of the patterns'."""
         for file in sorted(folder.iterdir()):
             name = file.relative_to(self.reference.folder).as_posix()
-            if fits(file.name, patterns) and file.suffix.lower() != ".py" and not file.is_dir():
+            if fits(file.name, patterns) and file.suffix.lower() != ".py" and not is_folder(file):
                 with noted(self.errors):
                     self._take(name, file)
-            elif file.is_file() and _matters(file):
+            elif _matters(file) and is_file(file):
                 self.left[name] = "code" if file.suffix.lower() == ".py" else ""
 
     def _take(self, name: str, file: Path) -> None:
@@ -104,7 +104,7 @@ class _Taken:
         """Why a file is left behind, or an empty string."""
         if not is_listable(name):
             return "its name is too long, or has characters that other systems do not allow in names"
-        if not file.is_file():
+        if not is_file(file):
             return "no regular file"
         if not is_inside(self.reference.folder, file):
             return _LEADS_OUT

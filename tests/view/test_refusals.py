@@ -367,7 +367,7 @@ def texts_and_a_model_are_missing(scene: Scene) -> None:
     a_model_is_missing(scene)
 
 
-@refusal(3, "cannot be read")
+@refusal(3, "there is no calibration file")
 def texts_are_missing(scene: Scene) -> None:
     scene.aim(scene.place.folder / "none.jsonl")
 
@@ -413,7 +413,7 @@ def texts_have_no_tokenizer(scene: Scene) -> None:
         (scene.base / name).unlink()
 
 
-@refusal(3, "there is no activations file")
+@refusal(3, "there is no calibration file")
 def activations_are_missing(scene: Scene) -> None:
     scene.aim(scene.place.folder / "none.safetensors")
 
@@ -435,7 +435,7 @@ def acm_is_given_activations(scene: Scene) -> None:
     scene.recipe["acm"] = {"calibration": "a.safetensors"}
 
 
-@refusal(3, "cannot be read")
+@refusal(3, "there is no calibration file")
 def acm_has_no_texts(scene: Scene) -> None:
     scene.recipe["acm"] = {"calibration": str(scene.place.folder / "none.jsonl")}
 
