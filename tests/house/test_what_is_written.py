@@ -19,10 +19,11 @@ from lowmem_aim.methods import compiled_code
 COMMAND = [sys.executable, "-m", "lowmem_aim"]
 WATCHING = """
 import os, sys
-made, UNNAMED = open(os.environ["MADE"], "a"), getattr(os, "O_TMPFILE", -1)
+made = open(os.environ["MADE"], "a")
 def hook(event, arguments):
     flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
-    writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and flags & UNNAMED != UNNAMED
+    # A folder can only be opened for a file without a name, which leaves nothing.
+    writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not os.path.isdir(arguments[0])
     if writes or event in ("os.mkdir", "os.rename", "os.link", "os.symlink"):
         what = arguments[1] if event == "os.rename" else arguments[0]
         if isinstance(what, (str, bytes, os.PathLike)):
