@@ -75,7 +75,7 @@ def _nobody_to_ask(out: Path, folders: Sequence[Path]) -> LowmemAimError:
 
 
 def _to_go_on(folders: Sequence[Path]) -> str:
-    """What to type to go on with an interrupted run, from its log."""
+    """The command that resumes an interrupted run, from its log."""
     runs = next((runs for folder in folders if (runs := runs_in(folder / PRIVATE / LOG))), None)
     started = runs[-1][0][1] if runs else None
     command = printable(getattr(started, "command", ""), LONGEST_COMMAND)

@@ -107,7 +107,7 @@ def _done(run: Progress, planned: Planned, layers: Sequence[str]) -> float:
 
 
 def _figures(run: Progress, planned: Planned) -> str:
-    """What is kept or, without AIM and ACM, how many layers are merged."""
+    """The share of the delta that is kept or, without AIM and ACM, the number of merged layers."""
     kept = run.kept_share()
     if kept is not None:
         return f"{_relaxed_by(run)} kept {kept:.0%}"

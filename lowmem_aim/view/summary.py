@@ -106,7 +106,7 @@ def _summary(run: Progress, width: int | None) -> Iterator[str]:
 
 
 def _outcome(run: Progress) -> str:
-    """How the run ended, after how long, and with what it spent that time: the parts add up to the whole."""
+    """The outcome of the run and its duration, divided into parts that add up to the whole."""
     whole = _whole_seconds(run.spent())
     told = {name: "reused" if run.is_reused(name) else clock(took) for name, took in whole.items()}
     parts = [f"{name} {text}" for name, text in told.items() if whole[name] or name in run.phases or text == "reused"]

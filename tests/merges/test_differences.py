@@ -1,4 +1,4 @@
-"""What differs from an interrupted run is told key by key, and what follows from it is not."""
+"""Differences from an interrupted run are reported key by key, without what follows from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, folders, headers, configs, the output or the disk is told together, without torch."""
+"""Problems with a recipe, folders, headers, configs, the output or the disk are reported together, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where stdout and stderr have no UTF-8, everything is drawn in ASCII: nothing is escaped, cut off or fails."""
+"""Everything is drawn in ASCII if stdout and stderr have no UTF-8: nothing is escaped, cut off or fails."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_a_run_of_days_keeps_no_more_samples_than_are_drawn() -> None:
 
 
 def test_the_parts_of_a_run_add_up_to_its_time_start_and_plan_included() -> None:
-    """Also when a phase runs once for each of several outputs."""
+    """The parts add up, too, when a phase runs once for each of several outputs."""
     planned = replace(PLANNED, phases=("calibrate", "compare", "merge", "finish"))
     events: list[tuple[float, Event]] = [(2.4, STARTED), (3.0, planned)]
     for begin, phase in ((6.3, "compare"), (9.0, "compare"), (12.4, "merge"), (30.1, "finish")):
