@@ -35,7 +35,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(autouse=True)
 def own_defaults(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The path where a test may write a file of defaults; the developer's own is not read. No agent has started the tests."""
+    """The place for a test's file of defaults; the developer's own is not read. No agent has started the tests."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(own_cache / "config"))
     for name in ("AI_AGENT", "AGENT"):
         monkeypatch.delenv(name, raising=False)
