@@ -36,6 +36,12 @@ class TensorInfo:
     file: Path
     begin: int
     end: int
+    kept_as: Dtype | None = None  # where reading decodes: the dtype that an output has which keeps the model's own
+
+    @property
+    def output_dtype(self) -> Dtype:
+        """The dtype of this tensor in an output for which the recipe names none."""
+        return self.kept_as or self.dtype
 
     @property
     def nbytes(self) -> int:

@@ -53,7 +53,7 @@ def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task
     t, layer = depth(info.name, layers), layer_of(info.name, layers)
     if not info.dtype.is_floating_point or info.name in inputs.roles.buffers or info.numel == 0:
         return Task(info.name, info.shape, info.dtype, "copy", {}, layer=layer)
-    dtype = BY_NAME[recipe.dtype] if recipe.dtype else info.dtype
+    dtype = BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype
     whole = recipe.method.whole_rows and len(info.shape) < 2
     omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
     return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
