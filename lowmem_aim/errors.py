@@ -57,6 +57,11 @@ class LowmemAimError(Exception):
         """Add to the hint of every problem what else is worth knowing."""
         self.hints = tuple(f"{hint}; {text}" for hint in self.hints)
 
+    def add_before_problems(self, text: str) -> None:
+        """Add to each problem where it is."""
+        self.problems = tuple(f"{text}{problem}" for problem in self.problems)
+        self.args = ("\n".join(self.problems),)
+
 
 class UsageError(LowmemAimError):
     """A flag or the output folder is wrong."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe: "
 SMALL, CONFIG, ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
 CALIBRATION, COMPARISON = "calibration", "texts of ACM"
+STAGES = "stages"
 PARAMETERS, SHARDS = "parameters", "shards"
 _CONTENT = (SMALL, CONFIG, ROWS, CALIBRATION, COMPARISON)
 _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
@@ -40,8 +43,14 @@ def identity_of_merge(
     calibration: Calibration | None,
     comparison: Comparison | None,
     device: torch.device,
+    stages: Mapping[str, str],
+    planned: Collection[Path],
 ) -> Identity:
-    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
+    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference.
+
+    `stages`: name -> digest (see `digest_of_stage`) of those that it is made of; `planned`: folders that stand in for
+    them, whose files say nothing by their times.
+    """
     job: dict[str, Any] = {RECIPE + key: value for key, value in portable_recipe(plan.recipe, inputs).items()}
     job |= {
         "seed": plan.seed,
@@ -54,6 +63,8 @@ def identity_of_merge(
     if inputs.row_maps:  # from the experts' tokenizers
         rows = {str(inputs.folders.index(folder)): digest(row_map) for folder, row_map in inputs.row_maps.items()}
         job[ROWS] = rows
+    if stages:
+        job[STAGES] = dict(stages)
     if calibration is not None:
         job[CALIBRATION] = calibration.digest()
     if comparison is not None:
@@ -63,7 +74,7 @@ def identity_of_merge(
     environment = _environment(device, measures, plan.recipe.method)
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
-    return Identity(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
+    return Identity(job, [_of_input(checkpoints[folder], planned) for folder in inputs.folders], environment)
 
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
@@ -92,9 +103,23 @@ def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
     return {name: facts[0] for name, facts in model["files"].items()}
 
 
-def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
+def is_moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a model's files have other times or inodes, as far as both are known."""
+    known = {name: facts for name, facts in new["files"].items() if len(facts) > 1}
+    return any(facts != old["files"].get(name) for name, facts in known.items())
+
+
+def digest_of_stage(identity: Identity) -> str:
+    """xxh3-128 of all that the output of a merge follows from, but for times and inodes of files, and versions."""
+    models = [(model["label"], model["tensors"], sorted(sizes_of(model).items())) for model in identity.inputs]
+    return digest_of(json.dumps([as_kept(identity).job, models], sort_keys=True).encode())
+
+
+def _of_input(checkpoint: Checkpoint, planned: Collection[Path] = ()) -> dict[str, Any]:
     tensors = repr([(t.name, t.dtype.name, t.shape, t.file.name, t.begin) for t in checkpoint])
     files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in checkpoint.stats().items()}
+    if checkpoint.folder in planned:
+        files = {name: facts[:1] for name, facts in files.items()}
     return {"label": checkpoint.label, "tensors": digest_of(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.jobs.differences import differences, most
-from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, sizes_of
+from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, is_moved, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -138,7 +138,7 @@ def _changed(
     label = printable(str(new["label"]))
     if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
         yield f"`{label}` no longer has the same tensors or files"
-    elif old["files"] != new["files"]:
+    elif is_moved(old, new):
         emit(Notice(f"`{label}` has new or moved files: what was read from it is read again"))
         for name in reread():
             yield f"`{label}` no longer has the same `{printable(name)}`"
@@ -149,8 +149,12 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     """Yield the tensors of one input that do not give what they gave to an interrupted merge."""
     if inputs.base is not None and inputs.folders[number] == inputs.base.folder:
         yield from differing_weights(inputs.base, journal)
-    known = digests_read(plan, journal).get(str(number), {})
-    folder = inputs.folders[number]
+    yield from not_as_read(plan, inputs, digests_read(plan, journal).get(str(number), {}), number)
+
+
+def not_as_read(plan: Plan, inputs: Inputs, digests: Mapping[str, str], number: int) -> Iterator[str]:
+    """Yield the tensors of one input that do not give what they gave to a merge: tensor -> digest."""
+    known, folder = dict(digests), inputs.folders[number]
     stride = Stride(REREAD_ELEMENTS)
     for task in plan.tasks:
         for reader in TensorInputs(task, True, stride).readers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,9 @@ class Finder:
     find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
     has_weights: Callable[[Path], bool] = lambda folder: True  # False: headers and small files only
     fetches: bool = True  # models and texts that are on the Hub are downloaded
+    local: Callable[[str], Located | None] = local_model  # the same for what is on this machine; None: on the Hub
+    unknown: Collection[str] = ()  # references of which nothing can be known yet: they count as not opened
+    planned: Collection[Path] = ()  # folders of headers of models that are yet to be made here
 
 
 FETCHED = Finder()
@@ -45,7 +48,7 @@ def opened_models(
     For models that cannot be opened it is None, and `errors` gets what is wrong with them. Nothing is downloaded once
     there are errors.
     """
-    references = recipe.references
+    references = [reference for reference in recipe.references if reference not in finder.unknown]
     found: dict[str, Checkpoint] = {}
     with contextlib.ExitStack() as stack:
 
@@ -61,7 +64,7 @@ def opened_models(
         elsewhere = []
         for reference in references:
             with noted(errors):
-                if located(reference, local_model, recipe):
+                if located(reference, finder.local, recipe):
                     open_one(reference)
                 else:
                     elsewhere.append(reference)
@@ -69,7 +72,7 @@ def opened_models(
             if not (errors and finder.fetches):
                 open_one(reference)
         _tell_apart([found[reference] for reference in references if reference in found])
-        yield {reference: found.get(reference) for reference in references}
+        yield {reference: found.get(reference) for reference in recipe.references}
 
 
 def located(reference: str, find: Callable[[str], M], recipe: Recipe) -> M:

@@ -136,6 +136,8 @@ class Recipe:
     preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
     # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
     sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    # By name, in the order in which they are made: what the recipe, and those further back, take for models.
+    stages: Mapping[str, Recipe] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -148,6 +150,11 @@ class Recipe:
         bases = [part.base.reference for part in self.slices if part.base]
         found = [*([self.base] if self.base else []), *bases, *(model.reference for model in self.models)]
         return list(dict.fromkeys(found))
+
+    @property
+    def in_order(self) -> dict[str, Recipe]:
+        """Every merge in the order in which they are made: the named stages, and last the output, whose name is ""."""
+        return {**self.stages, "": self}
 
     @property
     def sliced(self) -> bool:

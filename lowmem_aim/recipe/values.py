@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ class Remark:
 class Values:
     """A reader of values from nodes that collects what is wrong with them, each problem with its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Collection[str] = ()) -> None:
+        """`stages`: names that stand for other documents of the recipe, where a model is named."""
+        self.stages = stages
         self.problems: list[Remark] = []
         self.notices: list[Remark] = []
         self.preferred: list[str] = []  # paths that are here, and could be Hub ids
@@ -89,9 +91,11 @@ class Values:
         return value.strip()
 
     def model(self, node: Node | None, what: str) -> str | None:
-        """The reference of a model: a Hub id, or a folder's path from the current folder; None as in `text`."""
+        """The reference of a model: a stage, a Hub id, or a path from the current folder; None as in `text`."""
         text = self.text(node, what)
-        return text if node is None or text is None else self.placed(node, text, os.path.isdir)
+        if node is None or text is None or text in self.stages:
+            return text
+        return self.placed(node, text, os.path.isdir)
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,7 @@ class Node:
     value: Any
     where: str
     folder: str = ""  # of the recipe's file, for its relative paths; "": the current folder
+    others: tuple[Node, ...] = ()  # at the top: the other documents of the file, which are named stages
 
     @property
     def by_flag(self) -> bool:
@@ -60,24 +61,33 @@ class Node:
 
 
 def parse(text: str, source: str, folder: str = "") -> Node:
-    """Parse YAML into a tree. `source` is the name for its lines, `folder` that of its file. Raises RecipeError."""
+    """Parse YAML into a tree. `source` is the name for its lines, `folder` that of its file. Raises RecipeError.
+
+    Of several documents the tree is that of `one_of`; empty ones do not count.
+    """
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{source}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
     try:
-        root = _Loader(text, source).get_single_node()
+        roots = list(_Loader(text, source).documents())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         what = printable(error.problem or str(error))
         raise RecipeError(f"{source}:{line}: not valid YAML: {what}", _SYNTAX) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}", _SYNTAX) from error
-    if root is None:
-        return Node({}, f"{source}:1")
     converter = _Converter(source, folder)
-    tree = converter.convert(root)
+    trees = [converter.convert(root) for root in roots]
     if converter.problems:
         raise RecipeError(converter.problems, "write each key once, and plain values, without tags or objects")
-    return tree
+    filled = [tree for tree in trees if tree.value is not None]
+    return one_of(filled or trees) if trees else Node({}, f"{source}:1")
+
+
+def one_of(documents: Sequence[Node]) -> Node:
+    """The first document without a `name`, or the last one if all have names, with the other ones in it."""
+    unnamed = [document for document in documents if document.get("name") is None]
+    root = unnamed[0] if unnamed else documents[-1]
+    return replace(root, others=tuple(document for document in documents if document is not root))
 
 
 def tree_of(value: Any, where: str) -> Node:
@@ -112,6 +122,12 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
         self._source, self._nodes, self._depth = source, 0, 0
+
+    def documents(self) -> Iterator[yaml.Node]:
+        """Yield the root of each document."""
+        while self.check_node():
+            root: yaml.Node = self.get_node()
+            yield root
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._nodes += 1
