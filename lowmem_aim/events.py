@@ -189,7 +189,7 @@ def label_of(phase: str, stage: str) -> str:
 
 
 def of_stage(emit: Emit, name: str) -> Emit:
-    """An Emit that passes events on as those of a named stage of the recipe."""
+    """An Emit that passes events on as those of a named stage of the recipe; "": as those of the output."""
 
     def staged(event: Event) -> None:
         emit(replace(event, stage=name) if isinstance(event, PhaseStarted | PhaseEnded) else event)

@@ -10,16 +10,16 @@ import os
 from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.errors import printable
+from lowmem_aim.errors import ResumeError, printable
 from lowmem_aim.events import Notice
-from lowmem_aim.jobs.finished import check_same
+from lowmem_aim.jobs.finished import check_same, of_stage
 from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
-from lowmem_aim.jobs.resume import activations_kept, check_same_job
+from lowmem_aim.jobs.resume import RESUME_HINT, activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
 from lowmem_aim.methods import kernels
 from lowmem_aim.output.copied import copied_files
-from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
+from lowmem_aim.output.folder import PRIVATE, STAGES, check_disk, check_outputs, check_private, is_finished, stages_in
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.layer_settings import restacked
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
@@ -136,7 +136,7 @@ def check_model_runs(ready: Prepared) -> None:
 
 def check_at_work(ready: Prepared) -> None:
     """Check that no other run is at work in the output folders. Raises LockedError, DiskError."""
-    for name in ready.plans:
+    for name in ready.plans if not ready.position.held else ():
         folder = ready.folder(name)
         lock = folder / PRIVATE / "lock"
         check_private(folder)
@@ -149,7 +149,9 @@ def check_begun(ready: Prepared) -> None:
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
-        if not os.path.isdir(private) or (ready.options.fresh and not finished):
+        # A stage is discarded with the rest of an interrupted run, finished or not.
+        discarded = ready.options.fresh and (not finished or ready.position.stage)
+        if not os.path.isdir(private) or discarded or os.listdir(private) == [STAGES]:
             continue
         state = "is finished already" if finished else "holds an interrupted run, which is resumed"
         ready.notes.append(f"`{printable(str(folder))}` {state}")
@@ -168,7 +170,9 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
         )
     elif finished:
         now = ready.identity(name)
-        for number in check_same(journal, now, folder):
+        with of_stage(ready.position.stage):
+            moved = check_same(journal, now, folder)
+        for number in moved:
             label = printable(str(now.inputs[number]["label"]))
             ready.notes.append(
                 f"`{label}` has new or moved files: a merge reads them again, and refuses them if they differ"
@@ -180,9 +184,21 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) ->
 
 
 def check_disk_space(ready: Prepared) -> None:
-    """Check that the disk has space for the outputs. Raises DiskError."""
+    """Check that the disk has space for the outputs, beside all that comes before them. Raises DiskError."""
+    stages = ready.position.unmade_bytes
     if ready.unfinished():
-        check_disk(ready.out, ready.bytes_to_write())
+        what = "the output, with the stages that it is made of," if stages else "the output"
+        check_disk(ready.out, stages + ready.bytes_to_write(), what)
+
+
+def check_stages(ready: Prepared) -> None:
+    """Check that the stages that an interrupted run has left are the recipe's. Raises ResumeError, DiskError."""
+    if ready.position.stage or ready.options.fresh or not ready.unfinished():
+        return
+    strange = [folder.name for folder in stages_in(ready.out) if folder.name not in ready.recipe.stages]
+    if strange:
+        problems = [f"stage `{printable(name)}`: the recipe no longer has it" for name in strange]
+        raise ResumeError(["the interrupted run in this folder was a different one:", *problems], RESUME_HINT)
 
 
 Check = Callable[[Prepared], None]
@@ -205,6 +221,7 @@ LATER: tuple[Check, ...] = (
     check_calibration,
     check_comparison,
     check_merge_memory,
+    check_stages,
     check_begun,
     check_model_runs,
 )

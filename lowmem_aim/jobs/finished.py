@@ -18,7 +18,7 @@ from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError, p
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.jobs.differences import differences, most
 from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, is_moved, sizes_of
-from lowmem_aim.jobs.resume import Reread
+from lowmem_aim.jobs.resume import RESUME_HINT, Reread
 from lowmem_aim.output.folder import PRIVATE, SEEN, SUMS
 from lowmem_aim.output.journal import FINISHED_HINT, Journal
 from lowmem_aim.output.journal import NAME as JOURNAL
@@ -47,6 +47,20 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
         for number, (model, *known) in enumerate(zip(now.inputs, before.inputs, seen, strict=True))
         if all(is_moved(old, model) for old in known)
     ]
+
+
+@contextlib.contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Raise ResumeError for what is wrong with a finished stage: the run that it belongs to is not over.
+
+    `name`: of the stage; "": it is an output, whose errors are raised as they are.
+    """
+    try:
+        yield
+    except (UsageError, ResumeError) as error:
+        if not name:
+            raise
+        raise ResumeError(error.problems, RESUME_HINT) from error
 
 
 def check_stage(stage: MadeStage, now: Identity, out: Path, reread: RereadStage | None, emit: Emit) -> None:

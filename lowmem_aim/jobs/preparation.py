@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
 from lowmem_aim.events import Emit, silent
 from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check
-from lowmem_aim.jobs.prepared import Prepared
+from lowmem_aim.jobs.prepared import ALONE, Position, Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
 from lowmem_aim.models.reader import Reader, ReaderNeeded
@@ -32,7 +33,14 @@ from lowmem_aim.system.options import Options, wrong_options
 
 
 @contextlib.contextmanager
-def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Finder = FETCHED) -> Iterator[Prepared]:
+def prepared(
+    recipe: Recipe,
+    out: Path,
+    options: Options,
+    emit: Emit,
+    finder: Finder = FETCHED,
+    position: Position = ALONE,
+) -> Iterator[Prepared]:
     """Open, plan and check everything; the errors of single checks are kept in the result.
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
@@ -43,6 +51,8 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
     errors: list[LowmemAimError] = []
     with noted(errors):
         _check_output(out, [out / name for name in names])
+    if options.keep_stages and not position.stage and not recipe.stages:
+        errors.append(UsageError("`--keep-stages`: the recipe has no named stages", hint="leave it out"))
     errors += _missing_texts(recipe)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
@@ -64,7 +74,18 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
         ready = Prepared(
-            recipe, out, options, emit, finder, reader, inputs, plans, errors, notes=list(_local_names(recipe))
+            recipe,
+            out,
+            options,
+            emit,
+            finder,
+            reader,
+            inputs,
+            plans,
+            errors,
+            notes=list(_local_names(recipe)),
+            incomplete=not position.known,
+            position=position,
         )
         _make(AT_ONCE, ready)
         if not errors:
@@ -84,11 +105,19 @@ def sound_recipe(tree: Node, out: Path) -> Recipe:
     errors: list[LowmemAimError] = [] if wrong is None else [wrong]
     with noted(errors):
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
-    if recipe is not None:
-        errors += _missing_texts(recipe)
-        with opened_models(recipe, "mmap", silent, FETCHED, errors):  # beside errors, nothing is downloaded
-            pass
+    for part in recipe.in_order.values() if recipe else ():
+        look_for_models(part, FETCHED, recipe.stages if recipe else (), errors)
     raise joined(errors)
+
+
+def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], errors: list[LowmemAimError]) -> None:
+    """Add to `errors`, of which there are some, what is wrong with the models and texts of a recipe not prepared.
+
+    `stages` are no models yet. Beside errors, nothing is downloaded.
+    """
+    errors += _missing_texts(recipe)
+    with opened_models(recipe, "mmap", silent, replace(finder, unknown=stages), errors):
+        pass
 
 
 def _check_output(out: Path, folders: list[Path]) -> None:

@@ -126,8 +126,9 @@ class _Loader(yaml.SafeLoader):
     def documents(self) -> Iterator[yaml.Node]:
         """Yield the root of each document."""
         while self.check_node():
-            root: yaml.Node = self.get_node()
-            yield root
+            root = self.get_node()
+            if root is not None:
+                yield root
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._nodes += 1
