@@ -33,18 +33,19 @@ def status_command(out: Path, style: Style) -> None:
     """
     import json
 
-    from lowmem_aim.output.folder import outputs_in
+    from lowmem_aim.output.folder import PRIVATE, outputs_in, stages_in
     from lowmem_aim.view.status import status_of
     from lowmem_aim.view.wrapping import for_terminal
 
-    folders = outputs_in(out)
-    for folder in folders:
-        found = status_of(folder)
+    outputs, stages = outputs_in(out), [folder for folder in stages_in(out) if (folder / PRIVATE).is_dir()]
+    for folder in (*stages, *outputs):
+        found = status_of(folder, () if folder in stages else stages)
+        kind = "stage" if folder in stages else "" if folder == out else "output"
         if style == "json":
-            click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
+            click.echo(json.dumps(({kind: folder.name} if kind else {}) | found.as_json()))
         else:
-            heading = [] if folder == out else [f"{printable(folder.name)}:"]
-            click.echo(for_terminal([*heading, *found.lines()]))
+            name = f"{'stage ' * (kind == 'stage')}{printable(folder.name)}:"
+            click.echo(for_terminal([*([name] if kind else []), *found.lines()]))
 
 
 @click.command("pause", cls=usage.Command)

@@ -206,6 +206,9 @@ Check = Callable[[Prepared], None]
 # Checks that find out what tells this job from others: without that, an interrupted run cannot be compared.
 OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
 
+# Checks of the folder that a merge writes to.
+OF_THE_FOLDER: tuple[Check, ...] = (check_place, check_at_work, check_disk_space, check_begun)
+
 # In the order in which their problems are listed; the first problem sets the exit code. These need no torch:
 AT_ONCE: tuple[Check, ...] = (
     check_place,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check
+from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_FOLDER, OF_THE_IDENTITY, Check
 from lowmem_aim.jobs.prepared import ALONE, Position, Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
@@ -49,8 +49,9 @@ def prepared(
         raise UsageError(problems, hint="docs/python.md has the options")
     names = list(one_by_one(recipe))
     errors: list[LowmemAimError] = []
-    with noted(errors):
-        _check_output(out, [out / name for name in names])
+    if not position.over:
+        with noted(errors):
+            _check_output(out, [out / name for name in names])
     if options.keep_stages and not position.stage and not recipe.stages:
         errors.append(UsageError("`--keep-stages`: the recipe has no named stages", hint="leave it out"))
     errors += _missing_texts(recipe)
@@ -136,7 +137,7 @@ def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
 
 def _make(checks: tuple[Check, ...], ready: Prepared) -> None:
     """Make checks one after another, and keep the errors that they raise."""
-    for check in checks:
+    for check in (check for check in checks if not (ready.position.over and check in OF_THE_FOLDER)):
         known = len(ready.errors)
         with noted(ready.errors):
             check(ready)

@@ -69,6 +69,7 @@ class Position:
     unmade_bytes: int = 0  # that the stages before it are yet to take of the disk
     known: bool = True  # nothing is wrong with the stages that it uses
     held: bool = False  # this run holds the output folder already
+    over: bool = False  # the output that it is a stage of is finished: whatever is left in its folder does not matter
 
 
 ALONE = Position()

@@ -63,8 +63,8 @@ class Stages:
         `held`: this run holds the output folder already. Raises the errors of `preparation.prepared`.
         """
         recipe, options = self.recipe.in_order[name], self._options
-        if name and (held or self.over):  # this run has made what is there, or nobody needs it any more
-            options = replace(options, fresh=not held)
+        if name and held:  # this run has discarded what it was to discard
+            options = replace(options, fresh=False)
         emit = of_stage(self._new if held else self._first, name)
         position = self._position(name, held)
         with _located(name), prepared(recipe, self.folder(name), options, emit, self._find(), position) as ready:
@@ -131,7 +131,7 @@ class Stages:
         if counts and not ready.errors and is_finished(self.folder(name)):
             self._folders[name] = self.folder(name)
         elif ready.config and ready.copied is not None:
-            self._unmade_bytes += ready.bytes_to_write()
+            self._unmade_bytes += 0 if self.over else ready.bytes_to_write()
             self._stand_in(name, ready)
 
     def _check_kept(self) -> None:
@@ -193,6 +193,7 @@ class Stages:
             unmade_bytes=0 if name or held else self._unmade_bytes,
             known=all(other in self._digests for other in used),
             held=held and not name,
+            over=self.over and name != "",
         )
 
     def _behind(self, name: str) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -215,17 +215,29 @@ def _instead(path: Path) -> str:
 
 def load_tree(path: Path) -> Node:
     """Read a recipe file into a tree. Raises RecipeError."""
-    shown = printable(str(path))
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_RECIPE_BYTES + 1)  # /dev/zero has no end
-        return parse(content.decode("utf-8"), shown, os.path.dirname(path))
     except OSError as error:
         what = f"{printable(str(path), LONGEST_PATH)}: cannot be read: {cause(error)}"
         raise RecipeError(f"{what}{_instead(path)}", advice(error) or _RECIPE_FIRST) from error
+    return _decoded(content, printable(str(path)), os.path.dirname(path))
+
+
+def read_tree(stream: BinaryIO, source: str) -> Node:
+    """Read a recipe from a stream, whose relative paths start at the current folder, into a tree. Raises RecipeError.
+
+    `source` is the name for its lines.
+    """
+    return _decoded(stream.read(MAX_RECIPE_BYTES + 1), source, "")
+
+
+def _decoded(content: bytes, source: str, folder: str) -> Node:
+    try:
+        return parse(content.decode("utf-8"), source, folder)
     except UnicodeDecodeError as error:
         if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
             raise RecipeError(
-                f"{shown}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
+                f"{source}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
             ) from None
-        raise RecipeError(f"{shown}: this is not a recipe: it is not UTF-8 text", _RECIPE_FIRST) from error
+        raise RecipeError(f"{source}: this is not a recipe: it is not UTF-8 text", _RECIPE_FIRST) from error
