@@ -47,7 +47,7 @@ class StageFacts:
 
     @property
     def document(self) -> dict[str, Any]:
-        """Its document of the recipe."""
+        """The document of the recipe that made the stage."""
         return {"name": self.name, **self.facts["recipe"]}
 
 

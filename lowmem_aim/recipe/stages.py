@@ -72,7 +72,7 @@ def in_order(
     def visit(name: str, path: Sequence[str]) -> None:
         if name in path:
             circle = [*path[path.index(name) :], name]
-            read.problem(documents[name], f"the stages wait for each other: {_arrows(circle)}", "end the circle")
+            read.problem(documents[name], f"the stages wait for each other: {_told(circle)}", "end the circle")
         elif name not in order:
             for other in uses[name]:
                 visit(other, [*path, name])
@@ -91,5 +91,7 @@ def in_order(
     return order
 
 
-def _arrows(circle: Sequence[str]) -> str:
-    return " uses ".join(f"`{printable(name)}`" for name in circle)
+def _told(circle: Sequence[str]) -> str:
+    """A circle as text: `a` uses `b`, which uses `a`."""
+    first, *others = (f"`{printable(name)}`" for name in circle)
+    return f"{first} uses {', which uses '.join(others)}"
