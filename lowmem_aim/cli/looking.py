@@ -44,8 +44,8 @@ def status_command(out: Path, style: Style) -> None:
         if style == "json":
             click.echo(json.dumps(({kind: folder.name} if kind else {}) | found.as_json()))
         else:
-            name = f"{'stage ' * (kind == 'stage')}{printable(folder.name)}:"
-            click.echo(for_terminal([*([name] if kind else []), *found.lines()]))
+            name = f"{'stage ' * (kind == 'stage')}{printable(folder.name)}:" if kind else "the output:"
+            click.echo(for_terminal([*([name] if kind or stages else []), *found.lines()]))
 
 
 @click.command("pause", cls=usage.Command)
