@@ -19,9 +19,10 @@ from lowmem_aim.output.folder import (
     check_writable,
     existing_folder,
     is_finished,
+    stage_folder,
     stages_in,
 )
-from lowmem_aim.system.files import disk_errors, real, sync_folder
+from lowmem_aim.system.files import disk_errors, is_file, real, sync_folder
 
 
 def check_kept(keep: Path, names: Sequence[str], out: Path, inputs: Sequence[Path], nbytes: int) -> None:
@@ -33,6 +34,8 @@ def check_kept(keep: Path, names: Sequence[str], out: Path, inputs: Sequence[Pat
         text = f"`--keep-stages {printable(str(keep))}` lies in the output folder"
         raise UsageError(text, hint="name a folder elsewhere")
     for name in names:
+        if _is_copy(keep / name, stage_folder(out, name)):
+            continue
         check_output(keep / name, inputs)
         if os.path.lexists(keep / name):
             raise UsageError(
@@ -67,10 +70,10 @@ def _move(folder: Path, kept: Path) -> None:
     """Give a stage its place among the kept ones, whole or not at all."""
     with disk_errors(kept):
         kept.parent.mkdir(parents=True, exist_ok=True)
+        if _is_copy(kept, folder):
+            return
         if os.path.lexists(kept):
-            if _digests(kept) != _digests(folder):
-                raise UsageError(f"`--keep-stages`: there is another `{printable(str(kept))}` already", "move it away")
-            return  # copied by a run that was killed before it removed the stage
+            raise UsageError(f"`--keep-stages`: there is another `{printable(str(kept))}` already", "move it away")
         if not _is_elsewhere(kept.parent, folder):
             os.replace(folder, kept)
         else:
@@ -89,9 +92,11 @@ def _sync(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _digests(folder: Path) -> bytes:
-    file = folder / PRIVATE / SUMS
-    return file.read_bytes() if file.is_file() else b""
+def _is_copy(kept: Path, folder: Path) -> bool:
+    """Whether a run has copied the stage, and was killed before it removed it."""
+    files = [place / PRIVATE / SUMS for place in (kept, folder)]
+    with disk_errors(kept):
+        return all(map(is_file, files)) and files[0].read_bytes() == files[1].read_bytes()
 
 
 def _is_elsewhere(keep: Path, out: Path) -> bool:

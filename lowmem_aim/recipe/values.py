@@ -95,7 +95,14 @@ class Values:
         text = self.text(node, what)
         if node is None or text is None or text in self.stages:
             return text
-        return self.placed(node, text, os.path.isdir)
+        path = self.placed(node, text, os.path.isdir)
+        if path in self.sought and "/" not in path and (meant := nearest(path, self.stages)):
+            self.problem(
+                node,
+                f"`{what}`: neither a stage nor a folder is named `{printable(path)}`",
+                f"did you mean the stage `{meant}`?",
+            )
+        return path
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""

@@ -243,16 +243,17 @@ def test_interrupted_in_each_stage_it_ends_with_the_same_bytes(
     assert not stages_in(out)
 
 
+def stopped(*_: object) -> None:
+    raise Stopped
+
+
 def test_stages_are_removed_only_once_the_output_is_complete(
     llama: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, out = lowmem_aim.read_recipe(three(llama)), tmp_path / "out"
 
-    def killed(*_: object) -> None:
-        raise Stopped
-
     with monkeypatch.context() as patch:
-        patch.setattr(merge_job, "put_away", killed)
+        patch.setattr(merge_job, "put_away", stopped)
         with pytest.raises(Stopped):
             merge(job, out, SHARDS)
     assert is_finished(out)
@@ -367,6 +368,26 @@ def test_kept_stages_are_moved_once_and_never_over_something(llama: Path, tmp_pa
     assert (alone.code, "the recipe has no named stages" in alone.err) == (2, True)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_stages_that_are_kept_on_another_disk_are_there_whole_or_not_at_all(
+    killed: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out, kept = lowmem_aim.read_recipe(two(llama)), tmp_path / "out", tmp_path / "kept"
+    monkeypatch.setattr("lowmem_aim.output.stages._is_elsewhere", lambda *_: True)
+    options = replace(SHARDS, keep_stages=kept)
+    with monkeypatch.context() as patch:
+        if killed:
+            patch.setattr("lowmem_aim.output.stages._remove", stopped)
+            with pytest.raises(Stopped):
+                merge(job, out, options)
+            assert stages_in(out)
+            (kept / ".first.partial").mkdir()
+    merge(job, out, options)
+    assert not stages_in(out)
+    assert [path.name for path in kept.iterdir() if not path.name.startswith(".")] == ["first"]
+    verify_outputs(kept / "first")
+
+
 # --- before work ------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +435,8 @@ def test_names_circles_and_unused_stages_are_told_at_once_with_their_lines(llama
     assert "every document has a `name`" in told([linear(math, name="a"), linear("a", name="b")])[0]
     several = linear(math, name="a", base_model=math, aim={"omega": [0.2, 0.4], "calibration": "builtin"})
     assert "has several omegas: only the output may" in told([several, linear("a")])[0]
+    problems = told([linear(math, name="second"), linear("secnd"), linear("second", name="third")])
+    assert problems[0].endswith(": `model`: neither a stage nor a folder is named `secnd`")
     assert len(told([{**linear("a", name="a"), "dtype": "float23"}, {"merge_method": "liner"}])) == 4
 
 
