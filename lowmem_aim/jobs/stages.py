@@ -122,7 +122,7 @@ class Stages:
         [plan] = ready.plans.values()
         self._stage_bytes += plan.output_bytes
         self._local[name] = tuple(local_labels(ready.recipe, ready.inputs))
-        if not ready.errors and not ready.incomplete:
+        if not ready.errors and not ready.incomplete and not ready.unread:
             self._digests[name] = digest_of_stage(ready.identity(""))
             if self.over:
                 with noted(ready.errors):

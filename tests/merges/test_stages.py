@@ -458,6 +458,24 @@ def test_all_stages_are_checked_before_the_first_is_made(llama: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_in_the_middle_names_the_stage_and_says_once_what_is_kept(
+    llama: Path, tmp_path: Path, each_tensor: None, run: Run
+) -> None:
+    broken = tiny.perturbed(llama / "chat", tmp_path / "broken", scale=0.0)
+    tiny.edit_tensors(broken, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    documents = three(llama)
+    documents[1]["models"][1]["model"] = str(broken)
+    (tmp_path / "r.yml").write_text(yaml.safe_dump_all(documents))
+    failed = run("merge", tmp_path / "r.yml", tmp_path / "out")
+    assert failed.code == 3
+    [told] = [line for line in failed.err.splitlines() if line.startswith("error: ")]
+    assert told.startswith("error: stage `second`: ")
+    assert "`broken`" in told
+    hints = [line for line in failed.err.splitlines() if "what is finished is kept" in line]
+    assert [line.count("what is finished is kept") for line in hints if line.startswith("hint:")] == [1]
+    assert is_finished(stage_folder(tmp_path / "out", "first"))
+
+
 def test_the_plan_counts_the_disk_of_all_stages(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, out = lowmem_aim.read_recipe(three(llama)), tmp_path / "out"
     found = plan(job, out, measure=False)
