@@ -17,6 +17,7 @@ import pytest
 import tiny
 import yaml
 from conftest import Run
+from long_cases import others_long
 from merge_cases import digests, tensors_in
 from stopping import SHARDS, Stopped, stop, stopping_after
 
@@ -101,7 +102,7 @@ def phases_of(events: Sequence[Event]) -> list[str]:
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("documents", [two, three])
+@pytest.mark.parametrize("documents", others_long([two, three], (three,)))
 def test_stages_give_what_each_of_them_gives_by_hand(documents: Any, llama: Path, tmp_path: Path) -> None:
     hand = by_hand(documents(llama), tmp_path / "hand")
     kept = tmp_path / "kept"
@@ -264,6 +265,7 @@ def test_stages_are_removed_only_once_the_output_is_complete(
     assert digests(out) == whole
 
 
+@pytest.mark.long
 def test_a_stage_that_is_lost_is_made_again(
     llama: Path, tmp_path: Path, whole: dict[str, str], each_tensor: None
 ) -> None:
@@ -281,7 +283,7 @@ def test_a_first_run_that_finishes_nothing_leaves_nothing(llama: Path, tmp_path:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("tensors", [7, TENSORS + 7, 2 * TENSORS + 7])
+@pytest.mark.parametrize("tensors", others_long([7, TENSORS + 7, 2 * TENSORS + 7], (TENSORS + 7,)))
 def test_a_changed_recipe_of_a_stage_is_refused_by_its_name(
     tensors: int, llama: Path, tmp_path: Path, whole: dict[str, str], each_tensor: None
 ) -> None:
