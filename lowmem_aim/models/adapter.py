@@ -35,7 +35,7 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor by an adapter: stored + scaling * left right, and in a DoRA its rows or columns scaled."""
+    """The change of one tensor: stored + scaling * left right, whose rows or columns a DoRA scales."""
 
     stored: TensorInfo  # what is changed: the base's tensor, or the adapter's copy of it
     is_copy: bool  # `stored` is the adapter's
@@ -307,7 +307,7 @@ class _Matched:
         return True
 
     def _unmatched(self, info: TensorInfo) -> None:
-        what = "its head is its embedding" if ".lm_head." in info.name else "which has no such module"
+        what = "its head is its embedding" if ".lm_head." in info.name else "there is no such module"
         text = f"`{printable(info.name)}` has no place in `{printable(self.base.label)}`: {what}"
         self.problems.add("unmatched", info.name, text)
 

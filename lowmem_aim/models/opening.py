@@ -41,7 +41,7 @@ Find = Callable[[str, bool], M]  # of a part of a reference: a model, or (True) 
 
 
 def parts_found(reference: str, find: Find[M]) -> list[M]:
-    """The results of `find` for the model, and for the adapter if there is one. Raises ModelError and others for both."""
+    """The results of `find` for the model, and for the adapter if there is one. Raises the errors of both."""
     errors: list[LowmemAimError] = []
     found = []
     for number, part in enumerate(parsed(reference).parts):
