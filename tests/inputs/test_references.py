@@ -99,7 +99,8 @@ def test_a_wrong_long_form_is_a_problem_with_its_place(long: Any, problem: str, 
 def test_both_parts_are_looked_for_beside_the_recipe(here: Path) -> None:
     for name in ("sub/base", "sub/lora", "sub/a+b"):
         (here / name).mkdir(parents=True)
-    text = "{merge_method: model_stock, base_model: b, models: [{model: base+lora}, {model: a+b}, {model: a+b+base}, {model: base+none}]}"
+    models = ", ".join(f"{{model: {name}}}" for name in ("base+lora", "a+b", "a+b+base", "base+none"))
+    text = f"{{merge_method: model_stock, base_model: b, models: [{models}]}}"
     recipe = read_recipe(parse(text, "sub/r.yml", "sub"))
     found = [model.reference for model in recipe.models]
     assert found == ["sub/base+sub/lora", "sub/a+b", "sub/a+b+sub/base", "sub/base+none"]
