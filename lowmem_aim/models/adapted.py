@@ -161,6 +161,10 @@ class AdaptedCheckpoint(Checkpoint):
                 self._by_column[name] = (magnitudes / totals.sqrt()).unsqueeze(0)
             return self._by_column[name]
 
+    def repeats(self, head: str, embedding: str) -> bool:
+        """Whether a head repeats its embedding: where only the embedding is changed, the tied head changes with it."""
+        return super().repeats(head, embedding) if head in self._changes else self._base.repeats(head, embedding)
+
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon, those of the adapter too."""
         wanted = list(names)

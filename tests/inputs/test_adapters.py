@@ -268,6 +268,19 @@ def test_a_tied_head_that_the_adapter_stores_must_be_its_embedding(tmp_path: Pat
     assert "its head is its embedding" in problems[0]
 
 
+def test_a_stored_head_that_repeats_its_embedding_changes_with_it(tmp_path: Path) -> None:
+    base = tiny.build("qwen2", tmp_path / "base")
+    tiny.edit_tensors(base, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    embedding = {
+        "model.embed_tokens.lora_embedding_A": torch.ones(RANK, tiny.VOCAB),
+        "model.embed_tokens.lora_embedding_B": torch.ones(32, RANK),
+    }
+    head = {"lm_head.weight": torch.ones(tiny.VOCAB, 32)}
+    for name, tensors, repeats in (("a", embedding, True), ("b", embedding | head, False)):
+        with reading(base, write(tmp_path / name, tensors)) as model:
+            assert model.repeats("lm_head.weight", "model.embed_tokens.weight") == repeats
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 REFUSED: Mapping[str, Any] = {
