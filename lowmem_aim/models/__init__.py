@@ -9,7 +9,8 @@ folder.py             the files of a model folder: which hold tensors, which are
 tensor_files.py       tensors of safetensors files, read as they are stored
 checkpoint.py         one model on disk, read by rows
 matching.py           names of tensors that are known by another prefix
-adapter.py            a LoRA adapter, and what it changes in its base's tensors
+adapter.py            a LoRA adapter on disk, its config and header checked
+changes.py            the changes of a base's tensors by an adapter
 adapted.py            a checkpoint with an adapter: its tensors changed row by row
 vetted.py             what transformers is given of a model folder: vetted copies of its small files
 transformers_config.py  the config as transformers' class reads it

@@ -19,8 +19,9 @@ import xxhash
 from lowmem_aim.methods.footprint import DOUBLE, FLOAT, Footprint
 from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.low_rank import add_column_squares, footprint_of_low_rank, with_low_rank
-from lowmem_aim.models.adapter import Adapter, Change, Renamed, changes_of
+from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
+from lowmem_aim.models.changes import Change, Renamed, changes_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.system.dtypes import DTYPES

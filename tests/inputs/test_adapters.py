@@ -333,7 +333,7 @@ def test_every_tensor_has_its_place_or_is_a_problem(base: Path, tmp_path: Path) 
         "of `lora_A` and `lora_B` of `model.layers.0.self_attn.k_proj` it lacks one, or both",
         "` has no place in `base`: there is no such module",
         "have the ranks 5 and 5, and the config says 4",
-        "has the shape [16], but `model.norm.weight` of the base is [32] (the same goes for 1 more)",
+        "is float32 [16], but `model.norm.weight` of the base is float32 [32] (the same goes for 1 more)",
         "`lora_magnitude_vector`",
         "trainable_tokens_delta` is no tensor of a LoRA adapter",
         "is int32",
