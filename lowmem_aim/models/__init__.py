@@ -24,7 +24,7 @@ reader.py             what transformers makes of a model's small files, asked of
 inputs.py             all models of a recipe, and the one that is their reference
 settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which row of a model holds which token of the reference
-agreement.py          whether the models belong together: configs, tensors, tied heads
+tied_heads.py          output heads that are stored although they are tied
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 """
