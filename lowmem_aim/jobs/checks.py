@@ -22,6 +22,7 @@ from lowmem_aim.output.copied import copied_files
 from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
+from lowmem_aim.output.tokenizer_files import with_tokenizer
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import PILE, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
@@ -41,8 +42,9 @@ def check_place(ready: Prepared) -> None:
 
 
 def check_small_files(ready: Prepared) -> None:
-    """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
-    ready.copied = copied_files(ready.inputs.reference, ready.emit)
+    """Read the files that the output takes from the models (tokenizer and the like). Raises ModelError."""
+    copied = copied_files(ready.inputs.reference, ready.emit)
+    ready.copied = with_tokenizer(copied, ready.recipe, ready.inputs, ready.emit)
 
 
 def check_calibration(ready: Prepared) -> None:

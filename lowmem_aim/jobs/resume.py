@@ -154,7 +154,7 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     stride = Stride(REREAD_ELEMENTS)
     for task in (task for task in plan.tasks if task.name in known):
         tensor = TensorInputs(task, inputs, True, stride)
-        for reader in (reader for reader in tensor.readers if reader.checkpoint.folder == folder):
+        for reader in (reader for reader in tensor.sources if reader.checkpoint.folder == folder):
             for start, stop in stride.cuts(task.shape):
                 reader.enter_digest(reader.pieces(start, stop))
             if reader.digest() != known[task.name]:

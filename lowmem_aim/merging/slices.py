@@ -6,6 +6,7 @@ expert end the merge, or, if the user says so, take the base's value, so that th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -16,11 +17,13 @@ import xxhash
 
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.merging.given_rows import GivenRows, Piece, mean_row
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.token_rows import TokenRows
 from lowmem_aim.planning.tasks import Task
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.on_demand import torch
@@ -141,9 +144,14 @@ class TensorReader:
             if run[0] >= 0
         ]
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the model's rows are not simply the output's."""
+        return self._row_map is not None
+
     def enter_digest(self, pieces: list[tuple[int, Tensor]]) -> None:
         """Add the bytes of these pieces to the digest."""
-        for _, rows in pieces:
+        for _, rows in pieces if self._row_map is None else ():
             self._hash.update(raw(rows))
 
     def assembled(self, pieces: list[tuple[int, Tensor]], count: int, fill: Tensor | None) -> Tensor:
@@ -161,8 +169,11 @@ class TensorReader:
         return rows
 
     def digest(self) -> str:
-        """xxh3-128 of all pieces entered, as 32 hex digits."""
-        return str(self._hash.hexdigest())
+        """xxh3-128 of the whole tensor, as 32 hex digits, once all its pieces are entered.
+
+        Where rows are taken from here and there the tensor is read once more: its digest says the same for every plan.
+        """
+        return self.checkpoint.digest(self.name) if self.mapped else str(self._hash.hexdigest())
 
 
 def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -191,21 +202,39 @@ class TensorInputs:
         self._stride = stride
         self._mends = nonfinite == "base" and task.action == "merge"
         self.replaced = [0] * (1 if task.action == "copy" else len(inputs.experts))
+        self._token_rows: TokenRows | None = None
+        self._givers: list[TensorReader] = []  # of rows that stand where models have none
+        self._given: GivenRows | None = None
+        self._means: dict[TensorReader, Tensor] = {}
         if task.action == "copy":
             self._base, self._experts = None, [TensorReader(inputs.reference, task.name)]
             return
         self._experts = [
             TensorReader(expert, task.name, inputs.row_map(expert, task.name)) for expert in inputs.experts
         ]
-        # Rows that a mapped vocabulary lacks come from the base, whether the method reads it or not.
-        mapped = any(inputs.row_map(expert, task.name) is not None for expert in inputs.experts)
         base = inputs.base or inputs.reference
-        self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base or mapped else None
+        self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base else None
+        self._token_rows = inputs.rows_of(task.name)
+        if self._token_rows:
+            given = {c: self._token_rows.given.get(c.folder) for c in dict.fromkeys(inputs.checkpoints)}
+            self._givers = [TensorReader(c, task.name, rows) for c, rows in given.items() if rows is not None]
+            self._given = GivenRows(self._dtype_of_given(), matrix_shape(task.shape)[1])
+
+    def _dtype_of_given(self) -> torch.dtype:
+        """The dtype of rows that stand where models have none: the models' own, if nothing is computed of them."""
+        assert self._token_rows is not None
+        dtypes = {reader.checkpoint.tensors[reader.name].dtype.torch for reader in (*self.readers, *self._givers)}
+        return dtypes.pop() if len(dtypes) == 1 and not self._token_rows.has_means else torch.float32
 
     @property
     def readers(self) -> list[TensorReader]:
         """The readers of all models, the base's first if the base is read."""
         return [*([self._base] if self._base else []), *self._experts]
+
+    @property
+    def sources(self) -> list[TensorReader]:
+        """The readers of all that is read: beside `readers`, of the rows that stand where models have none."""
+        return [*self.readers, *self._givers]
 
     def replaced_of(self, reader: TensorReader) -> int:
         """The number of elements, of one of the `readers`, that took the base's value."""
@@ -215,6 +244,8 @@ class TensorInputs:
     def nbytes(self) -> int:
         """Bytes of the rows of all models, as stored."""
         sizes = [reader.checkpoint.tensors[reader.name].dtype.itemsize for reader in self.readers]
+        if self._given:
+            sizes = [max(size, self._given.dtype.itemsize) for size in sizes]
         return sum(sizes) * math.prod(self.task.shape)
 
     def slices(self, first_pass: bool) -> Iterator[Rows]:
@@ -224,7 +255,7 @@ class TensorInputs:
         while start < rows:
             stop = rows if self.task.whole else min(start + self._stride.rows(columns), rows)
             try:
-                pieces = [reader.pieces(start, stop) for reader in self.readers]
+                pieces = self._pieces(start, stop)
                 read = self._assembled(pieces, start, stop - start, columns)
                 replaced = [0] * len(read.stored_experts)
                 if self._mends and (first_pass or any(self.replaced)):
@@ -246,24 +277,45 @@ class TensorInputs:
     def rows(self, start: int, stop: int) -> Rows:
         """Rows start:stop, not entered in any digest. Raises ModelError for NaN and Inf, or replaces them."""
         columns = matrix_shape(self.task.shape)[1]
-        pieces = [reader.pieces(start, stop) for reader in self.readers]
+        pieces = self._pieces(start, stop)
         self._check(pieces)
         read = self._assembled(pieces, start, stop - start, columns)
         return _mended(read)[0] if self._mends else read
 
-    def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
-        base = self._base.assembled(pieces[0], count, None) if self._base else None
-        parts = zip(self._experts, pieces[len(pieces) - len(self._experts) :], strict=True)
-        experts = tuple(reader.assembled(part, count, base) for reader, part in parts)
-        return Rows(torch.empty(0) if base is None else base, experts, start * columns)
+    def _pieces(self, start: int, stop: int) -> list[list[Piece]]:
+        """Rows start:stop of each of the `sources`."""
+        return [reader.pieces(start, stop) for reader in self.sources]
 
-    def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
-        for reader, part in zip(self.readers, pieces, strict=True):
+    def _assembled(self, pieces: list[list[Piece]], start: int, count: int, columns: int) -> Rows:
+        given = self._given.assembled(pieces[len(self.readers) :], count) if self._given else None
+        models = zip(self.readers, pieces, strict=False)  # then come the givers
+        rows = [self._with_means(reader, reader.assembled(part, count, given), start) for reader, part in models]
+        base = rows.pop(0) if self._base else torch.empty(0)
+        return Rows(base, tuple(rows), start * columns)
+
+    def _with_means(self, reader: TensorReader, rows: Tensor, start: int) -> Tensor:
+        """Fill rows beyond the tokens with the mean of the model's rows before; `start` is the first one's place."""
+        if self._token_rows is None or start + len(rows) <= self._token_rows.mean_from:
+            return rows
+        first = self._token_rows.mean_from
+        if reader not in self._means:
+            self._means[reader] = mean_row(functools.partial(self._rows_of, reader), first, rows.shape[1])
+        rows[max(0, first - start) :] = self._means[reader]
+        return rows
+
+    def _rows_of(self, reader: TensorReader, start: int, stop: int) -> Tensor:
+        """Rows start:stop of one model, with those that stand where it has none."""
+        given = [giver.pieces(start, stop) for giver in self._givers]
+        filled = self._given.assembled(given, stop - start) if self._given else None
+        return reader.assembled(reader.pieces(start, stop), stop - start, filled)
+
+    def _look_at(self, pieces: list[list[Piece]]) -> None:
+        for reader, part in zip(self.sources, pieces, strict=True):
             reader.enter_digest(part)
         self._check(pieces)
 
-    def _check(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
-        for reader, part in zip(self.readers, pieces, strict=True):
+    def _check(self, pieces: list[list[Piece]]) -> None:
+        for reader, part in zip(self.sources, pieces, strict=True):
             if reader in self._strict and not all(finite(rows) for _, rows in part):
                 self._refuse()
 
@@ -272,7 +324,7 @@ class TensorInputs:
         """The readers whose NaN and Inf end the merge: the base's always do, since nothing can take their place."""
         if self.task.action == "copy":
             return []
-        return self.readers if not self._mends else [self._base] if self._base else []
+        return self.sources if not self._mends else [*([self._base] if self._base else []), *self._givers]
 
     def _refuse(self) -> None:
         counts = {reader: count for reader in self._strict if (count := self._bad_values(reader))}

@@ -43,7 +43,7 @@ _HINTS = {
     "missing": "is the download complete, and are these fine-tunes of the same base?",
     "numbers": "merge the model as it was before it was quantised",
     "tokens": "the model's tokenizer does not belong to its weights: download the model again",
-    "vocabulary": "tokens differ: `tokenizer_source: base` in the recipe matches them by their text",
+    "vocabulary": "tokens differ: `tokenizer_source: base` or `union` in the recipe matches them by their text",
     "shape": "are these fine-tunes of the same base?",
 }
 
@@ -75,9 +75,9 @@ def _tensor_problem(inputs: Inputs, other: Checkpoint, ours: TensorInfo) -> _Pro
         found, expected = theirs.dtype.name, ours.dtype.name
         text = f"`{label}`: `{name}` is {found}, but {expected} in `{printable(inputs.reference.label)}`"
         return _Problem("numbers", text)
-    row_map = inputs.row_map(other, ours.name)
-    mapped = row_map is not None
-    if row_map is not None and (len(row_map) != ours.shape[0] or int(row_map.max()) >= theirs.shape[0]):
+    rows = inputs.rows_of(ours.name)
+    mapped = rows is not None
+    if rows is not None and rows.rows_needed(other) > theirs.shape[0]:
         text = f"`{label}`: `{name}` has a different number of rows than its embedding; tokens cannot be matched"
         return _Problem("tokens", text)
     if theirs.shape[mapped:] != ours.shape[mapped:]:

@@ -21,6 +21,8 @@ from lowmem_aim.system.files import input_errors, is_folder, real
 # All plain data: pickles and code are never asked for.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
 WANTED += [pattern for pattern in READ_BY_LOADERS if not pattern.endswith((".json", ".jinja"))]
+WEIGHTS = "*.safetensors"
+SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 

@@ -56,7 +56,7 @@ def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task
     dtype = BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype
     whole = recipe.method.whole_rows and len(info.shape) < 2
     omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
-    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
+    return Task(info.name, inputs.shape_of(info), dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
 
 
 def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:

@@ -6,6 +6,7 @@ yaml_tree.py      YAML as a tree that keeps file and line
 places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
 relaxations.py    the tables `aim:` and `acm:`
+tokenizers.py     the keys `tokenizer_source`, `tokenizer` and `chat_template`
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
 starting.py       the text of a recipe to start from

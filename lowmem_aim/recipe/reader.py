@@ -13,6 +13,7 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import METHODS, find_method, names
 from lowmem_aim.recipe.recipe import Acm, Aim, ModelEntry, Recipe, Setting, same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
+from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
 from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
@@ -25,6 +26,8 @@ TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
+    "chat_template",
     "aim",
     "acm",
 )
@@ -34,8 +37,6 @@ UNSUPPORTED_KEYS = {
     "slices": ("models are merged whole, not by ranges of layers", _WHOLE),
     "modules": ("models are merged whole, not by modules", _WHOLE),
     "experts": ("a mixture of experts cannot be made", "`lowmem-aim methods` lists the ways to merge models"),
-    "tokenizer": ("only `tokenizer_source: base` is", "leave it out, or write `tokenizer_source: base`"),
-    "chat_template": ("the base's chat template is copied as it is", "leave it out"),
 }
 # Those that stand in the place of `models`, and sometimes of `merge_method`; and what stands beside `experts`.
 INSTEAD_OF_MODELS = ("slices", "modules", "experts")
@@ -64,7 +65,8 @@ class _Reader(Values):
         aim = self._aim(base)
         acm = self._acm(base, aim)
         dtype = self._dtype()
-        tokenizer_source = self._tokenizer_source(base)
+        references = [model for model in (base, *(entry.reference for entry in models)) if model]
+        tokenizer, chat_template = tokenizer_of(self, self.root, references), chat_template_of(self, self.root)
         if method and self.all_read:
             self._check_counts(method, base, models)
             self._check_required(method, models, parameters)
@@ -76,7 +78,8 @@ class _Reader(Values):
             tuple(models),
             parameters,
             dtype,
-            tokenizer_source,
+            tokenizer,
+            chat_template,
             aim,
             acm,
             self.root.where,
@@ -269,16 +272,6 @@ class _Reader(Values):
                     self.problem(node, text, "leave it out to keep the models' own dtype")
                 chosen = value
         return chosen
-
-    def _tokenizer_source(self, base: str | None) -> str | None:
-        node = self.root.get("tokenizer_source")
-        source = self.text(node, "tokenizer_source")
-        if node is not None and source not in (None, "base"):
-            text = f"`tokenizer_source: {printable(source or '')}` is not supported: only `base` is"
-            self.problem(node, text, "write `tokenizer_source: base`, or leave it out to merge row by row")
-        elif node is not None and source and self._has_no_base(base):
-            self.problem(node, "`tokenizer_source: base` needs a `base_model`", "name the model that has the tokenizer")
-        return source
 
     def _aim(self, base: str | None) -> Aim | None:
         node = self._table("aim", "omega: 0.4", base, "its activations are what the merge is relaxed by")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, did_you_mean, nearest, printable
@@ -68,8 +68,6 @@ class Values:
         if node is None or node.value is None:
             return None
         value = node.value
-        if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
-            value = value["path"].value
         if not isinstance(value, str) or not value.strip():
             self.problem(node, f"`{what}` must be text")
             return None
@@ -80,6 +78,7 @@ class Values:
 
     def model(self, node: Node | None, what: str) -> str | None:
         """The reference of a model: a Hub id, or a folder's path from the current folder; None as in `text`."""
+        node = None if node is None else in_short(node)
         text = self.text(node, what)
         return text if node is None or text is None else self.placed(node, text, os.path.isdir)
 
@@ -141,6 +140,22 @@ class Values:
             return None
         values = [self.value(item, parameter, hint) for item in node.value]
         return tuple(values) if None not in values else None
+
+
+def in_short(model: Node) -> Node:
+    """A model reference in mergekit's long form, `{model: {path, revision}}`, as the text that means the same."""
+    inner = model.get("model") or model
+    path, revision = inner.get("path"), inner.get("revision")
+    known = all(key in ("model", "path", "revision") or item.value is None for key, item in _items(model, inner))
+    if path is None or not isinstance(path.value, str) or not known:
+        return model
+    at = "" if revision is None or path.value.endswith(f"@{revision.value}") else f"@{revision.value}"
+    return replace(model, value=path.value + at)
+
+
+def _items(*tables: Node) -> Iterator[tuple[str, Node]]:
+    for table in tables:
+        yield from table.value.items() if isinstance(table.value, dict) else ()
 
 
 def together(remarks: Iterable[Remark]) -> dict[str, str]:

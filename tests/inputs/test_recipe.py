@@ -130,7 +130,7 @@ models:
   - modell: b
 slices: []
 dtype: int7
-tokenizer_source: union
+tokenizer_source: 3
 aim: {omega: 1.2, samples: 0, omga: 2}
 """
     )
@@ -142,7 +142,7 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         "recipe.yml:7: unknown key `modell`; did you mean `model`?",
         "recipe.yml:8: `slices` is not supported: models are merged whole, not by ranges of layers",
         "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
-        "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
+        "recipe.yml:10: `tokenizer_source` must be text",
         "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
         "recipe.yml:11: `aim.omega` must lie in [0, 1], not 1.2",
         "recipe.yml:11: `aim.samples` must be a whole number above 0, not `0`",
