@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence, Sized
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.errors import printable
@@ -45,6 +46,8 @@ def check_small_files(ready: Prepared) -> None:
     """Read the files that the output takes from the models (tokenizer and the like). Raises ModelError."""
     copied = copied_files(ready.inputs.reference, ready.emit)
     ready.copied = with_tokenizer(copied, ready.recipe, ready.inputs, ready.emit)
+    if ready.inputs.tokenizer:  # what is taken of it now takes megabytes
+        ready.inputs.tokenizer = replace(ready.inputs.tokenizer, table="", added=())
 
 
 def check_calibration(ready: Prepared) -> None:

@@ -216,8 +216,9 @@ class TensorInputs:
         self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base else None
         self._token_rows = inputs.rows_of(task.name)
         if self._token_rows:
-            given = {c: self._token_rows.given.get(c.folder) for c in dict.fromkeys(inputs.checkpoints)}
-            self._givers = [TensorReader(c, task.name, rows) for c, rows in given.items() if rows is not None]
+            of_folder = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
+            given = self._token_rows.given.items()
+            self._givers = [TensorReader(of_folder[folder], task.name, rows) for folder, rows in given]
             self._given = GivenRows(self._dtype_of_given(), matrix_shape(task.shape)[1])
 
     def _dtype_of_given(self) -> torch.dtype:

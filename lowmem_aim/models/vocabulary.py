@@ -15,7 +15,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.models.output_tokenizer import OutputTokenizer, output_tokenizer
+from lowmem_aim.models.output_tokenizer import output_tokenizer
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.roles import TensorRoles
 from lowmem_aim.models.token_rows import TokenRows, Tokens, matched, token_rows
@@ -70,36 +70,35 @@ def _find_by_text(
     for model in rows:
         with noted(errors):
             ids[model] = reader.vocabulary(model)
-    tokenizer = None
+    made = None
     with noted(errors):
-        tokenizer = output_tokenizer(asked, found, [inputs.reference, *inputs.others], rows, reader)
+        made = output_tokenizer(asked, found, [inputs.reference, *inputs.others], rows, reader)
     raise_all(errors)
-    assert tokenizer is not None
+    assert made is not None
+    inputs.tokenizer, tokens = made
     known = {reference: Tokens(model, rows[model], ids[model]) for reference, model in models.items()}
-    count, mean_from = _sizes(tokenizer, rows.get(found), asked.pad_to_multiple_of)
-    inputs.tokenizer = tokenizer
+    if not inputs.tokenizer.table:  # then the owner's, some of which may have no row
+        tokens = {token: row for token, row in tokens.items() if row < rows.get(found, row + 1)}
+    count, mean_from = _sizes(tokens, rows.get(found, 0), asked.pad_to_multiple_of)
     padding = found if found in rows and mean_from == count else None
-    inputs.token_rows = token_rows(tokenizer.tokens, count, mean_from, known, inputs.base, padding, asked.tokens)
-    tokens = {token: row for token, row in tokenizer.tokens.items() if row < count}
+    inputs.token_rows = token_rows(tokens, count, mean_from, known, inputs.base, padding, asked.tokens)
     for other in (model for model in rows if model is not found):
         _tell_of_few(found, tokens, Tokens(other, rows[other], ids[other]), emit)
-    if tokenizer.table:
-        more = len(tokens) - len(reader.vocabulary(found))
-        what = f"the output has the tokenizer of `{printable(found.label)}`, with {more} more token(s)"
+    if new := len(inputs.tokenizer.new):
+        what = f"the output has the tokenizer of `{printable(found.label)}` and {new} more token(s)"
         emit(Notice(f"{what}: {len(tokens)} tokens, {count} rows"))
 
 
-def _sizes(tokenizer: OutputTokenizer, owned: int | None, multiple: int | None) -> tuple[int, int]:
+def _sizes(tokens: Mapping[str, int], owned: int, multiple: int | None) -> tuple[int, int]:
     """(rows of the output's vocabulary, the first of them that is filled with a mean).
 
-    `owned`: rows of the embedding of the tokenizer's owner, if that is a model of the merge. Padding that is there
-    stays, unless the rows are to be filled up to a multiple.
+    `owned`: rows of the embedding of the tokenizer's owner, 0 if it is not merged. Padding that is there stays, unless
+    the rows are to be filled up to a multiple.
     """
-    used = [row for row in tokenizer.tokens.values() if owned is None or tokenizer.table or row < owned]
-    count = max(used, default=-1) + 1
+    count = max(tokens.values(), default=-1) + 1
     if multiple:
         return -(-count // multiple) * multiple, count
-    rows = max(count, owned or 0)
+    rows = max(count, owned)
     return rows, rows
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.output_tokenizer import OutputTokenizer
-from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import vocabulary_rows
 
 _ID = re.compile(r"(\w+)_token_(?:id|ids|index)")  # bos_token_id, eos_token_id, image_token_index
@@ -35,18 +34,11 @@ def with_ids(config: Mapping[str, Any], owners: Mapping[str, Any], tokenizer: Ou
             theirs = owners.get(key)
             found[key] = with_ids(value, theirs if isinstance(theirs, Mapping) else {}, tokenizer)
         elif (match := _ID.fullmatch(key)) and value is not None:
-            if (number := owners.get(key, _special(match[1], tokenizer))) is not None:
+            if (number := owners.get(key, tokenizer.special.get(match[1]))) is not None:
                 found[key] = number
         else:
             found[key] = value
     return found
-
-
-def _special(purpose: str, tokenizer: OutputTokenizer) -> int | None:
-    """The id of a tokenizer's special token, such as `eos`; None if it names none."""
-    token = tokenizer_config(tokenizer.owner).get(f"{purpose}_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.tokens.get(text) if isinstance(text, str) else None
 
 
 def _sized(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
