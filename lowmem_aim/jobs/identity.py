@@ -16,7 +16,7 @@ from lowmem_aim.output.picture import drawn_with
 from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
-from lowmem_aim.output.token_ids import config_of_output
+from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensors import digest
@@ -51,7 +51,7 @@ def identity_of_merge(
         PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
         SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
         SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
-        CONFIG: digest_of(repr(sorted(config_of_output(inputs).items())).encode()),
+        CONFIG: digest_of(repr(sorted(with_vocabulary(inputs.reference.config, inputs).items())).encode()),
     }
     if inputs.token_rows:  # from the models' tokenizers
         job[ROWS] = _rows(inputs.token_rows, inputs)

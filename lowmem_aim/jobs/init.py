@@ -29,6 +29,8 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located
 from lowmem_aim.models.opening import Finder, compared, located, opened_models
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.tied_heads import check_repeated
+from lowmem_aim.planning.fitting import check_sources
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.starting import Start
 from lowmem_aim.recipe.yaml_tree import parse, tree_of
@@ -146,4 +148,9 @@ def _open(start: Start, found: dict[str, Located], headers: Headers, emit: Emit)
     errors: list[LowmemAimError] = []
     with opened_models(recipe, "mmap", emit, finder, errors) as opened, Reader() as reader:
         raise_all(errors)
-        compared(recipe, opened, reader, emit, finder)
+        with noted(errors):
+            inputs = compared(recipe, opened, reader, emit, errors)
+            if inputs:
+                check_sources(recipe, inputs, emit)
+                check_repeated(inputs, finder.has_weights)
+        raise_all(errors)

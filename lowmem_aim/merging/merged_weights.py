@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem_aim.merging.slices import Stride, TensorInputs
+from lowmem_aim.merging.slices import Stride, TensorInputs, runs
 from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Combine, Rounds, Rows
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.relaxation import Relaxation
 from lowmem_aim.system.on_demand import torch
@@ -26,6 +27,9 @@ ELEMENTS = 1 << 17  # of each model, in work at a time
 
 class MergedWeights:
     """The merged model's weights, computed on demand, with a checkpoint's interface (`blocks.offload.Source`).
+
+    Where the output has other tokens than the base, rows of embeddings and heads are those of the base's tokens, in the
+    base's order: both models read the same token ids. A row that the output lacks is the base's.
 
     A context manager: what is kept is dropped at its end. A weight that is asked for again, because its block does not
     fit the budget and is loaded module by module, is kept until the next block in a file without a name in `folder`:
@@ -47,6 +51,8 @@ class MergedWeights:
         if name in self._kept:
             return self._store.get(self._kept[name])
         task = self._tasks[name]
+        if task.base and _places(task) is not None:
+            return self.rows(name, 0, task.base.info.matrix[0]).view(task.base.info.shape)
         rows, columns = matrix_shape(task.shape)
         whole = empty_apart((rows, columns), task.dtype.torch)
         self._fill(task, whole, 0)
@@ -59,17 +65,31 @@ class MergedWeights:
         """Rows start:stop of a tensor seen as (rows, columns), in the output's dtype. Raises ModelError."""
         task = self._tasks[name]
         if task.action == "copy":
-            return self._inputs.reference.rows(name, start, stop)
+            return _rows_of(task.experts[0], start, stop)
+        if (places := _places(task)) is not None:
+            return self._of_tokens(task, places[start:stop], start)
         if task.whole:
             return self.tensor(name).view(-1, 1)[start:stop]
         part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype.torch)
         self._fill(task, part, start)
         return part
 
+    def _of_tokens(self, task: Task, places: Tensor, start: int) -> Tensor:
+        """The output's rows at `places`, which are of the base's rows from `start` on; where there is none, the base's."""
+        assert task.base is not None
+        part = torch.empty(len(places), matrix_shape(task.shape)[1], dtype=task.dtype.torch)
+        for place, run in runs(places):
+            stop = place + len(run)
+            if run[0] >= 0:
+                self._fill(task, part[place:stop], int(run[0]))
+            else:
+                part[place:stop] = _rows_of(task.base, start + place, start + stop)
+        return part
+
     def _fill(self, task: Task, part: Tensor, start: int) -> None:
         """Fill `part` with the tensor's merged rows from `start` on, some of them at a time."""
         if task.action == "copy":
-            part.copy_(self._inputs.reference.rows(task.name, start, start + len(part)))
+            part.copy_(_rows_of(task.experts[0], start, start + len(part)))
             return
         finished, read = self._finished(task), self._read(task)
         step = len(part) if task.whole else self._stride.rows(part.shape[1])
@@ -79,7 +99,7 @@ class MergedWeights:
 
     def _read(self, task: Task) -> TensorInputs:
         if task.name not in self._opened:
-            self._opened[task.name] = TensorInputs(task, self._inputs, True, self._stride, self._plan.nonfinite)
+            self._opened[task.name] = TensorInputs(task, True, self._stride, self._plan.nonfinite)
         return self._opened[task.name]
 
     def _finished(self, task: Task) -> Callable[[Rows], Tensor]:
@@ -95,7 +115,7 @@ class MergedWeights:
 
     def _measured(self, task: Task) -> Combine:
         """Run the method's rounds over the tensor, and return the method's combine."""
-        subject = subject_of(task.name, task.shape, self._plan.recipe, self._inputs, self._plan.seed)
+        subject = subject_of(task, self._plan.recipe, self._plan.seed)
         rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
         cuts = [(0, matrix_shape(task.shape)[0])] if task.whole else list(self._stride.cuts(task.shape))
@@ -119,9 +139,9 @@ class MergedWeights:
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce the tensors that these weights are made of, so that the disk can fetch them meanwhile."""
-        wanted = list(names)
-        for checkpoint in dict.fromkeys(self._inputs.checkpoints):
-            checkpoint.expect([name for name in wanted if name in checkpoint.tensors])
+        for name in names:
+            for source in self._tasks[name].sources(with_base=True):
+                source.checkpoint.expect([source.tensor])
 
     def check_unchanged(self) -> None:
         """Raise ModelError if a file of a model has changed since it was opened."""
@@ -133,3 +153,17 @@ class MergedWeights:
 
     def __exit__(self, *_: object) -> None:
         self._store.__exit__(None, None, None)
+
+
+def _places(task: Task) -> Tensor | None:
+    """The output's row of each row of the base, -1 where it has none; None where the rows are the same."""
+    if task.base is None or task.base.row_map is None:
+        return None
+    places = torch.full((task.base.info.matrix[0],), -1, dtype=torch.int64)
+    known = (task.base.row_map >= 0).nonzero().flatten()
+    places[task.base.row_map[known]] = known
+    return places
+
+
+def _rows_of(source: Source, start: int, stop: int) -> Tensor:
+    return source.checkpoint.rows(source.tensor, start, stop)

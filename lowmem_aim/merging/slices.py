@@ -20,10 +20,8 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.merging.given_rows import GivenRows, Piece, mean_row
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows
-from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import matrix_shape
-from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.models.token_rows import TokenRows
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Task
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.on_demand import torch
@@ -122,25 +120,34 @@ def _mended(rows: Rows) -> tuple[Rows, list[int]]:
 
 
 class TensorReader:
-    """One model's rows of one tensor, and the digest of the rows given to `enter_digest`."""
+    """The rows of one source, and the digest of the rows given to `enter_digest`."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, row_map: Tensor | None = None) -> None:
-        self.checkpoint = checkpoint
-        self.name = name
-        self._row_map = row_map
+    def __init__(self, source: Source) -> None:
+        self.checkpoint, self.tensor = source.checkpoint, source.tensor
+        self._info, self._row_map = source.info, source.row_map
         self._hash = xxhash.xxh3_128()
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element as it is read."""
+        return self._info.dtype.itemsize
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the model's own tensor."""
+        return self._info.shape
+
     def pieces(self, start: int, stop: int) -> list[tuple[int, Tensor]]:
-        """Rows start:stop of the reference's numbering as (place, rows as stored), without those that this model lacks.
+        """Rows start:stop of the output's numbering as (place, rows as stored), without those that this model lacks.
 
         Raises ModelError.
         """
         if self._row_map is None:
-            return [(0, self.checkpoint.rows(self.name, start, stop))]
-        runs = _runs(self._row_map[start:stop])
+            return [(0, self.checkpoint.rows(self.tensor, start, stop))]
+        stretches = runs(self._row_map[start:stop])
         return [
-            (place, self.checkpoint.rows(self.name, int(run[0]), int(run[0]) + len(run)))
-            for place, run in runs
+            (place, self.checkpoint.rows(self.tensor, int(run[0]), int(run[0]) + len(run)))
+            for place, run in stretches
             if run[0] >= 0
         ]
 
@@ -158,12 +165,10 @@ class TensorReader:
         """Put pieces together as (count, columns); missing rows are those of `fill`, or zeros."""
         if self._row_map is None:
             return pieces[0][1]
-        info = self.checkpoint.tensors[self.name]
-        if fill is not None and fill.dtype != info.dtype.torch:
+        dtype = self._info.dtype.torch
+        if fill is not None and fill.dtype != dtype:
             fill, dtype = fill.to(torch.float32), torch.float32
-        else:
-            dtype = info.dtype.torch
-        rows = torch.zeros(count, info.matrix[1], dtype=dtype) if fill is None else fill.clone()
+        rows = torch.zeros(count, self._info.matrix[1], dtype=dtype) if fill is None else fill.clone()
         for place, part in pieces:
             rows[place : place + len(part)] = part.to(dtype)
         return rows
@@ -173,10 +178,10 @@ class TensorReader:
 
         Where rows are taken from here and there the tensor is read once more: its digest says the same for every plan.
         """
-        return self.checkpoint.digest(self.name) if self.mapped else str(self._hash.hexdigest())
+        return self.checkpoint.digest(self.tensor) if self.mapped else str(self._hash.hexdigest())
 
 
-def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
+def runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (place, run) for each stretch of consecutive rows, or of missing ones (-1).
 
     They are few, since vocabularies mostly agree.
@@ -195,37 +200,16 @@ class TensorInputs:
     value.
     """
 
-    def __init__(
-        self, task: Task, inputs: Inputs, with_base: bool, stride: Stride, nonfinite: NonFinite = "stop"
-    ) -> None:
+    def __init__(self, task: Task, with_base: bool, stride: Stride, nonfinite: NonFinite = "stop") -> None:
         self.task = task
         self._stride = stride
         self._mends = nonfinite == "base" and task.action == "merge"
-        self.replaced = [0] * (1 if task.action == "copy" else len(inputs.experts))
-        self._token_rows: TokenRows | None = None
-        self._givers: list[TensorReader] = []  # of rows that stand where models have none
-        self._given: GivenRows | None = None
-        self._means: dict[TensorReader, Tensor] = {}
-        if task.action == "copy":
-            self._base, self._experts = None, [TensorReader(inputs.reference, task.name)]
-            return
-        self._experts = [
-            TensorReader(expert, task.name, inputs.row_map(expert, task.name)) for expert in inputs.experts
-        ]
-        base = inputs.base or inputs.reference
-        self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base else None
-        self._token_rows = inputs.rows_of(task.name)
-        if self._token_rows:
-            of_folder = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-            given = self._token_rows.given.items()
-            self._givers = [TensorReader(of_folder[folder], task.name, rows) for folder, rows in given]
-            self._given = GivenRows(self._dtype_of_given(), matrix_shape(task.shape)[1])
-
-    def _dtype_of_given(self) -> torch.dtype:
-        """The dtype of rows that stand where models have none: the models' own, if nothing is computed of them."""
-        assert self._token_rows is not None
-        dtypes = {reader.checkpoint.tensors[reader.name].dtype.torch for reader in (*self.readers, *self._givers)}
-        return dtypes.pop() if len(dtypes) == 1 and not self._token_rows.has_means else torch.float32
+        self.replaced = [0] * len(task.experts)
+        self._experts = [TensorReader(expert) for expert in task.experts]
+        self._base = TensorReader(task.base) if task.base and with_base else None
+        self._givers = [TensorReader(source) for source in task.filling.givers] if task.filling else []
+        self._given = GivenRows(task.given_dtype.torch, matrix_shape(task.shape)[1]) if task.filling else None
+        self._means: dict[TensorReader, Tensor] = {}  # of models' rows, where those beyond the tokens are a mean
 
     @property
     def readers(self) -> list[TensorReader]:
@@ -244,10 +228,8 @@ class TensorInputs:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows of all models, as stored."""
-        sizes = [reader.checkpoint.tensors[reader.name].dtype.itemsize for reader in self.readers]
-        if self._given:
-            sizes = [max(size, self._given.dtype.itemsize) for size in sizes]
-        return sum(sizes) * math.prod(self.task.shape)
+        own = self._given.dtype.itemsize if self._given else 0
+        return sum(max(reader.itemsize, own) for reader in self.readers) * math.prod(self.task.shape)
 
     def slices(self, first_pass: bool) -> Iterator[Rows]:
         """Yield all slices once. The first pass checks and digests them. Raises ModelError, MemoryBudgetError."""
@@ -296,9 +278,9 @@ class TensorInputs:
 
     def _with_means(self, reader: TensorReader, rows: Tensor, start: int) -> Tensor:
         """Fill rows beyond the tokens with the mean of the model's rows before; `start` is the first one's place."""
-        if self._token_rows is None or start + len(rows) <= self._token_rows.mean_from:
+        first = self.task.filling.mean_from if self.task.filling else start + len(rows)
+        if start + len(rows) <= first:
             return rows
-        first = self._token_rows.mean_from
         if reader not in self._means:
             self._means[reader] = mean_row(functools.partial(self._rows_of, reader), first, rows.shape[1])
         rows[max(0, first - start) :] = self._means[reader]
@@ -340,6 +322,5 @@ class TensorInputs:
         raise ModelError(problems, hint)
 
     def _bad_values(self, reader: TensorReader) -> int:
-        info = reader.checkpoint.tensors[reader.name]
-        slices = (reader.checkpoint.rows(reader.name, a, b) for a, b in self._stride.cuts(info.shape))
+        slices = (reader.checkpoint.rows(reader.tensor, a, b) for a, b in self._stride.cuts(reader.shape))
         return sum(int((~rows.to(torch.float32).isfinite()).sum()) for rows in slices)

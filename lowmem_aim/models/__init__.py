@@ -21,7 +21,7 @@ token_rows.py         the rows of the output's vocabulary: whose they are, and w
 inputs.py             all models of a recipe, and the one that is their reference
 settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which rows of the models belong together, and which tokens the output has
-agreement.py          whether the models belong together: configs, tensors, tied heads
+tied_heads.py         output heads that are stored although they are tied
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 """

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted
 from lowmem_aim.events import Emit, Notice
-from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, load_json
 from lowmem_aim.models.hub import SMALL, Located, downloaded, local_model, locate, plain_name
@@ -18,6 +17,7 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
+from lowmem_aim.models.tied_heads import repeated_heads
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
@@ -47,7 +47,7 @@ def opened_models(
     For models that cannot be opened it is None, and `errors` gets what is wrong with them. Nothing is downloaded once
     there are errors.
     """
-    references = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]))
+    references = recipe.references
     found: dict[str, Checkpoint] = {}
     with contextlib.ExitStack() as stack:
 
@@ -101,16 +101,20 @@ def located(reference: str, find: Callable[[str], M], recipe: Recipe) -> M:
 
 
 def compared(
-    recipe: Recipe, opened: Mapping[str, Checkpoint | None], reader: Reader, emit: Emit, finder: Finder
+    recipe: Recipe,
+    opened: Mapping[str, Checkpoint | None],
+    reader: Reader,
+    emit: Emit,
+    errors: list[LowmemAimError],
 ) -> Inputs | None:
     """The opened models compared with their reference, as one thing; None if the reference is not among them.
 
-    Raises ModelError with every problem at once; ReaderNeeded if nothing is wrong as far as the reader knows by itself.
+    Models whose settings do not fit are left out, and `errors` gets what is wrong with them. Raises ReaderNeeded if
+    nothing is wrong as far as the reader knows by itself.
     """
     inputs = _inputs_of(recipe, opened)
     if inputs is None:
         return None
-    errors: list[LowmemAimError] = []
     unlike: set[Checkpoint] = set()
     unknown: ReaderNeeded | None = None
     try:
@@ -118,17 +122,15 @@ def compared(
     except ReaderNeeded as needed:
         unknown = needed
     with noted(errors):
-        check_settings(inputs, reader, emit, unlike)
+        check_settings(inputs, reader, emit, unlike, recipe.sliced)
     if unknown:
-        raise_all(errors)
         raise unknown
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
     with noted(errors):
         find_rows(inputs, recipe, opened, reader, emit)
-        check_tensors(inputs, emit)
-    raise_all(errors)
-    inputs.dropped = repeated_heads(inputs, finder.has_weights)
+        inputs.matched = True
+    inputs.dropped = repeated_heads(inputs)
     return inputs
 
 
@@ -138,7 +140,8 @@ def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None]) -> Input
     experts = tuple(found for reference in references if (found := opened[reference]))
     merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer is not None
     reference = base if recipe.base and merges_base else opened[references[0]]
-    return Inputs(base, experts, reference, NO_ROLES) if reference else None
+    there = {name: model for name, model in opened.items() if model and name in recipe.references}
+    return Inputs(base, experts, reference, NO_ROLES, opened=there) if reference else None
 
 
 def _tell_apart(checkpoints: list[Checkpoint]) -> None:

@@ -63,8 +63,7 @@ def _find_by_text(
 ) -> None:
     found = inputs.reference if asked.source in SOURCES else opened[asked.source]
     assert found is not None  # else it is told why
-    models = {reference: model for reference, model in opened.items() if model in inputs.checkpoints and model}
-    rows = {model: vocabulary_rows(inputs.roles, model) for model in models.values()}
+    rows = {model: vocabulary_rows(inputs.roles, model) for model in inputs.opened.values()}
     errors: list[LowmemAimError] = []
     ids: dict[Checkpoint, Mapping[str, int]] = {}
     for model in rows:
@@ -76,7 +75,7 @@ def _find_by_text(
     raise_all(errors)
     assert made is not None
     inputs.tokenizer, tokens = made
-    known = {reference: Tokens(model, rows[model], ids[model]) for reference, model in models.items()}
+    known = {reference: Tokens(model, rows[model], ids[model]) for reference, model in inputs.opened.items()}
     if not inputs.tokenizer.table:  # then the owner's, some of which may have no row
         tokens = {token: row for token, row in tokens.items() if row < rows.get(found, row + 1)}
     count, mean_from = _sizes(tokens, rows.get(found, 0), asked.pad_to_multiple_of)

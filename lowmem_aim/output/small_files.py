@@ -19,7 +19,7 @@ from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import drawn_with, heatmap_png
 from lowmem_aim.output.portable import how_to_run, portable_recipe
 from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
-from lowmem_aim.output.token_ids import config_of_output
+from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
@@ -31,10 +31,12 @@ def output_files(
     activations: Activations | None,
     merged: Merged,
     copied: Mapping[str, bytes],
+    config: Mapping[str, Any],
     environments: Sequence[Mapping[str, str]] | None = None,
     consensus: Consensus | None = None,
 ) -> dict[str, bytes]:
-    """Every small file of the output by name, config.json last. `copied` is from `copied.copied_files`.
+    """Every small file of the output by name, config.json last. `copied` is from `copied.copied_files`; `config` is the
+    reference's, or from `layer_settings.restacked`.
 
     `environments` are versions and devices, if there was more than one on the way to this output.
     """
@@ -61,13 +63,13 @@ def output_files(
     files["lowmem_aim.json"] = json_bytes(facts)
     files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
     # Last: without it, no loader takes the folder for a model.
-    files[CONFIG] = json_bytes(_config(config_of_output(inputs), plan))
+    files[CONFIG] = json_bytes(_config(with_vocabulary(config, inputs), plan))
     return files
 
 
-def _config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _config(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The config with the dtype that most of the output has, and nothing that would run code."""
-    plain, _ = without_code(config)
+    plain, _ = without_code(given)
     kept = {key: value for key, value in plain.items() if key != "_name_or_path"}
     sizes: dict[str, int] = {}
     for task in plan.tasks:

@@ -13,9 +13,9 @@ from lowmem_aim.models.vocabulary import vocabulary_rows
 _ID = re.compile(r"(\w+)_token_(?:id|ids|index)")  # bos_token_id, eos_token_id, image_token_index
 
 
-def config_of_output(inputs: Inputs) -> Mapping[str, Any]:
-    """The reference's config, with the size and the token ids of the output's vocabulary."""
-    config, rows, tokenizer = inputs.reference.config, inputs.token_rows, inputs.tokenizer
+def with_vocabulary(config: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
+    """A config of the reference's, with the size and the token ids of the output's vocabulary."""
+    rows, tokenizer = inputs.token_rows, inputs.tokenizer
     if tokenizer is not None and tokenizer.owner is not inputs.reference:
         config = with_ids(config, tokenizer.owner.config, tokenizer)
     if rows is not None and rows.count != vocabulary_rows(inputs.roles, inputs.reference):

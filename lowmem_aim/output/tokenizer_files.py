@@ -21,7 +21,7 @@ from lowmem_aim.models.vetted import TOKENIZER_CONFIG, tokenizer_config
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.chat_templates import TEMPLATES, most_frequent
 from lowmem_aim.output.copied import copied_files
-from lowmem_aim.output.token_ids import config_of_output, with_ids
+from lowmem_aim.output.token_ids import with_ids, with_vocabulary
 from lowmem_aim.recipe.recipe import Recipe
 
 TOKENIZER, TEMPLATE, ADDED, GENERATION = (
@@ -62,7 +62,7 @@ def _generation(content: bytes, theirs: bytes | None, inputs: Inputs, tokenizer:
     own = parse_json(theirs, tokenizer.owner.folder / GENERATION) if theirs else {}
     if not isinstance(value, dict) or not isinstance(own, dict):
         return value
-    return with_ids(value, {**config_of_output(inputs), **own}, tokenizer)
+    return with_ids(value, {**with_vocabulary(inputs.reference.config, inputs), **own}, tokenizer)
 
 
 # --- new tokens -------------------------------------------------------------------------------------------------------

@@ -321,6 +321,18 @@ def test_new_vocabulary_is_not_relaxed(models: Path, measured: Path) -> None:
     assert not torch.equal(relaxed[:259], plain[:259])
 
 
+def test_acm_compares_the_same_tokens_whatever_ids_they_have(models: Path, texts: Path) -> None:
+    listed = [{"model": str(models / n), "parameters": {"weight": 0.5}} for n in ("math", "code")]
+    table = {"merge_method": "task_arithmetic", "base_model": str(models / "base"), "models": listed}
+    found = []
+    for name, source in (("a", "base"), ("b", "union"), ("c", str(models / "code"))):
+        out = merged(models, table | {"tokenizer_source": source, "acm": {"calibration": str(texts)}}, name)
+        found.append(json.loads((out / "lowmem_aim.json").read_text())["acm"])
+    assert found[0]["groups"].keys() > {"0", "1", "2"}
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
 def test_a_killed_merge_resumes_with_the_same_bytes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowmem_aim.merging import slices
 
