@@ -75,7 +75,7 @@ class MergedWeights:
         return part
 
     def _of_tokens(self, task: Task, places: Tensor, start: int) -> Tensor:
-        """The output's rows at `places`, which are of the base's rows from `start` on; where there is none, the base's."""
+        """The output's rows at `places`; where that is -1 the base's own row, of those from `start` on."""
         assert task.base is not None
         part = torch.empty(len(places), matrix_shape(task.shape)[1], dtype=task.dtype.torch)
         for place, run in runs(places):

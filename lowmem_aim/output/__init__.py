@@ -10,6 +10,7 @@ shards.py           all shards of an output
 merged.py           digests and figures of what a merge has written and read
 small_files.py      every small file of an output, by name
 copied.py           the files that an output takes over from its reference
+layer_settings.py   the config of an output that has other layers than its reference
 tokenizer_files.py  the files of the output's tokenizer, where they are not the reference's
 chat_templates.py   chat templates that a recipe may name
 token_ids.py        the vocabulary's size and the ids of special tokens in configs
