@@ -66,9 +66,11 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     def roles(self, checkpoint: Checkpoint) -> TensorRoles:
         """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
-        # Every shape counts, because the model is checked against it.
-        tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
-        return TensorRoles.of(self._answer("roles", checkpoint, {"config": checkpoint.config, "tensors": tensors}))
+        return TensorRoles.of(self._answer("roles", checkpoint, _headers(checkpoint)))
+
+    def places(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Where each tensor lies in transformers' model, see `reader_program.places`. Raises ModelError."""
+        return dict(self._answer("places", checkpoint, _headers(checkpoint)))
 
     def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
         """The tokenizer's files by name, with xxh3-128 of each; empty if there is none. Raises ModelError."""
@@ -164,6 +166,12 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint) from failure
 
 
+def _headers(checkpoint: Checkpoint) -> dict[str, Any]:
+    # Every shape counts, because the model is checked against it.
+    tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
+    return {"config": checkpoint.config, "tensors": tensors}
+
+
 def _cached(name: str) -> Any:
     """The answer in a file of the cache; None if there is no such file, or not one that `_keep` wrote."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -189,6 +197,7 @@ def _keep(name: str, answer: Any) -> None:
 _READ = {
     "settings": "config",
     "roles": "config, and building the model without weights,",
+    "places": "config, and building the model without weights,",
     "vocabulary": "tokenizer",
     "united": "tokenizer, and uniting it with others,",
     "encode": "texts with its tokenizer",

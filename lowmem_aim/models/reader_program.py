@@ -13,10 +13,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.system.files import name_temporary_folder
+
+if TYPE_CHECKING:
+    from lowmem_aim.models.meta_model import MetaModel
 
 TOKENIZER_HINT = "are its files complete, and do they belong to this model?"
 OTHER_SOURCE = "`tokenizer_source: base`, or one model, takes that model's tokenizer as it is"
@@ -66,6 +69,17 @@ def settings(question: Question) -> Any:
 
 def roles(question: Question) -> Any:
     """The roles of a checkpoint's tensors, given their names, dtypes and shapes."""
+    return _meta_model(question).roles().table()
+
+
+def places(question: Question) -> Any:
+    """The part of the model that continues text, and where each tensor of a checkpoint lies in transformers' model."""
+    meta_model = _meta_model(question)
+    found = {name: [place.parameter, place.start, place.rows] for name, place in meta_model.weights.places().items()}
+    return {"decoder": meta_model.decoder, "tensors": found}
+
+
+def _meta_model(question: Question) -> MetaModel:
     from lowmem_aim.models.checkpoint import Checkpoint
     from lowmem_aim.models.headers import TensorInfo
     from lowmem_aim.models.meta_model import load_meta_model
@@ -76,7 +90,7 @@ def roles(question: Question) -> Any:
         name: TensorInfo(name, BY_NAME[dtype], tuple(shape), nowhere, 0, 0)
         for name, dtype, shape in question["tensors"]
     }
-    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors)).roles().table()
+    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors))
 
 
 def vocabulary(question: Question) -> dict[str, int]:
@@ -212,6 +226,7 @@ def import_transformers() -> None:
 ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
+    "places": (import_transformers, places),
     "vocabulary": (lambda: None, vocabulary),
     "united": (lambda: None, united),
     "encode": (import_transformers, encode),
