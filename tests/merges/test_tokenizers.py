@@ -310,6 +310,23 @@ class TestChatTemplates:
         assert "no model has a chat template" in done.err
 
 
+def test_slices_take_rows_from_models_outside_the_slice(models: Path) -> None:
+    """The embedding is of the first slice's model; a token that it lacks still has its only owner's row."""
+    source = [
+        {"sources": [{"model": str(models / name), "layer_range": [0, 2]}]} for name in ("math", "code", "base")
+    ]
+    out = merged(models, {"merge_method": "passthrough", "slices": source, "tokenizer_source": "union"})
+    first, last, ids = tensors_in(models / "math"), tensors_in(models / "base"), tokens_of(out)
+    code = tensors_in(models / "code")[ROWS[0]][tokens_of(models / "code")["<|tool|>"]]
+    found = tensors_in(out)
+    assert torch.equal(found[ROWS[0]][ids["<|tool|>"]], code)
+    assert torch.equal(found[ROWS[0]][:261], first[ROWS[0]][:261])
+    assert torch.equal(found[ROWS[1]][:259], last[ROWS[1]][:259])
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.config.num_hidden_layers == 6
+    assert loaded.config.vocab_size == len(found[ROWS[0]]) == 262
+
+
 def test_new_vocabulary_is_not_relaxed(models: Path, measured: Path) -> None:
     listed = [{"model": str(models / n), "parameters": {"weight": 0.5}} for n in ("math", "code")]
     table = {"merge_method": "task_arithmetic", "base_model": str(models / "base"), "models": listed}
