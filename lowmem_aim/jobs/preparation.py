@@ -1,7 +1,8 @@
 """All that a merge finds out and checks before it works. `merge` and `plan` prepare here, with the same checks.
 
 There are two rounds, and in each the user hears of all problems at once. The first takes a moment: recipe, folders,
-headers, configs, output, disk. The second needs torch, or runs what reads tokenizers and texts.
+headers, configs, output, disk, and whether an earlier run there was of this job. The second needs torch, or runs what
+reads tokenizers and texts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check
+from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check, check_certain_memory
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
@@ -53,6 +54,8 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             if inputs and None not in opened.values():
                 plans = _plans(recipe, inputs, options)
         if not inputs or not plans:
+            with noted(errors):
+                check_certain_memory(options)
             raise_all(errors)
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
@@ -60,8 +63,11 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             recipe, out, options, emit, finder, reader, inputs, plans, errors, notes=list(_local_names(recipe))
         )
         _make(AT_ONCE, ready)
-        if not errors:
+        if not errors and not ready.is_settled():
             _make(LATER, ready)
+        elif errors and ready.unfinished():
+            with noted(errors):
+                check_certain_memory(options)
         reader.close()
         yield ready
 

@@ -36,7 +36,7 @@ def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
     files = f" in {survey['shards']} files" if survey["shards"] > 1 else ""
     outputs = f", {len(survey['outputs'])} outputs" if survey["outputs"] else ""
     read, write = shown(survey["read_bytes"]), shown(survey["write_bytes"])
-    yield f"bytes     {read} to read (more if memory is tight), {write} to write{files}{outputs}"
+    yield f"bytes     in all {read} to read (more if memory is tight), {write} to write{files}{outputs}"
 
 
 def _listed(values: Any) -> str:
@@ -96,7 +96,8 @@ def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
         yield f"          measured: {', '.join(_speed(name, value) for name, value in forecast['speeds'].items())}"
     for note in forecast["notes"]:
         yield f"note      {note}"
-    yield f"verdict   {'it fits' if forecast['fits'] else 'it would not run: see below'}"
+    verdict = "it fits" if forecast["needs"] else "nothing is left to do"
+    yield f"verdict   {verdict if forecast['fits'] else 'it would not run: see below'}"
 
 
 def _slowest(step: Mapping[str, Any]) -> str:
