@@ -277,7 +277,12 @@ def verify_command(out: Path, style: Style) -> None:
 
 @click.command("demo", cls=usage.Command)
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-@_flag("--tiny", is_flag=True, help="Train models of a million parameters; there are no others yet.")
+@_flag(
+    "--tiny",
+    is_flag=True,
+    help="Train models of a million parameters, the only kind today: for scripts that are to keep to these when larger "
+    "models become the default.",
+)
 @_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on; this takes half a minute.")
 def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
     """Train small models in FOLDER, merge them, and compare.

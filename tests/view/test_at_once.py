@@ -78,6 +78,11 @@ def test_wrong_input_is_told_without_torch(place: Place) -> None:
         assert all(part in told for part in said), (line, told)
 
 
+def test_a_folder_that_is_not_the_demos_is_refused_without_torch(place: Place) -> None:
+    ((code, said),) = ran(["demo", str(place.folder), "--models"])
+    assert (code, "not the demo's" in said) == (2, True)
+
+
 def test_a_calibration_tells_all_at_once_too(place: Place) -> None:
     line = ["calibrate", str(place.folder / "none"), "-o", str(place.folder / "a.txt"), "--calibration", "none.txt"]
     ((code, said),) = ran(line)
