@@ -146,6 +146,7 @@ class RunEnded:
     hint: str = ""
     traceback: str = ""
     error: str = ""  # the first of the problems, for readers that show one line
+    hints: tuple[str, ...] = ()  # of each problem; `hint` has each once
 
 
 Event = (

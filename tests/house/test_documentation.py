@@ -251,7 +251,7 @@ EXAMPLES: list[tuple[float, Event]] = [
     (10.0, SAMPLE),
     (11.0, Paused(True)),
     (12.0, Notice("`math`: its `rope_theta` differs; the output has the base's", "warning")),
-    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL)),
+    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL, ("free some space",))),
 ]
 OF_KINDS = {name: timed for timed in EXAMPLES for name, kind in KINDS.items() if type(timed[1]) is kind}
 
