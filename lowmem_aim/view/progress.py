@@ -228,11 +228,15 @@ class Progress:
         pairs = list(self.samples)[-count - 1 :]
         return [self._mean(f"{stage}_bytes", [a, b]) for a, b in itertools.pairwise(pairs)]
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether rates are known: of the phase under way only, of which there must be two samples."""
+        return len(self._window()) > 1
+
     def _window(self) -> list[tuple[float, Sampled]]:
         since = self.samples[-1][0] - WINDOW_SECONDS if self.samples else 0.0
         begun = self.current.begun if self.current else 0.0
-        kept = [pair for pair in self.samples if pair[0] >= max(since, begun - 1.0)]
-        return kept if len(kept) > 1 else list(self.samples)[-2:]
+        return [pair for pair in self.samples if pair[0] >= max(since, begun)]
 
     @staticmethod
     def _mean(name: str, window: list[tuple[float, Sampled]]) -> float:

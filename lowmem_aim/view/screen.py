@@ -168,14 +168,14 @@ def _now(run: Progress, width: int) -> Text:
 
 def _rate(run: Progress, stage: Stage, width: int) -> Text:
     """A stage's speed now and before, and how busy it is. The busiest stage is the one that the others wait for."""
-    rate, slowest = run.rate(stage), run.bottleneck() == stage
+    rate, slowest, busy = run.rate(stage), run.bottleneck() == stage, f"  busy {run.busy(stage):>4.0%}"
     columns = 40 if width >= WIDE else 16 if width >= NARROW else max(0, min(8, width - LABEL - 31))
     pointed = "  <- the bottleneck" if width >= NARROW else " <-"
     return Text.assemble(
         (f"{stage:<{LABEL}}", "dim"),
         f"{shown(rate) + '/s' if rate else '':>11}  ",
         (_spark(run.history(stage, columns), columns), "magenta" if slowest else "blue"),
-        (f"  busy {run.busy(stage):>4.0%}", "bold magenta" if slowest else "dim"),
+        (busy if run.is_measured else "", "bold magenta" if slowest else "dim"),
         (pointed if slowest else "", "magenta"),
     )
 
