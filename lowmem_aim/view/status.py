@@ -88,7 +88,7 @@ def status_of(out: Path) -> Status:
     if not there:
         raise UsageError(
             f"there is no run in `{printable(str(out))}`",
-            hint="name the folder of a merge, or the file of a calibration; a run that kept nothing leaves nothing there",
+            hint="name the output of a merge or of a calibration; a run that kept nothing leaves nothing there",
         )
     check_private(out)
     finished = is_finished(out)

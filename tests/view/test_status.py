@@ -134,15 +134,13 @@ def test_a_replay_ends_with_the_summary_and_says_interrupted_where_the_run_was(t
 class TestACalibration:
     """`status FILE` tells of the calibration into that file, while it is made and afterwards."""
 
-    def test_that_was_interrupted(self, llama: Path, texts: Path, tmp_path: Path, run: Run) -> None:
-        file = tmp_path / "a.safetensors"
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            interrupts.work(),
-            pytest.raises(Interrupted),
-        ):
-            patch.setattr(snapshots, "SECONDS", 0.0)
-            calibrate(str(llama / "base"), Aim(calibration=str(texts)), file, emit=_stop_after_a_block)
+    def test_that_was_interrupted(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, aim = tmp_path / "a.safetensors", Aim(calibration=str(texts))
+        monkeypatch.setattr(snapshots, "SECONDS", 0.0)
+        with interrupts.work(), pytest.raises(Interrupted):
+            calibrate(str(llama / "base"), aim, file, emit=_stop_after_a_block)
         for name in (file, partial_folder(file)):
             told = run("status", name)
             assert (told.code, "/3 blocks are calibrated" in told.out) == (0, True), told
