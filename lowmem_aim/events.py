@@ -65,6 +65,13 @@ class Advanced:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """Calibration has kept what is finished: a killed run resumes there. `done` as in Advanced; 0: nothing is kept."""
+
+    done: float
+
+
+@dataclass(frozen=True)
 class TensorDone:
     """A tensor is merged and handed to the disk; `done` is the same as in Advanced."""
 
@@ -154,6 +161,7 @@ Event = (
     | Planned
     | PhaseStarted
     | Advanced
+    | Snapshot
     | TensorDone
     | PhaseEnded
     | Worked

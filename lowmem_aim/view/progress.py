@@ -23,6 +23,7 @@ from lowmem_aim.events import (
     RunEnded,
     RunStarted,
     Sampled,
+    Snapshot,
     Stage,
     TensorDone,
     Unit,
@@ -74,6 +75,7 @@ class Progress:
     layers: Counter[str] = field(default_factory=Counter)  # finished tensors of each layer
     kept: dict[tuple[str, str], DeltaSums] = field(default_factory=dict)  # (layer, kind) -> of the first output
     kept_by_output: dict[str, DeltaSums] = field(default_factory=dict)
+    snapshot: tuple[float, float] | None = None  # of calibration, the last: when it was made, blocks
     paused: bool = False
     idle: float = 0.0  # seconds that the run was paused, until it last went on
     ended: RunEnded | None = None
@@ -102,6 +104,8 @@ class Progress:
             case Advanced():
                 self._advance(event.done)
                 self.item, self.shape = event.item or self.item, ()
+            case Snapshot():
+                self.snapshot = (t, event.done) if event.done else None
             case TensorDone():
                 self._tensor(event)
             case Sampled():

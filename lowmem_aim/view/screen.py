@@ -52,6 +52,8 @@ def _blocks(run: Progress, width: int, keys: bool) -> Iterator[Block]:
     yield Block(100, [_bar(run, width)])
     if run.ended and run.ended.problems:
         yield Block(95, [Text(f"{'':{LABEL}}{line}") for line in _problems(run.ended.problems, width - LABEL)])
+    if run.current and run.current.phase == "calibrate" and not run.ended:
+        yield Block(55, [_kept(run)])
     if run.item and not run.ended:
         yield Block(70, [_now(run, width)])
     if run.latest and not run.ended:
@@ -164,6 +166,14 @@ def _now(run: Progress, width: int) -> Text:
     if len(item) > room > 8:  # the end of a name says more than its beginning
         item = f"…{item[len(item) - room + 1 :]}"
     return _labelled("now", _two_ends(Text(item), right, width - LABEL, "dim"))
+
+
+def _kept(run: Progress) -> Text:
+    """What a killed run would not have to do again."""
+    if run.snapshot is None:
+        return _labelled("kept", Text("nothing yet"))
+    made, blocks = run.snapshot
+    return _labelled("kept", Text(f"{blocks:.1f} blocks, {clock(run.now - made)} ago"))
 
 
 def _rate(run: Progress, stage: Stage, width: int) -> Text:

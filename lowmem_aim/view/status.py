@@ -44,6 +44,7 @@ class Status:
     pid: int = 0  # of the process at work; 0 if none is, or it is not known
     kept: bool = False  # the next run can build on something
     command: str = ""  # that resumes the run, or starts it again, from the log of the last one
+    texts: int = 0  # that have passed one block more than `blocks`, and are kept too
     holds: str = ""  # what the finished file of a calibration holds
 
     def as_json(self) -> dict[str, Any]:
@@ -76,8 +77,9 @@ class Status:
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
         if self.activations:
             yield "activations are measured"
-        elif self.blocks:
-            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated"
+        elif self.blocks or self.texts:
+            more = f", and {self.texts} texts of the next" if self.texts else ""
+            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated{more}"
 
 
 def status_of(out: Path) -> Status:
@@ -107,6 +109,7 @@ def status_of(out: Path) -> Status:
             owner=str(owner) if owner and running else "",
             blocks=calibration.blocks if calibration else 0,
             blocks_total=calibration.of if calibration else 0,
+            texts=calibration.texts if calibration else 0,
             activations=activations,
             tensors=sum(group.tensors for group in last.values()),
             tensors_total=size.tensors,

@@ -30,6 +30,7 @@ from lowmem_aim.events import (
     RunEnded,
     RunStarted,
     Sampled,
+    Snapshot,
     TensorDone,
 )
 from lowmem_aim.methods.registry import METHODS
@@ -245,6 +246,7 @@ EXAMPLES: list[tuple[float, Event]] = [
     ),
     (1.0, PhaseStarted("calibrate", 22, "blocks")),
     (1.5, Advanced(1, "model.layers.0")),
+    (62.0, Snapshot(1)),
     (9.0, PhaseEnded("calibrate")),
     (9.1, PhaseStarted("merge", 2200097792, "bytes", 1050673152)),
     (9.5, DONE),
