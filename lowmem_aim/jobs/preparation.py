@@ -12,7 +12,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
+from lowmem_aim.errors import (
+    LowmemAimError,
+    ModelError,
+    NoSuchModel,
+    NoSuchTexts,
+    UsageError,
+    joined,
+    noted,
+    printable,
+    raise_all,
+)
 from lowmem_aim.events import Emit, silent
 from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check, check_certain_memory
 from lowmem_aim.jobs.prepared import Prepared
@@ -20,6 +30,7 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
+from lowmem_aim.output.portable import is_without_paths
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.reader import readable_part
@@ -46,6 +57,7 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
         opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, errors))
+        _point_to_comments(recipe, errors)
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
         inputs, plans = None, {}
@@ -86,7 +98,7 @@ def sound_recipe(tree: Node, out: Path) -> Recipe:
     if recipe is not None:
         errors += _missing_texts(recipe)
         with opened_models(recipe, "mmap", silent, FETCHED, errors):  # beside errors, nothing is downloaded
-            pass
+            _point_to_comments(recipe, errors)
     raise joined(errors)
 
 
@@ -133,7 +145,17 @@ def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:
         return
     if not there:
         hint = "check the path; or name `builtin`, or a dataset on the Hub"
-        yield ModelError(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
+        yield NoSuchTexts(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
+
+
+def _point_to_comments(recipe: Recipe, errors: list[LowmemAimError]) -> None:
+    """Change what to do about models and texts that are not there, if the recipe is an output's own, without paths."""
+    file = recipe.where.rpartition(":")[0]
+    missing = [error for error in errors if isinstance(error, NoSuchModel | NoSuchTexts)]
+    if missing and is_without_paths(Path(file)):
+        hint = f"fill in the paths in `{printable(file)}`, as the comments at its top say"
+        for error in missing:
+            error.hints = (hint,) * len(error.problems)
 
 
 def _local_names(recipe: Recipe) -> Iterator[str]:
