@@ -14,7 +14,6 @@ from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, same_reference
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
 from lowmem_aim.system.files import open_to_read
 
-
 _WITHOUT_PATHS = "These were folders and files on one machine and are named without their paths. Fill in the paths:"
 
 
