@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lowmem_aim.errors import (
@@ -84,15 +84,15 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
         yield ready
 
 
-def sound_recipe(tree: Node, out: Path) -> Recipe:
-    """The recipe of a tree, if nothing is wrong in it.
+def sound_recipe(tree: Node, out: Path, before: Sequence[LowmemAimError] = ()) -> Recipe:
+    """The recipe of a tree, if nothing is wrong in it, nor was `before`, with the flags.
 
     Raises RecipeError with every problem, together with those of the output, the models that it names, and the texts.
     """
     recipe, wrong = readable_part(tree)
-    if recipe is not None and wrong is None:
+    errors = [*before, *([] if wrong is None else [wrong])]
+    if recipe is not None and not errors:
         return recipe
-    errors: list[LowmemAimError] = [] if wrong is None else [wrong]
     with noted(errors):
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
     if recipe is not None:

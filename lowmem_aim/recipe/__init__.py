@@ -5,6 +5,7 @@ words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file and line
 places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
+spelling.py       British and American spellings of a recipe's keys
 relaxations.py    the tables `aim:` and `acm:`
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree

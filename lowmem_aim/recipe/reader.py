@@ -13,6 +13,7 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import METHODS, find_method, names
 from lowmem_aim.recipe.recipe import Acm, Aim, ModelEntry, Recipe, Setting, same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
+from lowmem_aim.recipe.spelling import in_one_spelling
 from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
@@ -333,6 +334,6 @@ def readable_part(root: Node) -> tuple[Recipe | None, RecipeError | None]:
     With an error, the recipe names models that can be looked for and opened, but is not fit for planning; it is None if
     the method or all models could not be read.
     """
-    reader = _Reader(root)
+    reader = _Reader(in_one_spelling(root))
     recipe = reader.recipe()
     return recipe, reader.error()
