@@ -190,7 +190,8 @@ class TestSeveralWrongFlags:
 class TestHelp:
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_flag_has_a_sentence_and_its_default(self, name: str) -> None:
-        for flag in cli.commands[name].get_params(click.Context(cli.commands[name])):
+        context = click.Context(cli.commands[name], help_option_names=["-h", "--help"])  # click keeps them for later
+        for flag in cli.commands[name].get_params(context):
             if not isinstance(flag, click.Option) or flag.opts[-1] in OFF_UNLESS_GIVEN:
                 continue
             sentence, _, default = (flag.help or "").partition(" [default: ")
