@@ -66,10 +66,10 @@ def _model(model: Mapping[str, Any]) -> str:
 
 
 def count(number: float) -> str:
-    """A number of parameters as text: `13.0 B`, `161 M`."""
+    """A number of parameters as text: `13.0 B`, `161 M`, `35 k`."""
     if number >= 1e9:
         return f"{number / 1e9:.1f} B"
-    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:.0f}"
+    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number / 1e3:.0f} k" if number >= 1e4 else f"{number:.0f}"
 
 
 def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     width = max(map(len, names), default=0)
     for number, (name, kind) in enumerate(zip(names, kinds, strict=False)):
         own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
-        told = f"{name:<{width}} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
+        told = f"{name:<{width}} {kind['tensors']:>5}  {count(kind['parameters']):>7} parameters  {kind['action']}{own}"
         yield f"{'tensors' if not number else '':<10}{told}"
     if len(kinds) > KINDS_LISTED:
         yield f"          ... and {len(kinds) - KINDS_LISTED} more kinds"
