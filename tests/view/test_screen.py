@@ -263,6 +263,12 @@ def test_replay_of_no_run_is_an_error(tmp_path: Path, run: Run) -> None:
     assert "holds no recorded run" in done.err
 
 
+def test_a_part_of_a_block_is_told_as_on_the_screen() -> None:
+    run = started(PhaseStarted("calibrate", 30, "blocks"), replace(SAMPLE, item="layers.2", done=2.7))
+    assert "9%  2.7 of 30 blocks" in drawn(run, 80, 24)
+    assert line_of(run).startswith("calibrate: 9%, 2.7 of 30 blocks")
+
+
 def test_a_calibration_by_itself_has_a_row_of_layers_to_its_end() -> None:
     run = started(replace(PLANNED, title="activations", phases=("calibrate",), layers={"0": 1, "1": 1, "2": 1}))
     assert "layers    ·········  0 of 3" in drawn(run, 80, 24)
