@@ -75,10 +75,12 @@ def count(number: float) -> str:
 def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     names = [printable(kind["kind"], 40) for kind in kinds[:KINDS_LISTED]]
     width = max(map(len, names), default=0)
-    for number, (name, kind) in enumerate(zip(names, kinds, strict=False)):
+    if names:
+        yield f"tensors   {'':<{width}} number  parameters"
+    for name, kind in zip(names, kinds, strict=False):
         own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
-        told = f"{name:<{width}} {kind['tensors']:>5}  {count(kind['parameters']):>7} parameters  {kind['action']}{own}"
-        yield f"{'tensors' if not number else '':<10}{told}"
+        numbers = f"{kind['tensors']:>6} {count(kind['parameters']):>11}"
+        yield f"{'':<10}{name:<{width}} {numbers} {kind['action']}{own}"
     if len(kinds) > KINDS_LISTED:
         yield f"          ... and {len(kinds) - KINDS_LISTED} more kinds"
 
