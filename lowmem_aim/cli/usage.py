@@ -46,7 +46,7 @@ class Flag(click.Option):
         except click.BadParameter as error:
             error.ctx, error.param = error.ctx or ctx, error.param or self
             ctx.meta.setdefault(_WRONG, []).append(error)
-            return super().process_value(ctx, self.get_default(ctx))
+            return None if self.required else super().process_value(ctx, self.get_default(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what click adds to the help, without the bounds of numbers, which errors tell."""

@@ -33,7 +33,7 @@ def settings_of(read: Values, table: Node, method: Method | None, *, of_model: b
     for written, value in node.value.items():
         if value.value is None:
             continue  # as if it were absent
-        usual = OF_PARAMETERS.get(written, written)
+        usual = str(OF_PARAMETERS.get(written, written))
         name = written if usual in node.value else usual
         parameter = method.parameters.get(name)
         if parameter is None or (of_model and not parameter.per_expert):
