@@ -21,4 +21,7 @@ vocabulary.py         which row of a model holds which token of the reference
 agreement.py          whether the models belong together: configs, tensors, tied heads
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
+pickle_files.py       the pickled weights in a model folder, which `convert` turns into safetensors
+pickle_program.py     the child process that loads pickled tensors: its program
+pickle_process.py     the child process that loads pickled tensors, as its parent sees it
 """

@@ -20,7 +20,8 @@ from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
 from lowmem_aim.system.files import input_errors, is_file, open_regular
 
 INDEX = "model.safetensors.index.json"
-_COMPLETE = "is the download complete, and is this the folder that holds the weights?"
+COMPLETE = "is the download complete, and is this the folder that holds the weights?"
+_CONVERT = "`lowmem-aim convert FOLDER NEW` makes safetensors of it once, in a process of its own without network"
 SINGLE = "model.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 # What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
@@ -194,10 +195,10 @@ def _single_file(folder: Path) -> Path:
         return single
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
+        convertible = any(file.startswith("pytorch_model") and file.endswith(".bin") for file in pickles)
         raise ModelError(
             f"`{printable(str(folder))}` has no safetensors, only pickle (`{printable(pickles[0])}`)",
-            hint="pickle can run code and is never loaded; convert it once, where you trust it: "
-            "`AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder)` in Python, or look for a safetensors revision on the Hub",
+            hint="pickle can run code, and a merge never loads it; "
+            + (_CONVERT if convertible else "look for a safetensors version of this model"),
         )
-    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}", _COMPLETE)
+    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}", COMPLETE)

@@ -31,7 +31,7 @@ class TestModels:
         (place.folder / "math/model.safetensors").unlink()
         (place.folder / "math/pytorch_model.bin").write_bytes(b"\x80\x04.")
         place.refused(
-            place.merge(), 3, "only pickle (`pytorch_model.bin`)", "hint: pickle can run code", "save_pretrained"
+            place.merge(), 3, "only pickle (`pytorch_model.bin`)", "hint: pickle can run code", "lowmem-aim convert"
         )
 
     def test_a_truncated_shard_and_a_bad_header_are_both_named(self, place: Place) -> None:
