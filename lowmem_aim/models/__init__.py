@@ -4,6 +4,7 @@ hub.py                model references -> local folders, downloaded from the Hub
 config.py             the JSON of a model folder, above all config.json, checked
 headers.py            headers of safetensors files, checked
 known_files.py        the files of a model folder beside its weights, by name: what loaders read
+links.py              links in a model folder: which of them may be followed
 folder.py             the files of a model folder: which hold tensors, which are refused
 checkpoint.py         one model on disk: the only reader of model files
 vetted.py             what transformers is given of a model folder: vetted copies of its small files

@@ -28,6 +28,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
 from lowmem_aim.models.folder import check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
+from lowmem_aim.models.links import is_inside
 from lowmem_aim.system.files import input_errors, is_folder, is_there, open_regular, open_to_read, real
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.on_demand import torch
@@ -223,12 +224,15 @@ class Checkpoint:
     def small_file(self, name: str, limit_bytes: int) -> bytes | None:
         """The content of a file beside the weights, such as the tokenizer's; None if there is none.
 
-        Raises ModelError for a file of more than `limit_bytes`, and for a Git LFS pointer in its place.
+        Raises ModelError for a file of more than `limit_bytes`, for a link out of the folder that may not be followed,
+        and for a Git LFS pointer in its place.
         """
         file = self.folder / name
         with input_errors(file):
             if not is_there(file):
                 return None
+            if not is_inside(self.folder, file):
+                raise ModelError(f"`{printable(str(file))}` is a link that leads out of its model folder")
             with open_to_read(file) as stream:
                 if os.fstat(stream.fileno()).st_size > limit_bytes:
                     raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")

@@ -1,7 +1,7 @@
 """The files of a model folder: which of them hold tensors, and which are refused.
 
-A model is model.safetensors, or the shards that model.safetensors.index.json names. Links out of the folder, names
-with a path, pickle and quantised weights are each a ModelError.
+A model is model.safetensors, or the shards that model.safetensors.index.json names. Links that may not be followed,
+names with a path, pickle and quantised weights are each a ModelError.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
-from lowmem_aim.models.config import load_json
+from lowmem_aim.models.config import CONFIG, load_json
 from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
+from lowmem_aim.models.known_files import OF_TOKENIZERS, READ_BY_LOADERS, fits
+from lowmem_aim.models.links import is_inside, leads_to_weights
 from lowmem_aim.system.files import input_errors, is_file, open_regular
 
 INDEX = "model.safetensors.index.json"
@@ -31,35 +33,31 @@ QUANTISED = re.compile(
 )
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
+READ = (CONFIG, INDEX, *READ_BY_LOADERS, *OF_TOKENIZERS)  # what we read beside the shards
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def is_inside(folder: Path, file: Path) -> bool:
-    """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
-    try:
-        target = file.resolve()
-    except (OSError, RuntimeError):  # a link that leads to itself
-        return False
-    if folder in target.parents:
-        return True
-    in_hub_cache = folder.parent.name == "snapshots"
-    return in_hub_cache and target.parent == folder.parent.parent / "blobs"
-
-
 def check_links(folder: Path) -> None:
-    """Raise ModelError, all at once, for links out of the folder, and for pipes, devices and what cannot be opened.
+    """Raise ModelError, all at once, for links that may not be followed, and for pipes, devices and what does not open.
 
-    Only the files count that we or transformers may open. Raises OSError for a folder that cannot be listed.
+    Links count where the file is read, here or for the output; the others where somebody may open it, we or a library.
+    Raises OSError for a folder that cannot be listed.
     """
-    files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
-    files = [file for file in files if file.suffix in READABLE or file.name == CHAT_TEMPLATES]
-    outside = [file for file in files if file.is_symlink() and not is_inside(folder, file)]
+    there = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
+    links = [file for file in there if file.is_symlink() and not is_inside(folder, file)]
+    outside = [file for file in links if fits(file.name, READ) or CHAT_TEMPLATES in (file.name, file.parent.name)]
+    if folder / INDEX not in outside:
+        with contextlib.suppress(ModelError):  # of the index: told by those who read it
+            shards = shard_names(folder)
+            outside += [file for file in links if file.name in shards and not leads_to_weights(file)]
     errors: list[LowmemAimError] = []
     if outside:
         what = "is a link that leads out of its model folder"
-        problems = [f"`{printable(str(file))}` {what}" for file in outside]
+        other = "; a shard may be one, to a valid safetensors file"
+        problems = [f"`{printable(str(f))}` {what}{other * (f.suffix == '.safetensors')}" for f in outside]
         errors.append(ModelError(problems, "copy the file itself into the model folder"))
-    for file in (file for file in files if file not in outside and not file.is_dir()):
+    opened = [file for file in there if file.suffix in READABLE and file not in links and not file.is_dir()]
+    for file in opened:
         with noted(errors), input_errors(file):
             os.close(open_regular(file))  # libraries tell of a file that they cannot open without its name
     raise_all(errors)

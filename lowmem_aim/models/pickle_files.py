@@ -10,8 +10,9 @@ from typing import Any
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.config import load_json
-from lowmem_aim.models.folder import COMPLETE, INDEX, MOST_PROBLEMS, PICKLES, SINGLE, is_inside, is_plain
+from lowmem_aim.models.folder import COMPLETE, INDEX, MOST_PROBLEMS, PICKLES, SINGLE, is_plain
 from lowmem_aim.models.headers import MAX_HEADER_BYTES
+from lowmem_aim.models.links import is_inside
 from lowmem_aim.system.files import input_errors, is_file
 
 MODEL, MODEL_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -17,7 +17,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, parse_json
-from lowmem_aim.models.folder import CHAT_TEMPLATES, is_inside
+from lowmem_aim.models.folder import CHAT_TEMPLATES
 from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.known_files import (
     IN_MODULES,
@@ -29,6 +29,7 @@ from lowmem_aim.models.known_files import (
     VOCABULARIES,
     fits,
 )
+from lowmem_aim.models.links import is_inside
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.output.verify import is_listable

@@ -48,8 +48,8 @@ class TestModels:
         place.refused(place.merge(), 3, f"'{shard}'", "model.safetensors.index.json")
 
     def test_a_link_out_of_the_folder(self, place: Place) -> None:
-        (place.folder / "math/model.safetensors").rename(place.folder / "elsewhere.safetensors")
-        (place.folder / "math/model.safetensors").symlink_to(place.folder / "elsewhere.safetensors")
+        (place.folder / "math/config.json").rename(place.folder / "elsewhere.json")
+        (place.folder / "math/config.json").symlink_to(place.folder / "elsewhere.json")
         place.refused(place.merge(), 3, "link that leads out")
 
     def test_a_shape_that_differs(self, place: Place) -> None:
