@@ -13,14 +13,16 @@ from lowmem_aim.output.merged import Replaced
 from lowmem_aim.output.shards import Read
 from lowmem_aim.planning.tasks import Plan
 
+Place = tuple[Path, ...]  # the folders of a model, see `Checkpoint.place`
+
 
 class ReadLog:
     """A log of what this run, and those before it, have read of each model."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-        self._digests: dict[Path, dict[str, str]] = {}  # model folder -> tensor -> xxh3-128 of its rows as read
-        self._replaced: dict[Path, dict[str, int]] = {}  # model folder -> tensor -> elements that were not finite
+        self._digests: dict[Place, dict[str, str]] = {}  # model -> tensor -> xxh3-128 of its rows as read
+        self._replaced: dict[Place, dict[str, int]] = {}  # model -> tensor -> elements that were not finite
 
     def add(self, tensor: TensorInputs) -> Read:
         """Add a tensor that has been read to its end, and return the facts about it.
@@ -31,7 +33,7 @@ class ReadLog:
         replaced: dict[str, dict[str, int]] = {}
         for reader in tensor.readers:
             reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
-            model = str(self._inputs.folders.index(reader.checkpoint.folder))
+            model = str(self._inputs.places.index(reader.checkpoint.place))
             digests[model] = {tensor.task.name: reader.digest()}
             if count := tensor.replaced_of(reader):
                 replaced[model] = {tensor.task.name: count}
@@ -43,20 +45,20 @@ class ReadLog:
         """Add what earlier runs have read."""
         for read in reads:
             for model, digests in read.digests.items():
-                self._digests.setdefault(self._inputs.folders[int(model)], {}).update(digests)
+                self._digests.setdefault(self._inputs.places[int(model)], {}).update(digests)
             for model, replaced in read.replaced.items():
-                self._replaced.setdefault(self._inputs.folders[int(model)], {}).update(replaced)
+                self._replaced.setdefault(self._inputs.places[int(model)], {}).update(replaced)
 
     def digest_of_base(self, tensor: str) -> str | None:
         """xxh3-128 of a tensor of the base as read; None if there is no base, or the tensor was not read."""
         base = self._inputs.base
-        return self._digests.get(base.folder, {}).get(tensor) if base else None
+        return self._digests.get(base.place, {}).get(tensor) if base else None
 
     def model_digests(self) -> list[tuple[str, str]]:
         """(label, one xxh3-128 over all tensors of the model that were read, by name), for each model."""
         found = []
         for checkpoint in self._inputs.checkpoints:
-            table = sorted(self._digests.get(checkpoint.folder, {}).items())
+            table = sorted(self._digests.get(checkpoint.place, {}).items())
             text = "".join(f"{name}\0{value}\n" for name, value in table)
             found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
         return found
@@ -67,5 +69,5 @@ class ReadLog:
             Replaced(checkpoint.label, task.name, count)
             for checkpoint in dict.fromkeys(self._inputs.checkpoints)
             for task in plan.tasks
-            if (count := self._replaced.get(checkpoint.folder, {}).get(task.name))
+            if (count := self._replaced.get(checkpoint.place, {}).get(task.name))
         ]

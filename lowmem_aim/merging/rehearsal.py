@@ -36,6 +36,8 @@ def rehearse(plan: Plan, inputs: Inputs, budget: Budget) -> int:
     Where a device with memory of its own computes, only the check of what is read is rehearsed.
     """
     trim()
+    for checkpoint in dict.fromkeys(inputs.checkpoints):
+        checkpoint.warm_up()
     most = budget.ram_used()
     for task in _kinds(plan, inputs):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.

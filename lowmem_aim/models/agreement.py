@@ -99,7 +99,7 @@ def repeated_heads(inputs: Inputs, has_weights: Callable[[Path], bool]) -> froze
             if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
                 continue
             dropped.add(head)
-            if has_weights(checkpoint.folder) and checkpoint.digest(head) != checkpoint.digest(embedding):
+            if all(map(has_weights, checkpoint.place)) and checkpoint.digest(head) != checkpoint.digest(embedding):
                 problems.append(
                     f"`{printable(checkpoint.label)}`: `{printable(head)}` should be tied to `{printable(embedding)}` "
                     "(`tie_word_embeddings`) but differs from it"

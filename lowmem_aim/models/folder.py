@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 COMPLETE = "is the download complete, and is this the folder that holds the weights?"
 _CONVERT = "`lowmem-aim convert FOLDER NEW` makes safetensors of it once, in a process of its own without network"
 SINGLE = "model.safetensors"
+ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of a LoRA adapter, as PEFT saves it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 # What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
 QUANTISED = re.compile(

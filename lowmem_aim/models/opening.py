@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted, raise_all
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.models.adapted import AdaptedCheckpoint
+from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, local_model, locate, plain_name
@@ -20,6 +22,7 @@ from lowmem_aim.models.settings import check_settings
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import row_maps_of
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.recipe.references import parsed
 from lowmem_aim.system.options import ReadMode
 
 
@@ -27,13 +30,42 @@ from lowmem_aim.system.options import ReadMode
 class Finder:
     """The way in which models are found, and whether what is found holds weights."""
 
-    find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
+    find: Callable[[str, Emit, bool], Located] = locate  # a model, or (True) an adapter -> its folder
     has_weights: Callable[[Path], bool] = lambda folder: True  # False: headers and small files only
     fetches: bool = True  # models and texts that are on the Hub are downloaded
 
 
 FETCHED = Finder()
 M = TypeVar("M")
+Find = Callable[[str, bool], M]  # of a part of a reference: a model, or (True) an adapter
+
+
+def parts_found(reference: str, find: Find[M]) -> list[M]:
+    """The results of `find` for the model, and for the adapter if there is one. Raises the errors of both."""
+    errors: list[LowmemAimError] = []
+    found = []
+    for number, part in enumerate(parsed(reference).parts):
+        with noted(errors):
+            found.append(find(part, number > 0))
+    raise_all(errors)
+    return found
+
+
+def opened(reference: str, find: Find[Located], read: ReadMode) -> Checkpoint:
+    """A model, with its adapter if it has one, found and opened. Raises ModelError with every problem found."""
+    model, *adapters = parts_found(reference, find)
+    errors: list[LowmemAimError] = []
+    with contextlib.ExitStack() as stack:
+        with noted(errors):
+            checkpoint = stack.enter_context(Checkpoint.open(model.folder, model.label, read))
+        for found in adapters:
+            with noted(errors):
+                adapter = Adapter.open(found.folder, found.label)
+        raise_all(errors)
+        if adapters:
+            checkpoint = AdaptedCheckpoint(checkpoint, adapter)
+        stack.pop_all()  # what is right stays open
+        return checkpoint
 
 
 @contextlib.contextmanager
@@ -51,8 +83,8 @@ def opened_models(
 
         def open_one(reference: str) -> None:
             with noted(errors):
-                model = located(reference, lambda wanted: finder.find(wanted, emit), recipe)
-                checkpoint = Checkpoint.open(model.folder, model.label, read)
+                find = told(recipe, lambda part, is_adapter: finder.find(part, emit, is_adapter))
+                checkpoint = opened(reference, find, read)
                 found[reference] = stack.enter_context(checkpoint)
                 for text in checkpoint.oddities:
                     emit(Notice(text, "warning"))
@@ -61,7 +93,7 @@ def opened_models(
         elsewhere = []
         for reference in references:
             with noted(errors):
-                if located(reference, local_model, recipe):
+                if None not in parts_found(reference, told(recipe, local_model)):
                     open_one(reference)
                 else:
                     elsewhere.append(reference)
@@ -72,12 +104,16 @@ def opened_models(
         yield {reference: found.get(reference) for reference in references}
 
 
-def located(reference: str, find: Callable[[str], M], recipe: Recipe) -> M:
-    """The model that `find` finds; the error for one that is not there says in which folders it was looked for."""
-    try:
-        return find(reference)
-    except (NoSuchModel, NetworkError) as error:
-        raise type(error)([problem + recipe.looked(reference) for problem in error.problems], error.hint) from error
+def told(recipe: Recipe, find: Find[M]) -> Find[M]:
+    """`find`, but for a model that is not there the error says in which folders it was looked for."""
+
+    def found(part: str, is_adapter: bool) -> M:
+        try:
+            return find(part, is_adapter)
+        except (NoSuchModel, NetworkError) as error:
+            raise type(error)([problem + recipe.looked(part) for problem in error.problems], error.hint) from error
+
+    return found
 
 
 def compared(
@@ -126,4 +162,5 @@ def _tell_apart(checkpoints: list[Checkpoint]) -> None:
     labels = [checkpoint.label for checkpoint in checkpoints]
     for checkpoint, label in zip(checkpoints, labels, strict=True):
         if labels.count(label) > 1:
-            checkpoint.label = f"{plain_name(checkpoint.folder.parent)}/{label}"
+            parts = zip(checkpoint.place, checkpoint.labels, strict=True)
+            checkpoint.label = "+".join(f"{plain_name(folder.parent)}/{part}" for folder, part in parts)

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from lowmem_aim.errors import RecipeError, UsageError, did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import METHODS, find_method, names
-from lowmem_aim.recipe.recipe import Acm, Aim, ModelEntry, Recipe, Setting, same_reference
+from lowmem_aim.recipe.recipe import Acm, Aim, ModelEntry, Recipe, Setting
+from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
 from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
