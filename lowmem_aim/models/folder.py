@@ -1,14 +1,13 @@
 """The files of a model folder: which of them hold tensors, and which are refused.
 
 A model is model.safetensors, or the shards that model.safetensors.index.json names. Links that may not be followed,
-names with a path, pickle and quantised weights are each a ModelError.
+names with a path and pickle are each a ModelError.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,11 +26,6 @@ _CONVERT = "`lowmem-aim convert FOLDER NEW` makes safetensors of it once, in a p
 SINGLE = "model.safetensors"
 ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of a LoRA adapter, as PEFT saves it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
-# What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
-QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
-    r"|\.quant_state\.|_proj_(blocks|scales)$"
-)
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
 READ = (CONFIG, INDEX, *READ_BY_LOADERS, *OF_TOKENIZERS)  # what we read beside the shards
@@ -112,10 +106,13 @@ def _indexed(folder: Path) -> dict[str, Any]:
 
 
 def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """(all tensors of the model, in file order; what is odd about its files). Raises ModelError with every problem."""
+    """(all tensors of the model in file order, those of quantised weights too; what is odd about its files).
+
+    Raises ModelError with every problem.
+    """
     weight_map = _weight_map(folder)
     if weight_map is None:
-        return _usable(folder, read_header(_single_file(folder))), list(_stale_single_file(folder))
+        return _usable(folder, read_header(_single_file(folder), packed=True)), list(_stale_single_file(folder))
     shards: dict[str, list[str]] = {}  # repr of the name in the index -> tensors
     copies: list[str] = []
     for name, shard_name in weight_map.items():
@@ -127,7 +124,7 @@ def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         if not (_is_shard_name(shard_name) and is_file(folder / shard_name)):
             continue
         try:
-            shard = read_header(folder / shard_name)
+            shard = read_header(folder / shard_name, packed=True)
         except ModelError as error:
             problems += error.problems
             continue
@@ -165,13 +162,7 @@ def _unread_copies(folder: Path, copies: Sequence[str], weight_map: Mapping[str,
 
 
 def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors in file order. Raises ModelError if some are parts of quantised weights, or empty."""
-    quantised = [name for name in tensors if QUANTISED.search(name)]
-    if quantised:
-        raise ModelError(
-            f"`{printable(str(folder))}` is quantised (it holds `{printable(quantised[0])}`)",
-            hint="merge the unquantised models, then quantise the result",
-        )
+    """The tensors in file order. Raises ModelError if some are empty."""
     empty = [name for name, info in tensors.items() if info.shape == (0,)]
     if any(name.endswith(".weight") for name in empty):
         raise ModelError(
@@ -180,10 +171,10 @@ def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInf
             hint="`zero_to_fp32.py` in the training's checkpoint gathers them; so does the setting "
             "`stage3_gather_16bit_weights_on_model_save` when it saves",
         )
-    return _in_file_order(tensors)
+    return in_file_order(tensors)
 
 
-def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def in_file_order(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors sorted by file and offset: reading them in order reads each file forward."""
     return {t.name: t for t in sorted(tensors.values(), key=lambda t: (t.file.name, t.begin, t.name))}
 

@@ -44,7 +44,7 @@ def _is_blob(target: Path) -> bool:
 def leads_to_weights(file: Path) -> bool:
     """Whether `file`, links followed, is a regular file with a valid safetensors header."""
     try:
-        read_header(file)
+        read_header(file, packed=True)
     except ModelError:
         return False
     return True

@@ -16,6 +16,7 @@ from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.quantised import open_model
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
@@ -57,7 +58,7 @@ def opened(reference: str, find: Find[Located], read: ReadMode) -> Checkpoint:
     errors: list[LowmemAimError] = []
     with contextlib.ExitStack() as stack:
         with noted(errors):
-            checkpoint = stack.enter_context(Checkpoint.open(model.folder, model.label, read))
+            checkpoint = stack.enter_context(open_model(model.folder, model.label, read))
         for found in adapters:
             with noted(errors):
                 adapter = Adapter.open(found.folder, found.label)
