@@ -246,7 +246,7 @@ def quantised(form: Format, base: Path, folder: Path, seed: int = 0) -> dict[str
         shard = f"model-0000{number}-of-00002.safetensors"
         save_file({name: stored[name].contiguous() for name in half}, folder / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(half, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((base / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(form.settings)}))
     return weights

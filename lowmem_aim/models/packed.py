@@ -78,6 +78,20 @@ def columns_of(
     return found
 
 
+def table_of(values: Tensor, upper_first: bool = False) -> Tensor:  # (256,) int64
+    """Both float32 numbers in each byte, of 16 values: as one number of 8 bytes, which is looked up twice as fast."""
+    byte = torch.arange(256)
+    lower, upper = values.to(torch.float32)[byte & 15], values.to(torch.float32)[byte >> 4]
+    both = (upper, lower) if upper_first else (lower, upper)
+    return torch.stack(both, dim=1).view(torch.int64).flatten()
+
+
+def looked_up(packed: Tensor, table: Tensor) -> Tensor:  # (rows, 2 * bytes) float32
+    """The numbers in rows of bytes, two in each."""
+    found = table.index_select(0, packed.flatten().to(torch.int32))
+    return found.view(torch.float32).view(len(packed), 2 * packed.shape[1])
+
+
 def require(good: bool, weight: TensorInfo, *others: TensorInfo) -> None:
     """Raise ModelError for parts of a weight whose shapes or dtypes do not fit together."""
     if not good:

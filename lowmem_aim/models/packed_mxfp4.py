@@ -20,7 +20,9 @@ from lowmem_aim.models.packed import (
     ceiling,
     columns_of,
     decoded,
+    looked_up,
     require,
+    table_of,
 )
 from lowmem_aim.models.tensor_files import TensorFiles
 from lowmem_aim.system.on_demand import torch
@@ -74,15 +76,10 @@ class Mxfp4(Packed):
         groups = begin // HALF, ceiling(end, HALF)
         exponents = columns_of(stored, as_matrix(self.scales, height // GROUP), lines, groups)
         exponents = exponents[:, torch.arange(begin, end) // HALF - groups[0]]
-        pairs = _pairs()[packed.to(torch.int32)]  # (out, bytes, 2)
-        pairs.mul_(torch.pow(2.0, exponents.to(torch.int32) - 127).unsqueeze(2))
-        return pairs.flatten(1)[:, first - 2 * begin : last - 2 * begin]
-
-
-def _pairs() -> Tensor:  # (256, 2) float32: the two numbers in a byte
-    values = torch.tensor(VALUES)
-    byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
+        values = looked_up(packed, table_of(torch.tensor(VALUES)))
+        factors = torch.pow(2.0, exponents.to(torch.int32) - 127)  # (out, bytes)
+        values.view(width, end - begin, 2).mul_(factors.unsqueeze(2))
+        return values[:, first - 2 * begin : last - 2 * begin]
 
 
 def mxfp4(tensors: Mapping[str, TensorInfo], settings: Settings, stored: TensorFiles) -> Iterator[Packed]:

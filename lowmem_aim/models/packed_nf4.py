@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.headers import TensorInfo
-from lowmem_aim.models.packed import FLOAT, Packed, Settings, ceiling, decoded, require
+from lowmem_aim.models.packed import FLOAT, Packed, Settings, ceiling, decoded, looked_up, require, table_of
 from lowmem_aim.models.tensor_files import TensorFiles
 from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.on_demand import torch
@@ -60,18 +60,14 @@ class FourBit(Packed):
         first, last = begin // self.block, ceiling(end, self.block)
         until = min(last * self.block, self.info.numel)
         start_byte, end_byte = first * self.block // 2, ceiling(until, 2)
-        pairs = self._pairs(stored)[stored.elements(self.packed, start_byte, end_byte).to(torch.int32)]
-        values = pairs.flatten()[: until - first * self.block]
+        packed = stored.elements(self.packed, start_byte, end_byte)
+        table = table_of(stored.elements(self.table, 0, 16), upper_first=True)
+        values = looked_up(packed.unsqueeze(0), table).flatten()[: until - first * self.block]
         magnitudes = self._magnitudes(stored, first, last)
         whole = len(values) // self.block
         values[: whole * self.block].view(whole, self.block).mul_(magnitudes[:whole, None])
         values[whole * self.block :].mul_(magnitudes[whole:])
         return values[begin - first * self.block : end - first * self.block].view(stop - start, columns)
-
-    def _pairs(self, stored: TensorFiles) -> Tensor:  # (256, 2): the two numbers in a byte
-        values = stored.elements(self.table, 0, 16).to(torch.float32)
-        byte = torch.arange(256)
-        return torch.stack([values[byte >> 4], values[byte & 15]], dim=1)
 
     def _magnitudes(self, stored: TensorFiles, first: int, last: int) -> Tensor:  # (last - first,) float32
         found = stored.elements(self.magnitudes, first, last)

@@ -74,7 +74,7 @@ def as_floats(scales: Tensor) -> Tensor:
 
 def fp8(tensors: Mapping[str, TensorInfo], settings: Settings, stored: TensorFiles) -> Iterator[Packed]:
     """The weights of `fp8`: blocks of `weight_block_size`, or one scale for all."""
-    block = _pair(settings.get("weight_block_size"))
+    block = _pair(settings.get("weight_block_size", [128, 128]))
     for name, numbers in tensors.items():
         stem = name.removesuffix(".weight")
         names = [f"{name}{_OF_FP8[0]}", *(f"{stem}{suffix}" for suffix in _OF_FP8[1:])]
