@@ -83,9 +83,9 @@ def _opened(base: str, aim: Aim, output: Path, options: Options, emit: Emit) -> 
     errors += missing_texts(aim.calibration)
     if is_activations_file(aim.calibration):
         errors.append(UsageError("calibrate needs texts, not activations", hint="pass `--calibration file.jsonl`"))
-    with noted(errors):
+    with noted(errors), Reader(options.use_cache) as reader:
         if None not in parts_found(base, local_model) or not errors:
-            checkpoint = opened(base, lambda part, is_adapter: locate(part, emit, is_adapter), options.read)
+            checkpoint = opened(base, lambda part, is_adapter: locate(part, emit, is_adapter), options.read, reader)
             if set(map(real, checkpoint.place)) & set(real(output).parents):
                 checkpoint.close()
                 raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")

@@ -139,8 +139,8 @@ def _find_all(start: Start, headers: Headers, emit: Emit) -> dict[_Part, Located
                 unseen.append(f"`{printable(reference)}`")
     if unseen or errors:
         for reference in whole:
-            with noted(errors):
-                opened(reference, lambda *part: found[part], "mmap").close()
+            with noted(errors), Reader() as reader:
+                opened(reference, lambda *part: found[part], "mmap", reader).close()
     raise_all(errors)
     if unseen:
         text = f"not checked, because the Hub cannot be reached: {', '.join(unseen)}; `plan` checks them once it can be"
@@ -155,6 +155,6 @@ def _open(start: Start, found: dict[_Part, Located], headers: Headers, emit: Emi
         lambda part, emit, is_adapter: found[part, is_adapter], lambda folder: not headers.stands_in(folder), False
     )
     errors: list[LowmemAimError] = []
-    with opened_models(recipe, "mmap", emit, finder, errors) as models, Reader() as reader:
+    with Reader() as reader, opened_models(recipe, "mmap", emit, finder, reader, errors) as models:
         raise_all(errors)
         compared(recipe, models, reader, emit, finder)

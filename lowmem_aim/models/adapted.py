@@ -19,7 +19,7 @@ import xxhash
 from lowmem_aim.methods.footprint import DOUBLE, FLOAT, Footprint
 from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.low_rank import add_column_squares, footprint_of_low_rank, with_low_rank
-from lowmem_aim.models.adapter import Adapter, Change, changes_of
+from lowmem_aim.models.adapter import Adapter, Change, Renamed, changes_of
 from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
@@ -39,10 +39,10 @@ IN_WORK = 2
 class AdaptedCheckpoint(Checkpoint):
     """A checkpoint with an adapter. Closing it closes the checkpoint that it was made of."""
 
-    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
-        """Match the adapter with its base. Raises ModelError with everything that does not fit."""
+    def __init__(self, base: Checkpoint, adapter: Adapter, renamed: Renamed) -> None:
+        """Match the adapter with its base, see `changes_of`. Raises ModelError with everything that does not fit."""
         self._base, self._adapter = base, adapter
-        self._changes = changes_of(adapter, base)
+        self._changes = changes_of(adapter, base, renamed)
         label, tensors = f"{base.label}+{adapter.label}", dict(_tensors(base, self._changes))
         super().__init__(base.folder, label, base.config, tensors, base.read, base.oddities)
         with input_errors(adapter.file):
@@ -137,8 +137,9 @@ class AdaptedCheckpoint(Checkpoint):
         if change.a is None or part is None:
             return torch.ones(1, 1)
         whole = self.stored.rows(part, 0, part.matrix[0])
+        whole = whole.t() if change.turned else whole
         # Memory of its own, not a view of the file: that is mapped for other tensors meanwhile.
-        return (whole.t() if change.turned else whole).to(torch.float32, copy=True).contiguous()
+        return empty_apart((whole.shape[0], whole.shape[1]), torch.float32).copy_(whole)
 
     def _row_factors(self, change: Change, rows: Tensor, start: int) -> Tensor:  # (rows, 1) float64
         """A DoRA's magnitudes divided by the lengths of the changed rows."""
@@ -175,13 +176,14 @@ class AdaptedCheckpoint(Checkpoint):
         own, below = footprint_of_low_rank(), self._base.footprint
         ranks = [(change.rank, *self.tensors[name].matrix) for name, change in self._changes.items() if change.rank]
         left = max((-(-rank // max(columns, 1)) for rank, _, columns in ranks), default=0)
-        right = max((rank * columns * FLOAT for rank, _, columns in ranks), default=0)
+        right = sorted((rank * columns for rank, _, columns in ranks), reverse=True)[:IN_WORK] or [0]
+        held = FLOAT * sum(right) + DOUBLE * right[0] * (self.read != "mmap")  # as stored, where that is no view
         # The rows before the change (float64 at most), the left factor, and for a DoRA's norms the rows once more.
         element = DOUBLE + FLOAT * left + (FLOAT + 2 * DOUBLE) * self._adapter.config.dora + own.element
         return Footprint(
             below.element + element,
             own.slice,
-            tensor=below.tensor + (IN_WORK + 2) * right + self._held_for_columns(element) + own.slice,
+            tensor=below.tensor + held + self._held_for_columns(element) + own.slice,
         )
 
     def _held_for_columns(self, element: int) -> int:

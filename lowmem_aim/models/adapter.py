@@ -7,9 +7,11 @@ tensor is a whole copy that takes the place of the base's: `modules_to_save`, bi
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
@@ -128,13 +130,18 @@ class _Problems:
             raise ModelError(lines, [hints[kind] for kind in self.found])
 
 
-def changes_of(adapter: Adapter, base: Checkpoint) -> dict[str, Change]:
+# A checkpoint -> transformers' name of a parameter -> the checkpoint's, where these differ.
+Renamed = Callable[[Checkpoint], Mapping[str, str]]
+
+
+def changes_of(adapter: Adapter, base: Checkpoint, renamed: Renamed) -> dict[str, Change]:
     """The changes by an adapter: tensor of the base -> its change. A tied head that the adapter stores is among them.
 
-    Every tensor of the adapter has its place in a change. Raises ModelError with all that have none, and with those
-    that fit neither the config nor the base, a line for each kind.
+    Every tensor of the adapter has its place in a change; `renamed` is asked for names that the header does not show.
+    Raises ModelError with all tensors that have no place, and with those that do not fit the config or the base, a line
+    for each kind.
     """
-    matched = _Matched(adapter, base)
+    matched = _Matched(adapter, base, renamed)
     changes = dict(matched.changes())
     hints = dict(_HINTS)
     if adapter.config.base:
@@ -161,8 +168,8 @@ _HINTS = {
 class _Matched:
     """An adapter's tensors by the base's tensors that they change."""
 
-    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
-        self.adapter, self.base = adapter, base
+    def __init__(self, adapter: Adapter, base: Checkpoint, renamed: Renamed) -> None:
+        self.adapter, self.base, self._ask = adapter, base, renamed
         self.problems = _Problems()
         self._names = Names(base.tensors)
         self._copies: dict[str, TensorInfo] = {}  # tensor of the base -> the adapter's copy
@@ -189,8 +196,18 @@ class _Matched:
         else:
             self._copy(info, _WRAPPER.sub("", name))
 
+    def _find(self, name: str) -> str:
+        """The tensor of the base that an adapter calls by this name; "" if there is none."""
+        return self._names.find(name) or self._renamed.get(name, "")
+
+    @cached_property
+    def _renamed(self) -> Mapping[str, str]:
+        with contextlib.suppress(ModelError):  # no causal LM, say: then the header's names are all that is known
+            return self._ask(self.base)
+        return {}
+
     def _copy(self, info: TensorInfo, name: str) -> None:
-        found = self._names.find(name) or self._tied_head(name)
+        found = self._find(name) or self._tied_head(name)
         if not found:
             self._unmatched(info)
             return
@@ -215,7 +232,7 @@ class _Matched:
 
     def _of_module(self, module: str, parts: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Change]]:
         first = next(iter(parts.values()))
-        weight = self._names.find(f"{module}.weight")
+        weight = self._find(f"{module}.weight")
         if len({part.startswith("lora_embedding") for part in parts if part not in _BESIDE}) > 1:
             shown = f"`{printable(first.name)}`"
             self.problems.add("foreign", first.name, f"{shown} and other tensors adapt its module in two ways")

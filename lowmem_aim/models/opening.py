@@ -52,7 +52,7 @@ def parts_found(reference: str, find: Find[M]) -> list[M]:
     return found
 
 
-def opened(reference: str, find: Find[Located], read: ReadMode) -> Checkpoint:
+def opened(reference: str, find: Find[Located], read: ReadMode, reader: Reader) -> Checkpoint:
     """A model, with its adapter if it has one, found and opened. Raises ModelError with every problem found."""
     model, *adapters = parts_found(reference, find)
     errors: list[LowmemAimError] = []
@@ -64,14 +64,14 @@ def opened(reference: str, find: Find[Located], read: ReadMode) -> Checkpoint:
                 adapter = Adapter.open(found.folder, found.label)
         raise_all(errors)
         if adapters:
-            checkpoint = AdaptedCheckpoint(checkpoint, adapter)
+            checkpoint = AdaptedCheckpoint(checkpoint, adapter, reader.renamed)
         stack.pop_all()  # what is right stays open
         return checkpoint
 
 
 @contextlib.contextmanager
 def opened_models(
-    recipe: Recipe, read: ReadMode, emit: Emit, finder: Finder, errors: list[LowmemAimError]
+    recipe: Recipe, read: ReadMode, emit: Emit, finder: Finder, reader: Reader, errors: list[LowmemAimError]
 ) -> Iterator[dict[str, Checkpoint | None]]:
     """Find and open all models: reference -> checkpoint, the base first; a model that is named twice is opened once.
 
@@ -85,7 +85,7 @@ def opened_models(
         def open_one(reference: str) -> None:
             with noted(errors):
                 find = told(recipe, lambda part, is_adapter: finder.find(part, emit, is_adapter))
-                checkpoint = opened(reference, find, read)
+                checkpoint = opened(reference, find, read, reader)
                 found[reference] = stack.enter_context(checkpoint)
                 for text in checkpoint.oddities:
                     emit(Notice(text, "warning"))

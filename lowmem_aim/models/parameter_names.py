@@ -97,6 +97,11 @@ class ParameterNames:
         recipe = self._recipe(parameter)
         return recipe.parts[0][1] if recipe is not None and recipe.converter is None else None
 
+    def renamed(self) -> dict[str, str]:
+        """Parameter -> its tensor in the checkpoint, for those that are one tensor unchanged, of another name."""
+        plain = {name: recipe.parts[0][1] for name, recipe in self._recipes.items() if recipe.converter is None}
+        return {name: stored for name, stored in plain.items() if name != stored}
+
     def load(self, parameter: str, read: Read | None = None) -> Tensor:
         """The parameter's value in memory of its own, in the model's dtype, or in the one that a converter has made.
 

@@ -54,9 +54,14 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     def roles(self, checkpoint: Checkpoint) -> TensorRoles:
         """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
-        # Every shape counts, because the model is checked against it.
-        tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
-        return TensorRoles.of(self._answer("roles", checkpoint, {"config": checkpoint.config, "tensors": tensors}))
+        return TensorRoles.of(self._answer("roles", checkpoint, _outline(checkpoint)))
+
+    def renamed(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """transformers' name -> the checkpoint's, of parameters that are one tensor of another name.
+
+        Raises ModelError as `roles`.
+        """
+        return dict(self._answer("renamed", checkpoint, _outline(checkpoint)))
 
     def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
         """The tokenizer's files by name, with xxh3-128 of each; empty if there is none. Raises ModelError."""
@@ -131,6 +136,12 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint) from failure
 
 
+def _outline(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that building the model without weights depends on: every shape, because the model is checked against it."""
+    tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
+    return {"config": checkpoint.config, "tensors": tensors}
+
+
 def _cached(name: str) -> Any:
     """The answer in a file of the cache; None if there is no such file, or not one that `_keep` wrote."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -156,6 +167,7 @@ def _keep(name: str, answer: Any) -> None:
 _READ = {
     "settings": "config",
     "roles": "config, and building the model without weights,",
+    "renamed": "config, and building the model without weights,",
     "vocabulary": "tokenizer",
     "encode": "texts with its tokenizer",
 }

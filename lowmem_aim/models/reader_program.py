@@ -40,6 +40,15 @@ def settings(question: Question) -> Any:
 
 def roles(question: Question) -> Any:
     """The roles of a checkpoint's tensors, given their names, dtypes and shapes."""
+    return _meta_model(question).roles().table()
+
+
+def renamed(question: Question) -> dict[str, str]:
+    """transformers' name of a parameter -> the checkpoint's, where these differ; the question is as for `roles`."""
+    return dict(_meta_model(question).weights.renamed())
+
+
+def _meta_model(question: Question) -> Any:
     from lowmem_aim.models.checkpoint import Checkpoint
     from lowmem_aim.models.headers import TensorInfo
     from lowmem_aim.models.meta_model import load_meta_model
@@ -50,7 +59,7 @@ def roles(question: Question) -> Any:
         name: TensorInfo(name, BY_NAME[dtype], tuple(shape), nowhere, 0, 0)
         for name, dtype, shape in question["tensors"]
     }
-    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors)).roles().table()
+    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors))
 
 
 def vocabulary(question: Question) -> dict[str, int]:
@@ -131,6 +140,7 @@ def import_transformers() -> None:
 ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
+    "renamed": (import_transformers, renamed),
     "vocabulary": (lambda: None, vocabulary),
     "encode": (import_transformers, encode),
 }

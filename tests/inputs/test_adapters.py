@@ -24,6 +24,7 @@ from lowmem_aim.models.adapter_config import adapter_config_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
+from lowmem_aim.models.reader import Reader
 from lowmem_aim.system.options import ReadMode
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -32,7 +33,8 @@ SCALING = ALPHA / RANK
 
 
 def reading(base: Path, adapter: Path, read: ReadMode = "mmap") -> Checkpoint:
-    return opened(f"{base}+{adapter}", lambda part, is_adapter: locate(part, silent, is_adapter), read)
+    with Reader() as reader:
+        return opened(f"{base}+{adapter}", lambda part, is_adapter: locate(part, silent, is_adapter), read, reader)
 
 
 def read(base: Path, adapter: Path) -> dict[str, Tensor]:
@@ -241,6 +243,13 @@ def test_modules_are_found_under_another_prefix(there: str, base: Path, tmp_path
     same = read(base, write(tmp_path / "b", factors({Q: (32, 32)})))
     assert found[f"{Q}.weight"].equal(same[f"{Q}.weight"])
     assert not found[f"{Q}.weight"].equal(stored(base)[f"{Q}.weight"])
+
+
+def test_a_head_that_transformers_calls_otherwise_is_found(tmp_path: Path) -> None:
+    base = tiny.build("gpt_neox", tmp_path / "base")  # `embed_out` in files, `lm_head` in the model
+    tensors = factors({"lm_head": (tiny.VOCAB, 32)})
+    found = read(base, write(tmp_path / "a", tensors))["embed_out.weight"]
+    assert found.equal((stored(base)["embed_out.weight"].double() + product(tensors, "lm_head")).float())
 
 
 def test_another_layers_tensor_is_never_taken(base: Path, tmp_path: Path) -> None:

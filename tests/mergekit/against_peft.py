@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lowmem_aim.events import silent
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
+from lowmem_aim.models.reader import Reader
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-6
@@ -54,7 +55,13 @@ ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "qwen2": ({}, {"tied": {"target_modules": ["embed_tokens", "q_proj"]}}),
     "gemma": ({}, {"plain": {"target_modules": LLAMA}}),
-    "gpt_neox": ({}, {"plain": {"target_modules": ["query_key_value", "dense"], "lora_bias": True}}),
+    "gpt_neox": (
+        {},
+        {
+            "plain": {"target_modules": ["query_key_value", "dense"], "lora_bias": True},
+            "head": {"target_modules": ["dense"], "modules_to_save": ["lm_head"]},
+        },
+    ),
 }
 
 
@@ -82,7 +89,10 @@ def compared(base: Path, adapter: Path) -> str:
     theirs = load_file(Path(f"{adapter}-merged") / "model.safetensors")
     worst, where, changed = 0.0, "", 0
     before = load_file(base / "model.safetensors")
-    with opened(f"{base}+{adapter}", lambda part, is_adapter: locate(part, silent, is_adapter), "mmap") as model:
+    with (
+        Reader() as reader,
+        opened(f"{base}+{adapter}", lambda *part: locate(part[0], silent, part[1]), "mmap", reader) as model,
+    ):
         if model.tensors.keys() != theirs.keys():
             return f"other tensors: {sorted(model.tensors.keys() ^ theirs.keys())[:4]}"
         for name, expected in theirs.items():

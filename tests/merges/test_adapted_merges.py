@@ -24,6 +24,7 @@ from lowmem_aim.events import silent
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
+from lowmem_aim.models.reader import Reader
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Recipe
@@ -54,7 +55,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(base: Path, adapter: Path, folder: Path) -> Path:
     """`base+adapter` as a model's folder, as it is read."""
     tiny.perturbed(base, folder, scale=0.0)
-    with opened(f"{base}+{adapter}", lambda part, is_adapter: locate(part, silent, is_adapter), "mmap") as model:
+    with (
+        Reader() as reader,
+        opened(f"{base}+{adapter}", lambda *part: locate(part[0], silent, part[1]), "mmap", reader) as model,
+    ):
         tensors = {name: model.tensor(name).clone() for name in model.tensors}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
