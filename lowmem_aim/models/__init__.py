@@ -8,7 +8,7 @@ known_files.py        the files of a model folder beside its weights, by name: w
 links.py              links in a model folder: which of them may be followed
 folder.py             the files of a model folder: which hold tensors, which are refused
 tensor_files.py       tensors of safetensors files, read as they are stored
-quantisation.py       how a model is quantised, as its config and its tensors say
+quantisation.py       the quantisation of a model, as its config and its tensors say
 checkpoint.py         one model on disk, read by rows
 packed.py             weights stored as packed numbers and scales, decoded a few rows at a time
 packed_scaled.py      FP8 and INT8: small numbers with a scale for each tensor, row, block or group

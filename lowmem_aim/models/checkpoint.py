@@ -40,7 +40,7 @@ DIGEST_ELEMENTS = 1 << 20  # read at a time for a digest
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a model folder holds, as its config and its headers say: quantised weights as they are stored."""
+    """Contents of a model folder, as its config and its headers say: quantised weights as they are stored."""
 
     folder: Path
     config: Mapping[str, Any]

@@ -54,7 +54,7 @@ class Grouped(Packed):
 
     @property
     def held_bytes(self) -> int:
-        """What is read of the file where it is not mapped; numbers, scales and zero points of a word's outputs."""
+        """A piece of the file where it is not mapped; numbers, scales and zero points of a word's outputs."""
         inputs, per_word = self.info.shape[1], WORD // self.bits
         return CHUNK_BYTES + 2 * per_word * inputs * self.element_bytes + 8 * inputs
 

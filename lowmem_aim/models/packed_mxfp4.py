@@ -53,7 +53,7 @@ class Mxfp4(Packed):
 
     @property
     def held_bytes(self) -> int:
-        """What is read of the file where it is not mapped, and up to two columns beside the wanted ones."""
+        """A piece of the file where it is not mapped, and up to two columns beside the wanted ones."""
         return CHUNK_BYTES + 2 * self.info.shape[-1] * (self.element_bytes + FLOAT)
 
     def rows(self, stored: TensorFiles, start: int, stop: int) -> Tensor:

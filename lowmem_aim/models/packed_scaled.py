@@ -122,8 +122,11 @@ def _scaled(
     *experts, height, columns = numbers.shape
     count = experts[0] if experts else 1
     grid = _grid(scales, numbers)
-    wanted = block or (0, 0)
-    sizes = _size(height, grid[0], wanted[0]), _size(columns, grid[1], wanted[1])
+    if block and grid == (ceiling(height, block[0]), ceiling(columns, block[1])):
+        sizes = block
+    else:  # one scale for all, for each row, or for each group of columns; blocks that the config does not tell
+        require(not block or grid in ((1, 1), (height, 1)), numbers, scales)
+        sizes = _size(height, grid[0]), _size(columns, grid[1])
     require(scales.numel == count * grid[0] * grid[1] and all(sizes), numbers, scales)
     return Scaled(decoded(name, numbers.shape, numbers), numbers, scales, grid, sizes, factor)
 
@@ -137,13 +140,9 @@ def _grid(scales: TensorInfo, numbers: TensorInfo) -> tuple[int, int]:
     return (height, 1) if own == (height,) and height > 1 else (1, 1)
 
 
-def _size(length: int, number: int, wanted: int) -> int:
-    """Elements for each of `number` scales over `length` elements, `wanted` if that is right; 0 if none is."""
-    if number and wanted and ceiling(length, wanted) == number:
-        return wanted
-    if number == 1:
-        return max(length, 1)
-    return length // number if number and length % number == 0 else 0
+def _size(length: int, number: int) -> int:
+    """Elements for each of `number` scales over `length` elements; 0 if they cannot be as many for each."""
+    return max(length // number, 1) if number and length % number == 0 else 0
 
 
 def _pair(value: object) -> tuple[int, int] | None:

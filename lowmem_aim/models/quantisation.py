@@ -1,4 +1,4 @@
-"""How a model is quantised, as far as its config and the names and dtypes of its tensors say."""
+"""The quantisation of a model, as far as its config and the names and dtypes of its tensors say."""
 
 from __future__ import annotations
 

@@ -68,6 +68,11 @@ def open_model(folder: Path, label: str | None = None, read: ReadMode = "mmap") 
     return Checkpoint.of(found, label, read)
 
 
+def _is_number(info: TensorInfo) -> bool:
+    """Whether a tensor is named as a weight, and holds whole numbers: one whose scales are missing."""
+    return info.name.endswith("weight") and not info.dtype.is_floating_point and info.numel > 0
+
+
 class QuantisedCheckpoint(Checkpoint):
     """A checkpoint of which some tensors are decoded from others."""
 
@@ -98,7 +103,8 @@ class QuantisedCheckpoint(Checkpoint):
         """The tensors that are stored as they are. Half precision becomes bfloat16, as the other weights do."""
         used = {part.name for packed in self._packed.values() for part in packed.parts}
         rest = {name: info for name, info in tensors.items() if name not in used and not _DROPPED.search(name)}
-        if strange := packed_parts(rest):
+        numbers = [name for name, info in rest.items() if _is_number(info)]
+        if strange := [*packed_parts(rest), *numbers, *(name for name in rest if name in self._packed)]:
             what = f"`{printable(strange[0])}` is of a quantised weight that is not read here ({self._method})"
             raise ModelError(f"`{printable(str(self.folder))}`: {what}", UNQUANTISED)
         half = DTYPES["F16"]

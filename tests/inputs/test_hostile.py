@@ -122,7 +122,7 @@ class TestConfig:
 
 
 class TestQuantised:
-    @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
+    @pytest.mark.parametrize("method", ["aqlm", "hqq", "quanto", "torchao"])
     def test_by_config(self, place: Place, method: str) -> None:
         tiny.edit_config(place.folder / "math", quantization_config={"quant_method": method, "bits": 4})
         message = f"math` is quantised (`quantization_config`: {method} in its config.json)"
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place, known
     """One quantised, one broken, one of another size and shape: a single run tells all."""
     for name in ("awq", "cut", "small"):
         tiny.perturbed(place.folder / "base", place.folder / name, scale=0.0)
-    tiny.edit_config(place.folder / "awq", quantization_config={"quant_method": "awq"})
+    tiny.edit_config(place.folder / "awq", quantization_config={"quant_method": "hqq"})
     (place.folder / "cut/model.safetensors").write_bytes(b"\x80\x04" * 10)
     tiny.edit_config(place.folder / "small", num_hidden_layers=2, num_key_value_heads=4, tie_word_embeddings=True)
     tiny.edit_tensors(

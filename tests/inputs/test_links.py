@@ -14,7 +14,7 @@ from conftest import Place
 from safetensors.torch import save_file
 
 from lowmem_aim.errors import ModelError
-from lowmem_aim.models import checkpoint as reading
+from lowmem_aim.models import tensor_files as reading
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.output.copied import copied_files
 
