@@ -185,15 +185,18 @@ def did_you_mean(word: str, known: Iterable[str], short: Mapping[str, str] | Non
     return f"; did you mean `{meant}`?" if meant else ""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that `word` may be a slip of, see `did_you_mean`; empty if there is none."""
+def nearest(word: str, known: Iterable[str], slips: int = 1) -> str:
+    """The known word that `word` may be a slip of, see `did_you_mean`; empty if there is none.
+
+    `slips`: so many wrong letters are allowed in short words too.
+    """
     typed = _letters(word)
     if len(typed) < 3:
         return ""
-    slips = {name: _slips(typed, _letters(name)) for name in dict.fromkeys(known)}
-    near = [name for name, slip in slips.items() if slip <= max(1, len(typed) // 3)]
-    near = near or [name for name in slips if _letters(name).startswith(typed)]
-    return min(near, key=lambda name: (slips[name], _letters(name)[0] != typed[0])) if near else ""
+    found = {name: _slips(typed, _letters(name)) for name in dict.fromkeys(known)}
+    near = [name for name, count in found.items() if count <= min(max(slips, len(typed) // 3), len(name) - 1)]
+    near = near or [name for name in found if _letters(name).startswith(typed)]
+    return min(near, key=lambda name: (found[name], _letters(name)[0] != typed[0])) if near else ""
 
 
 def _letters(word: str) -> str:

@@ -21,7 +21,9 @@ from lowmem_aim.methods import kernels
 from lowmem_aim.output.copied import copied_files
 from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
 from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.layer_settings import restacked
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
+from lowmem_aim.planning.sources import patterns
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import PILE, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
@@ -43,6 +45,15 @@ def check_place(ready: Prepared) -> None:
 def check_small_files(ready: Prepared) -> None:
     """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
     ready.copied = copied_files(ready.inputs.reference, ready.emit)
+
+
+def check_layers(ready: Prepared) -> None:
+    """Make the config of the output; if its layers are chosen, check that they make a model. Raises ModelError."""
+    recipe, inputs = ready.recipe, ready.inputs
+    ready.config = inputs.reference.config
+    if recipe.sliced:
+        ready.config = restacked(inputs.reference, patterns(recipe, inputs), ready.reader.settings)
+        ready.reader.roles(ready.outline())
 
 
 def check_calibration(ready: Prepared) -> None:
@@ -180,7 +191,14 @@ Check = Callable[[Prepared], None]
 OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
 
 # In the order in which their problems are listed; the first problem sets the exit code. These need no torch:
-AT_ONCE: tuple[Check, ...] = (check_place, check_at_work, check_small_files, tell_oddities, check_disk_space)
+AT_ONCE: tuple[Check, ...] = (
+    check_place,
+    check_at_work,
+    check_small_files,
+    check_layers,
+    tell_oddities,
+    check_disk_space,
+)
 # These do, or run what reads tokenizers and texts; they are made if nothing else is wrong.
 LATER: tuple[Check, ...] = (
     check_device,
@@ -248,7 +266,7 @@ def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Se
     compared = phase == "compare"
     if compared:
         plan = next(iter(ready.plans.values()))
-        needs = needs_of_comparison(meta_model, sequences, plan, ready.inputs, ready.merging_bytes())
+        needs = needs_of_comparison(meta_model, sequences, plan, ready.merging_bytes())
     else:
         needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowmem_aim.errors import printable
 from lowmem_aim.jobs.identity import CALIBRATION, COMPARISON, PARAMETERS, RECIPE, ROWS, SHARDS, SMALL
+from lowmem_aim.recipe.parts import WAYS
 
 MOST_TOLD = 20
 _SHOWN = 200  # characters of a value in a message
@@ -21,7 +22,7 @@ _CHANGED = {
     ROWS: "the rows of the vocabulary that belong together have changed: a model has another tokenizer",
 }
 # Keys that follow from others: told only where none of these differs.
-_FOLLOW_FROM = {PARAMETERS: (RECIPE,), SHARDS: tuple(RECIPE + key for key in ("dtype", "base_model", "models"))}
+_FOLLOW_FROM = {PARAMETERS: (RECIPE,), SHARDS: tuple(RECIPE + key for key in ("dtype", "base_model", *WAYS))}
 
 _Difference = tuple[str, Any, Any]  # (dotted key, the value then, the value now); None: there is none
 

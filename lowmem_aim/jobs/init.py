@@ -28,6 +28,8 @@ from lowmem_aim.methods.registry import find_method, names
 from lowmem_aim.models.hub import Located
 from lowmem_aim.models.opening import Finder, compared, opened, opened_models, parts_found, told
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.tied_heads import check_repeated
+from lowmem_aim.planning.fitting import check_sources
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.starting import Start
 from lowmem_aim.recipe.yaml_tree import parse, tree_of
@@ -157,4 +159,9 @@ def _open(start: Start, found: dict[_Part, Located], headers: Headers, emit: Emi
     errors: list[LowmemAimError] = []
     with Reader() as reader, opened_models(recipe, "mmap", emit, finder, reader, errors) as models:
         raise_all(errors)
-        compared(recipe, models, reader, emit, finder)
+        with noted(errors):
+            inputs = compared(recipe, models, reader, emit, errors)
+            if inputs:
+                check_sources(recipe, inputs, emit)
+                check_repeated(inputs, finder.has_weights)
+        raise_all(errors)

@@ -210,11 +210,13 @@ def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | 
     """AIM and then ACM, as the recipe asks for them; ACM is measured here, on the merged model as AIM leaves it."""
     inputs, aim, relaxation = ready.inputs, output.plan.recipe.aim, Relaxation()
     if ready.calibration and activations and aim:
-        relaxation = relaxation.then(ByChannel(aim, activations, ready.calibration.base, inputs))
+        relaxation = relaxation.then(ByChannel(aim, activations, ready.calibration.base))
     if ready.comparison:
         merged = partial(MergedWeights, output.plan, inputs, relaxation)
-        output.consensus = ready.comparison.consensus(output.plan, inputs, merged, ready.run, output.space)
-        relaxation = relaxation.then(ByLayer(output.consensus, ready.comparison.measurement.base, inputs))
+        output.consensus = ready.comparison.consensus(
+            output.plan, inputs, merged, ready.outline(), ready.run, output.space
+        )
+        relaxation = relaxation.then(ByLayer(output.consensus))
     return relaxation
 
 
@@ -238,4 +240,6 @@ def _small_files(
 ) -> dict[str, bytes]:
     accepted = output.space.journal.kept(AcceptedEnvironments)
     environments = accepted.environments if accepted else None
-    return output_files(output.plan, ready.inputs, activations, found, ready.copied, environments, output.consensus)
+    return output_files(
+        output.plan, ready.inputs, activations, found, ready.copied, ready.config, environments, output.consensus
+    )

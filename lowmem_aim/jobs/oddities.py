@@ -22,7 +22,9 @@ def tell_oddities(ready: Prepared) -> None:
 
 def _idle_filters(plan: Plan) -> Iterator[str]:
     recipe, names = plan.recipe, [task.name for task in plan.tasks if task.action == "merge"]
-    tables: list[Mapping[str, Setting]] = [recipe.parameters, *(model.parameters for model in recipe.models)]
+    tables: list[Mapping[str, Setting]] = [recipe.parameters, *([recipe.module.parameters] if recipe.module else [])]
+    tables += [part.parameters for part in recipe.slices]
+    tables += [model.parameters for model in recipe.models]
     tables += [{"aim.omega": recipe.aim.omega}] if recipe.aim else []
     settings = [(key, setting) for table in tables for key, setting in table.items() if setting.filtered]
     idle = [

@@ -150,7 +150,7 @@ class _Estimate:
                 speeds["compute"] = merge_speed(
                     first.recipe.method,
                     task.parameters,
-                    len(ready.inputs.experts),
+                    len(task.experts),
                     device=run.device,
                     relaxed=ready.recipe.relaxed,
                     dtype=task.dtype.torch,

@@ -18,7 +18,9 @@ from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
 from lowmem_aim.models.reader import Reader, ReaderNeeded
+from lowmem_aim.models.tied_heads import check_repeated
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
+from lowmem_aim.planning.fitting import check_sources
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.reader import readable_part
@@ -47,11 +49,16 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
         opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, reader, errors))
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
-        inputs, plans = None, {}
-        with contextlib.suppress(ReaderNeeded), noted(errors):
-            inputs = compared(recipe, opened, reader, emit, finder)
-            if inputs and None not in opened.values():
+        inputs, plans, unfit = None, {}, list[LowmemAimError]()
+        with contextlib.suppress(ReaderNeeded), noted(unfit):
+            inputs = compared(recipe, opened, reader, emit, unfit)
+            if inputs:
+                check_sources(recipe, inputs, emit)
+        if inputs and not unfit and None not in opened.values():
+            with noted(unfit):
+                check_repeated(inputs, finder.has_weights)
                 plans = _plans(recipe, inputs, options)
+        errors += unfit
         if not inputs or not plans:
             raise_all(errors)
             raise AssertionError("models are opened, or it is told why not")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.events import Emit
@@ -15,6 +15,7 @@ from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.merged_weights import ELEMENTS
 from lowmem_aim.merging.rehearsal import rehearse
+from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import Finder
 from lowmem_aim.models.reader import Reader
@@ -63,6 +64,7 @@ class Prepared:
     plans: Mapping[str, Plan]  # by the output's folder in `out`; "" where the output is `out` itself
     errors: list[LowmemAimError]
     copied: Mapping[str, bytes] = field(default_factory=dict)  # small files that the output takes from the reference
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the output
     calibration: Calibration | None = None
     comparison: Comparison | None = None
     model_runs: list[ModelRun] = field(default_factory=list)  # the model runs that are still to be made
@@ -88,6 +90,14 @@ class Prepared:
         """The names of the outputs that are still to be made."""
         return [name for name in self.plans if not is_finished(self.folder(name))]
 
+    def outline(self) -> Checkpoint:
+        """The output as a checkpoint of which only config and headers are there."""
+        if not self.recipe.sliced:
+            return self.inputs.reference
+        plan = next(iter(self.plans.values()))
+        infos = {task.name: replace(task.experts[0].info, name=task.name, shape=task.shape) for task in plan.tasks}
+        return Checkpoint(self.out, "the output", self.config, infos)
+
     def needs(self) -> shares.Needs:
         """The memory that the merge itself takes."""
         return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
@@ -95,7 +105,7 @@ class Prepared:
     @functools.cached_property
     def reached(self) -> int:
         """The most bytes of RAM that were in use while the code of the merge was compiled and loaded, once for all."""
-        return rehearse(next(iter(self.plans.values())), self.inputs, self.run.budget)
+        return rehearse(next(iter(self.plans.values())), self.run.budget)
 
     def shares(self, *, grown: bool = False) -> shares.Shares:
         """Divide what is left of the budget now, for the merge itself; `grown`: the merge has begun.

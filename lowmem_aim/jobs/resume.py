@@ -152,13 +152,13 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     known = digests_read(plan, journal).get(str(number), {})
     place = inputs.places[number]
     stride = Stride(REREAD_ELEMENTS)
-    for task in (task for task in plan.tasks if task.name in known):
-        tensor = TensorInputs(task, inputs, True, stride)
-        for reader in (reader for reader in tensor.readers if reader.checkpoint.place == place):
-            for start, stop in stride.cuts(task.shape):
-                reader.enter_digest(reader.pieces(start, stop))
-            if reader.digest() != known[task.name]:
-                yield task.name
+    for task in plan.tasks:
+        for reader in TensorInputs(task, True, stride).readers:
+            if reader.checkpoint.place == place and reader.tensor in known:
+                for start, stop in stride.cuts(task.shape):
+                    reader.enter_digest(reader.pieces(start, stop))
+                if reader.digest() != known.pop(reader.tensor):  # each once: several tasks may read it
+                    yield reader.tensor
 
 
 def digests_read(plan: Plan, journal: Journal) -> dict[str, dict[str, str]]:

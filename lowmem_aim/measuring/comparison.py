@@ -72,6 +72,7 @@ class Comparison:
         plan: Plan,
         inputs: Inputs,
         merged: Callable[[Path], Merged],  # the merged model's weights; the folder takes what does not fit
+        outline: Checkpoint,  # the merged model's config and headers
         run: Run,
         space: Workspace,
     ) -> Consensus:
@@ -85,7 +86,7 @@ class Comparison:
             run.emit(Notice("resuming: ACM's comparison is done"))
             measured = before.information
         else:
-            measured = self._measure(plan, inputs, merged, run, space)
+            measured = self._measure(plan, inputs, merged, outline, run, space)
             if before and before.information != measured and space.journal.holds(Group):
                 raise ResumeError(
                     "ACM's comparison of the models no longer gives the result it gave when this merge began",
@@ -104,29 +105,35 @@ class Comparison:
         )
 
     def _measure(
-        self, plan: Plan, inputs: Inputs, merged: Callable[[Path], Merged], run: Run, space: Workspace
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        merged: Callable[[Path], Merged],
+        outline: Checkpoint,
+        run: Run,
+        space: Workspace,
     ) -> dict[str, list[float]]:
         base, meta_model = self.measurement.base, self.measurement.meta_model
         texts = list(self.measurement.sequences)
-        needs = needs_of_comparison(meta_model, texts, plan, inputs, self.merging_bytes)
+        needs = needs_of_comparison(meta_model, texts, plan, self.merging_bytes)
         shares = shares_for(needs, run.budget, run.device, space.private)
-        merged_meta_model = load_meta_model(inputs.reference, meta_model.dtype)
+        merged_meta_model = load_meta_model(outline, meta_model.dtype)
+        chosen = [layer for part in plan.recipe.slices if part.base for layer in part.base.layers or ()]
+        layers = chosen or range(len(meta_model.blocks))
         with merged(space.private) as weights:
-            of_base, of_merged = (
+            base_runner, merged_runner = (
                 BlockRunner(source, of, run.device, _part(shares, thirds), run.budget, space.private, run.emit)
                 for source, of, thirds in ((base, meta_model, 2), (weights, merged_meta_model, 1))
             )
-            found = information_between(of_base, of_merged, texts, run.emit, between=weights.forget)
+            found = information_between(base_runner, merged_runner, texts, run.emit, weights.forget, layers)
             weights.check_unchanged()  # a change between reading and computing would count
         return found
 
 
-def needs_of_comparison(
-    meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, inputs: Inputs, merging_bytes: int
-) -> Needs:
+def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, merging_bytes: int) -> Needs:
     """The needs of running base and merged model side by side over the texts."""
     # A merged weight takes memory twice: while it is being made, and in its block.
-    largest = max((task.nbytes for task in plan.tasks if task.name not in inputs.roles.vocabulary), default=0)
+    largest = max((task.nbytes for task in plan.tasks if not task.vocabulary), default=0)
     # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
     return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest + merging_bytes)
 

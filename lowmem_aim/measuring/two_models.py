@@ -35,15 +35,21 @@ Information = dict[str, list[float]]  # group -> nats for each text
 
 
 def information_between(
-    base: BlockRunner, merged: BlockRunner, texts: Sequence[Tensor], emit: Emit, between: Callable[[], None]
+    base: BlockRunner,
+    merged: BlockRunner,
+    texts: Sequence[Tensor],
+    emit: Emit,
+    between: Callable[[], None],
+    layers: Sequence[int],
 ) -> Information:
     """Mutual information of both models' outputs: of each layer's MLP, embedding, final norm and output head.
 
-    The result is in nats, by group, with a value for each text. `texts`: (tokens,) int64 each. `between` is called when
-    a block's weights are no longer needed. Raises ModelError if the blocks cannot be run one by one, MemoryBudgetError,
-    DiskError.
+    `layers` has the base's layer for each layer of the merged model. Where they go back, the base is run again from
+    its beginning; those that are left out are run and not compared. The result is in nats, by group, with a value for
+    each text. `texts`: (tokens,) int64 each. `between` is called when a block's weights are no longer needed. Raises
+    ModelError if the blocks cannot be run one by one, MemoryBudgetError, DiskError.
     """
-    emit(PhaseStarted("compare", len(base.blocks), "blocks"))
+    emit(PhaseStarted("compare", len(merged.blocks), "blocks"))
     with torch.no_grad(), contextlib.ExitStack() as stack:
         try:
             sides = [_Side(runner, [*texts, texts[0][:CANARY_TOKENS]]) for runner in (base, merged)]
@@ -51,10 +57,12 @@ def information_between(
                 stack.enter_context(side)
             found = _Pairs(sides, len(texts))
             information = {EMBEDDING: found.of(_Side.embedded)}
-            for index, (path, _) in enumerate(base.blocks):
-                information[str(index)] = found.of(partial(_Side.over_block, index=index))
+            for index, ((path, _), of_base) in enumerate(zip(merged.blocks, layers, strict=True)):
+                sides[0].come_to(of_base)
+                information[str(index)] = found.of(_Side.over_block)
                 between()
                 emit(Advanced(index + 1, path))
+            sides[0].come_to(len(base.blocks))
             information[NORM] = found.of(_Side.finished)
             if _has_own_head(base) and _has_own_head(merged):
                 information[HEAD] = _of_heads(sides, len(texts))
@@ -114,6 +122,8 @@ class _Side:
         self.runner, self._texts = runner, texts
         self._calls: list[list[Call]] = []  # of each text: every block's call, without the hidden state
         self.states: list[Stored] = []
+        self._shared: dict[tuple[Any, ...], Stored] = {}  # parts of calls that several of them have
+        self._next = 0  # the block before which the states are
         self._canary = SuspendedForward(runner, texts[-1])
         self._stack = contextlib.ExitStack()
 
@@ -128,19 +138,39 @@ class _Side:
 
     def embedded(self, take: Take) -> None:
         """Record every text; `take` is given its embedding."""
-        shared: dict[tuple[Any, ...], Stored] = {}
-        runner = self.runner
-        with _watching(runner.model.get_input_embeddings()) as seen:
+        with _watching(self.runner.model.get_input_embeddings()) as seen:
             for number, tokens in enumerate(self._texts):
-                calls, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, counted=False))
+                calls, state = self._recorded(tokens)
                 self._calls.append(calls)
                 self.states.append(state)
                 take(number, seen[-1])
         self._stack.enter_context(self._canary)
 
-    def over_block(self, take: Take, index: int) -> None:
-        """Run every text through one block; `take` is given the output of the block's MLP."""
-        runner, store, canary = self.runner, self.runner.store, self._canary
+    def _recorded(self, tokens: Tensor) -> tuple[list[Call], Stored]:
+        """All calls of a forward, and the hidden state before the first block."""
+        runner = self.runner
+        return runner.with_less(partial(recorded_calls, runner, tokens, self._shared, counted=False))
+
+    def come_to(self, index: int) -> None:
+        """Bring every text to the block `index`: from where it is, or, if that is beyond, from the beginning."""
+        if index < self._next:
+            self._start_again()
+        while self._next < index:
+            self.over_block(lambda number, output: None)
+
+    def _start_again(self) -> None:
+        store = self.runner.store
+        for number, tokens in enumerate(self._texts):
+            _, state = self._recorded(tokens)
+            store.put(store.get(state), self.states[number])
+            store.drop(state)
+        self._canary.__exit__()
+        self._canary = self._stack.enter_context(SuspendedForward(self.runner, self._texts[-1]))
+        self._next = 0
+
+    def over_block(self, take: Take) -> None:
+        """Run every text through the next block; `take` is given the output of the block's MLP."""
+        runner, store, canary, index = self.runner, self.runner.store, self._canary, self._next
         path, block = runner.blocks[index]
         true = canary.call.hidden if canary.index == index else None
         must_be_same(true, store.get(self.states[-1]), path)
@@ -160,6 +190,7 @@ class _Side:
                 return runner.run_block(index, canary.call)
 
         canary.step(runner.with_block(index, drive))
+        self._next += 1
 
     def finished(self, take: Take) -> None:
         """Run the rest of every forward; `take` is given the output head's input, which becomes the text's state."""

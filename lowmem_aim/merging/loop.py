@@ -62,7 +62,7 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
         stride = Stride(shares.slice_elements, run.options.slice_rows, run.emit)
         streams = DeviceStreams(run.device)
         settings = PassSettings(stride, shares, run.emit, streams.release)
-        loop = _Loop(targets[0].plan, targets, inputs, reads, streams, settings)
+        loop = _Loop(targets[0].plan, targets, reads, streams, settings)
         # Left in reverse order: after an error reading stops first, then computing, then writing.
         workers = stack.enter_context(Workers(shares.workers))
         stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
@@ -83,7 +83,6 @@ class _Loop:
 
     plan: Plan  # of the first target: the others' tasks are the same but for their relaxation
     targets: Sequence[Target]
-    inputs: Inputs
     reads: ReadLog
     streams: DeviceStreams
     settings: PassSettings
@@ -97,7 +96,7 @@ class _Loop:
         for task in self.left():
             relaxed = any(target.relaxation.touches(task) for target in self.targets)
             with_base = self.plan.recipe.builds_on_base or relaxed
-            tensor = TensorInputs(task, self.inputs, with_base, self.settings.stride, self.plan.nonfinite)
+            tensor = TensorInputs(task, with_base, self.settings.stride, self.plan.nonfinite)
             for rows in timed(tensor.slices(first_pass=True), self.settings.emit):
                 yield tensor, rows
                 del rows  # before the next are read
@@ -115,7 +114,7 @@ class _Loop:
             # Not through the device, which may not have the dtype.
             yield passes.last(lambda rows: [FinishedRows(rows.stored_experts[0])] * len(parts), append, done)
             return
-        subject = subject_of(task.name, task.shape, self.plan.recipe, self.inputs, self.plan.seed)
+        subject = subject_of(task, self.plan.recipe, self.plan.seed)
         rounds = Rounds(self.plan.recipe.method.start(subject, task.parameters))
         for fold in rounds:
             yield passes.measuring(self._on_device(fold.part), functools.partial(_add_all, fold))
@@ -142,8 +141,9 @@ class _Loop:
         task = passes.task
         # Before any target keeps the tensor: rows of a changed file, or relaxed for another base, must not stay.
         read = self.reads.add(passes.tensor)
+        digest = self.reads.digest_of(task.base) if task.base else None
         for target in self.targets:
-            target.relaxation.check_base(task, self.reads.digest_of_base(task.name))
+            target.relaxation.check_base(task, digest)
         for part in parts:
             part.done(read)
 

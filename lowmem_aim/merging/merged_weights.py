@@ -12,6 +12,7 @@ from lowmem_aim.methods.method import Combine, Rounds, Rows
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.relaxation import Relaxation
 from lowmem_aim.system.on_demand import torch
@@ -59,7 +60,7 @@ class MergedWeights:
         """Rows start:stop of a tensor seen as (rows, columns), in the output's dtype. Raises ModelError."""
         task = self._tasks[name]
         if task.action == "copy":
-            return self._inputs.reference.rows(name, start, stop)
+            return _rows_of(task.experts[0], start, stop)
         if task.whole:
             return self.tensor(name).view(-1, 1)[start:stop]
         part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype.torch)
@@ -69,7 +70,7 @@ class MergedWeights:
     def _fill(self, task: Task, part: Tensor, start: int) -> None:
         """Fill `part` with the tensor's merged rows from `start` on, some of them at a time."""
         if task.action == "copy":
-            part.copy_(self._inputs.reference.rows(task.name, start, start + len(part)))
+            part.copy_(_rows_of(task.experts[0], start, start + len(part)))
             return
         finished, read = self._finished(task), self._read(task)
         step = len(part) if task.whole else self._stride.rows(part.shape[1])
@@ -79,7 +80,7 @@ class MergedWeights:
 
     def _read(self, task: Task) -> TensorInputs:
         if task.name not in self._opened:
-            self._opened[task.name] = TensorInputs(task, self._inputs, True, self._stride, self._plan.nonfinite)
+            self._opened[task.name] = TensorInputs(task, True, self._stride, self._plan.nonfinite)
         return self._opened[task.name]
 
     def _finished(self, task: Task) -> Callable[[Rows], Tensor]:
@@ -95,7 +96,7 @@ class MergedWeights:
 
     def _measured(self, task: Task) -> Combine:
         """Run the method's rounds over the tensor, and return the method's combine."""
-        subject = subject_of(task.name, task.shape, self._plan.recipe, self._inputs, self._plan.seed)
+        subject = subject_of(task, self._plan.recipe, self._plan.seed)
         rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
         cuts = [(0, matrix_shape(task.shape)[0])] if task.whole else list(self._stride.cuts(task.shape))
@@ -119,9 +120,9 @@ class MergedWeights:
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce the tensors that these weights are made of, so that the disk can fetch them meanwhile."""
-        wanted = list(names)
-        for checkpoint in dict.fromkeys(self._inputs.checkpoints):
-            checkpoint.expect([name for name in wanted if name in checkpoint.tensors])
+        for name in names:
+            for source in self._tasks[name].sources(with_base=True):
+                source.checkpoint.expect([source.tensor])
 
     def check_unchanged(self) -> None:
         """Raise ModelError if a file of a model has changed since it was opened."""
@@ -133,3 +134,7 @@ class MergedWeights:
 
     def __exit__(self, *_: object) -> None:
         self._store.__exit__(None, None, None)
+
+
+def _rows_of(source: Source, start: int, stop: int) -> Tensor:
+    return source.checkpoint.rows(source.tensor, start, stop)

@@ -11,6 +11,7 @@ from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Replaced
 from lowmem_aim.output.shards import Read
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan
 
 Place = tuple[Path, ...]  # the folders of a model, see `Checkpoint.place`
@@ -34,9 +35,9 @@ class ReadLog:
         for reader in tensor.readers:
             reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
             model = str(self._inputs.places.index(reader.checkpoint.place))
-            digests[model] = {tensor.task.name: reader.digest()}
+            digests.setdefault(model, {})[reader.tensor] = reader.digest()
             if count := tensor.replaced_of(reader):
-                replaced[model] = {tensor.task.name: count}
+                replaced.setdefault(model, {})[reader.tensor] = count
         read = Read(digests, replaced)
         self.add_all([read])
         return read
@@ -49,10 +50,9 @@ class ReadLog:
             for model, replaced in read.replaced.items():
                 self._replaced.setdefault(self._inputs.places[int(model)], {}).update(replaced)
 
-    def digest_of_base(self, tensor: str) -> str | None:
-        """xxh3-128 of a tensor of the base as read; None if there is no base, or the tensor was not read."""
-        base = self._inputs.base
-        return self._digests.get(base.place, {}).get(tensor) if base else None
+    def digest_of(self, source: Source) -> str | None:
+        """xxh3-128 of a model's tensor as read; None if it was not read."""
+        return self._digests.get(source.checkpoint.place, {}).get(source.tensor)
 
     def model_digests(self) -> list[tuple[str, str]]:
         """(label, one xxh3-128 over all tensors of the model that were read, by name), for each model."""
@@ -65,9 +65,10 @@ class ReadLog:
 
     def replaced_elements(self, plan: Plan) -> list[Replaced]:
         """List every tensor that took some of the base's values, model by model, in the output's order."""
+        read = [(source.checkpoint, source.tensor) for task in plan.tasks for source in task.experts]
         return [
-            Replaced(checkpoint.label, task.name, count)
+            Replaced(checkpoint.label, tensor, count)
             for checkpoint in dict.fromkeys(self._inputs.checkpoints)
-            for task in plan.tasks
-            if (count := self._replaced.get(checkpoint.place, {}).get(task.name))
+            for tensor in dict.fromkeys(tensor for of, tensor in read if of is checkpoint)
+            if (count := self._replaced.get(checkpoint.place, {}).get(tensor))
         ]

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lowmem_aim.merging.slices import finite
 from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Rounds, Rows
-from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import matrix_shape
-from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.memory import Budget, trim
@@ -29,40 +28,39 @@ if TYPE_CHECKING:
 COLUMNS, ROWS = 256, 4  # of the random tensors, at most
 
 
-def rehearse(plan: Plan, inputs: Inputs, budget: Budget) -> int:
+def rehearse(plan: Plan, budget: Budget) -> int:
     """Merge random tensors as the plan merges those that differ in kind; return the most RAM that was in use, in bytes.
 
     Nothing is held to the budget yet. The compiled loops depend on dtypes, on the number of experts, and on the method.
     Where a device with memory of its own computes, only the check of what is read is rehearsed.
     """
     trim()
-    for checkpoint in dict.fromkeys(inputs.checkpoints):
+    for checkpoint in {source.checkpoint for task in plan.tasks for source in task.sources(with_base=True)}:
         checkpoint.warm_up()
     most = budget.ram_used()
-    for task in _kinds(plan, inputs):
+    for task in _kinds(plan):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.
         with contextlib.suppress(Exception):
-            _merge(task, plan, inputs, computed=budget.vram is None)
+            _merge(task, plan, computed=budget.vram is None)
         most = max(most, budget.ram_used())
     gc.collect(1)  # what was made just now; going through all that the libraries have made takes a tenth of a second
     trim()
     return most
 
 
-def _kinds(plan: Plan, inputs: Inputs) -> Iterator[Task]:
+def _kinds(plan: Plan) -> Iterator[Task]:
     """The first of all tasks that take the same way through the code."""
     seen = set()
     for task in plan.tasks:
-        if task.action == "merge" and (kind := _kind(task, inputs)) not in seen:
+        if task.action == "merge" and (kind := _kind(task)) not in seen:
             seen.add(kind)
             yield task
 
 
-def _kind(task: Task, inputs: Inputs) -> Hashable:
-    dtypes = [checkpoint.tensors[task.name].dtype for checkpoint in _models(inputs)]
+def _kind(task: Task) -> Hashable:
+    dtypes = [source.info.dtype for source in task.sources(with_base=True)]
     parameters = [(name, _class_of(value)) for name, value in sorted(task.parameters.items())]
-    first = task.name in inputs.roles.inputs_first
-    return tuple(dtypes), task.dtype, len(task.shape), first, tuple(parameters)
+    return tuple(dtypes), task.dtype, len(task.shape), task.inputs_first, tuple(parameters)
 
 
 def _class_of(value: Any) -> Hashable:
@@ -72,18 +70,14 @@ def _class_of(value: Any) -> Hashable:
     return value if isinstance(value, bool | str) else (value <= 0, value >= 1)
 
 
-def _models(inputs: Inputs) -> list[Checkpoint]:
-    return [inputs.base or inputs.reference, *inputs.experts]
-
-
-def _merge(task: Task, plan: Plan, inputs: Inputs, *, computed: bool) -> None:
+def _merge(task: Task, plan: Plan, *, computed: bool) -> None:
     shape = _small(task.shape)
     random = torch.Generator().manual_seed(0)
-    base, *experts = (_random(checkpoint, task, shape, random) for checkpoint in _models(inputs))
+    base, *experts = (_random(source, shape, random) for source in task.sources(with_base=True))
     if not all(map(finite, (base, *experts))) or not computed:
         return
     rows = Rows(base, tuple(experts), 0)
-    subject = subject_of(task.name, shape, plan.recipe, inputs, plan.seed)
+    subject = subject_of(task, plan.recipe, plan.seed, shape)
     rounds = Rounds(plan.recipe.method.start(subject, task.parameters))
     for fold in rounds:
         fold.add(fold.part(rows))
@@ -94,9 +88,9 @@ def _small(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, COLUMNS if place == len(shape) - 1 else ROWS) for place, size in enumerate(shape))
 
 
-def _random(checkpoint: Checkpoint, task: Task, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+def _random(source: Source, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     values = torch.randn(matrix_shape(shape), generator=random)
-    return values.to(checkpoint.tensors[task.name].dtype.torch)
+    return values.to(source.info.dtype.torch)
 
 
 def _finish(merged: Tensor, rows: Rows, task: Task, *, relaxed: bool) -> None:

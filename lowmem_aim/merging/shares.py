@@ -65,12 +65,12 @@ class Needs:
         """The needs of a merge that writes all `plans` at once; the plans differ in their relaxation only."""
         plan, method = plans[0], plans[0].recipe.method
         tasks = [task for task in plan.tasks if task.action == "merge"]
-        models = len(inputs.experts) + 1
+        models = max((len(task.experts) for task in tasks), default=0) + 1
         widest = max((task.dtype.itemsize for task in tasks), default=4)
         dtypes = {info.dtype for checkpoint in inputs.checkpoints for info in checkpoint}
         stored = max((dtype.itemsize for dtype in dtypes), default=4)
         loops = device.type == "cpu" and kernels.available()
-        footprint = _footprint(plan, tasks, inputs, loops)
+        footprint = _footprint(plan, tasks, loops)
         if (loops and len(dtypes) > 1) or not dtypes <= {DTYPES["BF16"], DTYPES["F32"]}:
             footprint = _plus_element(footprint, 4 * models)  # the loops take float32 copies
         return cls(
@@ -190,12 +190,12 @@ def _refused(kind: Kind, least: int, used: int, budget: int) -> LowmemAimError:
 # --- what the plan's tensors take -------------------------------------------------------------------------------------
 
 
-def _footprint(plan: Plan, tasks: Sequence[Task], inputs: Inputs, loops: bool) -> Footprint:
+def _footprint(plan: Plan, tasks: Sequence[Task], loops: bool) -> Footprint:
     """The most that the method takes of any tensor; of what it holds, that of the two tensors with the most."""
     recipe, whole = plan.recipe, Footprint()
     held = [0, 0]
     for task in tasks:
-        subject = subject_of(task.name, task.shape, recipe, inputs, plan.seed)
+        subject = subject_of(task, recipe, plan.seed)
         own = recipe.method.footprint(subject, task.parameters, loops)
         whole |= own
         held = sorted([*held, own.tensor])[1:]

@@ -18,9 +18,8 @@ from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows
-from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import matrix_shape
-from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Task
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.on_demand import torch
@@ -119,24 +118,33 @@ def _mended(rows: Rows) -> tuple[Rows, list[int]]:
 
 
 class TensorReader:
-    """One model's rows of one tensor, and the digest of the rows given to `enter_digest`."""
+    """The rows of one source, and the digest of the rows given to `enter_digest`."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, row_map: Tensor | None = None) -> None:
-        self.checkpoint = checkpoint
-        self.name = name
-        self._row_map = row_map
+    def __init__(self, source: Source) -> None:
+        self.checkpoint, self.tensor = source.checkpoint, source.tensor
+        self._info, self._row_map = source.info, source.row_map
         self._hash = xxhash.xxh3_128()
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element as it is read."""
+        return self._info.dtype.itemsize
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the model's own tensor."""
+        return self._info.shape
+
     def pieces(self, start: int, stop: int) -> list[tuple[int, Tensor]]:
-        """Rows start:stop of the reference's numbering as (place, rows as stored), without those that this model lacks.
+        """Rows start:stop of the output's numbering as (place, rows as stored), without those that this model lacks.
 
         Raises ModelError.
         """
         if self._row_map is None:
-            return [(0, self.checkpoint.rows(self.name, start, stop))]
+            return [(0, self.checkpoint.rows(self.tensor, start, stop))]
         runs = _runs(self._row_map[start:stop])
         return [
-            (place, self.checkpoint.rows(self.name, int(run[0]), int(run[0]) + len(run)))
+            (place, self.checkpoint.rows(self.tensor, int(run[0]), int(run[0]) + len(run)))
             for place, run in runs
             if run[0] >= 0
         ]
@@ -150,12 +158,10 @@ class TensorReader:
         """Put pieces together as (count, columns); missing rows are those of `fill`, or zeros."""
         if self._row_map is None:
             return pieces[0][1]
-        info = self.checkpoint.tensors[self.name]
-        if fill is not None and fill.dtype != info.dtype.torch:
+        dtype = self._info.dtype.torch
+        if fill is not None and fill.dtype != dtype:
             fill, dtype = fill.to(torch.float32), torch.float32
-        else:
-            dtype = info.dtype.torch
-        rows = torch.zeros(count, info.matrix[1], dtype=dtype) if fill is None else fill.clone()
+        rows = torch.zeros(count, self._info.matrix[1], dtype=dtype) if fill is None else fill.clone()
         for place, part in pieces:
             rows[place : place + len(part)] = part.to(dtype)
         return rows
@@ -184,23 +190,15 @@ class TensorInputs:
     value.
     """
 
-    def __init__(
-        self, task: Task, inputs: Inputs, with_base: bool, stride: Stride, nonfinite: NonFinite = "stop"
-    ) -> None:
+    def __init__(self, task: Task, with_base: bool, stride: Stride, nonfinite: NonFinite = "stop") -> None:
         self.task = task
         self._stride = stride
         self._mends = nonfinite == "base" and task.action == "merge"
-        self.replaced = [0] * (1 if task.action == "copy" else len(inputs.experts))
-        if task.action == "copy":
-            self._base, self._experts = None, [TensorReader(inputs.reference, task.name)]
-            return
-        self._experts = [
-            TensorReader(expert, task.name, inputs.row_map(expert, task.name)) for expert in inputs.experts
-        ]
+        self.replaced = [0] * len(task.experts)
+        self._experts = [TensorReader(expert) for expert in task.experts]
         # Rows that a mapped vocabulary lacks come from the base, whether the method reads it or not.
-        mapped = any(inputs.row_map(expert, task.name) is not None for expert in inputs.experts)
-        base = inputs.base or inputs.reference
-        self._base = TensorReader(base, task.name, inputs.row_map(base, task.name)) if with_base or mapped else None
+        mapped = any(expert.row_map is not None for expert in task.experts)
+        self._base = TensorReader(task.base) if task.base and (with_base or mapped) else None
 
     @property
     def readers(self) -> list[TensorReader]:
@@ -214,8 +212,7 @@ class TensorInputs:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows of all models, as stored."""
-        sizes = [reader.checkpoint.tensors[reader.name].dtype.itemsize for reader in self.readers]
-        return sum(sizes) * math.prod(self.task.shape)
+        return sum(reader.itemsize for reader in self.readers) * math.prod(self.task.shape)
 
     def slices(self, first_pass: bool) -> Iterator[Rows]:
         """Yield all slices once. The first pass checks and digests them. Raises ModelError, MemoryBudgetError."""
@@ -287,6 +284,5 @@ class TensorInputs:
         raise ModelError(problems, hint)
 
     def _bad_values(self, reader: TensorReader) -> int:
-        info = reader.checkpoint.tensors[reader.name]
-        slices = (reader.checkpoint.rows(reader.name, a, b) for a, b in self._stride.cuts(info.shape))
+        slices = (reader.checkpoint.rows(reader.tensor, a, b) for a, b in self._stride.cuts(reader.shape))
         return sum(int((~rows.to(torch.float32).isfinite()).sum()) for rows in slices)

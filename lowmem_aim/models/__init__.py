@@ -17,7 +17,8 @@ packed_nf4.py         four-bit weights of bitsandbytes
 packed_int.py         GPTQ and AWQ
 quantised.py          a quantised model, read as its decoded weights
 matching.py           names of tensors that are known by another prefix
-adapter.py            a LoRA adapter, and what it changes in its base's tensors
+adapter.py            a LoRA adapter on disk, its config and header checked
+changes.py            the changes of a base's tensors by an adapter
 adapted.py            a checkpoint with an adapter: its tensors changed row by row
 vetted.py             what transformers is given of a model folder: vetted copies of its small files
 transformers_config.py  the config as transformers' class reads it
@@ -31,7 +32,7 @@ reader.py             what transformers makes of a model's small files, asked of
 inputs.py             all models of a recipe, and the one that is their reference
 settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which row of a model holds which token of the reference
-agreement.py          whether the models belong together: configs, tensors, tied heads
+tied_heads.py          output heads that are stored although they are tied
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 pickle_files.py       the pickled weights in a model folder, which `convert` turns into safetensors

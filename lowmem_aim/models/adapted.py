@@ -19,8 +19,9 @@ import xxhash
 from lowmem_aim.methods.footprint import DOUBLE, FLOAT, Footprint
 from lowmem_aim.methods.gram import row_dots
 from lowmem_aim.methods.low_rank import add_column_squares, footprint_of_low_rank, with_low_rank
-from lowmem_aim.models.adapter import Adapter, Change, Renamed, changes_of
+from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
+from lowmem_aim.models.changes import Change, Renamed, changes_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.system.dtypes import DTYPES
@@ -160,6 +161,10 @@ class AdaptedCheckpoint(Checkpoint):
                 magnitudes = self.stored.elements(change.magnitude, 0, change.magnitude.numel).to(torch.float64)
                 self._by_column[name] = (magnitudes / totals.sqrt()).unsqueeze(0)
             return self._by_column[name]
+
+    def repeats(self, head: str, embedding: str) -> bool:
+        """Whether a head repeats its embedding: where only the embedding is changed, the tied head changes with it."""
+        return super().repeats(head, embedding) if head in self._changes else self._base.repeats(head, embedding)
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon, those of the adapter too."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.config import MAX_CONFIG_BYTES, load_json
 from lowmem_aim.system.files import is_file
 
+N = TypeVar("N")
+
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
+MOST_PATTERNS = 10_000  # one for each module, at most
 LONGEST_MODULE = 300  # characters of a path: the time of a match grows with their third power
 # PEFT's, where the config says nothing.
 _RANK, _ALPHA = 8, 8
@@ -59,19 +63,32 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of the two factors of a module's adapter."""
-        return self.rank_pattern.get(_key(self.rank_pattern, module), self.rank)
+        return _first(self._ranks, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
         """The number that the product of a module's two factors is multiplied by."""
         rank = self.rank_of(module)
-        alpha = self.alpha_pattern.get(_key(self.alpha_pattern, module), self.alpha)
+        alpha = _first(self._alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
 
+    @cached_property
+    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
+        return _compiled(self.rank_pattern)
 
-def _key(patterns: Mapping[str, Any], module: str) -> str:
-    """The first pattern that fits the end of a module's path from a `.` on, as PEFT looks for it; "" if none does."""
+    @cached_property
+    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
+        return _compiled(self.alpha_pattern)
+
+
+def _compiled(patterns: Mapping[str, N]) -> list[tuple[re.Pattern[str], N]]:
+    """The patterns as PEFT matches them: with the end of a module's path, from a `.` on."""
+    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+
+
+def _first(patterns: Iterable[tuple[re.Pattern[str], N]], module: str, default: N) -> N:
+    """The value of the first pattern that fits a module's path."""
     short = module[-LONGEST_MODULE:]
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", short)), "")
+    return next((value for pattern, value in patterns if pattern.match(short)), default)
 
 
 def adapter_config_of(folder: Path) -> AdapterConfig:
@@ -139,6 +156,9 @@ def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:
         patterns = table.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
             yield f"`{key}` must be a table of {what}"
+            continue
+        if len(patterns) > MOST_PATTERNS:
+            yield f"`{key}` has more than {MOST_PATTERNS} patterns"
             continue
         for pattern in patterns:
             if not _is_quick(pattern):

@@ -194,6 +194,10 @@ class Checkpoint:
                 start += step
         return str(state.hexdigest())
 
+    def repeats(self, head: str, embedding: str) -> bool:
+        """Whether a stored head that is tied to its embedding is the embedding once more. Raises ModelError."""
+        return self.digest(head) == self.digest(embedding)
+
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon, so that the system may fetch them meanwhile. Takes no memory of ours."""
         self.stored.expect([self.tensors[name] for name in names])

@@ -6,7 +6,7 @@ else the first model (in `relax`, the model that is relaxed).
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +28,13 @@ class Inputs:
     roles: TensorRoles  # of the reference
     row_maps: dict[Path, Tensor] = field(default_factory=dict)  # by folder, see `row_map`
     dropped: frozenset[str] = field(default_factory=frozenset)  # tied heads that repeat their embedding
+    opened: Mapping[str, Checkpoint] = field(default_factory=dict)  # by the recipe's references
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """The base, if there is one, and the experts; a model that is named twice stands here twice."""
-        return (self.base, *self.experts) if self.base else self.experts
+        """All models, the base first, if there is one; one that is an expert twice stands here twice."""
+        first = (self.base, *self.experts) if self.base else self.experts
+        return (*first, *(model for model in self.opened.values() if model not in first))
 
     @property
     def places(self) -> list[tuple[Path, ...]]:
@@ -52,7 +54,9 @@ class Inputs:
     def without(self, unlike: Set[Checkpoint]) -> Inputs:
         """The same inputs, for further checks, but for models that are refused already."""
         base = None if self.base in unlike else self.base
-        return replace(self, base=base, experts=tuple(expert for expert in self.experts if expert not in unlike))
+        experts = tuple(expert for expert in self.experts if expert not in unlike)
+        opened = {reference: model for reference, model in self.opened.items() if model not in unlike}
+        return replace(self, base=base, experts=experts, opened=opened)
 
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
         """Which of a model's rows stands for each row of the reference; None where rows simply match.

@@ -54,7 +54,8 @@ class MetaModel:
 
     def roles(self) -> TensorRoles:
         """The roles of the tensors, which are all that merging needs of this model."""
-        return TensorRoles(self.tied, self.vocabulary, self.buffers, self.inputs_first)
+        layers, after = _stack(self.model, self.blocks, self.weights)
+        return TensorRoles(self.tied, self.vocabulary, self.buffers, self.inputs_first, layers, after)
 
     def require_blocks(self) -> None:
         """Raise ModelError if no list of blocks was found: then the model can be merged, but not run block by block."""
@@ -234,6 +235,26 @@ def _vocabulary(model: Any, weights: ParameterNames, head: str) -> Iterator[str]
         for name in ("weight", "bias"):
             if getattr(model.get_submodule(head), name, None) is not None:
                 yield weights.name(f"{head}.{name}")
+
+
+def _stack(
+    model: nn.Module, blocks: list[tuple[str, nn.Module]], weights: ParameterNames
+) -> tuple[str, frozenset[str]]:
+    """(what the names of all tensors in the blocks begin with, the tensors after the blocks).
+
+    Empty if the blocks are in several lists, or their tensors are not filed by the numbers of the blocks.
+    """
+    lists = {f"{path.rpartition('.')[0]}." for path, _ in blocks}
+    prefixes, after = set(), list[str]()
+    for path, _ in model.named_parameters():
+        inside = next((block for block in lists if path.startswith(block)), "")
+        if inside:
+            number = path.removeprefix(inside).partition(".")[0]
+            prefixes.add(re.split(rf"(?:^|(?<=\.)){number}\.", weights.name(path), maxsplit=1)[0])
+            after.clear()
+        else:
+            after.append(weights.name(path))
+    return (prefixes.pop(), frozenset(after)) if len(lists) == len(prefixes) == 1 else ("", frozenset())
 
 
 def _inputs_first(model: Any, weights: ParameterNames) -> Iterator[str]:

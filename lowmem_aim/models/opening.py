@@ -12,7 +12,6 @@ from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted, 
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.adapted import AdaptedCheckpoint
 from lowmem_aim.models.adapter import Adapter
-from lowmem_aim.models.agreement import check_tensors, repeated_heads
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
@@ -20,6 +19,7 @@ from lowmem_aim.models.quantised import open_model
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
+from lowmem_aim.models.tied_heads import repeated_heads
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import row_maps_of
 from lowmem_aim.recipe.recipe import Recipe
@@ -78,7 +78,7 @@ def opened_models(
     For models that cannot be opened it is None, and `errors` gets what is wrong with them. Nothing is downloaded once
     there are errors.
     """
-    references = list(dict.fromkeys([*([recipe.base] if recipe.base else []), *(m.reference for m in recipe.models)]))
+    references = recipe.references
     found: dict[str, Checkpoint] = {}
     with contextlib.ExitStack() as stack:
 
@@ -118,16 +118,20 @@ def told(recipe: Recipe, find: Find[M]) -> Find[M]:
 
 
 def compared(
-    recipe: Recipe, opened: Mapping[str, Checkpoint | None], reader: Reader, emit: Emit, finder: Finder
+    recipe: Recipe,
+    opened: Mapping[str, Checkpoint | None],
+    reader: Reader,
+    emit: Emit,
+    errors: list[LowmemAimError],
 ) -> Inputs | None:
     """The opened models compared with their reference, as one thing; None if the reference is not among them.
 
-    Raises ModelError with every problem at once; ReaderNeeded if nothing is wrong as far as the reader knows by itself.
+    Models whose settings do not fit are left out, and `errors` gets what is wrong with them. Raises ReaderNeeded if
+    nothing is wrong as far as the reader knows by itself.
     """
     inputs = _inputs_of(recipe, opened)
     if inputs is None:
         return None
-    errors: list[LowmemAimError] = []
     unlike: set[Checkpoint] = set()
     unknown: ReaderNeeded | None = None
     try:
@@ -135,17 +139,14 @@ def compared(
     except ReaderNeeded as needed:
         unknown = needed
     with noted(errors):
-        check_settings(inputs, reader, emit, unlike)
+        check_settings(inputs, reader, emit, unlike, recipe.sliced)
     if unknown:
-        raise_all(errors)
         raise unknown
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
     with noted(errors):
         inputs.row_maps = row_maps_of(inputs, recipe, reader, emit)
-        check_tensors(inputs, emit)
-    raise_all(errors)
-    inputs.dropped = repeated_heads(inputs, finder.has_weights)
+    inputs.dropped = repeated_heads(inputs)
     return inputs
 
 
@@ -155,7 +156,8 @@ def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None]) -> Input
     experts = tuple(found for reference in references if (found := opened[reference]))
     merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
     reference = base if recipe.base and merges_base else opened[references[0]]
-    return Inputs(base, experts, reference, NO_ROLES) if reference else None
+    there = {name: model for name, model in opened.items() if model}
+    return Inputs(base, experts, reference, NO_ROLES, opened=there) if reference else None
 
 
 def _tell_apart(checkpoints: list[Checkpoint]) -> None:

@@ -21,12 +21,14 @@ class TensorRoles:
     vocabulary: frozenset[str]  # one row a token: embeddings, head weight, head bias
     buffers: frozenset[str]  # state that is no parameter, today's or an older model's
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
+    layers: str = ""  # what the names of all tensors of the layers begin with, if the layers are one list
+    after_layers: frozenset[str] = frozenset()  # tensors that come after the layers: the final norm, the head
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> TensorRoles:
         """The roles in a table that `table` gave."""
-        lists = (frozenset(table[name]) for name in ("vocabulary", "buffers", "inputs_first"))
-        return cls(dict(table["tied"]), *lists)
+        sets = {name: frozenset(table[name]) for name in ("vocabulary", "buffers", "inputs_first", "after_layers")}
+        return cls(tied=dict(table["tied"]), layers=table["layers"], **sets)
 
     def table(self) -> dict[str, Any]:
         """The roles as JSON has them."""
@@ -35,6 +37,8 @@ class TensorRoles:
             "vocabulary": sorted(self.vocabulary),
             "buffers": sorted(self.buffers),
             "inputs_first": sorted(self.inputs_first),
+            "layers": self.layers,
+            "after_layers": sorted(self.after_layers),
         }
 
 

@@ -41,8 +41,8 @@ _Difference = tuple[str, Any, Any]  # (dotted key, the other model's value, the 
 _ORDER = {key: place for place, key in enumerate((*LAYERS, *SIZES))}
 
 
-def check_settings(inputs: Inputs, reader: Reader, emit: Emit, unlike: set[Checkpoint]) -> None:
-    """Compare every model's settings with the reference's.
+def check_settings(inputs: Inputs, reader: Reader, emit: Emit, unlike: set[Checkpoint], sliced: bool = False) -> None:
+    """Compare every model's settings with the reference's; `sliced`: but for the layers, of which some are taken.
 
     Raises ModelError for settings that must agree, and for a config that transformers does not accept where it has to
     be read; models of which that tells all are added to `unlike`. Settings that should agree are reported as warnings.
@@ -52,7 +52,7 @@ def check_settings(inputs: Inputs, reader: Reader, emit: Emit, unlike: set[Check
     found = []
     for other in inputs.others:
         with noted(errors), contextlib.suppress(ReaderNeeded):
-            must, should = _differences(other, inputs.reference, reader)
+            must, should = _differences(other, inputs.reference, reader, sliced)
             shapes = unlike_shapes(other, inputs.reference, inputs.roles)
             must = must or (_unlike_sizes(other, inputs.reference) if shapes else [])
             if must:
@@ -99,18 +99,18 @@ def _unlike_sizes(other: Checkpoint, reference: Checkpoint) -> list[_Difference]
 
 
 def _differences(
-    other: Checkpoint, reference: Checkpoint, reader: Reader
+    other: Checkpoint, reference: Checkpoint, reader: Reader, sliced: bool
 ) -> tuple[list[_Difference], list[_Difference]]:
     """(the settings that must agree and do not, those that should)."""
     kinds = [("model_type", model.config.get("model_type")) for model in (other, reference)]
     if kinds[0] != kinds[1]:
         return [("model_type", kinds[0][1], kinds[1][1])], []  # settings of other classes have other names
-    theirs, ours = (dict(_relevant(model.config)) for model in (other, reference))
+    theirs, ours = (dict(_relevant(model.config, sliced=sliced)) for model in (other, reference))
     if theirs == ours:
         return [], []
     if plain := [(key, theirs[key], ours[key]) for key in ours if _plainly_differs(key, theirs.get(key), ours[key])]:
         return sorted(plain, key=lambda difference: _ORDER.get(difference[0], len(_ORDER))), []
-    theirs, ours = (dict(_relevant(reader.settings(model))) for model in (other, reference))
+    theirs, ours = (dict(_relevant(reader.settings(model), sliced=sliced)) for model in (other, reference))
     keys = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
     found = [(key, theirs.get(key), ours.get(key)) for key in keys]
     must = [difference for difference in found if _must_agree(*difference)]
@@ -139,12 +139,14 @@ def _must_agree(key: str, *values: Any) -> bool:
     return counts and not flag and bool(_MUST_AGREE.fullmatch(name))
 
 
-def _relevant(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _relevant(table: Mapping[str, Any], before: str = "", *, sliced: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of all settings that are compared, in tables within tables too."""
     for key, value in table.items():
         in_rope = "rope" in before
         if isinstance(value, Mapping):
-            yield from _relevant(value, f"{before}{key}.")
+            yield from _relevant(value, f"{before}{key}.", sliced=sliced)
+        elif sliced and (key in LAYERS or isinstance(value, list)):
+            continue  # what each layer is shows in its tensors
         elif _WITHOUT_MEANING.fullmatch(key) is None and (
             in_rope or _MUST_AGREE.fullmatch(key) or _SHOULD_AGREE.fullmatch(key)
         ):

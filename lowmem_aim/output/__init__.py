@@ -10,6 +10,7 @@ shards.py        all shards of an output
 merged.py        digests and figures of what a merge has written and read
 small_files.py   every small file of an output, by name
 copied.py        the files that an output takes over from its reference
+layer_settings.py  the config of an output that has other layers than its reference
 code_keys.py     keys of JSON files that make a loader run code
 portable.py      the recipe in a form that others can run
 provenance.py    lowmem_aim.json: inputs, outputs, versions

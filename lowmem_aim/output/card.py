@@ -67,7 +67,7 @@ def card_text(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, l
     `facts` are those of lowmem_aim.json, `portable` is the recipe as others may run it, `left` is the text of
     `delta_left`.
     """
-    models = list(dict.fromkeys([*([portable["base_model"]] if "base_model" in portable else []), *_names(portable)]))
+    models = list(dict.fromkeys(item["model"] for item in facts["inputs"]))
     tags = (
         ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
     )
@@ -144,10 +144,6 @@ def _changes(facts: dict[str, Any]) -> str:
     steps = [", ".join(f"{name} {value}" for name, value in step.items()) for step in facts["environments"]]
     listed = "\n".join(f"- {_inline(step)}" for step in steps)
     return f"\nThe run was interrupted and resumed in another environment, which may change the low bits:\n\n{listed}\n"
-
-
-def _names(portable: dict[str, Any]) -> list[str]:
-    return [entry["model"] for entry in portable["models"]]
 
 
 def _tokens(facts: dict[str, Any]) -> str:

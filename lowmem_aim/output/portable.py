@@ -10,7 +10,7 @@ from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting
+from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice
 from lowmem_aim.recipe.references import parsed, same_reference
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
 
@@ -20,8 +20,7 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     portable: dict[str, Any] = {"merge_method": recipe.method.name}
     if inputs.base:
         portable["base_model"] = inputs.base.label
-    labels = [expert.label for expert in inputs.experts]
-    portable["models"] = [_model(entry, label) for entry, label in zip(recipe.models, labels, strict=True)]
+    portable |= _parts(recipe, inputs)
     if recipe.parameters:
         portable["parameters"] = _settings(recipe.parameters)
     if recipe.dtype:
@@ -41,8 +40,7 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
 def how_to_run(plan: Plan, inputs: Inputs) -> str:
     """Comments for the top of the recipe's file: what has to be filled in, and the command to run it again."""
     recipe = plan.recipe
-    used = [(recipe.base, inputs.base), *zip((m.reference for m in recipe.models), inputs.experts, strict=True)]
-    local = [label for reference, model in used if reference and model for label in _local(reference, model)]
+    local = [label for reference, model in inputs.opened.items() for label in _local(reference, model)]
     tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
     local += [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
@@ -68,8 +66,32 @@ def calibration_label(calibration: str) -> str:
     return Path(calibration).name if local else calibration
 
 
-def _model(entry: ModelEntry, label: str) -> dict[str, Any]:
-    return {"model": label} | ({"parameters": _settings(entry.parameters)} if entry.parameters else {})
+def _parts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The models of the recipe as it lists them: whole, in slices, or in a module."""
+    parts: dict[str, Any] = {"slices": [_slice(part, recipe, inputs) for part in recipe.slices]}
+    if not recipe.sliced:
+        parts = {"models": [_model(entry, inputs) for entry in recipe.slices[0].experts]}
+    if recipe.module is None:
+        return parts
+    parts |= {"parameters": _settings(recipe.module.parameters)} if recipe.module.parameters else {}
+    return {"modules": {recipe.module.name: parts}}
+
+
+def _slice(part: Slice, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    listed = list(part.experts)
+    if part.base and part.base not in listed and recipe.builds_on_base:
+        listed.insert(0, part.base)
+    own_base = part.base and part.base.reference != recipe.base
+    written: dict[str, Any] = {"sources": [_model(entry, inputs) for entry in listed]}
+    written |= {"base_model": inputs.opened[part.base.reference].label} if own_base and part.base else {}
+    return written | ({"parameters": _settings(part.parameters)} if part.parameters else {})
+
+
+def _model(entry: ModelEntry, inputs: Inputs) -> dict[str, Any]:
+    written: dict[str, Any] = {"model": inputs.opened[entry.reference].label}
+    if entry.layers is not None:
+        written["layer_range"] = [entry.layers.start, entry.layers.stop]
+    return written | ({"parameters": _settings(entry.parameters)} if entry.parameters else {})
 
 
 def _settings(settings: Mapping[str, Setting]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.models.folder import INDEX
 from lowmem_aim.models.inputs import Inputs
@@ -31,10 +30,12 @@ def output_files(
     activations: Activations | None,
     merged: Merged,
     copied: Mapping[str, bytes],
+    config: Mapping[str, Any],
     environments: Sequence[Mapping[str, str]] | None = None,
     consensus: Consensus | None = None,
 ) -> dict[str, bytes]:
-    """Every small file of the output by name, config.json last. `copied` is from `copied.copied_files`.
+    """Every small file of the output by name, config.json last. `copied` is from `copied.copied_files`; `config` is the
+    reference's, or from `layer_settings.restacked`.
 
     `environments` are versions and devices, if there was more than one on the way to this output.
     """
@@ -60,15 +61,13 @@ def output_files(
     files["mergekit_config.yml"] = (how_to_run(plan, inputs) + yaml_text(recipe)).encode()
     files["lowmem_aim.json"] = json_bytes(facts)
     files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
-    files[CONFIG] = json_bytes(
-        _config(inputs.reference, plan)
-    )  # last: without it, no loader takes the folder for a model
+    files[CONFIG] = json_bytes(_config(config, plan))  # last: without it, no loader takes the folder for a model
     return files
 
 
-def _config(reference: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The reference's config.json with the dtype that most of the output has, and nothing that would run code."""
-    plain, _ = without_code(reference.config)
+def _config(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The config with the dtype that most of the output has, and nothing that would run code."""
+    plain, _ = without_code(given)
     config = {key: value for key, value in plain.items() if key != "_name_or_path"}
     sizes: dict[str, int] = {}
     for task in plan.tasks:

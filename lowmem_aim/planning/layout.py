@@ -14,9 +14,8 @@ from typing import Any
 
 from lowmem_aim.errors import RecipeError, UsageError
 from lowmem_aim.methods.method import Subject
-from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.planning.layers import depth, layer_count, layer_of
+from lowmem_aim.planning.sources import Match, matches
 from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.dtypes import BY_NAME, DTYPES
@@ -42,43 +41,51 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
         )
     if shard_bytes < SMALLEST_SHARD:
         raise UsageError(f"a shard size of {shown(shard_bytes)} is too small", hint="write it in bytes, such as 5GB")
-    layers = layer_count(inputs.reference.config)
-    tasks = [_task(info, recipe, inputs, layers) for info in inputs.reference if info.name not in inputs.dropped]
-    _check(tasks, recipe, inputs, seed)
+    tasks = [_task(match, recipe) for match in matches(recipe, inputs)]
+    _check(tasks, recipe, seed)
     groups = _grouped(tasks, shard_bytes)
     shards = tuple(shard_of(_name(number, len(groups)), group) for number, group in enumerate(groups, start=1))
     return Plan(recipe, shards, seed, nonfinite)
 
 
-def _task(info: TensorInfo, recipe: Recipe, inputs: Inputs, layers: int) -> Task:
-    t, layer = depth(info.name, layers), layer_of(info.name, layers)
-    if not info.dtype.is_floating_point or info.name in inputs.roles.buffers or info.numel == 0:
-        return Task(info.name, info.shape, info.dtype, "copy", {}, layer=layer)
-    dtype = BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype
-    whole = recipe.method.whole_rows and len(info.shape) < 2
-    omega = recipe.aim.omega_at(info.name, t) if recipe.aim else 1.0
-    return Task(info.name, info.shape, dtype, "merge", recipe.resolve(info.name, t), whole, omega, layer)
-
-
-def subject_of(name: str, shape: tuple[int, ...], recipe: Recipe, inputs: Inputs, seed: int) -> Subject:
-    """The facts about a tensor that its method is given."""
-    return Subject(
-        name,
-        shape,
-        math.prod(shape),
-        len(inputs.experts),
-        seed,
-        based=recipe.builds_on_base,
-        input_dim=-2 if name in inputs.roles.inputs_first else -1,
+def _task(match: Match, recipe: Recipe) -> Task:
+    info = match.model.info
+    if match.buffer or not info.dtype.is_floating_point or info.numel == 0:
+        return Task(match.name, info.shape, info.dtype, "copy", {}, (match.model,), layer=match.layer)
+    return Task(
+        match.name,
+        info.shape,
+        BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype,
+        "merge",
+        recipe.resolve(match.name, match.t, match.part),
+        match.experts,
+        match.base,
+        vocabulary=match.vocabulary,
+        inputs_first=match.inputs_first,
+        whole=recipe.method.whole_rows and len(info.shape) < 2,
+        omega=recipe.aim.omega_at(match.name, match.t) if recipe.aim else 1.0,
+        layer=match.layer,
     )
 
 
-def _check(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs, seed: int) -> None:
+def subject_of(task: Task, recipe: Recipe, seed: int, shape: tuple[int, ...] | None = None) -> Subject:
+    """The facts about a tensor that its method is given; `shape` in place of its own."""
+    shape = task.shape if shape is None else shape
+    return Subject(
+        task.name,
+        shape,
+        math.prod(shape),
+        len(task.experts),
+        seed,
+        based=recipe.builds_on_base,
+        input_dim=-2 if task.inputs_first else -1,
+    )
+
+
+def _check(tasks: Sequence[Task], recipe: Recipe, seed: int) -> None:
     """Raise RecipeError with what the method refuses, each problem once: most parameters are equal for all tensors."""
     problems = [
-        recipe.method.check(subject_of(task.name, task.shape, recipe, inputs, seed), task.parameters)
-        for task in tasks
-        if task.action == "merge"
+        recipe.method.check(subject_of(task, recipe, seed), task.parameters) for task in tasks if task.action == "merge"
     ]
     if found := [problem for problem in dict.fromkeys(problems) if problem]:
         hint = f"`lowmem-aim methods {recipe.method.name}` lists its parameters and their ranges"

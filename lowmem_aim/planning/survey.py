@@ -92,7 +92,7 @@ def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int]
         kinds=tuple(_kinds(tasks, common)),
         left_out=_left_out(tasks, inputs),
         shards=len(first.shards),
-        read_bytes=sum(_read_bytes(task, inputs, recipe.builds_on_base or recipe.relaxed) for task in tasks),
+        read_bytes=_read_bytes(tasks, with_base=inputs.base is not None and (recipe.builds_on_base or recipe.relaxed)),
         write_bytes=sum(plan.output_bytes for plan in plans.values()),
     )
 
@@ -122,11 +122,9 @@ def _licence(checkpoint: Checkpoint) -> str:
     return printable(found[1].strip().strip("'\""), 100) if found else ""
 
 
-def _read_bytes(task: Task, inputs: Inputs, with_base: bool) -> int:
-    if task.action == "copy":
-        return inputs.reference.tensors[task.name].nbytes
-    readers = [*inputs.experts, *([inputs.base] if with_base and inputs.base else [])]
-    return sum(checkpoint.tensors[task.name].nbytes for checkpoint in readers if task.name in checkpoint.tensors)
+def _read_bytes(tasks: Iterable[Task], *, with_base: bool) -> int:
+    """Bytes of all sources: what a merge of one round reads."""
+    return sum(source.info.nbytes for task in tasks for source in task.sources(with_base=with_base))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -207,6 +205,6 @@ def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...
 
 
 def _why_copied(task: Task, inputs: Inputs) -> str:
-    if task.name in inputs.roles.buffers:
+    if task.experts[0].tensor in inputs.roles.buffers:
         return "copied: state of the model that is not a weight"
     return "copied: it is empty" if task.numel == 0 else "copied: not floating-point numbers"

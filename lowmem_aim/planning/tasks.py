@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem_aim.planning.layers import kind_of
+from lowmem_aim.planning.sources import Source
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.dtypes import Dtype
 from lowmem_aim.system.options import NonFinite
@@ -21,8 +22,12 @@ class Task:
     name: str
     shape: tuple[int, ...]
     dtype: Dtype  # of the output
-    action: Literal["merge", "copy"]  # copy: the reference's bytes as they are
+    action: Literal["merge", "copy"]  # copy: the bytes of its one source as they are
     parameters: Mapping[str, Any]  # of the method, by recipe name
+    experts: tuple[Source, ...] = ()  # in the recipe's order
+    base: Source | None = None  # what relaxing compares with, and what rows that experts lack are taken from
+    vocabulary: bool = False  # it has a row for each token
+    inputs_first: bool = False  # stored (in, out), not (out, in)
     whole: bool = False  # its rows must come in one slice
     omega: float = 1.0  # AIM's; 1.0 without AIM
     layer: int | None = None  # None: outside the layers
@@ -37,6 +42,10 @@ class Task:
     def nbytes(self) -> int:
         """Bytes of the data in the output."""
         return self.numel * self.dtype.itemsize
+
+    def sources(self, *, with_base: bool) -> tuple[Source, ...]:
+        """All sources that are read; the base, if it is read, is the first."""
+        return (self.base, *self.experts) if with_base and self.base else self.experts
 
     @property
     def kind(self) -> str:

@@ -6,6 +6,8 @@ words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file and line
 places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
+parameters.py     the `parameters` of a recipe, a module, a slice or a model
+parts.py          the models: whole, by ranges of layers, or in a module
 relaxations.py    the tables `aim:` and `acm:`
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
 class Setting:
     """A parameter's value as the recipe gives it: a scalar, a gradient over the layers, or filters on tensor names."""
 
-    value: Any  # a scalar, a tuple of numbers, or a tuple of (filter, scalar or tuple of numbers)
+    value: Any  # a scalar, a gradient as a tuple of scalars, or a tuple of (filter, scalar or gradient)
     filtered: bool = False
     where: str = field(default="", compare=False)
 
@@ -34,10 +34,15 @@ class Setting:
 
 
 def _on_gradient(value: Any, t: float) -> Any:
-    """The value at `t` of the piecewise linear curve through a tuple, spread evenly over [0, 1]; a scalar unchanged."""
+    """The value at `t` of the piecewise linear curve through a tuple, spread evenly over [0, 1]; a scalar unchanged.
+
+    Of truth values and words, between which nothing lies, the one before `t`.
+    """
     if not isinstance(value, tuple):
         return value
     place = t * (len(value) - 1)
+    if any(isinstance(one, bool | str) for one in value):
+        return value[int(place)]
     left = min(int(place), max(len(value) - 2, 0))
     right = min(left + 1, len(value) - 1)
     return value[left] + (value[right] - value[left]) * (place - left)
@@ -50,6 +55,30 @@ class ModelEntry:
     reference: str
     parameters: Mapping[str, Setting]
     where: str
+    layers: range | None = None  # those that a slice takes of it; None: all
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the output that are made of the same models; a recipe that lists `models` has one, with all layers."""
+
+    experts: tuple[ModelEntry, ...]
+    base: ModelEntry | None
+    parameters: Mapping[str, Setting]
+    where: str
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """The base, if there is one, and the experts."""
+        return (self.base, *self.experts) if self.base else self.experts
+
+
+@dataclass(frozen=True)
+class Module:
+    """The one entry of a recipe's `modules`: the name that it has there, and the parameters for all of its slices."""
+
+    name: str
+    parameters: Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
@@ -90,21 +119,39 @@ class Acm:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. `models` are the experts; the base is among them only if the method merges it like an expert."""
+    """A whole recipe. The base is among the experts of a slice only if the method merges it like an expert."""
 
     method: Method
     base: str | None
-    models: tuple[ModelEntry, ...]
+    slices: tuple[Slice, ...]
     parameters: Mapping[str, Setting]
     dtype: str | None
     tokenizer_source: str | None
     aim: Aim | None
     acm: Acm | None
     where: str
+    module: Module | None = None
     notices: tuple[str, ...] = field(default=(), compare=False)
     preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
     # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
     sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+
+    @property
+    def models(self) -> tuple[ModelEntry, ...]:
+        """The experts of all slices; one that is in several stands here several times."""
+        return tuple(expert for part in self.slices for expert in part.experts)
+
+    @property
+    def references(self) -> list[str]:
+        """The references of all models, each once; the base's is the first."""
+        bases = [part.base.reference for part in self.slices if part.base]
+        found = [*([self.base] if self.base else []), *bases, *(model.reference for model in self.models)]
+        return list(dict.fromkeys(found))
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the recipe says which layers of the models are taken."""
+        return any(model.layers is not None for model in self.models)
 
     @property
     def builds_on_base(self) -> bool:
@@ -126,22 +173,26 @@ class Recipe:
         places = " and ".join(f"`{printable(place, 4096)}`" for place in self.sought.get(path, ()))
         return f"; looked in {places}" if places else ""
 
-    def resolve(self, tensor: str, t: float) -> dict[str, Any]:
-        """The method's parameters for one tensor at depth `t` in [0, 1], by recipe name: model > top level > default.
+    def resolve(self, tensor: str, t: float, part: Slice) -> dict[str, Any]:
+        """The method's parameters for one tensor of a slice at depth `t` in [0, 1], by recipe name.
 
-        A parameter of the experts is a tuple with one value for each. Raises RecipeError if a required one has none.
+        Of model, slice, module and top level the first that has a value for it counts, else the default. A parameter
+        of the experts is a tuple with one value for each. Raises RecipeError if a required one has none.
         """
         resolved: dict[str, Any] = {}
+        outer = (part.parameters, self.module.parameters if self.module else {}, self.parameters)
         for name, parameter in self.method.parameters.items():
             if parameter.per_expert:
-                resolved[name] = tuple(self._lookup(parameter, tensor, t, model.parameters) for model in self.models)
+                resolved[name] = tuple(
+                    self._lookup(parameter, tensor, t, (own.parameters, *outer)) for own in part.experts
+                )
             else:
-                resolved[name] = self._lookup(parameter, tensor, t, {})
+                resolved[name] = self._lookup(parameter, tensor, t, outer)
         return resolved
 
-    def _lookup(self, parameter: Parameter, tensor: str, t: float, own: Mapping[str, Setting]) -> Any:
+    def _lookup(self, parameter: Parameter, tensor: str, t: float, tables: Sequence[Mapping[str, Setting]]) -> Any:
         where = self.where
-        for settings in (own, self.parameters):
+        for settings in tables:
             setting = settings.get(parameter.name)
             where = setting.where if setting else where
             value = setting.at(tensor, t) if setting else None

@@ -45,11 +45,19 @@ class Values:
         told = together(sorted(self.problems, key=lambda problem: _line(problem.where)))
         return RecipeError(told.keys(), [*told.values()]) if told else None
 
-    def check_keys(self, table: Node, known: Sequence[str], unsupported: Mapping[str, tuple[str, str]]) -> set[str]:
+    def check_keys(
+        self,
+        table: Node,
+        known: Sequence[str],
+        unsupported: Mapping[str, tuple[str, str]],
+        *,
+        ignoring: bool = False,
+    ) -> set[str]:
         """Note a problem for each key of `table` that is unknown, or known to mergekit but not supported.
 
-        `unsupported`: key -> (why, what to do). Returns the known keys that unknown ones were meant to be: these are
-        not to be reported as missing too.
+        `unsupported`: key -> (why, what to do). `ignoring`: a key that is no slip of a known one is ignored, with a
+        notice, as in mergekit. Returns the known keys that unknown ones were meant to be: these are not to be reported
+        as missing too.
         """
         meant = set()
         for key, node in table.value.items():
@@ -58,6 +66,8 @@ class Values:
             if key in unsupported:
                 why, hint = unsupported[key]
                 self.problem(node, f"`{key}` is not supported: {why}", hint)
+            elif key not in known and ignoring and not nearest(key, known, slips=2):
+                self.notices.append(Remark(node.where, f"the key `{printable(key)}` is unknown and is ignored"))
             elif key not in known:
                 hint = f"the keys allowed here are {', '.join(known)}"
                 self.problem(node, f"unknown key `{printable(key)}`{did_you_mean(key, known)}", hint)
@@ -134,12 +144,12 @@ class Values:
 
         `hint`: what to do about a value that is wrong.
         """
-        filtered = isinstance(node.value, list) and any(isinstance(item.value, dict) for item in node.value)
-        if not filtered:
+        listed = node.value if isinstance(node.value, list) else [node]
+        if not any(isinstance(item.value, dict) for item in listed):
             value = self.value(node, parameter, hint)
             return None if value is None else Setting(value)
         rules = []
-        for item in node.value:
+        for item in listed:
             rule = item if isinstance(item.value, dict) else item.with_item("value", item)
             self.check_keys(rule, ("filter", "value"), {})
             pattern, value_node = rule.get("filter"), rule.get("value")
@@ -159,17 +169,16 @@ class Values:
         if isinstance(node.value, dict):
             self.problem(node, f"`{parameter.name}` cannot be a table", hint)
             return None
-        value = _number(node.value) if parameter.kind == "number" else node.value
+        value = _number(node.value) if parameter.kind == "number" else _switch(node.value)
         wrong = parameter.problem(value)
         if wrong:
             self.problem(node, wrong, hint)
             return None
         return value
 
-    def _gradient(self, node: Node, parameter: Parameter, hint: str) -> tuple[float, ...] | None:
-        if parameter.kind != "number" or not node.value:
-            kind = "a list" if node.value else "an empty list"
-            self.problem(node, f"`{parameter.name}` cannot be {kind}", hint)
+    def _gradient(self, node: Node, parameter: Parameter, hint: str) -> tuple[Any, ...] | None:
+        if not node.value:
+            self.problem(node, f"`{parameter.name}` cannot be an empty list", hint)
             return None
         if any(isinstance(item.value, list) for item in node.value):
             self.problem(node, f"`{parameter.name}` cannot be a list of lists", hint)
@@ -226,6 +235,11 @@ def no_name(text: str) -> str:
     if text.startswith("~") and os.path.expanduser(text) == text:
         return "is of a user who is not known here"
     return ""
+
+
+def _switch(value: Any) -> Any:
+    """`value` as true or false if it is 1 or 0, which mergekit takes for them: `normalize: 1.0`."""
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
 
 
 def _number(value: Any) -> Any:

@@ -39,6 +39,11 @@ class Node:
     where: str
     folder: str = ""  # of the recipe's file, for its relative paths; "": the current folder
 
+    @property
+    def by_flag(self) -> bool:
+        """Whether the value was given on the command line."""
+        return self.where.startswith("--")
+
     def get(self, key: str) -> Node | None:
         """The value of a key; None if the key is absent or null, or if the node is no table."""
         found: Node | None = self.value.get(key) if isinstance(self.value, dict) else None

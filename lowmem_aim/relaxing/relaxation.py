@@ -10,8 +10,6 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import broadcasts
-from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.planning.layers import layer_count, layer_of
 from lowmem_aim.planning.tasks import Task
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.relaxing.activations import Activations
@@ -38,10 +36,9 @@ class Consensus:
     texts: int
     tokens: int  # of all texts together
 
-    def of(self, tensor: str, layers: int) -> float:
+    def of(self, task: Task) -> float:
         """The share of a tensor's delta that is not taken."""
-        layer = layer_of(tensor, layers)
-        return self.freezing.get(self.named.get(tensor, "") if layer is None else str(layer), 0.0)
+        return self.freezing.get(self.named.get(task.name, "") if task.layer is None else str(task.layer), 0.0)
 
 
 class Step(Protocol):
@@ -67,7 +64,6 @@ class ByChannel:
     aim: Aim
     activations: Activations  # of `base`
     base: Checkpoint
-    inputs: Inputs
 
     def touches(self, task: Task) -> bool:
         """Whether AIM relaxes this weight."""
@@ -83,24 +79,25 @@ class ByChannel:
         def relaxed(merged: Tensor, rows: Rows) -> Tensor:
             first = rows.start // merged.shape[1]
             part = shrinkage_rows(shrink, task.shape, first, first + rows.count)
-            part = _known(self.inputs.row_map(self.base, task.name), part, first, rows.count)
+            part = _known(_rows_of_base(task), part, first, rows.count)
             return relax(merged, rows.stored_base, part.to(merged.device))
 
         return relaxed
 
     def check_base(self, task: Task, digest: str | None) -> None:
         """Raise ModelError unless the activations were measured on the base's tensor that has this digest."""
-        expected = self.activations.base_digests.get(task.name) if self.touches(task) else None
+        name = task.base.tensor if task.base and self.touches(task) else ""
+        expected = self.activations.base_digests.get(name)
         if expected is not None and expected != digest:
             raise ModelError(
-                f"the activations were measured on another base: `{printable(task.name)}` differs in "
+                f"the activations were measured on another base: `{printable(name)}` differs in "
                 f"`{printable(self.base.label)}`",
                 hint="calibrate this base (`lowmem-aim calibrate`), or, if they came from the cache, pass `--no-cache`",
             )
 
     def _statistic(self, task: Task) -> str | None:
         """The name of the statistic that relaxes this weight; None where it is not relaxed."""
-        return None if task.action == "copy" else statistic_of(task.name, self.activations, self.aim)
+        return statistic_of(task.base.tensor, self.activations, self.aim) if task.base else None
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,6 @@ class ByLayer:
     """ACM: each layer's delta shrinks as a whole (arXiv 2505.14009)."""
 
     consensus: Consensus
-    base: Checkpoint
-    inputs: Inputs
 
     def touches(self, task: Task) -> bool:
         """Whether ACM takes back some of this weight's delta."""
@@ -124,8 +119,8 @@ class ByLayer:
         def relaxed(merged: Tensor, rows: Rows) -> Tensor:
             first = rows.start // merged.shape[1]
             part = torch.full((1, merged.shape[1]), frozen)
-            row_map = self.inputs.row_map(self.base, task.name)
-            return relax(merged, rows.stored_base, _known(row_map, part, first, rows.count).to(merged.device))
+            part = _known(_rows_of_base(task), part, first, rows.count)
+            return relax(merged, rows.stored_base, part.to(merged.device))
 
         return relaxed
 
@@ -134,8 +129,7 @@ class ByLayer:
 
     def _frozen(self, task: Task) -> float:
         """The share of the delta that ACM takes back."""
-        layers = layer_count(self.inputs.reference.config)
-        return 0.0 if task.action == "copy" else self.consensus.of(task.name, layers)
+        return self.consensus.of(task) if task.base else 0.0
 
 
 @dataclass(frozen=True)
@@ -169,6 +163,10 @@ class Relaxation:
     def then(self, step: Step) -> Relaxation:
         """Return this relaxation with one more step at its end."""
         return Relaxation((*self.steps, step))
+
+
+def _rows_of_base(task: Task) -> Tensor | None:
+    return task.base.row_map if task.base else None
 
 
 def _known(

@@ -88,6 +88,10 @@ class TensorStore:
         self._read(slot, memoryview(raw(value)))
         return value.to(self._device)
 
+    def drop(self, slot: Stored) -> None:
+        """Forget the tensor in a slot."""
+        self._clear(slot)
+
     def leave_device(self) -> bool:
         """Move all tensors off the device, to RAM or the file, for good. Returns False if there were none."""
         self._left["device"] = 0

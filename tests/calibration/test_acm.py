@@ -29,7 +29,7 @@ from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
 from lowmem_aim.recipe.from_flags import applied, relax_recipe
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Acm, Recipe
-from lowmem_aim.recipe.yaml_tree import parse
+from lowmem_aim.recipe.yaml_tree import parse, tree_of
 from lowmem_aim.relaxing.acm import freezing
 from lowmem_aim.system.options import Options
 from lowmem_aim.system.tensor_store import TensorStore
@@ -126,8 +126,13 @@ def job(llama: Path, acm: dict[str, Any] | None, method: str = "ties", **more: A
     return read_recipe(parse(yaml.safe_dump(table), "recipe.yml"))
 
 
-def reference(base: Path, merged: Path, texts: list[str]) -> dict[str, list[float]]:
-    """The mutual information with both whole models in memory, as transformers runs them."""
+def reference(
+    base: Path, merged: Path, texts: list[str], layers: tuple[int, ...] = (0, 1, 2)
+) -> dict[str, list[float]]:
+    """The mutual information with both whole models in memory, as transformers runs them.
+
+    `layers`: the base's layer that each layer of the merged model is compared with.
+    """
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, merged)]
     tokenizer = AutoTokenizer.from_pretrained(base)
     found: dict[str, list[float]] = {}
@@ -144,8 +149,9 @@ def reference(base: Path, merged: Path, texts: list[str]) -> dict[str, list[floa
                 model(**tokenizer(text, return_tensors="pt"))
             for hook in hooks:
                 hook.remove()
-        for name in outputs[0]:
-            found.setdefault(name, []).append(brute_force(outputs[0][name], outputs[1][name]))
+        for name, output in outputs[1].items():
+            of_base = str(layers[int(name)]) if name.isdecimal() else name
+            found.setdefault(name, []).append(brute_force(outputs[0][of_base], output))
     return found
 
 
@@ -249,6 +255,27 @@ class TestInARecipe:
         assert kept(tmp_path / "out") == kept(tmp_path / "then")
         portable = yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text())
         assert portable["acm"] == {"theta": 0.7, "normalise": "samples", "calibration": "texts.jsonl", "samples": 100}
+
+    def test_a_layer_is_compared_with_the_layer_of_the_base_that_it_comes_from(
+        self, llama: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        taken = (1, 2, 0, 2, 2)
+        slices = [
+            {"sources": [{"model": str(llama / name), "layer_range": [layer, layer + 1]}]}
+            for layer, name in zip(taken, ("math", "code", "math", "code", "math"), strict=True)
+        ]
+        table = {"merge_method": "passthrough", "base_model": str(llama / "base"), "slices": slices}
+        plain = merge(read_recipe(tree_of(table, "recipe")), tmp_path / "plain")
+        made = merge(read_recipe(tree_of(table | {"acm": {"calibration": str(texts)}}, "recipe")), tmp_path / "out")
+        information = reference(llama / "base", plain, TEXTS, taken)
+        shares = {name: 1 - t for name, t in freezing(information, 0.7, "samples").items()}
+        exact, out, base, merged = kept(made), *(tensors_in(f) for f in (made, llama / "base", plain))
+        assert exact == pytest.approx(shares, abs=1e-3)
+        for name, value in out.items():
+            group = group_of(name)
+            own = name.replace(f"layers.{group}.", f"layers.{taken[int(group)]}.") if group.isdecimal() else name
+            truth = base[own].double() + exact[group] * (merged[name].double() - base[own].double())
+            assert float((value.double() - truth).abs().max()) < 1e-6, name
 
     @pytest.mark.parametrize("method", others_long(["ties", "della", "widen"], ("ties",)))
     def test_slices_and_a_budget_that_pages_change_no_byte(

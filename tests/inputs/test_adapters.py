@@ -234,6 +234,17 @@ def test_files_that_change_are_noticed(base: Path, tmp_path: Path) -> None:
         assert model.fingerprint() != after
 
 
+def test_the_memory_that_reading_takes_is_declared(gpt2: Path, everything: Path) -> None:
+    with reading(gpt2, everything) as model:
+        held = 7 * (96 + 48) * 4  # the right factors of the two with the longest rows
+        assert model.footprint.tensor >= held
+        assert model.footprint.element >= 4
+        assert model.whole_bytes("transformer.wte.weight") >= 4 * tiny.VOCAB * 32
+        assert model.whole_bytes("transformer.wpe.weight") == 0  # a mapping of the base's file
+    with Checkpoint.open(gpt2) as plain:
+        assert (plain.footprint.element, plain.footprint.tensor) == (0, 0)
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +277,19 @@ def test_a_tied_head_that_the_adapter_stores_must_be_its_embedding(tmp_path: Pat
         assert model.digest("lm_head.weight") == model.digest("model.embed_tokens.weight")
     problems, _ = refused(base, write(tmp_path / "b", factors({"lm_head": (tiny.VOCAB, 32)})))
     assert "its head is its embedding" in problems[0]
+
+
+def test_a_stored_head_that_repeats_its_embedding_changes_with_it(tmp_path: Path) -> None:
+    base = tiny.build("qwen2", tmp_path / "base")
+    tiny.edit_tensors(base, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    embedding = {
+        "model.embed_tokens.lora_embedding_A": torch.ones(RANK, tiny.VOCAB),
+        "model.embed_tokens.lora_embedding_B": torch.ones(32, RANK),
+    }
+    head = {"lm_head.weight": torch.ones(tiny.VOCAB, 32)}
+    for name, tensors, repeats in (("a", embedding, True), ("b", embedding | head, False)):
+        with reading(base, write(tmp_path / name, tensors)) as model:
+            assert model.repeats("lm_head.weight", "model.embed_tokens.weight") == repeats
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -320,7 +344,7 @@ def test_every_tensor_has_its_place_or_is_a_problem(base: Path, tmp_path: Path) 
         "of `lora_A` and `lora_B` of `model.layers.0.self_attn.k_proj` it lacks one, or both",
         "` has no place in `base`: there is no such module",
         "have the ranks 5 and 5, and the config says 4",
-        "has the shape [16], but `model.norm.weight` of the base is [32] (the same goes for 1 more)",
+        "is float32 [16], but `model.norm.weight` of the base is float32 [32] (the same goes for 1 more)",
         "`lora_magnitude_vector`",
         "trainable_tokens_delta` is no tensor of a LoRA adapter",
         "is int32",
@@ -328,6 +352,16 @@ def test_every_tensor_has_its_place_or_is_a_problem(base: Path, tmp_path: Path) 
         assert sum(text in problem for problem in problems) == 1, text
     assert any("(the same goes for 2 more)" in problem for problem in problems)
     assert "Its maker calls that `tiny/base`" in hint
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 32, 1)])
+def test_what_is_no_matrix_is_a_problem(shape: tuple[int, ...], base: Path, tmp_path: Path) -> None:
+    tensors = {f"{Q}.lora_A.weight": torch.ones(shape), f"{Q}.lora_B.weight": torch.ones(32, RANK)}
+    problems, hint = refused(base, write(tmp_path / "a", tensors))
+    assert "is no matrix of floats" in problems[0]
+    assert "convolutions" in hint
+    problems, _ = refused(base, write(tmp_path / "b", factors({"model.norm": (32, 32)})))
+    assert "is no matrix of floats" in problems[0]
 
 
 def test_wrong_configs_are_told_at_once(base: Path, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ class TestRecipe:
             ("x: &a [*a]", "too large or too deep"),
             ("aim: {omega: 1" + ":59" * 100_000 + "}", "is not a valid value: too long"),
             ("aim: {omega: 0x" + "f" * 100_000 + "}", "is not a valid value: too long"),
-            ('"\\e[2J": 1', "unknown key `\\x1b[2J`"),
+            ('"dtyp\\e": 1', "unknown key `dtyp\\x1b`; did you mean `dtype`?"),
             ("x: \0", "not valid YAML"),
             ("---\nx: 1", "not valid YAML"),
             ('aim: {omega: 0.4, calibration: "a\\0.txt"}', "`aim.calibration` must be a file"),

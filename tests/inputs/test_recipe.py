@@ -42,6 +42,10 @@ def read(text: str) -> Recipe:
     return read_recipe(parse(text, "recipe.yml"))
 
 
+def resolved(recipe: Recipe, tensor: str, t: float) -> dict[str, Any]:
+    return recipe.resolve(tensor, t, recipe.slices[0])
+
+
 def problems(text: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         read(text)
@@ -55,8 +59,8 @@ def test_a_whole_recipe() -> None:
     assert recipe.dtype == "bfloat16"
     assert recipe.aim is not None
     assert (recipe.aim.omega, recipe.aim.samples, recipe.aim.block_size) == (Setting(0.2), 8, 512)
-    resolved = recipe.resolve("model.layers.1.mlp.up_proj.weight", 0.5)
-    assert resolved == {
+    found = resolved(recipe, "model.layers.1.mlp.up_proj.weight", 0.5)
+    assert found == {
         "weight": (0.5, 0.1),
         "density": (0.5, 0.3),
         "normalize": True,
@@ -64,7 +68,7 @@ def test_a_whole_recipe() -> None:
         "lambda": 1.5,
         "int8_mask": False,
     }
-    assert recipe.resolve("model.norm.weight", 0.0)["density"] == (0.2, 0.6)
+    assert resolved(recipe, "model.norm.weight", 0.0)["density"] == (0.2, 0.6)
 
 
 def test_precedence_is_model_then_top_level_then_default() -> None:
@@ -77,10 +81,10 @@ models:
 parameters: {weight: 0.7, density: 0.4}
 """
     recipe = read(text)
-    assert recipe.resolve("a.mlp.weight", 0)["density"] == (0.1, 0.4)
-    assert recipe.resolve("a.attn.weight", 0)["density"] == (0.4, 0.4)  # no filter matched: it falls through
-    assert recipe.resolve("a.attn.weight", 0)["weight"] == (0.7, 0.7)
-    assert recipe.resolve("a.attn.weight", 0)["lambda"] == 1.0
+    assert resolved(recipe, "a.mlp.weight", 0)["density"] == (0.1, 0.4)
+    assert resolved(recipe, "a.attn.weight", 0)["density"] == (0.4, 0.4)  # no filter matched: it falls through
+    assert resolved(recipe, "a.attn.weight", 0)["weight"] == (0.7, 0.7)
+    assert resolved(recipe, "a.attn.weight", 0)["lambda"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ parameters: {weight: 0.7, density: 0.4}
 )
 def test_gradients_are_piecewise_linear(gradient: str, t: float, value: float) -> None:
     text = f"{{merge_method: slerp, base_model: b, models: [{{model: x}}], parameters: {{t: {gradient}}}}}"
-    assert read(text).resolve("x", t)["t"] == value
+    assert resolved(read(text), "x", t)["t"] == value
 
 
 def test_a_filter_list_that_ends_without_a_match_is_an_error_of_that_tensor() -> None:
@@ -103,7 +107,7 @@ def test_a_filter_list_that_ends_without_a_match_is_an_error_of_that_tensor() ->
         "{merge_method: slerp, base_model: b, models: [{model: x}], parameters: {t: [{filter: q, value: 1}]}}"
     )
     with pytest.raises(RecipeError, match=r"`t` has no value for `lm_head\.weight`"):
-        recipe.resolve("lm_head.weight", 0)
+        resolved(recipe, "lm_head.weight", 0)
 
 
 def test_aliases_and_merge_keys_work() -> None:
@@ -115,7 +119,7 @@ models:
   - {model: y, parameters: *p}
   - {model: z, parameters: {<<: *p}}
 """
-    assert read(text).resolve("w", 0)["weight"] == (0.5, 0.5, 0.5)
+    assert resolved(read(text), "w", 0)["weight"] == (0.5, 0.5, 0.5)
 
 
 def test_all_problems_come_at_once_with_their_lines() -> None:
@@ -126,9 +130,9 @@ base_model: base
 modelz: 3
 models:
   - model: a
-    parameters: {weight: x, density: 1.5, gama: 3}
+    parameters: {weight: x, density: 1.5, waight: 3, gama: 3}
   - modell: b
-slices: []
+slices: [{}]
 dtype: int7
 tokenizer_source: union
 aim: {omega: 1.2, samples: 0, omga: 2}
@@ -138,9 +142,9 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         "recipe.yml:3: unknown key `modelz`; did you mean `models`?",
         "recipe.yml:6: `weight` must be a finite number, not `x`",
         "recipe.yml:6: `density` must lie in [0, 1], not 1.5",
-        "recipe.yml:6: unknown parameter `gama`",
+        "recipe.yml:6: unknown parameter `waight`; did you mean `weight`?",
         "recipe.yml:7: unknown key `modell`; did you mean `model`?",
-        "recipe.yml:8: `slices` is not supported: models are merged whole, not by ranges of layers",
+        "recipe.yml:8: `models` and `slices` exclude each other",
         "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
         "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
         "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
@@ -173,7 +177,6 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         ),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\naim: {}", "`aim` needs a `base_model`"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]", "finite number"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]", "belongs to the whole merge"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, x]}}]", "finite number"),
         ("merge_method: ties\nbase_model: b\nmodels: []", "at least one model"),
         (f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {'9' * 401}}}}}]", "finite number"),
@@ -237,13 +240,13 @@ class TestFlags:
     def test_a_merge_needs_no_file(self) -> None:
         flags = {"method": "ties", "base": "b", "expert": ("x", "y"), "density": ("0.5",), "parameter": ("lambda=2",)}
         recipe = read_recipe(applied(empty_recipe(), flags))
-        resolved = recipe.resolve("w", 0)
-        assert (resolved["weight"], resolved["density"], resolved["lambda"]) == ((1.0, 1.0), (0.5, 0.5), 2.0)
+        found = resolved(recipe, "w", 0)
+        assert (found["weight"], found["density"], found["lambda"]) == ((1.0, 1.0), (0.5, 0.5), 2.0)
         assert recipe.aim is None
 
     def test_repeated_values_go_in_order_and_skip_the_base(self) -> None:
         tree = applied(parse(GOOD, "recipe.yml"), {"weight": ("0.1", "0.2")})
-        assert read_recipe(tree).resolve("w", 0)["weight"] == (0.1, 0.2)
+        assert resolved(read_recipe(tree), "w", 0)["weight"] == (0.1, 0.2)
 
     def test_a_wrong_number_of_values_is_an_error(self) -> None:
         with pytest.raises(RecipeError, match="3 values for 2 expert"):
@@ -292,8 +295,8 @@ MIXTURE = "base_model: b\ngate_mode: hidden\nexperts_per_token: 2\nexperts: [{so
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("slices: [{sources: [{model: a, layer_range: [0, 8]}]}]\nmerge_method: slerp\n", ["1: `slices` is not supp"]),
-        ("modules: {default: {}}\n", ["1: `modules` is not supported"]),
+        ("slices: [{sources: [{model: a, layer_range: [8, 0]}]}]\nmerge_method: passthrough\n", ["1: `layer_range`"]),
+        ("modules: {default: {}}\nmerge_method: linear\n", ["1: no models are listed"]),
         (MIXTURE, ["4: `experts` is not supported: a mixture of experts"]),
         ("merge_mthod: ties\nbaze_model: b\nmodel: []\n", ["1: unknown", "2: unknown", "3: unknown"]),
         ("merge_method: linear\nmodels: [{modle: a, parameters: {weight: 1}}]\n", ["2: unknown key `modle`"]),
@@ -310,12 +313,12 @@ def test_a_mistake_is_told_without_what_follows_from_it(text: str, told: list[st
 
 
 def test_a_mistake_in_each_model_is_told_once_with_all_its_lines() -> None:
-    lines = "".join(f"  - {{model: {name}, parameters: {{weight: half, gemma: 1}}}}\n" for name in "abc")
+    lines = "".join(f"  - {{model: {name}, parameters: {{weight: half, waight: 1}}}}\n" for name in "abc")
     assert problems(f"merge_method: linear\nmodels:\n{lines}") == [
         "recipe.yml:3: `weight` must be a finite number, not `half` (and in lines 4, 5)",
-        "recipe.yml:3: unknown parameter `gemma` (and in lines 4, 5)",
+        "recipe.yml:3: unknown parameter `waight`; did you mean `weight`? (and in lines 4, 5)",
     ]
-    without = lines.replace(", parameters: {weight: half, gemma: 1}", "")
+    without = lines.replace(", parameters: {weight: half, waight: 1}", "")
     assert problems(f"merge_method: linear\nmodels:\n{without}") == [
         "recipe.yml:2: `linear` needs a `weight` for each model"
     ]

@@ -247,3 +247,14 @@ def test_init_writes_a_recipe_of_adapted_models_that_plans(
     done = run("init", "--base", "base", "--expert", "base+one", "--expert", "base+two", "-o", file)
     assert done.code == 0, done.err
     assert run("plan", file, tmp_path / "out", "--no-measure").code == 0
+
+
+def test_slices_take_layers_of_adapted_models(models: Path, tmp_path: Path) -> None:
+    def job(name: Callable[[str], str]) -> Recipe:
+        ranges = (("one", [0, 2]), ("two", [1, 3]), ("one", [1, 2]))
+        slices = [{"sources": [{"model": name(model), "layer_range": layers}]} for model, layers in ranges]
+        return read_recipe(applied_table({"merge_method": "passthrough", "slices": slices}))
+
+    merge(job(lambda name: adapted(models, name)), tmp_path / "out")
+    merge(job(lambda name: str(models / f"whole-{name}")), tmp_path / "whole")
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")

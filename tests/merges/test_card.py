@@ -124,7 +124,8 @@ class TestFigures:
     ) -> None:
         unmoved = with_aim(llama, measured, {"omega": 0.2})
         base = tuple(replace(entry, reference=str(llama / "base")) for entry in unmoved.models)
-        for name, job in (("plain", recipe(llama)), ("unmoved", replace(unmoved, models=base))):
+        part = replace(unmoved.slices[0], experts=base)
+        for name, job in (("plain", recipe(llama)), ("unmoved", replace(unmoved, slices=(part,)))):
             out = merge(job, tmp_path / name)
             facts = facts_of(out)
             assert "kept" not in facts

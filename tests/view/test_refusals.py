@@ -314,6 +314,15 @@ def a_processors_config_is_no_json(scene: Scene) -> None:
     (scene.base / "preprocessor_config.json").write_text("{")
 
 
+@refusal(3, "`the output`")
+def layers_make_no_model(scene: Scene) -> None:
+    """A layer without experts after one that has some, which DeepSeek's config cannot say."""
+    model = str(tiny.build("deepseek_v3", scene.place.folder / "mixture"))
+    sources = [{"model": model, "layer_range": [first, first + 1]} for first in (1, 0)]
+    scene.recipe.clear()
+    scene.recipe.update(merge_method="passthrough", slices=[{"sources": [source]} for source in sources])
+
+
 @refusal(3, "not a plain name")
 def modules_lead_out(scene: Scene) -> None:
     (scene.base / "modules.json").write_text('[{"path": "../math"}]')
@@ -522,6 +531,7 @@ def test_every_check_has_a_case() -> None:
         "check_place": "out_cannot_be_written",
         "check_at_work": "a_run_is_at_work",
         "check_small_files": "a_processors_config_is_no_json",
+        "check_layers": "layers_make_no_model",
         "check_disk_space": "the_disk_is_full",
         "check_device": "a_device_is_not_there",
         "check_calibration": "activations_are_of_another_model",
