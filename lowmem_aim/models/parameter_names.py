@@ -32,10 +32,19 @@ from transformers.core_model_loading import (
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.headers import broadcasts
+from lowmem_aim.models.headers import broadcasts, matrix_shape
 from lowmem_aim.system.tensors import empty_apart
 
 Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some rows of a parameter of transformers' model."""
+
+    parameter: str
+    start: int
+    rows: int
 
 
 @dataclass
@@ -167,6 +176,25 @@ class ParameterNames:
             place = patterns.index(pattern) * width
             value[index, place : place + width] = read(name)
         return value
+
+    def places(self) -> dict[str, Place]:
+        """The place of each checkpoint tensor that is some rows of one parameter, by its name.
+
+        Rows are those of the parameter seen as (all but the last dimension) x last, so that they are the same numbers
+        in every layout that stacks or concatenates them.
+        """
+        found = {}
+        for target, recipe in self._recipes.items():
+            if target != recipe.first or target not in self._shapes:
+                continue
+            if recipe.converter is None:
+                found[recipe.parts[0][1]] = Place(target, 0, matrix_shape(self._shapes[target])[0])
+            elif _is_plain_stack(recipe.converter) and len(self._shapes[target]) > 2:  # of a bias, a row is all of it
+                patterns, height = list(recipe.converter.source_patterns), self._shapes[target][1]
+                width = height // len(patterns)
+                for (name, index), (pattern, _) in zip(_numbered(recipe), recipe.parts, strict=True):
+                    found[name] = Place(target, index * height + patterns.index(pattern) * width, width)
+        return found
 
     # -- building the map
 

@@ -54,14 +54,18 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     def roles(self, checkpoint: Checkpoint) -> TensorRoles:
         """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
-        return TensorRoles.of(self._answer("roles", checkpoint, _outline(checkpoint)))
+        return TensorRoles.of(self._answer("roles", checkpoint, _headers(checkpoint)))
 
     def renamed(self, checkpoint: Checkpoint) -> dict[str, str]:
         """transformers' name -> the checkpoint's, of parameters that are one tensor of another name.
 
         Raises ModelError as `roles`.
         """
-        return dict(self._answer("renamed", checkpoint, _outline(checkpoint)))
+        return dict(self._answer("renamed", checkpoint, _headers(checkpoint)))
+
+    def places(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Where each tensor lies in transformers' model, see `reader_program.places`. Raises ModelError."""
+        return dict(self._answer("places", checkpoint, _headers(checkpoint)))
 
     def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
         """The tokenizer's files by name, with xxh3-128 of each; empty if there is none. Raises ModelError."""
@@ -136,7 +140,7 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint) from failure
 
 
-def _outline(checkpoint: Checkpoint) -> dict[str, Any]:
+def _headers(checkpoint: Checkpoint) -> dict[str, Any]:
     """All that building the model without weights depends on: every shape, because the model is checked against it."""
     tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
     return {"config": checkpoint.config, "tensors": tensors}
@@ -168,6 +172,7 @@ _READ = {
     "settings": "config",
     "roles": "config, and building the model without weights,",
     "renamed": "config, and building the model without weights,",
+    "places": "config, and building the model without weights,",
     "vocabulary": "tokenizer",
     "encode": "texts with its tokenizer",
 }

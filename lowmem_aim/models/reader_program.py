@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.system.files import name_temporary_folder
@@ -24,6 +24,9 @@ from lowmem_aim.system.process_limits import (
     peak_bytes,
     resident_bytes,
 )
+
+if TYPE_CHECKING:
+    from lowmem_aim.models.meta_model import MetaModel
 
 TOKENIZER_HINT = "are its files complete, and do they belong to this model?"
 _loaded: dict[str, Any] = {}  # the tokenizer that `encode` has loaded last, by its files
@@ -48,7 +51,14 @@ def renamed(question: Question) -> dict[str, str]:
     return dict(_meta_model(question).weights.renamed())
 
 
-def _meta_model(question: Question) -> Any:
+def places(question: Question) -> Any:
+    """The part of the model that continues text, and where each tensor of a checkpoint lies in transformers' model."""
+    meta_model = _meta_model(question)
+    found = {name: [place.parameter, place.start, place.rows] for name, place in meta_model.weights.places().items()}
+    return {"decoder": meta_model.decoder, "tensors": found}
+
+
+def _meta_model(question: Question) -> MetaModel:
     from lowmem_aim.models.checkpoint import Checkpoint
     from lowmem_aim.models.headers import TensorInfo
     from lowmem_aim.models.meta_model import load_meta_model
@@ -141,6 +151,7 @@ ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
     "renamed": (import_transformers, renamed),
+    "places": (import_transformers, places),
     "vocabulary": (lambda: None, vocabulary),
     "encode": (import_transformers, encode),
 }
