@@ -48,13 +48,13 @@ class Mxfp4(Packed):
 
     @property
     def element_bytes(self) -> int:
-        """Indices, exponents and factors of half an element each, and the rows before they are transposed."""
-        return 2 * FLOAT + 2 * FLOAT
+        """Bytes and indices of half an element each, and the rows before they are transposed."""
+        return 3 + FLOAT
 
     @property
     def held_bytes(self) -> int:
-        """A piece of the file where it is not mapped, and up to two columns beside the wanted ones."""
-        return CHUNK_BYTES + 2 * self.info.shape[-1] * (self.element_bytes + FLOAT)
+        """A piece of the file where it is not mapped, up to two groups beside the wanted rows, and factors."""
+        return CHUNK_BYTES + (2 * GROUP + 4) * self.info.shape[-1] * (self.element_bytes + FLOAT)
 
     def rows(self, stored: TensorFiles, start: int, stop: int) -> Tensor:
         """Rows start:stop of the experts, one below the other."""
@@ -69,17 +69,16 @@ class Mxfp4(Packed):
         return found
 
     def _of_expert(self, stored: TensorFiles, expert: int, first: int, last: int) -> Tensor:  # (out, last - first)
+        """Some rows of one expert, not transposed; whole groups are decoded, and what is beside the rows cut off."""
         height, width = self.info.shape[1:]
         lines = expert * width, (expert + 1) * width
-        begin, end = first // 2, ceiling(last, 2)  # bytes
-        packed = columns_of(stored, as_matrix(self.blocks, height // 2), lines, (begin, end))
-        groups = begin // HALF, ceiling(end, HALF)
-        exponents = columns_of(stored, as_matrix(self.scales, height // GROUP), lines, groups)
-        exponents = exponents[:, torch.arange(begin, end) // HALF - groups[0]]
+        begin, end = first // GROUP, ceiling(last, GROUP)
+        packed = columns_of(stored, as_matrix(self.blocks, height // 2), lines, (begin * HALF, end * HALF))
+        exponents = columns_of(stored, as_matrix(self.scales, height // GROUP), lines, (begin, end))
         values = looked_up(packed, table_of(torch.tensor(VALUES)))
-        factors = torch.pow(2.0, exponents.to(torch.int32) - 127)  # (out, bytes)
-        values.view(width, end - begin, 2).mul_(factors.unsqueeze(2))
-        return values[:, first - 2 * begin : last - 2 * begin]
+        factors = torch.pow(2.0, exponents.to(torch.int32) - 127)
+        values.view(width, end - begin, GROUP).mul_(factors.unsqueeze(2))
+        return values[:, first - begin * GROUP : last - begin * GROUP]
 
 
 def mxfp4(tensors: Mapping[str, TensorInfo], settings: Settings, stored: TensorFiles) -> Iterator[Packed]:
