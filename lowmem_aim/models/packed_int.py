@@ -50,7 +50,7 @@ class Grouped(Packed):
     @property
     def element_bytes(self) -> int:
         """Numbers as int32 and float32, their scales and zero points."""
-        return 6 * FLOAT
+        return 4 * FLOAT
 
     @property
     def held_bytes(self) -> int:

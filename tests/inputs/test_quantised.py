@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.quantised import QuantisedCheckpoint, open_model
 
 Bases = Callable[[Format], Path]
+NOISE = 256 << 10  # bytes: pages that the system gives or takes by itself
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +264,16 @@ def test_a_file_that_changes_is_noticed(bases: Bases, tmp_path: Path) -> None:
             file.write_bytes(file.read_bytes()[:-1])
     with open_model(tmp_path / "model") as model:
         assert model.fingerprint() != before  # of other times
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to tell")
+@pytest.mark.parametrize("formats", [["awq"], pytest.param([*FORMATS], marks=pytest.mark.long)])
+def test_decoding_takes_no_more_memory_than_it_declares(formats: list[str], tmp_path: Path) -> None:
+    program = Path(__file__).parents[1] / "decoding_footprints.py"
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, program, tmp_path, *formats]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["format"] for line in found] == [name for name in formats for _ in range(2)]
+    assert [line for line in found if line["taken"] > line["limit"] + NOISE] == []
