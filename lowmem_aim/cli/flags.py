@@ -249,10 +249,10 @@ OUTPUT_FLAGS = _options(
     ),
     _output(
         "--tokenizer-source",
-        metavar="base",
-        shell_complete=completion.words("base"),
-        help="Match rows of the vocabularies by the text of their tokens, and give the output the tokenizer of `base`. "
-        "[default: the recipe's, or row by row]",
+        metavar="SOURCE",
+        shell_complete=completion.words("base", "union"),
+        help="Match rows of the vocabularies by the text of their tokens, and give the output the tokenizer of `base`, "
+        "the `union` of all models' tokenizers, or that of a model. [default: the recipe's, or row by row]",
     ),
     _output(
         "--cache/--no-cache",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence, Sized
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.errors import printable
@@ -23,6 +24,7 @@ from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_p
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.layer_settings import restacked
 from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
+from lowmem_aim.output.tokenizer_files import with_tokenizer
 from lowmem_aim.planning.sources import patterns
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import PILE, is_here
@@ -43,8 +45,11 @@ def check_place(ready: Prepared) -> None:
 
 
 def check_small_files(ready: Prepared) -> None:
-    """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
-    ready.copied = copied_files(ready.inputs.reference, ready.emit)
+    """Read the files that the output takes from the models (tokenizer and the like). Raises ModelError."""
+    copied = copied_files(ready.inputs.reference, ready.emit)
+    ready.copied = with_tokenizer(copied, ready.recipe, ready.inputs, ready.emit)
+    if ready.inputs.tokenizer:  # what is taken of it now takes megabytes
+        ready.inputs.tokenizer = replace(ready.inputs.tokenizer, table="", added=())
 
 
 def check_layers(ready: Prepared) -> None:

@@ -11,10 +11,12 @@ from lowmem_aim.measuring.calibration import Calibration, Measurement
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.token_rows import TokenRows
 from lowmem_aim.output.picture import drawn_with
 from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
+from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensors import digest
@@ -49,11 +51,10 @@ def identity_of_merge(
         PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
         SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
         SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
-        CONFIG: digest_of(repr(sorted(inputs.reference.config.items())).encode()),
+        CONFIG: digest_of(repr(sorted(with_vocabulary(inputs.reference.config, inputs).items())).encode()),
     }
-    if inputs.row_maps:  # from the experts' tokenizers
-        rows = {str(inputs.folders.index(folder)): digest(row_map) for folder, row_map in inputs.row_maps.items()}
-        job[ROWS] = rows
+    if inputs.token_rows:  # from the models' tokenizers
+        job[ROWS] = _rows(inputs.token_rows, inputs)
     if calibration is not None:
         job[CALIBRATION] = calibration.digest()
     if comparison is not None:
@@ -64,6 +65,14 @@ def identity_of_merge(
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
     return Identity(job, [_of_input(checkpoints[place]) for place in inputs.places], environment)
+
+
+def _rows(rows: TokenRows, inputs: Inputs) -> dict[str, str]:
+    """Digests of all that says which rows of the vocabulary belong together, by the models' numbers."""
+    numbers = {folder: str(number) for number, folder in enumerate(inputs.folders)}
+    found = {numbers[folder]: digest(own) for folder, own in rows.own.items()}
+    found |= {f"given by {numbers[folder]}": digest(given) for folder, given in rows.given.items()}
+    return found | ({"means": str(rows.mean_from)} if rows.mean_from < rows.count else {})
 
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:

@@ -95,7 +95,11 @@ class Prepared:
         if not self.recipe.sliced:
             return self.inputs.reference
         plan = next(iter(self.plans.values()))
-        infos = {task.name: replace(task.experts[0].info, name=task.name, shape=task.shape) for task in plan.tasks}
+        own = self.inputs.reference.tensors  # with the vocabulary that they have there
+        shapes = {task.name: own[task.name].shape if task.filling else task.shape for task in plan.tasks}
+        infos = {
+            task.name: replace(task.experts[0].info, name=task.name, shape=shapes[task.name]) for task in plan.tasks
+        }
         return Checkpoint(self.out, "the output", self.config, infos)
 
     def needs(self) -> shares.Needs:

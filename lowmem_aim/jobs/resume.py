@@ -153,7 +153,7 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     place = inputs.places[number]
     stride = Stride(REREAD_ELEMENTS)
     for task in plan.tasks:
-        for reader in TensorInputs(task, True, stride).readers:
+        for reader in TensorInputs(task, True, stride).sources:
             if reader.checkpoint.place == place and reader.tensor in known:
                 for start, stop in stride.cuts(task.shape):
                     reader.enter_digest(reader.pieces(start, stop))

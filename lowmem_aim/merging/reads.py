@@ -32,7 +32,7 @@ class ReadLog:
         """
         digests: dict[str, dict[str, str]] = {}
         replaced: dict[str, dict[str, int]] = {}
-        for reader in tensor.readers:
+        for reader in tensor.sources:
             reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
             model = str(self._inputs.places.index(reader.checkpoint.place))
             digests.setdefault(model, {})[reader.tensor] = reader.digest()

@@ -65,10 +65,13 @@ class Needs:
         """The needs of a merge that writes all `plans` at once; the plans differ in their relaxation only."""
         plan, method = plans[0], plans[0].recipe.method
         tasks = [task for task in plan.tasks if task.action == "merge"]
-        models = max((len(task.experts) for task in tasks), default=0) + 1
+        filled = any(task.filling for task in tasks)
+        # Beside base and experts, the rows that stand where a model has none.
+        models = max((len(task.experts) for task in tasks), default=0) + 1 + filled
         widest = max((task.dtype.itemsize for task in tasks), default=4)
         dtypes = {info.dtype for checkpoint in inputs.checkpoints for info in checkpoint}
         stored = max((dtype.itemsize for dtype in dtypes), default=4)
+        stored = max(stored, *(task.given_dtype.itemsize for task in tasks if task.filling)) if filled else stored
         loops = device.type == "cpu" and kernels.available()
         footprint = _footprint(plan, tasks, loops)
         if (loops and len(dtypes) > 1) or not dtypes <= {DTYPES["BF16"], DTYPES["F32"]}:

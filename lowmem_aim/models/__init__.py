@@ -26,13 +26,16 @@ parameter_names.py    a checkpoint's tensor names <-> transformers' parameter na
 meta_model.py         transformers' model of a checkpoint, without weights
 roles.py              the special roles of tensors, as far as merging needs them
 vocabulary_files.py   the tokens in a tokenizer's files, read as JSON or text
+tokenizer_union.py    one tokenizer made of several, on the JSON alone
 reader_program.py     the child process that reads configs and tokenizers: its program
 reader_process.py     the child process as its parent sees it: questions, answers, deadlines
 reader.py             what transformers makes of a model's small files, asked of the child, and cached
+output_tokenizer.py   the tokens of the output, and the model whose tokenizer's files it takes over
+token_rows.py         the rows of the output's vocabulary: whose they are, and what stands where a model has none
 inputs.py             all models of a recipe, and the one that is their reference
 settings.py           whether the models' configs agree, as transformers reads them
-vocabulary.py         which row of a model holds which token of the reference
-tied_heads.py          output heads that are stored although they are tied
+vocabulary.py         which rows of the models belong together, and which tokens the output has
+tied_heads.py         output heads that are stored although they are tied
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 pickle_files.py       the pickled weights in a model folder, which `convert` turns into safetensors

@@ -24,6 +24,8 @@ from lowmem_aim.system.files import input_errors, is_folder, real
 WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
 WANTED += [pattern for pattern in READ_BY_LOADERS if not pattern.endswith((".json", ".jinja"))]
 WANTED_OF_ADAPTERS = [ADAPTER, ADAPTER_CONFIG]
+WEIGHTS = "*.safetensors"
+SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 

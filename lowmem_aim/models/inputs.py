@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.headers import TensorInfo
+from lowmem_aim.models.output_tokenizer import OutputTokenizer
 from lowmem_aim.models.roles import TensorRoles
+from lowmem_aim.models.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +29,9 @@ class Inputs:
     experts: tuple[Checkpoint, ...]
     reference: Checkpoint
     roles: TensorRoles  # of the reference
-    row_maps: dict[Path, Tensor] = field(default_factory=dict)  # by folder, see `row_map`
+    token_rows: TokenRows | None = None  # None: rows of the vocabulary simply match
+    tokenizer: OutputTokenizer | None = None  # None: the reference's
+    matched: bool = False  # it is known which rows of the vocabulary belong together
     dropped: frozenset[str] = field(default_factory=frozenset)  # tied heads that repeat their embedding
     opened: Mapping[str, Checkpoint] = field(default_factory=dict)  # by the recipe's references
 
@@ -59,8 +64,18 @@ class Inputs:
         return replace(self, base=base, experts=experts, opened=opened)
 
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
-        """Which of a model's rows stands for each row of the reference; None where rows simply match.
+        """Which of a model's rows stands for each row of the output; None where rows simply match.
 
-        (reference rows,) int64; -1: the model has no such row.
+        (output rows,) int64; -1: the model has no such row.
         """
-        return self.row_maps.get(checkpoint.folder) if tensor in self.roles.vocabulary else None
+        rows = self.rows_of(tensor)
+        return None if rows is None else rows.own.get(checkpoint.folder)
+
+    def rows_of(self, tensor: str) -> TokenRows | None:
+        """The rows of an embedding or a head in the output; None for other tensors, and where rows simply match."""
+        return self.token_rows if tensor in self.roles.vocabulary else None
+
+    def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
+        """The shape that one of the reference's tensors has in the output."""
+        rows = self.rows_of(info.name)
+        return info.shape if rows is None else (rows.count, *info.shape[1:])

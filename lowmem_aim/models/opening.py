@@ -13,7 +13,8 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.adapted import AdaptedCheckpoint
 from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.hub import Located, local_model, locate, plain_name
+from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, load_json
+from lowmem_aim.models.hub import SMALL, Located, downloaded, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.quantised import open_model
 from lowmem_aim.models.reader import Reader, ReaderNeeded
@@ -21,9 +22,10 @@ from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
 from lowmem_aim.models.tied_heads import repeated_heads
 from lowmem_aim.models.vetted import tokenizer_config
-from lowmem_aim.models.vocabulary import row_maps_of
+from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.references import parsed
+from lowmem_aim.system.files import is_file, real
 from lowmem_aim.system.options import ReadMode
 
 
@@ -101,6 +103,10 @@ def opened_models(
         for reference in elsewhere:
             if not (errors and finder.fetches):
                 open_one(reference)
+        if (source := recipe.tokenizer_model) and source not in references:
+            with noted(errors):
+                found[source] = _tokenizer_alone(source, recipe, emit)
+            references.append(source)
         _tell_apart([found[reference] for reference in references if reference in found])
         yield {reference: found.get(reference) for reference in references}
 
@@ -115,6 +121,20 @@ def told(recipe: Recipe, find: Find[M]) -> Find[M]:
             raise type(error)([problem + recipe.looked(part) for problem in error.problems], error.hint) from error
 
     return found
+
+
+def _tokenizer_alone(reference: str, recipe: Recipe, emit: Emit) -> Checkpoint:
+    """A model, of which only the tokenizer is used: its weights are neither looked at nor downloaded."""
+
+    def find(wanted: str, is_adapter: bool) -> Located:
+        return local_model(wanted) or Located(downloaded(wanted, SMALL, emit), wanted)
+
+    model = told(recipe, find)(parsed(reference).model, False)
+    folder = real(model.folder)
+    config = load_json(folder / CONFIG, MAX_CONFIG_BYTES) if is_file(folder / CONFIG) else {}
+    checkpoint = Checkpoint(folder, model.label, config if isinstance(config, dict) else {}, {})
+    tokenizer_config(checkpoint)
+    return checkpoint
 
 
 def compared(
@@ -145,7 +165,8 @@ def compared(
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
     with noted(errors):
-        inputs.row_maps = row_maps_of(inputs, recipe, reader, emit)
+        find_rows(inputs, recipe, opened, reader, emit)
+        inputs.matched = True
     inputs.dropped = repeated_heads(inputs)
     return inputs
 
@@ -154,9 +175,9 @@ def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None]) -> Input
     base = opened[recipe.base] if recipe.base else None
     references = [model.reference for model in recipe.models]
     experts = tuple(found for reference in references if (found := opened[reference]))
-    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer_source is not None
+    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer is not None
     reference = base if recipe.base and merges_base else opened[references[0]]
-    there = {name: model for name, model in opened.items() if model}
+    there = {name: model for name, model in opened.items() if model and name in recipe.references}
     return Inputs(base, experts, reference, NO_ROLES, opened=there) if reference else None
 
 

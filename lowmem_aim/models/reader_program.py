@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
 
 TOKENIZER_HINT = "are its files complete, and do they belong to this model?"
+OTHER_SOURCE = "`tokenizer_source: base`, or one model, takes that model's tokenizer as it is"
 _loaded: dict[str, Any] = {}  # the tokenizer that `encode` has loaded last, by its files
 
 Question = Mapping[str, Any]
@@ -46,16 +47,16 @@ def roles(question: Question) -> Any:
     return _meta_model(question).roles().table()
 
 
-def renamed(question: Question) -> dict[str, str]:
-    """transformers' name of a parameter -> the checkpoint's, where these differ; the question is as for `roles`."""
-    return dict(_meta_model(question).weights.renamed())
-
-
 def places(question: Question) -> Any:
     """The part of the model that continues text, and where each tensor of a checkpoint lies in transformers' model."""
     meta_model = _meta_model(question)
     found = {name: [place.parameter, place.start, place.rows] for name, place in meta_model.weights.places().items()}
     return {"decoder": meta_model.decoder, "tensors": found}
+
+
+def renamed(question: Question) -> dict[str, str]:
+    """transformers' name of a parameter -> the checkpoint's, where these differ; the question is as for `roles`."""
+    return dict(_meta_model(question).weights.renamed())
 
 
 def _meta_model(question: Question) -> MetaModel:
@@ -82,6 +83,61 @@ def vocabulary(question: Question) -> dict[str, int]:
         what = f"the tokenizer of `{printable(question['label'])}` has no vocabulary that can be read"
         raise ModelError(f"{what}: {printable(str(error))}", TOKENIZER_HINT) from error
     return dict(_tokenizer(question).get_vocab()) if found is None else found
+
+
+def united(question: Question) -> dict[str, Any]:
+    """One tokenizer of several: its tokenizer.json, its tokens, and whether the first one's files would not do.
+
+    Asked for: `folders` and `labels` of the models, the `rows` of their embeddings, and `more` tokens.
+    """
+    from lowmem_aim.models.tokenizer_union import tokens_of, united
+
+    labels, folders = question["labels"], question["folders"]
+    tables = [_table({"folder": folder, "label": label}) for folder, label in zip(folders, labels, strict=True)]
+    before, added = tokens_of(tables[0]), [*tables[0]["added_tokens"]]
+    try:
+        table = united(tables, question["rows"], question["more"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"the tokenizer of `{printable(labels[0])}` cannot be united with others"
+        raise ModelError(f"{what}: {printable(str(error))}", OTHER_SOURCE) from error
+    tokens = tokens_of(table)
+    entered = {entry["content"] for entry in table["added_tokens"]}
+    changed = {token for token in before.keys() ^ tokens.keys() if token not in entered}
+    return {
+        "table": json.dumps(table, ensure_ascii=False, separators=(",", ":")),
+        "tokens": tokens,
+        "added": table["added_tokens"],
+        "changed": tokens != before or table["added_tokens"] != added,
+        "ordinary": bool(changed),
+    }
+
+
+def _table(question: Question) -> dict[str, Any]:
+    """A tokenizer as tokenizer.json has it: the file, or what transformers makes of the model's other files."""
+    from lowmem_aim.models.tokenizer_union import tokens_of, with_further_tokens
+    from lowmem_aim.models.vocabulary_files import further_tokens
+
+    folder, label = Path(question["folder"]), printable(question["label"])
+    try:
+        if (folder / "tokenizer.json").is_file():
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        else:
+            text = _converted(question)
+        table = with_further_tokens(json.loads(text), further_tokens(folder))
+        tokens_of(table)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"the tokenizer of `{label}` has no vocabulary that can be read: {printable(str(error))}"
+        raise ModelError(what, TOKENIZER_HINT) from error
+    return table
+
+
+def _converted(question: Question) -> str:
+    import_transformers()  # above the limit, but only where a model has no tokenizer.json
+    inner = getattr(_tokenizer(question), "backend_tokenizer", None)
+    if inner is None:
+        what = f"the tokenizer of `{printable(question['label'])}` has no tokenizer.json, and cannot be made into one"
+        raise ModelError(what, OTHER_SOURCE)
+    return str(inner.to_str())
 
 
 def encode(question: Question) -> list[list[int]]:
@@ -150,9 +206,10 @@ def import_transformers() -> None:
 ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
-    "renamed": (import_transformers, renamed),
     "places": (import_transformers, places),
+    "renamed": (import_transformers, renamed),
     "vocabulary": (lambda: None, vocabulary),
+    "united": (lambda: None, united),
     "encode": (import_transformers, encode),
 }
 

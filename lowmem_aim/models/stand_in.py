@@ -19,14 +19,12 @@ from lowmem_aim.events import Emit
 from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
 from lowmem_aim.models.folder import ADAPTER, PICKLES, SINGLE, is_plain, shard_names
 from lowmem_aim.models.headers import MAX_HEADER_BYTES
-from lowmem_aim.models.hub import WANTED, Located, downloaded, hub_errors, local_model, repository_of
+from lowmem_aim.models.hub import SMALL, WEIGHTS, Located, downloaded, hub_errors, local_model, repository_of
 from lowmem_aim.system.files import disk_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-WEIGHTS = "*.safetensors"
-SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
 # Bytes of a shard in the first request: nearly every header fits, and a second request would cost more than they do.
 FIRST_BYTES = 100_000
 CONNECTIONS = 4  # a model may have 160 shards; each request is mostly waiting

@@ -10,7 +10,7 @@ from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice
+from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice, Tokenizer, TokenRow
 from lowmem_aim.recipe.references import parsed, same_reference
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
 
@@ -25,8 +25,10 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         portable["parameters"] = _settings(recipe.parameters)
     if recipe.dtype:
         portable["dtype"] = recipe.dtype
-    if recipe.tokenizer_source:
-        portable["tokenizer_source"] = recipe.tokenizer_source
+    if recipe.tokenizer:
+        portable |= _tokenizer(recipe.tokenizer, recipe, inputs)
+    if recipe.chat_template:
+        portable["chat_template"] = recipe.chat_template
     if recipe.aim:
         aim = {key: _plain(value) for key, value in vars(recipe.aim).items() if value not in ("", ())}
         omega, calibration = _setting(recipe.aim.omega), calibration_label(recipe.aim.calibration)
@@ -35,6 +37,30 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
         portable["acm"] = acm | {"calibration": calibration_label(recipe.acm.calibration)}
     return portable
+
+
+def _tokenizer(asked: Tokenizer, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The key `tokenizer_source`, or where that does not say all, `tokenizer`."""
+    source = inputs.tokenizer.owner.label if inputs.tokenizer and recipe.tokenizer_model else asked.source
+    if not asked.tokens and not asked.pad_to_multiple_of:
+        return {"tokenizer_source": source}
+    table: dict[str, Any] = {"source": source}
+    if asked.tokens:
+        table["tokens"] = {token: _token(row, inputs) for token, row in asked.tokens.items()}
+    if asked.pad_to_multiple_of:
+        table["pad_to_multiple_of"] = asked.pad_to_multiple_of
+    return {"tokenizer": table}
+
+
+def _token(row: TokenRow, inputs: Inputs) -> dict[str, Any]:
+    """Where a token's row comes from, as mergekit's YAML says it."""
+    source: Any = inputs.opened[row.model].label if row.model else None
+    if row.source == "zero":
+        source = {"kind": "zero"}
+    elif row.source == "model_token":
+        other = {"token": row.token} if row.token is not None else {"token_id": row.token_id}
+        source = {"kind": "model_token", "model": source, **other}
+    return ({"source": source} if source else {}) | ({"force": True} if row.force else {})
 
 
 def how_to_run(plan: Plan, inputs: Inputs) -> str:

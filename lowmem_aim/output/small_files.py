@@ -19,6 +19,7 @@ from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import drawn_with, heatmap_png
 from lowmem_aim.output.portable import how_to_run, portable_recipe
 from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
+from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
@@ -61,20 +62,21 @@ def output_files(
     files["mergekit_config.yml"] = (how_to_run(plan, inputs) + yaml_text(recipe)).encode()
     files["lowmem_aim.json"] = json_bytes(facts)
     files["README.md"] = card_text(facts, recipe, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
-    files[CONFIG] = json_bytes(_config(config, plan))  # last: without it, no loader takes the folder for a model
+    # Last: without it, no loader takes the folder for a model.
+    files[CONFIG] = json_bytes(_config(with_vocabulary(config, inputs), plan))
     return files
 
 
 def _config(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The config with the dtype that most of the output has, and nothing that would run code."""
     plain, _ = without_code(given)
-    config = {key: value for key, value in plain.items() if key != "_name_or_path"}
+    kept = {key: value for key, value in plain.items() if key != "_name_or_path"}
     sizes: dict[str, int] = {}
     for task in plan.tasks:
         if task.dtype.is_floating_point:
             sizes[task.dtype.name] = sizes.get(task.dtype.name, 0) + task.nbytes
     if sizes:
         name = max(sizes, key=lambda dtype: sizes[dtype])
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        config |= dict.fromkeys(keys, name)
-    return config
+        keys = [key for key in ("dtype", "torch_dtype") if key in kept] or ["dtype"]
+        kept |= dict.fromkeys(keys, name)
+    return kept

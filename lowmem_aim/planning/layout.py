@@ -54,12 +54,13 @@ def _task(match: Match, recipe: Recipe) -> Task:
         return Task(match.name, info.shape, info.dtype, "copy", {}, (match.model,), layer=match.layer)
     return Task(
         match.name,
-        info.shape,
+        match.shape,
         BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype,
         "merge",
         recipe.resolve(match.name, match.t, match.part),
         match.experts,
         match.base,
+        match.filling,
         vocabulary=match.vocabulary,
         inputs_first=match.inputs_first,
         whole=recipe.method.whole_rows and len(info.shape) < 2,

@@ -9,6 +9,7 @@ values.py         the values in the tree, checked one by one
 parameters.py     the `parameters` of a recipe, a module, a slice or a model
 parts.py          the models: whole, by ranges of layers, or in a module
 relaxations.py    the tables `aim:` and `acm:`
+tokenizers.py     the keys `tokenizer_source`, `tokenizer` and `chat_template`
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
 starting.py       the text of a recipe to start from

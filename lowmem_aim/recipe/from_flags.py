@@ -49,6 +49,9 @@ def applied(tree: Node, flags: dict[str, Any]) -> Node:
     for flag, key in (("method", "merge_method"), ("base", "base_model"), ("tokenizer_source", "tokenizer_source")):
         if flags.get(flag) is not None:
             tree = tree.with_item(key, _node(flags[flag], flag))
+    if flags.get("tokenizer_source") is not None and (table := tree.get("tokenizer")) is not None:
+        source = table.with_item("source", _node(flags["tokenizer_source"], "tokenizer_source"))
+        tree = tree.with_item("tokenizer", source).with_item("tokenizer_source", Node(None, COMMAND_LINE))
     if flags.get("dtype") is not None:
         # Arithmetic is float32 whatever the recipe says; the flag sets the dtype of the output.
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))

@@ -13,6 +13,7 @@ from lowmem_aim.recipe.parameters import settings_of
 from lowmem_aim.recipe.parts import WAYS, Parts
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
+from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
 from lowmem_aim.recipe.values import Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
@@ -25,14 +26,14 @@ TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
+    "chat_template",
     "aim",
     "acm",
 )
 # Keys of mergekit's that are refused rather than ignored -> why, and what to do.
 UNSUPPORTED_KEYS = {
     "experts": ("a mixture of experts cannot be made", "`lowmem-aim methods` lists the ways to merge models"),
-    "tokenizer": ("only `tokenizer_source: base` is", "leave it out, or write `tokenizer_source: base`"),
-    "chat_template": ("the base's chat template is copied as it is", "leave it out"),
 }
 # What stands in the place of `models` and `merge_method`, and what stands beside it.
 _OF_MIXTURES = "experts"
@@ -60,7 +61,9 @@ class _Reader(Values):
         aim = self._aim(base)
         acm = self._acm(base, aim)
         dtype = self._dtype()
-        tokenizer_source = self._tokenizer_source(base)
+        listed = [entry.reference for part in slices for entry in part.entries]
+        tokenizer = tokenizer_of(self, self.root, list(dict.fromkeys([*([base] if base else []), *listed])))
+        chat_template = chat_template_of(self, self.root)
         if not any(part.experts for part in slices):
             return None
         return Recipe(
@@ -69,7 +72,8 @@ class _Reader(Values):
             slices,
             parameters,
             dtype,
-            tokenizer_source,
+            tokenizer,
+            chat_template,
             aim,
             acm,
             self.root.where,
@@ -151,16 +155,6 @@ class _Reader(Values):
                     self.problem(node, text, "leave it out to keep the models' own dtype")
                 chosen = value
         return chosen
-
-    def _tokenizer_source(self, base: str | None) -> str | None:
-        node = self.root.get("tokenizer_source")
-        source = self.text(node, "tokenizer_source")
-        if node is not None and source not in (None, "base"):
-            text = f"`tokenizer_source: {printable(source or '')}` is not supported: only `base` is"
-            self.problem(node, text, "write `tokenizer_source: base`, or leave it out to merge row by row")
-        elif node is not None and source and self._has_no_base(base):
-            self.problem(node, "`tokenizer_source: base` needs a `base_model`", "name the model that has the tokenizer")
-        return source
 
     def _aim(self, base: str | None) -> Aim | None:
         node = self._table("aim", "omega: 0.4", base, "its activations are what the merge is relaxed by")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import RecipeError, printable
-from lowmem_aim.recipe.words import Normalise
+from lowmem_aim.recipe.words import SOURCES, UNION, Normalise, RowSource
 
 if TYPE_CHECKING:
     from lowmem_aim.methods.method import Method, Parameter  # torch
@@ -118,6 +118,28 @@ class Acm:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """The source of a token's row in the models that lack the token; with `force`, in all of them."""
+
+    source: RowSource = "usual"  # usual: as for tokens that the recipe does not name
+    model: str = ""  # whose row it is, as the recipe names it
+    token: str | None = None  # of the model, for `model_token`: the token or its id
+    token_id: int | None = None
+    force: bool = False
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The output's tokenizer: `tokenizer_source` or `tokenizer` of the recipe."""
+
+    source: str = UNION  # `union`, `base`, or a model
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None  # rows
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe. The base is among the experts of a slice only if the method merges it like an expert."""
 
@@ -126,7 +148,8 @@ class Recipe:
     slices: tuple[Slice, ...]
     parameters: Mapping[str, Setting]
     dtype: str | None
-    tokenizer_source: str | None
+    tokenizer: Tokenizer | None
+    chat_template: str | None  # `auto`, a name, or a template's text
     aim: Aim | None
     acm: Acm | None
     where: str
@@ -157,6 +180,11 @@ class Recipe:
     def builds_on_base(self) -> bool:
         """Whether the result is the base and something added to it."""
         return self.method.builds_on(self.base)
+
+    @property
+    def tokenizer_model(self) -> str:
+        """The model whose tokenizer the output has; empty if that is the base's, or one of several."""
+        return "" if self.tokenizer is None or self.tokenizer.source in SOURCES else self.tokenizer.source
 
     @property
     def relaxed(self) -> bool:

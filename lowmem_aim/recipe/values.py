@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,6 @@ class Values:
         if node is None or node.value is None:
             return None
         value = node.value
-        if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
-            value = value["path"].value
         if not isinstance(value, str) or not value.strip():
             self.problem(node, f"`{what}` must be text")
             return None
@@ -185,6 +183,11 @@ class Values:
             return None
         values = [self.value(item, parameter, hint) for item in node.value]
         return tuple(values) if None not in values else None
+
+
+def _items(*tables: Node) -> Iterator[tuple[str, Node]]:
+    for table in tables:
+        yield from table.value.items() if isinstance(table.value, dict) else ()
 
 
 def together(remarks: Iterable[Remark]) -> dict[str, str]:

@@ -66,6 +66,19 @@ def test_a_model_and_its_adapter_on_the_hub(hub: Path, llama: Path, tmp_path: Pa
     assert "Fill in" not in (tmp_path / "out/mergekit_config.yml").read_text()
 
 
+def test_of_a_model_that_only_gives_its_tokenizer_no_weights_are_needed(
+    hub: Path, llama: Path, tmp_path: Path, run: Run
+) -> None:
+    (hub / "models--tiny--code/snapshots" / REVISION / "model.safetensors").unlink()
+    command = ("--method", "linear", "--expert", llama / "math", "--tokenizer-source", f"tiny/code@{REVISION}")
+    done = run("merge", tmp_path / "out", *command)
+    assert done.code == 0, done.err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (llama / "code" / name).read_bytes()
+    recipe = yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text())
+    assert recipe["tokenizer_source"] == f"tiny/code@{REVISION}"
+
+
 def test_a_folder_wins_over_a_hub_id(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

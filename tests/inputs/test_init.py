@@ -18,6 +18,7 @@ from lowmem_aim.jobs.api import read_recipe
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.stand_in import FIRST_BYTES
 from lowmem_aim.recipe.reader import read_recipe as read_tree
+from lowmem_aim.recipe.recipe import Tokenizer
 from lowmem_aim.recipe.starting import Start, starting_values
 from lowmem_aim.recipe.yaml_tree import parse
 
@@ -126,7 +127,7 @@ def test_other_vocabularies_are_matched_by_text(models: Path, run: Run) -> None:
     tiny.build("llama", models / "more", vocab_size=272)
     done = run("init", "--base", "base", "--expert", "more")
     assert done.code == 0, done.err
-    assert read_recipe("recipe.yml").tokenizer_source == "base"
+    assert read_recipe("recipe.yml").tokenizer == Tokenizer("base")
     assert run("plan", "recipe.yml", "out", "--no-measure").code == 0
 
 

@@ -134,7 +134,7 @@ models:
   - modell: b
 slices: [{}]
 dtype: int7
-tokenizer_source: union
+tokenizer_source: 3
 aim: {omega: 1.2, samples: 0, omga: 2}
 """
     )
@@ -146,7 +146,7 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         "recipe.yml:7: unknown key `modell`; did you mean `model`?",
         "recipe.yml:8: `models` and `slices` exclude each other",
         "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
-        "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
+        "recipe.yml:10: `tokenizer_source` must be text",
         "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
         "recipe.yml:11: `aim.omega` must lie in [0, 1], not 1.2",
         "recipe.yml:11: `aim.samples` must be a whole number above 0, not `0`",

@@ -30,6 +30,7 @@ from against_peft import adapters  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 from sentences import sentences  # noqa: E402
+from tokens import differences as differences_of_tokens  # noqa: E402
 
 from lowmem_aim.jobs.merge import merge  # noqa: E402
 from lowmem_aim.recipe.reader import read_recipe  # noqa: E402
@@ -184,6 +185,7 @@ def main() -> None:
         python = tool.with_name("python").absolute()
         found = [] if asked.methods else list(sentences(scratch / "sentences", python))
         found += [] if asked.methods else list(adapters(scratch / "adapters", python))
+        found += [] if asked.methods else differences_of_tokens(scratch / "tokens", python)
         found += differences(scratch, python, asked.methods)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

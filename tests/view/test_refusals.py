@@ -295,6 +295,23 @@ def tokens_cannot_be_matched(scene: Scene) -> tuple[object, ...]:
     return ("--tokenizer-source", "base")
 
 
+@refusal(2, "`math` has no token `<none>`")
+def a_token_takes_its_row_from_a_model_that_lacks_it(scene: Scene) -> None:
+    source = {"kind": "model_token", "model": str(scene.math), "token": "<none>"}
+    scene.recipe["tokenizer"] = {"source": "base", "tokens": {"<s>": {"source": source}}}
+
+
+@refusal(3, "there is no model folder")
+def the_model_of_the_tokenizer_is_missing(scene: Scene) -> None:
+    scene.recipe["tokenizer_source"] = str(scene.math / "nowhere")
+
+
+@refusal(3, "has no tokenizer")
+def the_model_of_the_tokenizer_has_none(scene: Scene) -> None:
+    (scene.math / "empty").mkdir()
+    scene.recipe["tokenizer_source"] = str(scene.math / "empty")
+
+
 @refusal(3, "should be tied to", quick=True)
 def a_tied_head_differs(scene: Scene) -> None:
     for name in ("base", "math", "code"):
