@@ -14,6 +14,7 @@ from lowmem_aim.models.adapted import AdaptedCheckpoint
 from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, load_json
+from lowmem_aim.models.folder import check_links
 from lowmem_aim.models.hub import SMALL, Located, downloaded, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.quantised import open_model
@@ -25,7 +26,7 @@ from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.references import parsed
-from lowmem_aim.system.files import is_file, real
+from lowmem_aim.system.files import input_errors, is_file, real
 from lowmem_aim.system.options import ReadMode
 
 
@@ -131,6 +132,8 @@ def _tokenizer_alone(reference: str, recipe: Recipe, emit: Emit) -> Checkpoint:
 
     model = told(recipe, find)(parsed(reference).model, False)
     folder = real(model.folder)
+    with input_errors(folder):
+        check_links(folder)
     config = load_json(folder / CONFIG, MAX_CONFIG_BYTES) if is_file(folder / CONFIG) else {}
     checkpoint = Checkpoint(folder, model.label, config if isinstance(config, dict) else {}, {})
     tokenizer_config(checkpoint)

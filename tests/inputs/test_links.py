@@ -116,7 +116,7 @@ TEMPLATE = "additional_chat_templates/x.jinja"
 
 
 class TestOtherFiles:
-    @pytest.mark.parametrize("name", [*READ, TEMPLATE, "additional_chat_templates", "tokenizer.model", "merges.txt"])
+    @pytest.mark.parametrize("name", [*READ, TEMPLATE, "additional_chat_templates", "tokenizer.model", "README.md"])
     def test_a_link_out_is_refused_by_name(self, folder: Path, tmp_path: Path, name: str) -> None:
         (folder / name).touch() if not (folder / name).exists() else None
         moved(folder / name, tmp_path / "elsewhere" / Path(name).name)

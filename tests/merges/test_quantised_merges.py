@@ -26,6 +26,7 @@ from lowmem_aim.jobs.merge import merge
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.recipe.yaml_tree import tree_of
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.options import Options
 
@@ -163,3 +164,21 @@ def test_the_plan_says_it(models: Any, tmp_path: Path, run: Run) -> None:
     assert done.code == 0
     assert "21 weights are quantised (awq): they are decoded as they are read" in done.err
     assert "bfloat16" in done.out
+
+
+def test_slices_of_quantised_models_are_those_of_the_decoded_ones(models: Any, tmp_path: Path) -> None:
+    """A layer twice, by a merge of one model and of two."""
+    folder, _ = models("fp8 in partial blocks")
+    outs = []
+    for base in ("base", "whole"):
+        sources = [{"model": str(folder / name), "layer_range": [0, 2]} for name in (base, "one")]
+        again = [{"model": str(folder / name), "layer_range": [1, 3]} for name in ("one", base)]
+        table = {
+            "merge_method": "linear",
+            "parameters": {"weight": 0.5},
+            "dtype": "bfloat16",
+            "slices": [{"sources": sources}, {"sources": again}],
+        }
+        outs.append(tensors(merge(read_recipe(tree_of(table, "recipe")), tmp_path / f"out-{base}")))
+    assert outs[0].keys() == outs[1].keys()
+    assert all(torch.equal(outs[0][key], value) for key, value in outs[1].items())
