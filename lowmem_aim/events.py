@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify"]
+Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert"]
 Unit = Literal["blocks", "bytes", "files"]
 Stage = Literal["read", "compute", "write"]
 Outcome = Literal["finished", "interrupted", "failed"]

@@ -279,6 +279,33 @@ def verify_command(out: Path, style: Style) -> None:
     run(work, style)
 
 
+@click.command("convert", cls=usage.Command)
+@click.argument("folder", shell_complete=completion.folders)
+@click.argument("new", type=PathType(), shell_complete=completion.folders)
+@_flag(
+    "--in-memory",
+    is_flag=True,
+    help="Load each file whole instead of one tensor at a time: files of torch before 1.6 need that.",
+)
+@FORMAT_FLAGS
+def convert_command(folder: str, new: Path, in_memory: bool, style: Style) -> None:
+    """Make safetensors of the pickled weights in FOLDER.
+
+    pytorch_model*.bin and adapter_model.bin are loaded as weights only, in a process of its own without network. The
+    new folder NEW gets the safetensors, the config and the tokenizer. FOLDER stays as it is.
+    """
+    from lowmem_aim.system.files import partial_folder
+
+    refuse_if_running(partial_folder(new))
+    from lowmem_aim.jobs.convert import convert
+
+    def work(emit: Emit) -> Path:
+        interrupts.note_kept(False)
+        return convert(folder, new, in_memory=in_memory, emit=emit)
+
+    run(work, style)
+
+
 @click.command("demo", cls=usage.Command)
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
 @_flag(

@@ -139,7 +139,19 @@ def test_every_command_line_of_a_document_can_be_parsed(page: str) -> None:
 
 def test_the_readme_has_each_command_that_starts_work() -> None:
     told = {name for name, *_ in commands_in((ROOT / "README.md").read_text())}
-    assert told >= {"init", "plan", "merge", "relax", "calibrate", "methods", "status", "verify", "doctor", "demo"}
+    assert told >= {
+        "init",
+        "plan",
+        "merge",
+        "relax",
+        "calibrate",
+        "methods",
+        "status",
+        "verify",
+        "doctor",
+        "demo",
+        "convert",
+    }
 
 
 def test_the_first_merge_of_the_readme_runs_as_printed(

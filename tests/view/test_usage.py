@@ -23,6 +23,7 @@ ARGUMENTS = {  # that are enough for a command to be understood
     "status": ["out"],
     "verify": ["out"],
     "methods": ["tie"],
+    "convert": ["old", "new"],
     "completion": ["bash"],
 }
 NEEDED = {
@@ -31,6 +32,7 @@ NEEDED = {
     "calibrate": "the argument `BASE`",
     "status": "the argument `OUT`",
     "verify": "the argument `OUT`",
+    "convert": "the argument `FOLDER`",
     "completion": "the argument `SHELL`",
 }
 
