@@ -28,7 +28,7 @@ TEXT = "hello <|im_start|>user, a lazy dog<|im_end|> <s>"
 
 @pytest.fixture
 def models(place: Place) -> Path:
-    """`base` of 260 tokens, 264 rows; `math` lacks one and has two more; `code` has two more, another order, padding."""
+    """`base` of 260 tokens, 264 rows; `math` lacks one and has two more; `code` has two more in another order."""
     add_tokens(place.folder / "base", ["<|old|>"], padding=4, seed=3)
     add_tokens(place.folder / "math", ["<|im_start|>", "<|im_end|>"], seed=1)
     add_tokens(place.folder / "code", ["<|im_end|>", "<|old|>", "<|tool|>"], padding=7, seed=2)
