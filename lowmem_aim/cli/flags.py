@@ -104,14 +104,14 @@ RECIPE_FLAGS = _options(
         "--base",
         metavar="MODEL",
         shell_complete=completion.folders,
-        help="Use this model as the base: a folder or a Hub id. [default: the recipe's]",
+        help="Use this model as the base: a folder, a Hub id, or MODEL+ADAPTER (LoRA). [default: the recipe's]",
     ),
     _recipe(
         "--expert",
         metavar="MODEL",
         multiple=True,
         shell_complete=completion.folders,
-        help="Merge this model; repeat the flag for each. [default: the recipe's models]",
+        help="Merge this model, or MODEL+ADAPTER; repeat the flag for each. [default: the recipe's models]",
     ),
     _recipe(
         "--weight",

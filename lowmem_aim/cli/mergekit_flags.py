@@ -6,7 +6,7 @@ _LAZY = "leave it out: tensors are always read in slices, as they are needed"
 _STREAMED = "leave it out: `--ram` limits the memory in use"
 _COPIED = "leave it out: the tokenizer is always copied"
 _CACHE = "set HF_HOME: models from the Hub are kept there"
-_ADAPTER = "adapters are not merged here: merge each into its model first"
+_ADAPTER = "leave it out: an adapter is added as its model is read, and nothing is merged on disk"
 _GPU = "use `--device cuda`"
 
 # Flag -> the next step.

@@ -59,12 +59,12 @@ def identity_of_merge(
         job[CALIBRATION] = calibration.digest()
     if comparison is not None:
         job[COMPARISON] = comparison.digest()
-    checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
+    checkpoints = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
     measures = comparison is not None or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
-    return Identity(job, [_of_input(checkpoints[folder]) for folder in inputs.folders], environment)
+    return Identity(job, [_of_input(checkpoints[place]) for place in inputs.places], environment)
 
 
 def _rows(rows: TokenRows, inputs: Inputs) -> dict[str, str]:

@@ -46,7 +46,7 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
     errors += _missing_texts(recipe)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
-        opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, errors))
+        opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, reader, errors))
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
         inputs, plans, unfit = None, {}, list[LowmemAimError]()
@@ -86,7 +86,10 @@ def sound_recipe(tree: Node, out: Path) -> Recipe:
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
     if recipe is not None:
         errors += _missing_texts(recipe)
-        with opened_models(recipe, "mmap", silent, FETCHED, errors):  # beside errors, nothing is downloaded
+        with (
+            Reader() as reader,
+            opened_models(recipe, "mmap", silent, FETCHED, reader, errors),
+        ):  # beside errors, nothing is downloaded
             pass
     raise joined(errors)
 

@@ -35,6 +35,8 @@ def rehearse(plan: Plan, budget: Budget) -> int:
     Where a device with memory of its own computes, only the check of what is read is rehearsed.
     """
     trim()
+    for checkpoint in {source.checkpoint for task in plan.tasks for source in task.sources(with_base=True)}:
+        checkpoint.warm_up()
     most = budget.ram_used()
     for task in _kinds(plan):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.

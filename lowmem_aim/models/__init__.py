@@ -3,9 +3,15 @@
 hub.py                model references -> local folders, downloaded from the Hub if need be
 config.py             the JSON of a model folder, above all config.json, checked
 headers.py            headers of safetensors files, checked
+adapter_config.py     the config of a LoRA adapter, checked
 known_files.py        the files of a model folder beside its weights, by name: what loaders read
 folder.py             the files of a model folder: which hold tensors, which are refused
-checkpoint.py         one model on disk: the only reader of model files
+tensor_files.py       tensors of safetensors files, read as they are stored
+checkpoint.py         one model on disk, read by rows
+matching.py           names of tensors that are known by another prefix
+adapter.py            a LoRA adapter on disk, its config and header checked
+changes.py            the changes of a base's tensors by an adapter
+adapted.py            a checkpoint with an adapter: its tensors changed row by row
 vetted.py             what transformers is given of a model folder: vetted copies of its small files
 transformers_config.py  the config as transformers' class reads it
 parameter_names.py    a checkpoint's tensor names <-> transformers' parameter names

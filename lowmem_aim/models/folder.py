@@ -22,6 +22,7 @@ from lowmem_aim.system.files import input_errors, is_file, open_regular
 INDEX = "model.safetensors.index.json"
 _COMPLETE = "is the download complete, and is this the folder that holds the weights?"
 SINGLE = "model.safetensors"
+ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of a LoRA adapter, as PEFT saves it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 # What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
 QUANTISED = re.compile(

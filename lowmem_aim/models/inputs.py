@@ -42,9 +42,14 @@ class Inputs:
         return (*first, *(model for model in self.opened.values() if model not in first))
 
     @property
+    def places(self) -> list[tuple[Path, ...]]:
+        """The `place` of each model, each once; the first is the base's, if there is one."""
+        return list(dict.fromkeys(checkpoint.place for checkpoint in self.checkpoints))
+
+    @property
     def folders(self) -> list[Path]:
-        """The models' folders, each once; the first is the base's, if there is one."""
-        return list(dict.fromkeys(checkpoint.folder for checkpoint in self.checkpoints))
+        """The folders of the models and their adapters, each once."""
+        return list(dict.fromkeys(folder for place in self.places for folder in place))
 
     @property
     def others(self) -> list[Checkpoint]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted
+from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted, raise_all
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.models.adapted import AdaptedCheckpoint
+from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, load_json
 from lowmem_aim.models.hub import SMALL, Located, downloaded, local_model, locate, plain_name
@@ -21,6 +23,7 @@ from lowmem_aim.models.tied_heads import repeated_heads
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.recipe.references import parsed
 from lowmem_aim.system.files import is_file, real
 from lowmem_aim.system.options import ReadMode
 
@@ -29,18 +32,47 @@ from lowmem_aim.system.options import ReadMode
 class Finder:
     """The way in which models are found, and whether what is found holds weights."""
 
-    find: Callable[[str, Emit], Located] = locate  # a model reference -> its folder
+    find: Callable[[str, Emit, bool], Located] = locate  # a model, or (True) an adapter -> its folder
     has_weights: Callable[[Path], bool] = lambda folder: True  # False: headers and small files only
     fetches: bool = True  # models and texts that are on the Hub are downloaded
 
 
 FETCHED = Finder()
 M = TypeVar("M")
+Find = Callable[[str, bool], M]  # of a part of a reference: a model, or (True) an adapter
+
+
+def parts_found(reference: str, find: Find[M]) -> list[M]:
+    """The results of `find` for the model, and for the adapter if there is one. Raises the errors of both."""
+    errors: list[LowmemAimError] = []
+    found = []
+    for number, part in enumerate(parsed(reference).parts):
+        with noted(errors):
+            found.append(find(part, number > 0))
+    raise_all(errors)
+    return found
+
+
+def opened(reference: str, find: Find[Located], read: ReadMode, reader: Reader) -> Checkpoint:
+    """A model, with its adapter if it has one, found and opened. Raises ModelError with every problem found."""
+    model, *adapters = parts_found(reference, find)
+    errors: list[LowmemAimError] = []
+    with contextlib.ExitStack() as stack:
+        with noted(errors):
+            checkpoint = stack.enter_context(Checkpoint.open(model.folder, model.label, read))
+        for found in adapters:
+            with noted(errors):
+                adapter = Adapter.open(found.folder, found.label)
+        raise_all(errors)
+        if adapters:
+            checkpoint = AdaptedCheckpoint(checkpoint, adapter, reader.renamed)
+        stack.pop_all()  # what is right stays open
+        return checkpoint
 
 
 @contextlib.contextmanager
 def opened_models(
-    recipe: Recipe, read: ReadMode, emit: Emit, finder: Finder, errors: list[LowmemAimError]
+    recipe: Recipe, read: ReadMode, emit: Emit, finder: Finder, reader: Reader, errors: list[LowmemAimError]
 ) -> Iterator[dict[str, Checkpoint | None]]:
     """Find and open all models: reference -> checkpoint, the base first; a model that is named twice is opened once.
 
@@ -53,8 +85,8 @@ def opened_models(
 
         def open_one(reference: str) -> None:
             with noted(errors):
-                model = located(reference, lambda wanted: finder.find(wanted, emit), recipe)
-                checkpoint = Checkpoint.open(model.folder, model.label, read)
+                find = told(recipe, lambda part, is_adapter: finder.find(part, emit, is_adapter))
+                checkpoint = opened(reference, find, read, reader)
                 found[reference] = stack.enter_context(checkpoint)
                 for text in checkpoint.oddities:
                     emit(Notice(text, "warning"))
@@ -63,7 +95,7 @@ def opened_models(
         elsewhere = []
         for reference in references:
             with noted(errors):
-                if located(reference, local_model, recipe):
+                if None not in parts_found(reference, told(recipe, local_model)):
                     open_one(reference)
                 else:
                     elsewhere.append(reference)
@@ -78,26 +110,30 @@ def opened_models(
         yield {reference: found.get(reference) for reference in references}
 
 
+def told(recipe: Recipe, find: Find[M]) -> Find[M]:
+    """`find`, but for a model that is not there the error says in which folders it was looked for."""
+
+    def found(part: str, is_adapter: bool) -> M:
+        try:
+            return find(part, is_adapter)
+        except (NoSuchModel, NetworkError) as error:
+            raise type(error)([problem + recipe.looked(part) for problem in error.problems], error.hint) from error
+
+    return found
+
+
 def _tokenizer_alone(reference: str, recipe: Recipe, emit: Emit) -> Checkpoint:
     """A model, of which only the tokenizer is used: its weights are neither looked at nor downloaded."""
 
-    def find(wanted: str) -> Located:
+    def find(wanted: str, is_adapter: bool) -> Located:
         return local_model(wanted) or Located(downloaded(wanted, SMALL, emit), wanted)
 
-    model = located(reference, find, recipe)
+    model = told(recipe, find)(parsed(reference).model, False)
     folder = real(model.folder)
     config = load_json(folder / CONFIG, MAX_CONFIG_BYTES) if is_file(folder / CONFIG) else {}
     checkpoint = Checkpoint(folder, model.label, config if isinstance(config, dict) else {}, {})
     tokenizer_config(checkpoint)
     return checkpoint
-
-
-def located(reference: str, find: Callable[[str], M], recipe: Recipe) -> M:
-    """The model that `find` finds; the error for one that is not there says in which folders it was looked for."""
-    try:
-        return find(reference)
-    except (NoSuchModel, NetworkError) as error:
-        raise type(error)([problem + recipe.looked(reference) for problem in error.problems], error.hint) from error
 
 
 def compared(
@@ -149,4 +185,5 @@ def _tell_apart(checkpoints: list[Checkpoint]) -> None:
     labels = [checkpoint.label for checkpoint in checkpoints]
     for checkpoint, label in zip(checkpoints, labels, strict=True):
         if labels.count(label) > 1:
-            checkpoint.label = f"{plain_name(checkpoint.folder.parent)}/{label}"
+            parts = zip(checkpoint.place, checkpoint.labels, strict=True)
+            checkpoint.label = "+".join(f"{plain_name(folder.parent)}/{part}" for folder, part in parts)

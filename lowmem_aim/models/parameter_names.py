@@ -106,6 +106,11 @@ class ParameterNames:
         recipe = self._recipe(parameter)
         return recipe.parts[0][1] if recipe is not None and recipe.converter is None else None
 
+    def renamed(self) -> dict[str, str]:
+        """Parameter -> its tensor in the checkpoint, for those that are one tensor unchanged, of another name."""
+        plain = {name: recipe.parts[0][1] for name, recipe in self._recipes.items() if recipe.converter is None}
+        return {name: stored for name, stored in plain.items() if name != stored}
+
     def load(self, parameter: str, read: Read | None = None) -> Tensor:
         """The parameter's value in memory of its own, in the model's dtype, or in the one that a converter has made.
 
@@ -124,13 +129,18 @@ class ParameterNames:
             return self._own(parameter, fetch(recipe.parts[0][1]))
         if _is_plain_stack(recipe.converter):
             return self._stack(recipe, fetch)
-        made = recipe.run(self.model, fetch)
+        made = recipe.run(self.model, lambda name: self._as_kept(name, fetch(name)))
         self._waiting.update({name: value for name, value in made.items() if name in self._shapes})
         return self._waiting.pop(parameter)
 
     def _own(self, parameter: str, stored: Tensor) -> Tensor:
         dtype = self._dtypes.get(parameter, stored.dtype)
         return empty_apart(tuple(stored.shape), dtype).copy_(stored)
+
+    def _as_kept(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the checkpoint in the dtype that an output keeps, where reading computes it in another."""
+        kept_as = self.checkpoint.tensors[name].kept_as
+        return value if kept_as is None else value.to(kept_as.torch)
 
     def scatter(self, parameter: str, statistic: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, its statistic) for each tensor that `parameter` is made of.
@@ -268,6 +278,6 @@ def float_bytes(checkpoint: Checkpoint) -> dict[torch.dtype, int]:
     totals: dict[torch.dtype, int] = {}
     for info in checkpoint:
         if info.dtype.is_floating_point:
-            dtype = info.dtype.torch
-            totals[dtype] = totals.get(dtype, 0) + math.prod(info.shape) * info.dtype.itemsize
+            dtype = info.output_dtype.torch
+            totals[dtype] = totals.get(dtype, 0) + math.prod(info.shape) * info.output_dtype.itemsize
     return totals

@@ -66,11 +66,18 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     def roles(self, checkpoint: Checkpoint) -> TensorRoles:
         """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
-        return TensorRoles.of(self._answer("roles", checkpoint, _headers(checkpoint)))
+        return TensorRoles.of(self._answer("roles", checkpoint, _outline(checkpoint)))
 
     def places(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Where each tensor lies in transformers' model, see `reader_program.places`. Raises ModelError."""
-        return dict(self._answer("places", checkpoint, _headers(checkpoint)))
+        """The place of each tensor in transformers' model, see `reader_program.places`. Raises ModelError."""
+        return dict(self._answer("places", checkpoint, _outline(checkpoint)))
+
+    def renamed(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """transformers' name -> the checkpoint's, of parameters that are one tensor of another name.
+
+        Raises ModelError as `roles`.
+        """
+        return dict(self._answer("renamed", checkpoint, _outline(checkpoint)))
 
     def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
         """The tokenizer's files by name, with xxh3-128 of each; empty if there is none. Raises ModelError."""
@@ -166,8 +173,8 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint) from failure
 
 
-def _headers(checkpoint: Checkpoint) -> dict[str, Any]:
-    # Every shape counts, because the model is checked against it.
+def _outline(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that building the model without weights depends on: every shape, because the model is checked against it."""
     tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
     return {"config": checkpoint.config, "tensors": tensors}
 
@@ -198,6 +205,7 @@ _READ = {
     "settings": "config",
     "roles": "config, and building the model without weights,",
     "places": "config, and building the model without weights,",
+    "renamed": "config, and building the model without weights,",
     "vocabulary": "tokenizer",
     "united": "tokenizer, and uniting it with others,",
     "encode": "texts with its tokenizer",

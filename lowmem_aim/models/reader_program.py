@@ -79,6 +79,11 @@ def places(question: Question) -> Any:
     return {"decoder": meta_model.decoder, "tensors": found}
 
 
+def renamed(question: Question) -> dict[str, str]:
+    """transformers' name of a parameter -> the checkpoint's, where these differ; the question is as for `roles`."""
+    return dict(_meta_model(question).weights.renamed())
+
+
 def _meta_model(question: Question) -> MetaModel:
     from lowmem_aim.models.checkpoint import Checkpoint
     from lowmem_aim.models.headers import TensorInfo
@@ -227,6 +232,7 @@ ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
     "places": (import_transformers, places),
+    "renamed": (import_transformers, renamed),
     "vocabulary": (lambda: None, vocabulary),
     "united": (lambda: None, united),
     "encode": (import_transformers, encode),

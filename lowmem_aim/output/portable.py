@@ -10,7 +10,8 @@ from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice, Tokenizer, TokenRow, same_reference
+from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice, Tokenizer, TokenRow
+from lowmem_aim.recipe.references import parsed, same_reference
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
 
 
@@ -65,7 +66,7 @@ def _token(row: TokenRow, inputs: Inputs) -> dict[str, Any]:
 def how_to_run(plan: Plan, inputs: Inputs) -> str:
     """Comments for the top of the recipe's file: what has to be filled in, and the command to run it again."""
     recipe = plan.recipe
-    local = [model.label for reference, model in inputs.opened.items() if _is_local(reference, model)]
+    local = [label for reference, model in inputs.opened.items() for label in _local(reference, model)]
     tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
     local += [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
@@ -77,8 +78,10 @@ def how_to_run(plan: Plan, inputs: Inputs) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _is_local(reference: str, model: Checkpoint) -> bool:
-    return same_reference(reference, str(model.folder))
+def _local(reference: str, model: Checkpoint) -> list[str]:
+    """The label of a model if it, or its adapter, was named by a local path; else []."""
+    parts = zip(parsed(reference).parts, model.place, strict=True)
+    return [model.label] if any(same_reference(part, str(folder)) for part, folder in parts) else []
 
 
 def calibration_label(calibration: str) -> str:

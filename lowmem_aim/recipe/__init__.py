@@ -1,6 +1,7 @@
 """Recipes: mergekit's YAML and the command line, read and checked.
 
 recipe.py         what a recipe is: frozen dataclasses
+references.py     references to models: a model, and the adapter that is added to it
 words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file and line
 places.py         the places that relative paths lead to

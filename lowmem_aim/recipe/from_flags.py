@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ import yaml
 from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import find_method
-from lowmem_aim.recipe import places
 from lowmem_aim.recipe.reader import read_aim
-from lowmem_aim.recipe.recipe import Aim, same_reference
+from lowmem_aim.recipe.recipe import Aim
+from lowmem_aim.recipe.references import same_reference
+from lowmem_aim.recipe.values import Values
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
 
 # Flag -> key of the table.
@@ -158,10 +158,8 @@ def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
 
 def _is_base(model: Node, base: Node | None) -> bool:
     reference = model.get("model")
-    if base is None or reference is None or not isinstance(reference.value, str) or not isinstance(base.value, str):
-        return False
-    paths = [places.find(node.value, node.folder, os.path.isdir).path for node in (reference, base)]
-    return same_reference(*paths)
+    found = [Values().model(node, "model") for node in (reference, base)]  # the reader tells of what is wrong
+    return found[0] is not None and found[1] is not None and same_reference(found[0], found[1])
 
 
 def _with_parameter(table: Node, name: str, text: str) -> Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,7 @@ def _on_gradient(value: Any, t: float) -> Any:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of the recipe: a local folder, or a Hub id with an optional `@revision`."""
+    """One model of the recipe: a folder or a Hub id, perhaps with an adapter (see `references`)."""
 
     reference: str
     parameters: Mapping[str, Setting]
@@ -246,9 +245,3 @@ def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
         f"omega-{omega!r}".removesuffix(".0"): replace(recipe, aim=replace(recipe.aim, omega=Setting(omega), omegas=()))
         for omega in recipe.aim.omegas
     }
-
-
-def same_reference(a: str, b: str) -> bool:
-    """Whether two references mean one model, however written: `./base/`, `base`, `/models/base` or a link to it."""
-    paths = [os.path.realpath(os.path.expanduser(reference)) for reference in (a, b)]
-    return paths[0] == paths[1]

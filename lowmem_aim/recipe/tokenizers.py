@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem_aim.errors import did_you_mean, printable
-from lowmem_aim.recipe.recipe import Tokenizer, TokenRow, same_reference
+from lowmem_aim.recipe.recipe import Tokenizer, TokenRow
+from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.values import Values
 from lowmem_aim.recipe.words import BASE, CHAT_TEMPLATES, SOURCES, UNION
 from lowmem_aim.recipe.yaml_tree import Node

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe import places
 from lowmem_aim.recipe.recipe import Setting
+from lowmem_aim.recipe.references import parsed
 from lowmem_aim.recipe.words import is_hub_id
 from lowmem_aim.recipe.yaml_tree import Node
 
@@ -87,10 +88,43 @@ class Values:
         return value.strip()
 
     def model(self, node: Node | None, what: str) -> str | None:
-        """The reference of a model: a Hub id, or a folder's path from the current folder; None as in `text`."""
-        node = None if node is None else in_short(node)
-        text = self.text(node, what)
-        return text if node is None or text is None else self.placed(node, text, os.path.isdir)
+        """The reference of a model, its paths as seen from the current folder; None as in `text`. See `references`."""
+        long = node is not None and isinstance(node.value, dict)
+        text = self._long_form(node, what) if node is not None and long else self.text(node, what)
+        if node is None or text is None:
+            return None
+        parts = parsed(text, lambda path: _is_folder(path, node.folder)).parts
+        return "+".join(self.placed(node, part, os.path.isdir) for part in parts)
+
+    def _long_form(self, node: Node, what: str) -> str | None:
+        """The text of `{model: ..., lora: ..., override_architecture: ...}`, or of one `{path, revision}` by itself."""
+        if "model" not in node.value:
+            return self._path(node, what)
+        self.check_keys(node, ("model", "lora", "override_architecture"), {})
+        if override := node.get("override_architecture"):
+            why = "`override_architecture` is not used: a tensor's role follows from `model_type` in the model's config"
+            self.notices.append(Remark(override.where, why))
+        inner = {key: node.get(key) for key in ("model", "lora")}
+        parts = [self._path(part, f"{what}: {key}") for key, part in inner.items() if part is not None]
+        if inner["model"] is None:
+            self.problem(node, f"`{what}` names no model", "write `{model: folder-or-id, lora: folder-or-id}`")
+            return None
+        return None if None in parts else "+".join(filter(None, parts))
+
+    def _path(self, node: Node, what: str) -> str | None:
+        """A path or id, with its revision if it is on the Hub; from a text, or from `{path, revision}`."""
+        if not isinstance(node.value, dict):
+            return self.text(node, what)
+        self.check_keys(node, ("path", "revision"), {})
+        path, revision = (self.text(node.get(key), f"{what}: {key}") for key in ("path", "revision"))
+        if path is None and node.get("path") is None:
+            self.problem(node, f"`{what}` names no `path`", "write `{path: folder-or-id}`")
+        if path is None or revision is None:
+            return path
+        if _is_folder(path, node.folder):
+            self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its `revision` says nothing"))
+            return path
+        return f"{path}@{revision}"
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""
@@ -151,17 +185,6 @@ class Values:
         return tuple(values) if None not in values else None
 
 
-def in_short(model: Node) -> Node:
-    """A model reference in mergekit's long form, `{model: {path, revision}}`, as the text that means the same."""
-    inner = model.get("model") or model
-    path, revision = inner.get("path"), inner.get("revision")
-    known = all(key in ("model", "path", "revision") or item.value is None for key, item in _items(model, inner))
-    if path is None or not isinstance(path.value, str) or not known:
-        return model
-    at = "" if revision is None or path.value.endswith(f"@{revision.value}") else f"@{revision.value}"
-    return replace(model, value=path.value + at)
-
-
 def _items(*tables: Node) -> Iterator[tuple[str, Node]]:
     for table in tables:
         yield from table.value.items() if isinstance(table.value, dict) else ()
@@ -195,6 +218,11 @@ def _place(where: str) -> tuple[str, str]:
 def _line(where: str) -> int:
     """The line number of a place; 0 for flags, which have none and so come first."""
     return int(_place(where)[1] or 0)
+
+
+def _is_folder(path: str, beside: str) -> bool:
+    """Whether a recipe's path leads to a folder; `beside` is the folder of the recipe's file."""
+    return os.path.isdir(os.path.expanduser(places.find(path, beside, os.path.isdir).path))
 
 
 def no_name(text: str) -> str:

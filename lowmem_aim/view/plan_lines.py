@@ -57,6 +57,7 @@ def _model(model: Mapping[str, Any]) -> str:
     parts = [
         f"{printable(model['label'])}: {count(model['parameters'])} parameters",
         printable("/".join(model["dtypes"])),
+        printable(model.get("adapter", "")),  # recorded runs of earlier versions have none
         f"{model['layers']} layers",
         f"{model['vocabulary']} tokens{', tied' if model['tied'] else ''}",
         f"licence {printable(model['licence'], 100)}" if model["licence"] else "",

@@ -56,14 +56,14 @@ def test_a_model_of_many_shards_maps_one_window_at_a_time(folder: Path) -> None:
         before = held.clone()
         for name in ("c", "a", "c"):
             checkpoint.rows(name, 0, 1)
-            mapped = [file for file, state in checkpoint._files.items() if state.window is not None]
+            mapped = checkpoint.stored.mapped
             assert mapped == [checkpoint.tensors[name].file]
         assert torch.equal(held, before)  # what is still in use stays
 
 
 @pytest.mark.parametrize("read", READS)
 def test_a_tensor_larger_than_the_window_is_read_through_it(tmp_path: Path, monkeypatch: Any, read: Any) -> None:
-    monkeypatch.setattr("lowmem_aim.models.checkpoint.WINDOW_BYTES", 8192)
+    monkeypatch.setattr("lowmem_aim.models.tensor_files.WINDOW_BYTES", 8192)
     big = torch.randn(1001, 37)
     save_file({"lead": torch.randn(3), "big": big}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")

@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 
 import tiny  # noqa: E402
+from against_peft import adapters  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 from sentences import sentences  # noqa: E402
@@ -183,6 +184,7 @@ def main() -> None:
     try:
         python = tool.with_name("python").absolute()
         found = [] if asked.methods else list(sentences(scratch / "sentences", python))
+        found += [] if asked.methods else list(adapters(scratch / "adapters", python))
         found += [] if asked.methods else differences_of_tokens(scratch / "tokens", python)
         found += differences(scratch, python, asked.methods)
     finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import adapters
 import pytest
 import tiny
 import torch
@@ -188,9 +189,20 @@ def a_model_is_a_file(scene: Scene) -> None:
     scene.recipe["models"][1]["model"] = str(scene.named("a.txt", ""))
 
 
-@refusal(3, "LoRA adapters are not supported")
-def a_model_has_an_adapter(scene: Scene) -> None:
-    scene.recipe["models"][1]["model"] += "+lora"
+@refusal(3, "there is no adapter folder `./lora`")
+def an_adapter_is_missing(scene: Scene) -> None:
+    scene.recipe["models"][1]["model"] += "+./lora"
+
+
+@refusal(3, "`use_qalora`")
+def an_adapter_is_of_another_kind(scene: Scene) -> None:
+    adapter = adapters.write(scene.place.folder / "lora", {}, use_qalora=True)
+    scene.recipe["models"][1]["model"] += f"+{adapter}"
+
+
+@refusal(3, "is a LoRA adapter, not a whole model")
+def an_adapter_is_given_as_a_model(scene: Scene) -> None:
+    scene.recipe["models"][1]["model"] = str(adapters.write(scene.place.folder / "lora", {}))
 
 
 @refusal(3, "has no config.json", quick=True)
