@@ -1,4 +1,4 @@
-"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file and line.
+"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file, line and column.
 
 The YAML comes as a tree (`yaml_tree`); command-line flags replace nodes of that tree (`from_flags`), so that a wrong
 flag is reported like a wrong line. `read_recipe` then builds the Recipe from the tree.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from lowmem_aim.recipe.recipe import Setting
 from lowmem_aim.recipe.words import is_hub_id
 from lowmem_aim.recipe.yaml_tree import Node
 
+_IN_FILE = re.compile(r"(?!--)(.+):(\d+):(\d+)", re.DOTALL)
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
 
 
@@ -40,8 +42,8 @@ class Values:
         self.problems.append(Remark(node.where, text, hint))
 
     def error(self) -> RecipeError | None:
-        """All problems as one error, in the order of their lines; None if there are none."""
-        told = together(sorted(self.problems, key=lambda problem: _line(problem.where)))
+        """All problems as one error, in the order of their places; None if there are none."""
+        told = together(sorted(self.problems, key=lambda problem: _place(problem.where)[1:]))
         return RecipeError(told.keys(), [*told.values()]) if told else None
 
     def check_keys(
@@ -153,33 +155,28 @@ class Values:
 
 
 def together(remarks: Iterable[Remark]) -> dict[str, str]:
-    """Each remark as a line -> its hint; what is said of several lines of a file is said once, with their numbers."""
+    """Each remark as a line -> its hint; what is said of several places in a file is said once, with all of them."""
     places: dict[tuple[str, str, str], list[str]] = {}
     for remark in remarks:
-        file, line = _place(remark.where)
-        same = (file, remark.text, remark.hint) if line else (remark.where, remark.text, remark.hint)
-        lines = places.setdefault(same, [])
-        if line and line not in lines:
-            lines.append(line)
+        file, line, column = _place(remark.where)
+        found = places.setdefault((file, remark.text, remark.hint), [])
+        place = f"{line}:{column}"
+        if line and place not in found:
+            found.append(place)
     return {
-        f"{':'.join([file, *lines[:1]])}: {text}{_also_in(lines[1:])}": hint
-        for (file, text, hint), lines in places.items()
+        f"{':'.join([file, *found[:1]])}: {text}{_also_at(found[1:])}": hint
+        for (file, text, hint), found in places.items()
     }
 
 
-def _also_in(lines: Sequence[str]) -> str:
-    return f" (and in line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
+def _also_at(places: Sequence[str]) -> str:
+    return f" (and at {', '.join(places)})" if places else ""
 
 
-def _place(where: str) -> tuple[str, str]:
-    """(file, line) of a place in a file, the line as digits; elsewhere (the place, "")."""
-    file, colon, line = where.rpartition(":")
-    return (file, line) if colon and line.isdigit() else (where, "")
-
-
-def _line(where: str) -> int:
-    """The line number of a place; 0 for flags, which have none and so come first."""
-    return int(_place(where)[1] or 0)
+def _place(where: str) -> tuple[str, int, int]:
+    """(file, line, column) of a place in a file; (the place, 0, 0) of a flag, which has neither and so comes first."""
+    found = _IN_FILE.fullmatch(where)
+    return (found[1], int(found[2]), int(found[3])) if found else (where, 0, 0)
 
 
 def no_name(text: str) -> str:

@@ -129,7 +129,7 @@ class TestWords:
     def test_words_of_a_recipe_file(self, place: Place, line: str, meant: str) -> None:
         recipe = f"merge_method: linear\nbase_model: {place.folder}/base\nmodels: [{{model: a}}]\n{line}\n"
         (place.folder / "r.yml").write_text(recipe)
-        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4: ", f"did you mean `{meant}`?")
+        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4:", f"did you mean `{meant}`?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed")
