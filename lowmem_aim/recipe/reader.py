@@ -13,7 +13,7 @@ from lowmem_aim.recipe.parameters import settings_of
 from lowmem_aim.recipe.parts import WAYS, Parts
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
-from lowmem_aim.recipe.values import Values, together
+from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
 
@@ -51,6 +51,10 @@ class _Reader(Values):
         """The recipe; with `problems`, without the values that are wrong; None if no method or no model is left."""
         if not self._is_recipe():
             return None
+        self.problems += [
+            Remark(place, f"the key `{printable(key)}` appears twice", "write each key of a table once")
+            for key, place in self.root.twice
+        ]
         self.meant = self.check_keys(self.root, (*TOP_KEYS, *self._beside()), UNSUPPORTED_KEYS, ignoring=True)
         method = self._method()
         base = self._base(method)

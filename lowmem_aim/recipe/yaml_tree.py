@@ -1,7 +1,7 @@
 """YAML as a tree of `Node`s with their file, line and column, read so that no input can run code or exhaust memory.
 
-Only plain scalars, lists and tables are built, at most MAX_NODES of them and MAX_DEPTH deep, aliases expanded. A key
-that appears twice in a table is refused.
+Only plain scalars, lists and tables are built, at most MAX_NODES of them and MAX_DEPTH deep, aliases expanded. Of a key
+that appears twice in a table the last value is kept, and the root knows of it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Node:
     value: Any
     where: str
     folder: str = ""  # of the recipe's file, for its relative paths; "": the current folder
+    twice: tuple[tuple[str, str], ...] = ()  # of the root: each key that stands twice in its table, as (key, place)
 
     @property
     def by_flag(self) -> bool:
@@ -81,8 +82,8 @@ def parse(text: str, source: str, folder: str = "") -> Node:
     converter = _Converter(source, folder)
     tree = converter.convert(root)
     if converter.problems:
-        raise RecipeError(converter.problems, "write each key once, and plain values, without tags or objects")
-    return tree
+        raise RecipeError(converter.problems, "write plain values, without tags or objects")
+    return replace(tree, twice=tuple(converter.twice))
 
 
 def tree_of(value: Any, where: str) -> Node:
@@ -138,7 +139,8 @@ class _Converter:
     """A converter of yaml's nodes into ours, which counts what aliases expand to."""
 
     def __init__(self, source: str, folder: str) -> None:
-        self.problems: list[str] = []
+        self.problems: list[str] = []  # what leaves a hole in the tree: the rest of it cannot be judged
+        self.twice: list[tuple[str, str]] = []
         self._source = source
         self._folder = folder
         self._count = 0
@@ -189,7 +191,7 @@ class _Converter:
             if not key:
                 self.problems.append(f"{place}: a key must be a plain word")
             elif key in own:
-                self.problems.append(f"{place}: the key `{printable(key)}` appears twice")
+                self.twice.append((key, place))
             own[key] = replace(value, where=place)
         return merged | own
 

@@ -224,6 +224,18 @@ def test_the_same_mistake_twice_in_one_line_is_told_with_both_columns() -> None:
     assert problems(text) == ["recipe.yml:2:34: `weight` must be a finite number, not `x` (and at 2:71)"]
 
 
+def test_a_key_that_appears_twice_is_told_beside_all_else() -> None:
+    text = "merge_method: tis\nbase_model: b\nmodels:\n  - {model: a, model: c}\nmerge_method: tyes\ndtype: int7\n"
+    assert [problem.partition("; ")[0] for problem in problems(text)] == [
+        "recipe.yml:4:16: the key `model` appears twice",
+        "recipe.yml:5:1: the key `merge_method` appears twice",
+        "recipe.yml:5:1: unknown merge_method `tyes`",
+        "recipe.yml:6:1: `dtype` must be one of float32, float16, bfloat16, not `int7`",
+    ]
+    aliased = "merge_method: linear\nmodels:\n  - &a {model: a, parameters: {weight: 1, weight: 2}}\n  - *a\n"
+    assert problems(aliased) == ["recipe.yml:3:43: the key `weight` appears twice"]
+
+
 def test_a_colon_in_the_name_of_the_file_is_no_place() -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(parse("merge_method: 7\nmodels: []\ndtype: 7\n", "a:9:9"))
