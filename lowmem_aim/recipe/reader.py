@@ -119,7 +119,7 @@ class _Reader(Values):
             flags = "add `--method`, such as `--method ties`; `lowmem-aim methods` lists them"
             self._missing("merge_method", "`merge_method` is missing", hint, flags)
             return None
-        name = self.text(node, "merge_method")
+        name = self.text(node, "merge_method", "name a method, such as `merge_method: ties`")
         if name is None:
             return None
         try:
@@ -147,7 +147,7 @@ class _Reader(Values):
         chosen = None
         for key in ("dtype", "out_dtype"):  # out_dtype wins
             node = self.root.get(key)
-            value = self.text(node, key)
+            value = self.text(node, key, f"such as `{key}: bfloat16`, or leave it out to keep the models' own dtype")
             if node is not None and value is not None:
                 if value not in DTYPES:
                     allowed, near = ", ".join(DTYPES), did_you_mean(value, DTYPES, SHORT_DTYPES)
@@ -180,7 +180,7 @@ class _Reader(Values):
         if node is None:
             return None
         if not isinstance(node.value, dict):
-            self.problem(node, f"`{key}` must be a table, or `false`, such as `{key}: {{{example}}}`")
+            self.problem(node, f"`{key}` must be a table, or `false`", f"such as `{key}: {{{example}}}`")
             return None
         if self._has_no_base(base):
             hint = "name the model that the others were tuned from, as `base_model` or `--base`"

@@ -75,24 +75,27 @@ class Values:
                 meant.add(nearest(key, known))
         return meant
 
-    def text(self, node: Node | None, what: str) -> str | None:
-        """The text of a node without outer spaces; None if the node is empty, or after a problem. `what` is its key."""
+    def text(self, node: Node | None, what: str, hint: str = "") -> str | None:
+        """The text of a node without outer spaces; None if the node is empty, or after a problem.
+
+        `what` is its key, and `hint` what to do about a value that is wrong.
+        """
         if node is None or node.value is None:
             return None
         value = node.value
         if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
             value = value["path"].value
         if not isinstance(value, str) or not value.strip():
-            self.problem(node, f"`{what}` must be text")
+            self.problem(node, f"`{what}` must be text", hint)
             return None
         if wrong := no_name(value.strip()):
-            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
+            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}", hint)
             return None
         return value.strip()
 
     def model(self, node: Node | None, what: str) -> str | None:
         """The reference of a model: a Hub id, or a folder's path from the current folder; None as in `text`."""
-        text = self.text(node, what)
+        text = self.text(node, what, f"name a folder or a model on the Hub: `{what}: folder-or-id`")
         return text if node is None or text is None else self.placed(node, text, os.path.isdir)
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
@@ -121,10 +124,11 @@ class Values:
             self.check_keys(rule, ("filter", "value"), {})
             pattern, value_node = rule.get("filter"), rule.get("value")
             if value_node is None:
-                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`")
+                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`", hint)
                 continue
             if pattern is not None and not (isinstance(pattern.value, str) and pattern.value):
-                self.problem(pattern, f"a filter of `{parameter.name}` must be a part of tensor names, or `*`")
+                text = f"a filter of `{parameter.name}` must be a part of tensor names, or `*`"
+                self.problem(pattern, text, hint)
                 continue
             rules.append((pattern.value if pattern else "", self.value(value_node, parameter, hint)))
         return Setting(tuple(rules), filtered=True, where=node.where)
