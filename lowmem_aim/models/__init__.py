@@ -33,6 +33,8 @@ reader.py             what transformers makes of a model's small files, asked of
 output_tokenizer.py   the tokens of the output, and the model whose tokenizer's files it takes over
 token_rows.py         the rows of the output's vocabulary: whose they are, and what stands where a model has none
 inputs.py             all models of a recipe, and the one that is their reference
+correspondence.py     which tensors of a model are those of another that names them otherwise
+renamed.py            a model whose tensors appear under the names of another model
 settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which rows of the models belong together, and which tokens the output has
 tied_heads.py         output heads that are stored although they are tied

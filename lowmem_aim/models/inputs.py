@@ -33,6 +33,9 @@ class Inputs:
     tokenizer: OutputTokenizer | None = None  # None: the reference's
     matched: bool = False  # it is known which rows of the vocabulary belong together
     dropped: frozenset[str] = field(default_factory=frozenset)  # tied heads that repeat their embedding
+    carried: frozenset[str] = field(
+        default_factory=frozenset
+    )  # tensors that some model has no part of: the reference's
     opened: Mapping[str, Checkpoint] = field(default_factory=dict)  # by the recipe's references
 
     @property
@@ -55,6 +58,16 @@ class Inputs:
     def others(self) -> list[Checkpoint]:
         """The models beside the reference, each once."""
         return [other for other in dict.fromkeys(self.checkpoints) if other is not self.reference]
+
+    def with_model(self, model: Checkpoint, instead: Checkpoint) -> Inputs:
+        """The same inputs with another reader in the place of a model."""
+
+        def now(one: Checkpoint) -> Checkpoint:
+            return instead if one is model else one
+
+        opened = {reference: now(one) for reference, one in self.opened.items()}
+        base = now(self.base) if self.base else None
+        return replace(self, base=base, experts=tuple(map(now, self.experts)), opened=opened)
 
     def without(self, unlike: Set[Checkpoint]) -> Inputs:
         """The same inputs, for further checks, but for models that are refused already."""

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lowmem_aim.errors import LowmemAimError, NetworkError, NoSuchModel, noted, raise_all
+from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError, NoSuchModel, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.adapted import AdaptedCheckpoint
 from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, load_json
+from lowmem_aim.models.correspondence import beside_text, pieces_of
 from lowmem_aim.models.folder import check_links
 from lowmem_aim.models.hub import SMALL, Located, downloaded, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.quantised import open_model
 from lowmem_aim.models.reader import Reader, ReaderNeeded
+from lowmem_aim.models.renamed import RenamedCheckpoint
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
 from lowmem_aim.models.tied_heads import repeated_heads
@@ -167,11 +169,34 @@ def compared(
         raise unknown
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
+    for other in inputs.others:
+        try:
+            inputs = _in_the_references_names(other, inputs, reader, emit)
+        except ModelError as error:
+            errors.append(error)
+            inputs = inputs.without({other})
     with noted(errors):
         find_rows(inputs, recipe, opened, reader, emit)
         inputs.matched = True
     inputs.dropped = repeated_heads(inputs)
     return inputs
+
+
+def _in_the_references_names(other: Checkpoint, inputs: Inputs, reader: Reader, emit: Emit) -> Inputs:
+    """The inputs with a model whose tensors are named otherwise under the reference's names. Raises ModelError.
+
+    What a text model lacks of a vision-language model is carried over from the latter.
+    """
+    pieces = pieces_of(other, inputs.reference, reader)
+    if other.config.get("model_type") != inputs.reference.config.get("model_type"):
+        lacking = inputs.reference.tensors.keys() - other.tensors.keys() - pieces.keys()
+        inputs.carried |= beside_text(inputs.reference, reader) & lacking
+    if not pieces:
+        return inputs
+    name, parts = next(iter(pieces.items()))
+    what = f"`{printable(other.label)}` has {len(pieces)} tensors under other names, or in another form"
+    emit(Notice(f"{what}: `{printable(parts[0].tensor)}` is `{printable(name)}` in the output"))
+    return inputs.with_model(other, RenamedCheckpoint(other, pieces, inputs.reference))
 
 
 def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None]) -> Inputs | None:

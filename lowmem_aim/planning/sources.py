@@ -60,7 +60,7 @@ class Match:
     base: Source | None  # without a base, the model whose shape the output has
     shape: tuple[int, ...]  # of the output
     filling: Filling | None = None  # rows of the vocabulary that models lack
-    buffer: bool = False  # state of the model that is not a weight
+    buffer: bool = False  # not merged: state of the model that is not a weight, or what some model has no part of
     vocabulary: bool = False  # it has a row for each token
     inputs_first: bool = False  # stored (in, out), not (out, in)
 
@@ -141,7 +141,7 @@ def _match(
 
     pattern = Source(model, name if layer is None else stack.at(name, layer), inputs.row_map(model, name))
     rows = inputs.rows_of(name)
-    buffer = alike in stack.alike(roles.buffers)
+    buffer = alike in stack.alike(roles.buffers) or name in inputs.carried
     part = place.part
     return Match(
         name,

@@ -205,6 +205,8 @@ def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...
 
 
 def _why_copied(task: Task, inputs: Inputs) -> str:
+    if task.name in inputs.carried:
+        return "copied: a model has no such part"
     if task.experts[0].tensor in inputs.roles.buffers:
         return "copied: state of the model that is not a weight"
     return "copied: it is empty" if task.numel == 0 else "copied: not floating-point numbers"
