@@ -47,7 +47,7 @@ def find_rows(
             if other is inputs.base and other not in inputs.experts:
                 row_map = _of_mere_reference(inputs, other, reader, emit)
                 if row_map is not None:
-                    inputs.token_rows = TokenRows(len(row_map), {other.folder: row_map}, {}, len(row_map))
+                    inputs.token_rows = TokenRows(len(row_map), {other.place: row_map}, {}, len(row_map))
             else:
                 _check_same_rows(inputs, other, reader, emit)
     raise_all(errors)

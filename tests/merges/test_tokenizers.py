@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from adapters import factors, shapes_of, write
 from conftest import Place
 from merge_cases import digests, tensors_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -331,6 +332,19 @@ def test_slices_take_rows_from_models_outside_the_slice(models: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.config.num_hidden_layers == 6
     assert loaded.config.vocab_size == len(found[ROWS[0]]) == 263
+
+
+def test_a_base_gives_its_own_row_and_not_that_of_an_adapter_on_it(models: Path) -> None:
+    head = torch.randn(264, 32, generator=torch.Generator().manual_seed(5))
+    write(models / "adapter", factors(shapes_of(models / "base", "q_proj")) | {"lm_head.weight": head})
+    names = ("base", f"base+{models / 'adapter'}", "math")
+    listed = [{"model": str(models / n), "parameters": {"weight": w}} for n, w in zip(names, WEIGHTS, strict=True)]
+    table = {"merge_method": "linear", "base_model": str(models / "base"), "models": listed}
+    found = tensors_in(merged(models, table | {"tokenizer_source": "union"}))[ROWS[1]]
+    place = tokens_of(models / "base")["<|old|>"]
+    own = tensors_in(models / "base")[ROWS[1]][place]
+    expected = weighted([own.double(), head[place].double(), own.double()], WEIGHTS)
+    assert torch.allclose(found[place].double(), expected, atol=1e-6)
 
 
 def test_new_vocabulary_is_not_relaxed(models: Path, texts: Path) -> None:
