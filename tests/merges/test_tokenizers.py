@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import ROWS, Rows, add_tokens, permute_rows, resize, swap_tokens, tokens_of, weighted
 
 from lowmem_aim.errors import LowmemAimError
+from lowmem_aim.events import Event, Notice
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import parse
@@ -38,16 +39,27 @@ def models(place: Place) -> Path:
     return place.folder
 
 
-def linear(models: Path, **more: Any) -> Path:
-    """The output of a linear merge of all three, with further keys of the recipe."""
+def linear(models: Path, said: list[Event] | None = None, **more: Any) -> Path:
+    """The output of a linear merge of all three, with further keys of the recipe; `said` gets the events."""
     names = ("base", "math", "code")
     listed = [{"model": str(models / n), "parameters": {"weight": w}} for n, w in zip(names, WEIGHTS, strict=True)]
-    return merged(models, {"merge_method": "linear", "base_model": str(models / "base"), "models": listed, **more})
+    table = {"merge_method": "linear", "base_model": str(models / "base"), "models": listed, **more}
+    return merged(models, table, said=said)
 
 
-def merged(models: Path, table: Mapping[str, Any], out: str = "out", options: Options | None = None) -> Path:
+def merged(
+    models: Path,
+    table: Mapping[str, Any],
+    out: str = "out",
+    options: Options | None = None,
+    said: list[Event] | None = None,
+) -> Path:
     recipe = read_recipe(parse(yaml.safe_dump({**table, "dtype": "float32"}, sort_keys=False), "recipe.yml"))
-    return merge(recipe, models / out, options or Options())
+    return merge(recipe, models / out, options or Options(), (said if said is not None else []).append)
+
+
+def notices(said: list[Event]) -> list[str]:
+    return [event.text for event in said if isinstance(event, Notice)]
 
 
 def check_rows(models: Path, out: Path, special: Mapping[str, Any] | None = None) -> None:
@@ -224,7 +236,9 @@ class TestAnotherModelsTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(models / "math")
         tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
         tokenizer.save_pretrained(alone)
-        out = linear(models, tokenizer_source=str(alone))
+        said: list[Event] = []
+        out = linear(models, said, tokenizer_source=str(alone))
+        assert "no model has the token(s) `<|extra|>`: their rows are zeros" in notices(said)
         assert tokens_of(out) == tokens_of(alone)
         assert sizes(out) == (262, 262)
         check_rows(models, out)
