@@ -243,8 +243,9 @@ class TestAnotherModelsTokenizer:
         assert sizes(out) == (262, 262)
         check_rows(models, out)
         assert torch.equal(tensors_in(out)[ROWS[0]][261], torch.zeros(32))
-        portable = yaml.safe_load((out / "mergekit_config.yml").read_text())
-        assert portable["tokenizer_source"] == "alone"
+        text = (out / "mergekit_config.yml").read_text()
+        assert yaml.safe_load(text)["tokenizer_source"] == "alone"
+        assert "#   alone\n" in text.partition("merge_method")[0]  # whose path is to be filled in
 
 
 class TestSameBytes:
