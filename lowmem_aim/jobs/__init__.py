@@ -6,6 +6,7 @@ prepared.py      a merge that could begin: models, plans, what the checks have f
 checks.py        the checks before work, of `plan` and `merge` alike
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
+convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output depends on
 differences.py   the differences between two runs, key by key

@@ -5,9 +5,17 @@ config.py             the JSON of a model folder, above all config.json, checked
 headers.py            headers of safetensors files, checked
 adapter_config.py     the config of a LoRA adapter, checked
 known_files.py        the files of a model folder beside its weights, by name: what loaders read
+links.py              links in a model folder: which of them may be followed
 folder.py             the files of a model folder: which hold tensors, which are refused
 tensor_files.py       tensors of safetensors files, read as they are stored
+quantisation.py       the quantisation of a model, as its config and its tensors say
 checkpoint.py         one model on disk, read by rows
+packed.py             weights stored as packed numbers and scales, decoded a few rows at a time
+packed_scaled.py      FP8 and INT8: small numbers with a scale for each tensor, row, block or group
+packed_mxfp4.py       MXFP4 experts of gpt-oss
+packed_nf4.py         four-bit weights of bitsandbytes
+packed_int.py         GPTQ and AWQ
+quantised.py          a quantised model, read as its decoded weights
 matching.py           names of tensors that are known by another prefix
 adapter.py            a LoRA adapter on disk, its config and header checked
 changes.py            the changes of a base's tensors by an adapter
@@ -30,4 +38,7 @@ vocabulary.py         which rows of the models belong together, and which tokens
 tied_heads.py         output heads that are stored although they are tied
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
+pickle_files.py       the pickled weights in a model folder, which `convert` turns into safetensors
+pickle_program.py     the child process that loads pickled tensors: its program
+pickle_process.py     the child process that loads pickled tensors, as its parent sees it
 """

@@ -24,6 +24,8 @@ from lowmem_aim.models.adapter_config import refuse_as_model
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
 from lowmem_aim.models.folder import INDEX, SINGLE, check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
+from lowmem_aim.models.links import is_inside
+from lowmem_aim.models.quantisation import refuse_quantised
 from lowmem_aim.models.tensor_files import TensorFiles
 from lowmem_aim.system.files import input_errors, is_folder, is_there, open_to_read, real
 from lowmem_aim.system.memory import is_allocation_failure
@@ -34,6 +36,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DIGEST_ELEMENTS = 1 << 20  # read at a time for a digest
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Contents of a model folder, as its config and its headers say: quantised weights as they are stored."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    oddities: tuple[str, ...]  # of its files, for the user to know of
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in reading order."""
+        return files_of(self.tensors.values())
+
+
+def model_in(folder: Path) -> ModelFolder:
+    """Check all headers of the model in `folder`. Raises ModelError with every problem found."""
+    with input_errors(folder):
+        if not is_folder(folder):
+            raise ModelError(f"there is no model folder `{printable(str(folder))}`", "check the path")
+        resolved = real(folder)
+        check_links(resolved)
+        refuse_as_model(resolved, (SINGLE, INDEX))
+        errors: list[LowmemAimError] = []
+        with noted(errors):
+            config = config_of(resolved)
+        with noted(errors), input_errors(resolved):
+            tensors, oddities = tensors_in_folder(resolved)
+        raise_all(errors)
+        return ModelFolder(resolved, config, tensors, tuple(oddities))
+
+
+def files_of(tensors: Iterable[TensorInfo]) -> list[Path]:
+    """The files of some tensors, each once."""
+    return list(dict.fromkeys(info.file for info in tensors))
 
 
 @dataclass(eq=False)  # compared and hashed by identity
@@ -55,22 +94,21 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
-        """Check all headers of the model in `folder`. Raises ModelError with every problem found."""
-        with input_errors(folder):
-            if not is_folder(folder):
-                raise ModelError(f"there is no model folder `{printable(str(folder))}`", "check the path")
-            resolved = real(folder)
-            check_links(resolved)
-            refuse_as_model(resolved, (SINGLE, INDEX))
-            errors: list[LowmemAimError] = []
-            with noted(errors):
-                config = config_of(resolved)
-            with noted(errors), input_errors(resolved):
-                tensors, oddities = tensors_in_folder(resolved)
-            raise_all(errors)
-            checkpoint = cls(resolved, label or resolved.name, config, tensors, read, tuple(oddities))
+        """Check all headers of the model in `folder`. Raises ModelError with every problem found.
+
+        A quantised model is one; `quantised.open_model` reads it.
+        """
+        found = model_in(folder)
+        refuse_quantised(found.folder, found.config, found.tensors)
+        return cls.of(found, label, read)
+
+    @classmethod
+    def of(cls, found: ModelFolder, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
+        """The model of a folder whose headers were checked."""
+        checkpoint = cls(found.folder, label or found.folder.name, found.config, found.tensors, read, found.oddities)
+        with input_errors(found.folder):
             checkpoint.stored.note(checkpoint.files)
-            return checkpoint
+        return checkpoint
 
     @property
     def place(self) -> tuple[Path, ...]:
@@ -90,7 +128,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The shards, in reading order."""
-        return list(dict.fromkeys(info.file for info in self.tensors.values()))
+        return files_of(self.tensors.values())
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +165,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its own shape and dtype. Raises ModelError if its file has changed."""
         info = self.tensors[name]
-        return self.rows(name, 0, info.matrix[0]).reshape(info.shape)
+        return self.stored.elements(info, 0, info.numel).reshape(info.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of the tensor as a matrix (see `matrix_shape`), in its dtype: (stop - start, columns).
@@ -176,12 +214,15 @@ class Checkpoint:
     def small_file(self, name: str, limit_bytes: int) -> bytes | None:
         """The content of a file beside the weights, such as the tokenizer's; None if there is none.
 
-        Raises ModelError for a file of more than `limit_bytes`, and for a Git LFS pointer in its place.
+        Raises ModelError for a file of more than `limit_bytes`, for a link out of the folder that may not be followed,
+        and for a Git LFS pointer in its place.
         """
         file = self.folder / name
         with input_errors(file):
             if not is_there(file):
                 return None
+            if not is_inside(self.folder, file):
+                raise ModelError(f"`{printable(str(file))}` is a link that leads out of its model folder")
             with open_to_read(file) as stream:
                 if os.fstat(stream.fileno()).st_size > limit_bytes:
                     raise ModelError(f"`{printable(str(file))}` has more than {limit_bytes} bytes")

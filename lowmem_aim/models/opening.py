@@ -14,8 +14,10 @@ from lowmem_aim.models.adapted import AdaptedCheckpoint
 from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, load_json
+from lowmem_aim.models.folder import check_links
 from lowmem_aim.models.hub import SMALL, Located, downloaded, local_model, locate, plain_name
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.quantised import open_model
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
@@ -24,7 +26,7 @@ from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.references import parsed
-from lowmem_aim.system.files import is_file, real
+from lowmem_aim.system.files import input_errors, is_file, real
 from lowmem_aim.system.options import ReadMode
 
 
@@ -59,7 +61,7 @@ def opened(reference: str, find: Find[Located], read: ReadMode, reader: Reader) 
     errors: list[LowmemAimError] = []
     with contextlib.ExitStack() as stack:
         with noted(errors):
-            checkpoint = stack.enter_context(Checkpoint.open(model.folder, model.label, read))
+            checkpoint = stack.enter_context(open_model(model.folder, model.label, read))
         for found in adapters:
             with noted(errors):
                 adapter = Adapter.open(found.folder, found.label)
@@ -130,6 +132,8 @@ def _tokenizer_alone(reference: str, recipe: Recipe, emit: Emit) -> Checkpoint:
 
     model = told(recipe, find)(parsed(reference).model, False)
     folder = real(model.folder)
+    with input_errors(folder):
+        check_links(folder)
     config = load_json(folder / CONFIG, MAX_CONFIG_BYTES) if is_file(folder / CONFIG) else {}
     checkpoint = Checkpoint(folder, model.label, config if isinstance(config, dict) else {}, {})
     tokenizer_config(checkpoint)

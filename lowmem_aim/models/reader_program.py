@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,47 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.system.files import name_temporary_folder
+from lowmem_aim.system.process_limits import (
+    end_after,
+    is_limited,
+    lift_limit,
+    limit_memory,
+    peak_bytes,
+    resident_bytes,
+)
 
 if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
 
 TOKENIZER_HINT = "are its files complete, and do they belong to this model?"
 OTHER_SOURCE = "`tokenizer_source: base`, or one model, takes that model's tokenizer as it is"
-_PAGES_FILE = Path("/proc/self/statm")
 _loaded: dict[str, Any] = {}  # the tokenizer that `encode` has loaded last, by its files
 
 Question = Mapping[str, Any]
-
-
-def is_limited() -> bool:
-    """Whether the system limits a process's memory for data (RLIMIT_DATA, which counts all of it on Linux only)."""
-    return sys.platform == "linux" and _PAGES_FILE.exists()
-
-
-def limit_memory(more_bytes: int) -> None:
-    """Allow this process so much more memory than it has now, if the system can do that."""
-    if not is_limited():
-        return
-    import resource
-
-    data_now = int(_PAGES_FILE.read_text().split()[5]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = data_now + more_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
-def _lift_limit() -> None:
-    if is_limited():
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-
-
-def _end_after(seconds: int) -> None:
-    """End this process after some seconds, whatever it does then; 0: not at all. A parent that was killed cannot."""
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.alarm(seconds)
 
 
 def settings(question: Question) -> Any:
@@ -254,7 +229,7 @@ def answer_within(limit: int, question: Question) -> dict[str, Any]:
     Libraries make any error of an allocation that failed, some of which do not say so.
     """
     limit_memory(limit)
-    before, resident = _peak_bytes(), _resident_bytes()
+    before, resident = peak_bytes(), resident_bytes()
     given: dict[str, Any] = {}
     try:
         given = answer(question)
@@ -271,26 +246,8 @@ def _came_near(limit: int, before: int, resident: int) -> bool:
 
     `before`, `resident`: its peak and its size in RAM when it began.
     """
-    peak = _peak_bytes()
+    peak = peak_bytes()
     return is_limited() and peak > before and peak - resident > limit // 3
-
-
-def _resident_bytes() -> int:
-    """The bytes of RAM that this process has, where its memory is limited; else 0."""
-    if not is_limited():
-        return 0
-    import resource
-
-    return int(_PAGES_FILE.read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak_bytes() -> int:
-    """The most bytes of RAM that this process has had, where its memory is limited; else 0."""
-    if not is_limited():
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux, in units of 1024 bytes
 
 
 def main() -> None:
@@ -305,12 +262,12 @@ def main() -> None:
     os.dup2(2, 1)
     for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
         question = json.loads(line)
-        _lift_limit()
+        lift_limit()
         ANSWERS[question["question"]][0]()
         print("{}", file=answers, flush=True)
-        _end_after(seconds)
+        end_after(seconds)
         print(json.dumps(answer_within(limit, question)), file=answers, flush=True)
-        _end_after(0)
+        end_after(0)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
     tasks = [_task(match, recipe) for match in matches(recipe, inputs)]
     _check(tasks, recipe, seed)
     groups = _grouped(tasks, shard_bytes)
-    return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed, nonfinite)
+    shards = tuple(shard_of(_name(number, len(groups)), group) for number, group in enumerate(groups, start=1))
+    return Plan(recipe, shards, seed, nonfinite)
 
 
 def _task(match: Match, recipe: Recipe) -> Task:
@@ -108,8 +109,12 @@ def _grouped(tasks: Sequence[Task], shard_bytes: int) -> list[list[Task]]:
     return groups
 
 
-def _shard(tasks: Sequence[Task], number: int, count: int) -> Shard:
-    name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+def _name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def shard_of(name: str, tasks: Sequence[Task]) -> Shard:
+    """The file of that name with the tensors of these tasks, its header and every offset laid out."""
     ordered = sorted(tasks, key=lambda t: (-_DTYPE_ORDER.index(_DTYPE_NAMES[t.dtype]), t.name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,6 +122,12 @@ class Plan:
 
     def index(self) -> bytes:
         """The content of model.safetensors.index.json."""
-        weight_map = {task.name: shard.name for shard in self.shards for task in shard.tasks}
-        index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+        return index_of(self.shards)
+
+
+def index_of(shards: Sequence[Shard]) -> bytes:
+    """The content of the index of a model's shards."""
+    weight_map = {task.name: shard.name for shard in shards for task in shard.tasks}
+    size = sum(task.nbytes for shard in shards for task in shard.tasks)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -31,7 +31,7 @@ class TestModels:
         (place.folder / "math/model.safetensors").unlink()
         (place.folder / "math/pytorch_model.bin").write_bytes(b"\x80\x04.")
         place.refused(
-            place.merge(), 3, "only pickle (`pytorch_model.bin`)", "hint: pickle can run code", "save_pretrained"
+            place.merge(), 3, "only pickle (`pytorch_model.bin`)", "hint: pickle can run code", "lowmem-aim convert"
         )
 
     def test_a_truncated_shard_and_a_bad_header_are_both_named(self, place: Place) -> None:
@@ -48,8 +48,8 @@ class TestModels:
         place.refused(place.merge(), 3, f"'{shard}'", "model.safetensors.index.json")
 
     def test_a_link_out_of_the_folder(self, place: Place) -> None:
-        (place.folder / "math/model.safetensors").rename(place.folder / "elsewhere.safetensors")
-        (place.folder / "math/model.safetensors").symlink_to(place.folder / "elsewhere.safetensors")
+        (place.folder / "math/config.json").rename(place.folder / "elsewhere.json")
+        (place.folder / "math/config.json").symlink_to(place.folder / "elsewhere.json")
         place.refused(place.merge(), 3, "link that leads out")
 
     def test_a_shape_that_differs(self, place: Place) -> None:
