@@ -86,9 +86,9 @@ def with_unknown_of(before: Identity, known: Identity) -> Identity:
 
 def _rows(rows: TokenRows, inputs: Inputs) -> dict[str, str]:
     """Digests of all that says which rows of the vocabulary belong together, by the models' numbers."""
-    numbers = {folder: str(number) for number, folder in enumerate(inputs.folders)}
-    found = {numbers[folder]: digest(own) for folder, own in rows.own.items()}
-    found |= {f"given by {numbers[folder]}": digest(given) for folder, given in rows.given.items()}
+    numbers = {place: str(number) for number, place in enumerate(inputs.places)}
+    found = {numbers[place]: digest(own) for place, own in rows.own.items()}
+    found |= {f"given by {numbers[place]}": digest(given) for place, given in rows.given.items()}
     return found | ({"means": str(rows.mean_from)} if rows.mean_from < rows.count else {})
 
 

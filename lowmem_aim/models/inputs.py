@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.output_tokenizer import OutputTokenizer
 from lowmem_aim.models.roles import TensorRoles
 from lowmem_aim.models.token_rows import TokenRows
@@ -82,13 +81,8 @@ class Inputs:
         (output rows,) int64; -1: the model has no such row.
         """
         rows = self.rows_of(tensor)
-        return None if rows is None else rows.own.get(checkpoint.folder)
+        return None if rows is None else rows.own.get(checkpoint.place)
 
     def rows_of(self, tensor: str) -> TokenRows | None:
         """The rows of an embedding or a head in the output; None for other tensors, and where rows simply match."""
         return self.token_rows if tensor in self.roles.vocabulary else None
-
-    def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
-        """The shape that one of the reference's tensors has in the output."""
-        rows = self.rows_of(info.name)
-        return info.shape if rows is None else (rows.count, *info.shape[1:])

@@ -19,24 +19,20 @@ from lowmem_aim.system.on_demand import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+Place = tuple[Path, ...]  # of a model: `Checkpoint.place`
+
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows of embeddings and heads in the output, by the folder of the model that they are taken from.
+    """The rows of embeddings and heads in the output, by the place of the model that they are taken from.
 
     A model without an entry in `own` has the very rows of the output.
     """
 
     count: int  # rows of the output
-    own: Mapping[Path, Tensor]  # (count,) int64: the model's row; -1: it takes the row that `given` makes
-    given: Mapping[Path, Tensor]  # (count,) int64: rows whose mean is given; -1: none of this model; all -1: zeros
+    own: Mapping[Place, Tensor]  # (count,) int64: the model's row; -1: it takes the row that `given` makes
+    given: Mapping[Place, Tensor]  # (count,) int64: rows whose mean is given; -1: none of this model; all -1: zeros
     mean_from: int  # from this row on, rows are the mean of the model's rows before
-
-    def rows_needed(self, model: Checkpoint) -> int:
-        """The number of rows that a model's embedding or head must have at least."""
-        maps = [table[model.folder] for table in (self.own, self.given) if model.folder in table]
-        least = max((int(rows.max()) + 1 for rows in maps), default=0)
-        return least if model.folder in self.own else max(least, self.count)
 
     @property
     def has_means(self) -> bool:
@@ -81,20 +77,20 @@ def token_rows(
 
     Raises RecipeError, with all problems at once, for a token that takes its row from a model that has none.
     """
-    of_folder = {one.model.folder: one for one in models.values()}
-    own = {folder: _own(tokens, count, one) for folder, one in of_folder.items()}
+    of_place = {one.model.place: one for one in models.values()}
+    own = {place: _own(tokens, count, one) for place, one in of_place.items()}
     if padding is not None:
-        _pad(own, tokens, count, of_folder[padding.folder])
+        _pad(own, tokens, count, of_place[padding.place])
     for rows in own.values():
         rows[mean_from:] = -1
-    known = {folder: rows.clone() for folder, rows in own.items()}
+    known = {place: rows.clone() for place, rows in own.items()}
     for token, row in _rows_of(asked, tokens, count):
         if asked[token].force:
             for rows in own.values():
                 rows[row] = -1
     lacking = torch.stack([*own.values()]).min(dim=0).values < 0
     lacking[mean_from:] = False
-    given = _usual(known, lacking, None if base is None else base.folder)
+    given = _usual(known, lacking, None if base is None else base.place)
     problems: list[str] = []
     for token, row in _rows_of(asked, tokens, count):
         if asked[token].source != "usual":
@@ -105,9 +101,9 @@ def token_rows(
     if problems:
         raise RecipeError(problems, "name a model that has the token, `{kind: zero}`, or leave the token out")
     ordered = torch.arange(count)
-    same = {folder for folder, rows in own.items() if of_folder[folder].rows == count and torch.equal(rows, ordered)}
-    moved = {folder: rows for folder, rows in own.items() if folder not in same}
-    given = {folder: rows for folder, rows in given.items() if bool((rows >= 0).any())}
+    same = {place for place, rows in own.items() if of_place[place].rows == count and torch.equal(rows, ordered)}
+    moved = {place: rows for place, rows in own.items() if place not in same}
+    given = {place: rows for place, rows in given.items() if bool((rows >= 0).any())}
     return TokenRows(count, moved, given, mean_from) if moved else None
 
 
@@ -117,30 +113,29 @@ def _own(tokens: Mapping[str, int], count: int, one: Tokens) -> Tensor:
     return matched(tokens, count, one)
 
 
-def _pad(own: dict[Path, Tensor], tokens: Mapping[str, int], count: int, padding: Tokens) -> None:
+def _pad(own: dict[Place, Tensor], tokens: Mapping[str, int], count: int, padding: Tokens) -> None:
     """Give rows without a token to the model that has them, if it has such rows."""
     free = torch.ones(count, dtype=torch.bool)
     free[torch.tensor([row for row in tokens.values() if row < count], dtype=torch.int64)] = False
     free[padding.rows :] = False
-    own[padding.model.folder] = torch.where(free, torch.arange(count), own[padding.model.folder])
+    own[padding.model.place] = torch.where(free, torch.arange(count), own[padding.model.place])
 
 
 def _rows_of(asked: Mapping[str, TokenRow], tokens: Mapping[str, int], count: int) -> Iterator[tuple[str, int]]:
     return ((token, tokens[token]) for token in asked if 0 <= tokens.get(token, -1) < count)
 
 
-def _usual(own: Mapping[Path, Tensor], lacking: Tensor, base: Path | None) -> dict[Path, Tensor]:
+def _usual(own: Mapping[Place, Tensor], lacking: Tensor, base: Place | None) -> dict[Place, Tensor]:
     """The rows that are given where some model lacks one: the base's, else those of all that have one."""
     none = torch.full_like(next(iter(own.values())), -1)
     of_base = own[base] >= 0 if base is not None and base in own else torch.zeros_like(lacking)
     return {
-        folder: torch.where(lacking if folder == base else lacking & ~of_base, rows, none)
-        for folder, rows in own.items()
+        place: torch.where(lacking if place == base else lacking & ~of_base, rows, none) for place, rows in own.items()
     }
 
 
 def _give(
-    token: str, row: int, asked: TokenRow, one: Tokens | None, given: dict[Path, Tensor], *, needed: bool
+    token: str, row: int, asked: TokenRow, one: Tokens | None, given: dict[Place, Tensor], *, needed: bool
 ) -> Iterator[str]:
     """Take a token's row from where the recipe says; yield why that cannot be done."""
     if one is None:  # zeros
@@ -155,4 +150,4 @@ def _give(
     if found < 0 and (needed or asked.source == "model_token"):
         yield lacks
     elif needed:
-        given[one.model.folder][row] = found
+        given[one.model.place][row] = found

@@ -8,7 +8,7 @@ model that is relaxed: their rows are not relaxed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
@@ -47,7 +47,7 @@ def find_rows(
             if other is inputs.base and other not in inputs.experts:
                 row_map = _of_mere_reference(inputs, other, reader, emit)
                 if row_map is not None:
-                    inputs.token_rows = TokenRows(len(row_map), {other.folder: row_map}, {}, len(row_map))
+                    inputs.token_rows = TokenRows(len(row_map), {other.place: row_map}, {}, len(row_map))
             else:
                 _check_same_rows(inputs, other, reader, emit)
     raise_all(errors)
@@ -83,6 +83,7 @@ def _find_by_text(
     inputs.token_rows = token_rows(tokens, count, mean_from, known, inputs.base, padding, asked.tokens)
     for other in (model for model in rows if model is not found):
         _tell_of_few(found, tokens, Tokens(other, rows[other], ids[other]), emit)
+    _tell_of_zeros(tokens, known.values(), asked, emit)
     if new := len(inputs.tokenizer.new):
         what = f"the output has the tokenizer of `{printable(found.label)}` and {new} more token(s)"
         emit(Notice(f"{what}: {len(tokens)} tokens, {count} rows"))
@@ -99,6 +100,16 @@ def _sizes(tokens: Mapping[str, int], owned: int, multiple: int | None) -> tuple
         return -(-count // multiple) * multiple, count
     rows = max(count, owned)
     return rows, rows
+
+
+def _tell_of_zeros(tokens: Mapping[str, int], models: Collection[Tokens], asked: Tokenizer, emit: Emit) -> None:
+    """Warn of tokens that no model has, and that the recipe gives no row."""
+    given = {token for token, row in asked.tokens.items() if row.source != "usual"}
+    nowhere = [token for token in tokens if token not in given and all(one.row(token) < 0 for one in models)]
+    if nowhere:
+        shown = ", ".join(f"`{printable(token)}`" for token in nowhere[:EXAMPLES])
+        more = f" and {len(nowhere) - EXAMPLES} more" if len(nowhere) > EXAMPLES else ""
+        emit(Notice(f"no model has the token(s) {shown}{more}: their rows are zeros", "warning"))
 
 
 def _tell_of_few(owner: Checkpoint, tokens: Mapping[str, int], other: Tokens, emit: Emit) -> None:

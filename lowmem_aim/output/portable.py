@@ -78,7 +78,10 @@ def _token(row: TokenRow, inputs: Inputs) -> dict[str, Any]:
 def how_to_run(plan: Plan, inputs: Inputs) -> str:
     """Comments for the top of the recipe's file: what has to be filled in, and the command to run it again."""
     recipe = plan.recipe
-    local = [label for reference, model in inputs.opened.items() for label in _local(reference, model)]
+    named = dict(inputs.opened)
+    if recipe.tokenizer_model and inputs.tokenizer:
+        named.setdefault(recipe.tokenizer_model, inputs.tokenizer.owner)
+    local = [label for reference, model in named.items() for label in _local(reference, model)]
     tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
     local += [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")

@@ -160,8 +160,8 @@ def _match(
 
 
 def _filling(name: str, rows: TokenRows, inputs: Inputs) -> Filling:
-    of_folder = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
-    givers = tuple(Source(of_folder[folder], name, row_map) for folder, row_map in rows.given.items())
+    models = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
+    givers = tuple(Source(models[place], name, row_map) for place, row_map in rows.given.items())
     return Filling(givers, rows.mean_from, rows.has_means)
 
 

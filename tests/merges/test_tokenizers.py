@@ -11,12 +11,14 @@ import pytest
 import tiny
 import torch
 import yaml
+from adapters import factors, shapes_of, write
 from conftest import Place
 from merge_cases import digests, tensors_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import ROWS, Rows, add_tokens, permute_rows, resize, swap_tokens, tokens_of, weighted
 
 from lowmem_aim.errors import LowmemAimError
+from lowmem_aim.events import Event, Notice
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import parse
@@ -37,16 +39,27 @@ def models(place: Place) -> Path:
     return place.folder
 
 
-def linear(models: Path, **more: Any) -> Path:
-    """The output of a linear merge of all three, with further keys of the recipe."""
+def linear(models: Path, said: list[Event] | None = None, **more: Any) -> Path:
+    """The output of a linear merge of all three, with further keys of the recipe; `said` gets the events."""
     names = ("base", "math", "code")
     listed = [{"model": str(models / n), "parameters": {"weight": w}} for n, w in zip(names, WEIGHTS, strict=True)]
-    return merged(models, {"merge_method": "linear", "base_model": str(models / "base"), "models": listed, **more})
+    table = {"merge_method": "linear", "base_model": str(models / "base"), "models": listed, **more}
+    return merged(models, table, said=said)
 
 
-def merged(models: Path, table: Mapping[str, Any], out: str = "out", options: Options | None = None) -> Path:
+def merged(
+    models: Path,
+    table: Mapping[str, Any],
+    out: str = "out",
+    options: Options | None = None,
+    said: list[Event] | None = None,
+) -> Path:
     recipe = read_recipe(parse(yaml.safe_dump({**table, "dtype": "float32"}, sort_keys=False), "recipe.yml"))
-    return merge(recipe, models / out, options or Options())
+    return merge(recipe, models / out, options or Options(), (said if said is not None else []).append)
+
+
+def notices(said: list[Event]) -> list[str]:
+    return [event.text for event in said if isinstance(event, Notice)]
 
 
 def check_rows(models: Path, out: Path, special: Mapping[str, Any] | None = None) -> None:
@@ -223,13 +236,16 @@ class TestAnotherModelsTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(models / "math")
         tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
         tokenizer.save_pretrained(alone)
-        out = linear(models, tokenizer_source=str(alone))
+        said: list[Event] = []
+        out = linear(models, said, tokenizer_source=str(alone))
+        assert "no model has the token(s) `<|extra|>`: their rows are zeros" in notices(said)
         assert tokens_of(out) == tokens_of(alone)
         assert sizes(out) == (262, 262)
         check_rows(models, out)
         assert torch.equal(tensors_in(out)[ROWS[0]][261], torch.zeros(32))
-        portable = yaml.safe_load((out / "mergekit_config.yml").read_text())
-        assert portable["tokenizer_source"] == "alone"
+        text = (out / "mergekit_config.yml").read_text()
+        assert yaml.safe_load(text)["tokenizer_source"] == "alone"
+        assert "#   alone\n" in text.partition("merge_method")[0]  # whose path is to be filled in
 
 
 class TestSameBytes:
@@ -331,6 +347,19 @@ def test_slices_take_rows_from_models_outside_the_slice(models: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.config.num_hidden_layers == 6
     assert loaded.config.vocab_size == len(found[ROWS[0]]) == 263
+
+
+def test_a_base_gives_its_own_row_and_not_that_of_an_adapter_on_it(models: Path) -> None:
+    head = torch.randn(264, 32, generator=torch.Generator().manual_seed(5))
+    write(models / "adapter", factors(shapes_of(models / "base", "q_proj")) | {"lm_head.weight": head})
+    names = ("base", f"base+{models / 'adapter'}", "math")
+    listed = [{"model": str(models / n), "parameters": {"weight": w}} for n, w in zip(names, WEIGHTS, strict=True)]
+    table = {"merge_method": "linear", "base_model": str(models / "base"), "models": listed}
+    found = tensors_in(merged(models, table | {"tokenizer_source": "union"}))[ROWS[1]]
+    place = tokens_of(models / "base")["<|old|>"]
+    own = tensors_in(models / "base")[ROWS[1]][place]
+    expected = weighted([own.double(), head[place].double(), own.double()], WEIGHTS)
+    assert torch.allclose(found[place].double(), expected, atol=1e-6)
 
 
 def test_new_vocabulary_is_not_relaxed(models: Path, texts: Path) -> None:
