@@ -28,14 +28,8 @@ ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
-READ = (
-    CONFIG,
-    INDEX,
-    "adapter_config.json",
-    "README.md",
-    *READ_BY_LOADERS,
-    *OF_TOKENIZERS,
-)  # what is read beside the shards
+# What is read beside the shards.
+READ = (CONFIG, INDEX, "adapter_config.json", "README.md", *READ_BY_LOADERS, *OF_TOKENIZERS)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

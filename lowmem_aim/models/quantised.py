@@ -55,7 +55,7 @@ FORMATS: Mapping[str, tuple[Finder, ...]] = {  # by the name of a config's `quan
     "awq": (awq,),
 }
 # Scales of activations and caches, which a model with plain weights has no use for, and notes of a format's own.
-_DROPPED = re.compile(r"\.((input|activation|output|q|k|v)_scale(_ub)?|weight_format|input_zero_point)$")
+_DROPPED = re.compile(r"\.((input|activation|output|q|k|v)_scale(_ub)?|qscale_act|weight_format|input_zero_point)$")
 
 
 def open_model(folder: Path, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
