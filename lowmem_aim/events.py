@@ -65,6 +65,13 @@ class Advanced:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """Calibration has kept what is finished: a killed run resumes there. `done` as in Advanced; 0: nothing is kept."""
+
+    done: float
+
+
+@dataclass(frozen=True)
 class TensorDone:
     """A tensor is merged and handed to the disk; `done` is the same as in Advanced."""
 
@@ -146,6 +153,7 @@ class RunEnded:
     hint: str = ""
     traceback: str = ""
     error: str = ""  # the first of the problems, for readers that show one line
+    hints: tuple[str, ...] = ()  # of each problem; `hint` has each once
 
 
 Event = (
@@ -153,6 +161,7 @@ Event = (
     | Planned
     | PhaseStarted
     | Advanced
+    | Snapshot
     | TensorDone
     | PhaseEnded
     | Worked

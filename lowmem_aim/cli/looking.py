@@ -29,21 +29,23 @@ _flag = flags_of("")
 def status_command(out: Path, style: Style) -> None:
     """Show the progress of the run in OUT.
 
-    It may be running, paused, interrupted or finished.
+    It may be running, paused, interrupted or finished. OUT is the output folder of a merge, or the file that
+    `calibrate` makes.
     """
     import json
 
-    from lowmem_aim.output.folder import outputs_in
-    from lowmem_aim.view.status import status_of
+    from lowmem_aim.output.folder import outputs_of
+    from lowmem_aim.view.status import status_of, status_of_file
     from lowmem_aim.view.wrapping import for_terminal
 
-    folders = outputs_in(out)
-    for folder in folders:
-        found = status_of(folder)
+    is_made = out.suffix == ".safetensors" and out.is_file()
+    for folder in [out] if is_made else outputs_of(out):
+        found = status_of_file(folder) if is_made else status_of(folder)
+        one_of_several = folder.parent == out
         if style == "json":
-            click.echo(json.dumps(({} if folder == out else {"output": folder.name}) | found.as_json()))
+            click.echo(json.dumps(({"output": folder.name} if one_of_several else {}) | found.as_json()))
         else:
-            heading = [] if folder == out else [f"{printable(folder.name)}:"]
+            heading = [f"{printable(folder.name)}:"] if one_of_several else []
             click.echo(for_terminal([*heading, *found.lines()]))
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import click
 
 from lowmem_aim.cli.mergekit_flags import instead_of
-from lowmem_aim.errors import UsageError, did_you_mean, printable
+from lowmem_aim.errors import LowmemAimError, UsageError, did_you_mean, printable, raise_all
 
 PROGRAM = "lowmem-aim"
 # Read from the command line itself (see `wanted`): a line that cannot be parsed is an error to debug as well.
 DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="After an error, show its traceback too.")
+
+_WRONG = f"{__name__}.wrong"  # in a context's `meta`: what click found wrong with the values of flags
 
 
 def wanted(arguments: Sequence[str]) -> bool:
@@ -34,6 +36,17 @@ class Flag(click.Option):
     def __init__(self, *names: Any, group: str = "", **settings: Any) -> None:
         super().__init__(*names, **settings)
         self.group = group
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Convert a value; a wrong one is noted, see `wrong_values`, and the flag then has its default."""
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter:
+            raise
+        except click.BadParameter as error:
+            error.ctx, error.param = error.ctx or ctx, error.param or self
+            ctx.meta.setdefault(_WRONG, []).append(error)
+            return None if self.required else super().process_value(ctx, self.get_default(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what click adds to the help, without the bounds of numbers, which errors tell."""
@@ -69,6 +82,25 @@ class Command(click.Command):
         except click.UsageError as error:
             error.ctx = error.ctx or ctx  # click's parser does not always say in which command
             raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless values of flags are wrong. Raises UsageError for all that are."""
+        raise_all(wrong_values(ctx))
+        return super().invoke(ctx)
+
+
+class RecipeCommand(Command):
+    """A command that tells of wrong values itself, together with all else that is wrong with its recipe."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, which asks for `wrong_values`."""
+        return click.Command.invoke(self, ctx)
+
+
+def wrong_values(context: click.Context | None = None) -> list[LowmemAimError]:
+    """An error for each flag whose value click has refused, of the command that is being run."""
+    context = context or click.get_current_context()
+    return [explained(error) for error in context.meta.get(_WRONG, [])]
 
 
 class Commands(Command, click.Group):
@@ -136,7 +168,8 @@ def _flags(context: click.Context | None) -> list[str]:
 
 
 def _quoted(message: str) -> str:
-    """Turn click's quotation marks into backticks, and drop its full stop."""
+    """Turn click's quotation marks into backticks, drop its full stop, and say a range in words."""
+    message = re.sub(r"^(\S+) is not in the range x>=(\d+)", r"must be \2 or more, not \1", message)
     return re.sub(r"'([^'`]*)'", r"`\1`", message).removesuffix(".")
 
 

@@ -73,7 +73,8 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     from lowmem_aim.recipe.yaml_tree import load_tree
 
     tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
-    return sound_recipe(from_flags.applied(tree, flags), paths[-1])
+    errors = usage.wrong_values()
+    return sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], errors)
 
 
 @click.command("init", cls=usage.Command)
@@ -126,7 +127,7 @@ def init_command(
     print_path(made)
 
 
-@click.command("merge", cls=usage.Command)
+@click.command("merge", cls=usage.RecipeCommand)
 @_PATHS
 @RECIPE_FLAGS
 @AIM_FLAGS
@@ -144,7 +145,7 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     run(lambda emit: merge(recipe, paths[-1], options_of(flags), emit), style, merges=True)
 
 
-@click.command("plan", cls=usage.Command)
+@click.command("plan", cls=usage.RecipeCommand)
 @_PATHS
 @RECIPE_FLAGS
 @AIM_FLAGS
@@ -184,7 +185,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
         raise found.error()
 
 
-@click.command("relax", cls=usage.Command)
+@click.command("relax", cls=usage.RecipeCommand)
 @click.argument("merged", shell_complete=completion.folders)
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
 @_relaxation(
@@ -209,6 +210,8 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
 )
 @_relaxation(
     "--normalise",
+    "--normalize",
+    "normalise",
     metavar="OVER",
     shell_complete=completion.words(*NORMALISATIONS),
     help="Take mutual information relative to the `samples` of a layer, or to all `layers`; for ACM only. "
@@ -227,7 +230,8 @@ def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
     from lowmem_aim.jobs.preparation import sound_recipe
     from lowmem_aim.recipe import from_flags
 
-    recipe = sound_recipe(from_flags.relax_recipe(merged, flags), out)
+    errors = usage.wrong_values()
+    recipe = sound_recipe(from_flags.relax_recipe(merged, flags, errors), out, errors)
     run(lambda emit: merge(recipe, out, options_of(flags), emit), style, merges=True)
 
 
@@ -304,7 +308,12 @@ def convert_command(folder: str, new: Path, in_memory: bool, style: Style) -> No
 
 @click.command("demo", cls=usage.Command)
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-@_flag("--tiny", is_flag=True, help="Train models of a million parameters; there are no others yet.")
+@_flag(
+    "--tiny",
+    is_flag=True,
+    help="Train models of a million parameters, the only kind today: for scripts that are to keep to these when larger "
+    "models become the default.",
+)
 @_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on; this takes half a minute.")
 def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
     """Train small models in FOLDER, merge them, and compare.

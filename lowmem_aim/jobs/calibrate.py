@@ -59,7 +59,9 @@ def _calibrate(base: str, aim: Aim, output: Path, options: Options, feed: Feed) 
             agree(space.journal, identity, reread, accept_environment=accept, emit=run.emit)
             feed.record_in([space.private])
             threads, budget = torch.get_num_threads(), run.budget
-            run.emit(Planned("activations", ("calibrate",), str(run.device), threads, budget.ram, budget.vram))
+            layers = {str(number): 1 for number in range(len(calibration.meta_model.blocks))}
+            device = str(run.device)
+            run.emit(Planned("activations", ("calibrate",), device, threads, budget.ram, budget.vram, layers=layers))
             made = space.private / ACTIVATIONS
             measured = calibration.measure(run, space.private, space.journal)
             calibration.tell_unseen(measured, run.emit)

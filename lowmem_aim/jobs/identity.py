@@ -35,15 +35,12 @@ _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' te
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 
 
-def identity_of_merge(
-    plan: Plan,
-    inputs: Inputs,
-    copied: Mapping[str, bytes],
-    calibration: Calibration | None,
-    comparison: Comparison | None,
-    device: torch.device,
-) -> Identity:
-    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
+def known_of_merge(plan: Plan, inputs: Inputs, copied: Mapping[str, bytes]) -> Identity:
+    """The part of an identity that is known at once: not what is measured or compared, nor the environment.
+
+    `copied`: the small files that the output takes from the reference. torch is not imported, unless rows of
+    vocabularies are matched.
+    """
     job: dict[str, Any] = {RECIPE + key: value for key, value in portable_recipe(plan.recipe, inputs).items()}
     job |= {
         "seed": plan.seed,
@@ -55,16 +52,36 @@ def identity_of_merge(
     }
     if inputs.token_rows:  # from the models' tokenizers
         job[ROWS] = _rows(inputs.token_rows, inputs)
+    checkpoints = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
+    return Identity(job, [_of_input(checkpoints[place]) for place in inputs.places], {})
+
+
+def identity_of_merge(
+    plan: Plan,
+    inputs: Inputs,
+    copied: Mapping[str, bytes],
+    calibration: Calibration | None,
+    comparison: Comparison | None,
+    device: torch.device,
+) -> Identity:
+    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
+    known = known_of_merge(plan, inputs, copied)
+    job = dict(known.job)
     if calibration is not None:
         job[CALIBRATION] = calibration.digest()
     if comparison is not None:
         job[COMPARISON] = comparison.digest()
-    checkpoints = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
     measures = comparison is not None or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
-    return Identity(job, [_of_input(checkpoints[place]) for place in inputs.places], environment)
+    return Identity(job, known.inputs, environment)
+
+
+def with_unknown_of(before: Identity, known: Identity) -> Identity:
+    """Complete the part of an identity that is known at once with all else as it was in the run before."""
+    unknown = {key: before.job[key] for key in (CALIBRATION, COMPARISON) if key in before.job}
+    return Identity({**known.job, **unknown}, known.inputs, before.environment)
 
 
 def _rows(rows: TokenRows, inputs: Inputs) -> dict[str, str]:

@@ -62,6 +62,9 @@ def init(
         _check_new(output)
     with noted(errors):
         start = _start(method, base, experts, omega)
+    if errors and start is not None:
+        with noted(errors), contextlib.ExitStack() as stack:
+            _find_all(start, Headers(stack), emit)
     raise_all(errors)
     assert start is not None  # else there was an error
     start = _checked(start, emit)

@@ -100,15 +100,16 @@ def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
 
 def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
     """Whether an output is still to be made; its folder is checked to be this job's. Raises ResumeError, UsageError."""
-    run, plan = ready.run, ready.plans[name]
+    plan = ready.plans[name]
     reread = partial(differing_tensors, plan, ready.inputs, space.journal)
     if is_finished(space.out):
-        check_content(space.journal, ready.identity(name), space.out, reread, run.emit)
-        run.emit(Notice(f"`{printable(str(space.out))}` is finished already"))
+        now = ready.identity(name) if ready.measures else ready.known(name)
+        check_content(space.journal, now, space.out, reread, ready.emit)
+        ready.emit(Notice(f"`{printable(str(space.out))}` is finished already"))
         return False
     _forget_lost(space)
-    accept = run.options.accept_environment
-    agree(space.journal, ready.identity(name), reread, accept_environment=accept, emit=run.emit)
+    accept = ready.options.accept_environment
+    agree(space.journal, ready.identity(name), reread, accept_environment=accept, emit=ready.emit)
     space.journal.keep(PlanSize(**plan.size()))
     space.take_back()
     return True

@@ -75,13 +75,14 @@ class _Estimate:
     def forecast(self, measure: bool) -> Forecast:
         ready = self.ready
         surveyed = survey(ready.plans, ready.inputs, self.hub.missing)
-        needs = (*self._memory(), self._disk())
+        is_left = bool(ready.unfinished())
+        needs = (*self._memory(), self._disk()) if is_left else ()
         self._tell_of_downloads()
-        speeds = self._speeds() if measure and not ready.errors else {}
+        speeds = self._speeds() if measure and is_left and not ready.errors else {}
         error = joined(ready.errors) if ready.errors else None
         return Forecast(
             survey=surveyed.as_json(),
-            device=str(ready.run.device),
+            device=str(ready.run.device) if is_left else ready.options.device,
             needs=needs,
             problems=error.problems if error else (),
             hints=error.hints if error else (),

@@ -1,25 +1,37 @@
 """All that a merge finds out and checks before it works. `merge` and `plan` prepare here, with the same checks.
 
 There are two rounds, and in each the user hears of all problems at once. The first takes a moment: recipe, folders,
-headers, configs, output, disk. The second needs torch, or runs what reads tokenizers and texts.
+headers, configs, output, disk, and whether an earlier run there was of this job. The second needs torch, or runs what
+reads tokenizers and texts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
+from lowmem_aim.errors import (
+    LowmemAimError,
+    ModelError,
+    NoSuchModel,
+    NoSuchTexts,
+    UsageError,
+    joined,
+    noted,
+    printable,
+    raise_all,
+)
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check
+from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check, check_certain_memory
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.tied_heads import check_repeated
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
+from lowmem_aim.output.portable import is_without_paths
 from lowmem_aim.planning.fitting import check_sources
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
@@ -47,6 +59,7 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
         opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, reader, errors))
+        _point_to_comments(recipe, errors)
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
         inputs, plans, unfit = None, {}, list[LowmemAimError]()
@@ -60,6 +73,8 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
                 plans = _plans(recipe, inputs, options)
         errors += unfit
         if not inputs or not plans:
+            with noted(errors):
+                check_certain_memory(options)
             raise_all(errors)
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
@@ -67,21 +82,24 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             recipe, out, options, emit, finder, reader, inputs, plans, errors, notes=list(_local_names(recipe))
         )
         _make(AT_ONCE, ready)
-        if not errors:
+        if not errors and not ready.is_settled():
             _make(LATER, ready)
+        elif errors and ready.unfinished():
+            with noted(errors):
+                check_certain_memory(options)
         reader.close()
         yield ready
 
 
-def sound_recipe(tree: Node, out: Path) -> Recipe:
-    """The recipe of a tree, if nothing is wrong in it.
+def sound_recipe(tree: Node, out: Path, before: Sequence[LowmemAimError] = ()) -> Recipe:
+    """The recipe of a tree, if nothing is wrong in it, nor was `before`, with the flags.
 
     Raises RecipeError with every problem, together with those of the output, the models that it names, and the texts.
     """
     recipe, wrong = readable_part(tree)
-    if recipe is not None and wrong is None:
+    errors = [*before, *([] if wrong is None else [wrong])]
+    if recipe is not None and not errors:
         return recipe
-    errors: list[LowmemAimError] = [] if wrong is None else [wrong]
     with noted(errors):
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
     if recipe is not None:
@@ -90,7 +108,7 @@ def sound_recipe(tree: Node, out: Path) -> Recipe:
             Reader() as reader,
             opened_models(recipe, "mmap", silent, FETCHED, reader, errors),
         ):  # beside errors, nothing is downloaded
-            pass
+            _point_to_comments(recipe, errors)
     raise joined(errors)
 
 
@@ -137,7 +155,17 @@ def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:
         return
     if not there:
         hint = "check the path; or name `builtin`, or a dataset on the Hub"
-        yield ModelError(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
+        yield NoSuchTexts(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
+
+
+def _point_to_comments(recipe: Recipe, errors: list[LowmemAimError]) -> None:
+    """Change what to do about models and texts that are not there, if the recipe is an output's own, without paths."""
+    file = recipe.where.rpartition(":")[0]
+    missing = [error for error in errors if isinstance(error, NoSuchModel | NoSuchTexts)]
+    if missing and is_without_paths(Path(file)):
+        hint = f"fill in the paths in `{printable(file)}`, as the comments at its top say"
+        for error in missing:
+            error.hints = (hint,) * len(error.problems)
 
 
 def _local_names(recipe: Recipe) -> Iterator[str]:

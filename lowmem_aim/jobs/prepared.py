@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.events import Emit
-from lowmem_aim.jobs.identity import identity_of_merge
+from lowmem_aim.jobs.identity import identity_of_merge, known_of_merge
 from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.merged_weights import ELEMENTS
@@ -86,6 +86,15 @@ class Prepared:
         plan = self.plans[name]
         return identity_of_merge(plan, self.inputs, self.copied, self.calibration, self.comparison, self.run.device)
 
+    def known(self, name: str) -> Identity:
+        """The part of that identity which is known at once, without torch."""
+        return known_of_merge(self.plans[name], self.inputs, self.copied)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the outputs depend on activations or texts, which only torch or the tokenizer can read."""
+        return self.recipe.aim is not None or self.recipe.acm is not None
+
     def unfinished(self) -> list[str]:
         """The names of the outputs that are still to be made."""
         return [name for name in self.plans if not is_finished(self.folder(name))]
@@ -101,6 +110,13 @@ class Prepared:
             task.name: replace(task.experts[0].info, name=task.name, shape=shapes[task.name]) for task in plan.tasks
         }
         return Checkpoint(self.out, "the output", self.config, infos)
+
+    def is_settled(self) -> bool:
+        """Whether every output is finished, and known to be of this job without torch: no run, and no device, follows.
+
+        A device that is asked for by name is looked for even then.
+        """
+        return not self.unfinished() and not self.measures and self.options.device in ("auto", "cpu")
 
     def needs(self) -> shares.Needs:
         """The memory that the merge itself takes."""

@@ -183,8 +183,9 @@ class AdaptedCheckpoint(Checkpoint):
         left = max((-(-rank // max(columns, 1)) for rank, _, columns in ranks), default=0)
         right = sorted((rank * columns for rank, _, columns in ranks), reverse=True)[:IN_WORK] or [0]
         held = FLOAT * sum(right) + DOUBLE * right[0] * (self.read != "mmap")  # as stored, where that is no view
-        # The rows before the change (float64 at most), the left factor, and for a DoRA's norms the rows once more.
-        element = DOUBLE + FLOAT * left + (FLOAT + 2 * DOUBLE) * self._adapter.config.dora + own.element
+        # The rows before the change (float64 at most), the left factor as stored and as float32, and for a DoRA's norms
+        # the rows once more.
+        element = DOUBLE + (DOUBLE + FLOAT) * left + (FLOAT + 2 * DOUBLE) * self._adapter.config.dora + own.element
         return Footprint(
             below.element + element,
             own.slice,

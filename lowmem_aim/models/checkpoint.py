@@ -165,7 +165,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its own shape and dtype. Raises ModelError if its file has changed."""
         info = self.tensors[name]
-        return self.rows(name, 0, info.matrix[0]).reshape(info.shape)
+        return self.stored.elements(info, 0, info.numel).reshape(info.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of the tensor as a matrix (see `matrix_shape`), in its dtype: (stop - start, columns).

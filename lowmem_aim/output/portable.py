@@ -13,6 +13,18 @@ from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice, Tokenizer, TokenRow
 from lowmem_aim.recipe.references import parsed, same_reference
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
+from lowmem_aim.system.files import open_to_read
+
+_WITHOUT_PATHS = "These were folders and files on one machine and are named without their paths. Fill in the paths:"
+
+
+def is_without_paths(file: Path) -> bool:
+    """Whether a file is a recipe of an output whose comments (see `how_to_run`) say that paths are to be filled in."""
+    try:
+        with open_to_read(file) as stream:
+            return stream.readline(1000) == f"# {_WITHOUT_PATHS}\n".encode()
+    except OSError:
+        return False
 
 
 def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def how_to_run(plan: Plan, inputs: Inputs) -> str:
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
     lines = []
     if local:
-        lines += ["These were folders and files on one machine and are named without their paths. Fill in the paths:"]
+        lines += [_WITHOUT_PATHS]
         lines += [f"  {printable(name)}" for name in dict.fromkeys(local)]
     lines.append(f"To merge again: lowmem-aim merge mergekit_config.yml NEW-FOLDER{flags}")
     return "".join(f"# {line}\n" for line in lines)

@@ -13,6 +13,7 @@ from lowmem_aim.recipe.parameters import settings_of
 from lowmem_aim.recipe.parts import WAYS, Parts
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
+from lowmem_aim.recipe.spelling import in_one_spelling
 from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
 from lowmem_aim.recipe.values import Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
@@ -205,6 +206,6 @@ def readable_part(root: Node) -> tuple[Recipe | None, RecipeError | None]:
     With an error, the recipe names models that can be looked for and opened, but is not fit for planning; it is None if
     the method or all models could not be read.
     """
-    reader = _Reader(root)
+    reader = _Reader(in_one_spelling(root))
     recipe = reader.recipe()
     return recipe, reader.error()

@@ -30,6 +30,7 @@ from lowmem_aim.events import (
     RunEnded,
     RunStarted,
     Sampled,
+    Snapshot,
     TensorDone,
 )
 from lowmem_aim.methods.registry import METHODS
@@ -257,13 +258,14 @@ EXAMPLES: list[tuple[float, Event]] = [
     ),
     (1.0, PhaseStarted("calibrate", 22, "blocks")),
     (1.5, Advanced(1, "model.layers.0")),
+    (62.0, Snapshot(1)),
     (9.0, PhaseEnded("calibrate")),
     (9.1, PhaseStarted("merge", 2200097792, "bytes", 1050673152)),
     (9.5, DONE),
     (10.0, SAMPLE),
     (11.0, Paused(True)),
     (12.0, Notice("`math`: its `rope_theta` differs; the output has the base's", "warning")),
-    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL)),
+    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL, ("free some space",))),
 ]
 OF_KINDS = {name: timed for timed in EXAMPLES for name, kind in KINDS.items() if type(timed[1]) is kind}
 

@@ -94,6 +94,9 @@ def test_a_file_is_never_written_over(models: Path, run: Run) -> None:
     done = run("init", "--base", "base", "--expert", "math")
     assert (done.code, done.out) == (2, "")
     assert "`recipe.yml` exists already" in done.err
+    beside = run("init", "--base", "base", "--expert", "./nowhere").err
+    assert "`recipe.yml` exists already" in beside
+    assert "no model folder `./nowhere`" in beside
     assert (models / "recipe.yml").read_text() == "mine"
     (models / "recipe.yml").unlink()
     (models / "recipe.yml").symlink_to("nowhere.yml")

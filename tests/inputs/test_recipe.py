@@ -10,7 +10,7 @@ import pytest
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
 from lowmem_aim.recipe.reader import read_recipe, readable_part
-from lowmem_aim.recipe.recipe import Aim, Recipe, Setting
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Setting
 from lowmem_aim.recipe.yaml_tree import load_tree, parse
 
 GOOD = """\
@@ -108,6 +108,22 @@ def test_a_filter_list_that_ends_without_a_match_is_an_error_of_that_tensor() ->
     )
     with pytest.raises(RecipeError, match=r"`t` has no value for `lm_head\.weight`"):
         resolved(recipe, "lm_head.weight", 0)
+
+
+def test_british_and_american_spellings_are_the_same() -> None:
+    def read(old: str, new: str, **flags: Any) -> Recipe:
+        text = GOOD.replace(old, new).replace("  normalize: true\n", "")
+        return read_recipe(applied(parse(text, "recipe.yml"), flags))
+
+    top = "lambda: 1.5\n  normalise: false"
+    assert read("lambda: 1.5", top).parameters["normalize"].value is False
+    assert read("lambda: 1.5", top, parameter=("normalize=true",)).parameters["normalize"].value is True
+    assert read("lambda: 1.5", top, parameter=("normalise=true",)).parameters["normalize"].value is True
+    acm = "acm: {normalize: layers, calibration: builtin}\nmerge_method:"
+    assert read("merge_method:", acm).acm == Acm(normalise="layers", calibration="builtin")
+    assert read("merge_method:", acm, normalise="samples").acm == Acm(calibration="builtin")
+    with pytest.raises(RecipeError, match="unknown parameter `normalise`"):
+        read("lambda: 1.5", f"{top}\n  normalize: false")
 
 
 def test_aliases_and_merge_keys_work() -> None:

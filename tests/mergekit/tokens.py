@@ -111,18 +111,19 @@ MERGES = (
     Merge(
         "a new token of the base's tokenizer",
         {"source": "base", "tokens": {"<new>": {"source": _token("@math", token_id=5)}}},
-        fails="KeyError: 259",
+        fails="KeyError: 260",
     ),
 )
 
 
 def build(folder: Path) -> None:
-    """A base of 259 tokens, experts with further tokens and another order, and a tokenizer alone."""
+    """A base of 260 tokens, experts that lack one and have others, in another order, and a tokenizer alone."""
     tiny.build("llama", folder / "base", vocab_size=259)
     for seed, name in enumerate(("math", "code"), start=1):
         tiny.perturbed(folder / "base", folder / name, scale=0.05, seed=seed)
+    add_tokens(folder / "base", ["<|old|>"], seed=3)
     add_tokens(folder / "math", ["<|im_start|>", "<|im_end|>"], seed=1)
-    add_tokens(folder / "code", ["<|im_end|>", "<|tool|>"], seed=2)
+    add_tokens(folder / "code", ["<|im_end|>", "<|old|>", "<|tool|>"], seed=2)
     swap_tokens(folder / "code", 20)
     permute_rows(folder / "code", 20)
     tokenizer = AutoTokenizer.from_pretrained(folder / "math")

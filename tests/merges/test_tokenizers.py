@@ -28,9 +28,10 @@ TEXT = "hello <|im_start|>user, a lazy dog<|im_end|> <s>"
 
 @pytest.fixture
 def models(place: Place) -> Path:
-    """`base` of 259 tokens and 264 rows; `math` with two more; `code` with two more, in another order, and padding."""
+    """`base` of 260 tokens, 264 rows; `math` lacks one and has two more; `code` has two more in another order."""
+    add_tokens(place.folder / "base", ["<|old|>"], padding=4, seed=3)
     add_tokens(place.folder / "math", ["<|im_start|>", "<|im_end|>"], seed=1)
-    add_tokens(place.folder / "code", ["<|im_end|>", "<|tool|>"], padding=7, seed=2)
+    add_tokens(place.folder / "code", ["<|im_end|>", "<|old|>", "<|tool|>"], padding=7, seed=2)
     swap_tokens(place.folder / "code", 20)
     permute_rows(place.folder / "code", 20)
     return place.folder
@@ -80,17 +81,17 @@ class TestUnion:
         out = linear(models, tokenizer_source="union")
         check_rows(models, out)
         found, base = tokens_of(out), tokens_of(models / "base")
-        assert found == {**base, "<|im_start|>": 259, "<|im_end|>": 260, "<|tool|>": 261}
+        assert found == {**base, "<|im_start|>": 260, "<|im_end|>": 261, "<|tool|>": 262}
 
     def test_padding_stays_and_new_tokens_take_its_rows(self, models: Path) -> None:
         out = linear(models, tokenizer_source="union")
         assert sizes(out) == (264, 264)
-        own = tensors_in(models / "base")[ROWS[0]][262:]
-        assert torch.allclose(tensors_in(out)[ROWS[0]][262:], own, atol=1e-6)
+        own = tensors_in(models / "base")[ROWS[0]][263:]
+        assert torch.allclose(tensors_in(out)[ROWS[0]][263:], own, atol=1e-6)
 
     def test_rows_beyond_the_padding_are_added(self, models: Path) -> None:
         resize(models / "base", 260, 260)
-        assert sizes(linear(models, tokenizer_source="union")) == (262, 262)
+        assert sizes(linear(models, tokenizer_source="union")) == (263, 263)
 
     def test_it_encodes_and_decodes_as_the_model_that_has_the_tokens(self, models: Path) -> None:
         out = linear(models, tokenizer_source="union")
@@ -134,7 +135,7 @@ class TestTokensOfTheRecipe:
             "!": {"source": {"kind": "zero"}, "force": 1.0},
         }
         out = linear(models, tokenizer={"source": "union", "tokens": tokens})
-        assert tokens_of(out)["<new>"] == 262
+        assert tokens_of(out)["<new>"] == 263
         zero = torch.zeros(32, dtype=torch.float64)
         special = {
             "<|im_end|>": (lambda rows: rows.own(2, "<|im_end|>"), False),
@@ -151,7 +152,7 @@ class TestTokensOfTheRecipe:
         """mergekit 0.1.5 fails here: it takes the base to have the token."""
         tokens = {"<|im_end|>": {"source": str(models / "math")}}
         out = linear(models, tokenizer={"source": "base", "tokens": tokens})
-        assert tokens_of(out) == {**tokens_of(models / "base"), "<|im_end|>": 259}
+        assert tokens_of(out) == {**tokens_of(models / "base"), "<|im_end|>": 260}
         check_rows(models, out, {"<|im_end|>": (lambda rows: rows.own(1, "<|im_end|>"), False)})
 
     def test_a_token_that_its_model_lacks_is_an_error_with_its_line(self, models: Path) -> None:
@@ -179,13 +180,20 @@ class TestPadding:
         rows, found = Rows([models / n for n in ("base", "math", "code")], ROWS[0]), tensors_in(out)[ROWS[0]]
         tokens = sorted(tokens_of(out), key=tokens_of(out).__getitem__)
         means = [torch.stack([rows.of(token)[model] for token in tokens]).mean(dim=0) for model in range(3)]
-        assert torch.allclose(found[262:].double(), weighted(means, WEIGHTS).expand(10, -1), atol=1e-6)
+        assert torch.allclose(found[263:].double(), weighted(means, WEIGHTS).expand(9, -1), atol=1e-6)
+
+    def test_padding_that_is_there_becomes_the_mean_too(self, models: Path) -> None:
+        listed = [{"model": str(models / "base"), "parameters": {"weight": 1.0}}]
+        tokenizer = {"source": "base", "pad_to_multiple_of": 8}
+        out = merged(models, {"merge_method": "linear", "models": listed, "tokenizer": tokenizer})
+        found = tensors_in(out)[ROWS[0]]
+        assert torch.allclose(found[260:].double(), found[:260].double().mean(dim=0).expand(4, -1), atol=1e-6)
 
     def test_without_it_the_owners_padding_stays(self, models: Path) -> None:
         out = linear(models, tokenizer_source=str(models / "code"))
-        assert sizes(out) == (268, 268)
-        own = tensors_in(models / "code")[ROWS[0]][261:]
-        assert torch.allclose(tensors_in(out)[ROWS[0]][261:], own, atol=1e-6)
+        assert sizes(out) == (269, 269)
+        own = tensors_in(models / "code")[ROWS[0]][262:]
+        assert torch.allclose(tensors_in(out)[ROWS[0]][262:], own, atol=1e-6)
 
 
 class TestAnotherModelsTokenizer:
@@ -322,17 +330,17 @@ def test_slices_take_rows_from_models_outside_the_slice(models: Path) -> None:
     assert torch.equal(found[ROWS[1]][:259], last[ROWS[1]][:259])
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.config.num_hidden_layers == 6
-    assert loaded.config.vocab_size == len(found[ROWS[0]]) == 262
+    assert loaded.config.vocab_size == len(found[ROWS[0]]) == 263
 
 
-def test_new_vocabulary_is_not_relaxed(models: Path, measured: Path) -> None:
+def test_new_vocabulary_is_not_relaxed(models: Path, texts: Path) -> None:
     listed = [{"model": str(models / n), "parameters": {"weight": 0.5}} for n in ("math", "code")]
     table = {"merge_method": "task_arithmetic", "base_model": str(models / "base"), "models": listed}
     table |= {"tokenizer_source": "union"}
     plain = tensors_in(merged(models, table, "plain"))[ROWS[1]]
-    aim = {"aim": {"calibration": str(measured), "omega": 0.2}}
+    aim = {"aim": {"calibration": str(texts), "omega": 0.2}}
     relaxed = tensors_in(merged(models, table | aim, "relaxed"))[ROWS[1]]
-    assert torch.equal(relaxed[259:262], plain[259:262])
+    assert torch.equal(relaxed[260:263], plain[260:263])
     assert not torch.equal(relaxed[:259], plain[:259])
 
 

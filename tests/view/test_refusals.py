@@ -143,6 +143,14 @@ def out_has_another_jobs_interrupted_run(scene: Scene) -> None:
     stop(recipe_of(scene.place.folder, "linear", ("math", "code")), scene.place.out, 9)
 
 
+@refusal(7, "the calibration of AIM has changed")
+def an_interrupted_runs_texts_are_others(scene: Scene) -> tuple[object, ...]:
+    scene.aim()
+    stop(read_recipe(load_tree(scene.job())), scene.place.out, 9)
+    scene.texts.write_text('{"text": "another text of the same name"}\n')
+    return ("--shard-size", SHARDS.shard_bytes)
+
+
 @refusal(7, "no longer has the same tensors or files")
 def an_interrupted_runs_input_has_another_size(scene: Scene) -> tuple[object, ...]:
     stop(read_recipe(load_tree(scene.job())), scene.place.out, 9)
@@ -549,12 +557,13 @@ def test_every_check_has_a_case() -> None:
         "check_at_work": "a_run_is_at_work",
         "check_small_files": "a_processors_config_is_no_json",
         "check_layers": "layers_make_no_model",
+        "check_begun": "out_has_another_jobs_interrupted_run",
         "check_disk_space": "the_disk_is_full",
         "check_device": "a_device_is_not_there",
         "check_calibration": "activations_are_of_another_model",
         "check_comparison": "acm_is_given_activations",
         "check_merge_memory": "rows_do_not_fit",
-        "check_begun": "out_has_another_jobs_interrupted_run",
+        "check_begun_with": "an_interrupted_runs_texts_are_others",
         "check_model_runs": "a_forward_does_not_fit",
     }
     assert [check.__name__ for check in (*AT_ONCE, *LATER) if check.__name__ != "tell_oddities"] == list(cases)

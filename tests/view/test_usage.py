@@ -93,7 +93,7 @@ class TestWords:
             ),
             (("merge", "out", "--read", "mmpa"), "`--read`: `mmpa` is not one of mmap, pread; did you mean `mmap`?"),
             (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
-            (("merge", "out", "--threads", "0"), "`--threads`: 0 is not in the range x>=1\n"),
+            (("merge", "out", "--threads", "0"), "`--threads`: must be 1 or more, not 0\n"),
             (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
             (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is not a size"),
             (("merge", "out", "--weight"), "option `--weight` requires an argument\n\nhint: see `lowmem-aim merge"),
@@ -153,10 +153,47 @@ GROUPS = {
 OFF_UNLESS_GIVEN = ("--help", "--version", "--debug")
 
 
+class TestSeveralWrongFlags:
+    """All wrong values are told at once: those of flags alone, and those that the recipe's reader finds."""
+
+    def test_of_a_recipe(self, place: Place) -> None:
+        done = place.merge(
+            *("--dtype", "bf16", "--shard-size", "1X", "--threads", "0", "--tied", "x", "--weight", "1,2,x"),
+            *("-p", "foo=1", "-p", "lambda", "--theta", "2"),
+        )
+        assert done.code == 2
+        assert "has no flag `--theta`" in done.err, "beside that, nothing else is known for sure"
+        (place.out).mkdir()
+        (place.out / "mine.txt").write_text("mine")
+        done = place.merge(
+            *("--dtype", "bf16", "--shard-size", "1X", "--threads", "0", "--tied", "x"),
+            *("-p", "foo=1", "-p", "lambda", "--scaling", "rank"),
+        )
+        assert done.code == 2
+        for said in (
+            *("did you mean `bfloat16`", "`1X` is not a size", "must be 1 or more", "not one of relax, keep"),
+            *("unknown parameter `foo`", "`lambda` is not NAME=VALUE", "--scaling has no meaning", "is not empty"),
+        ):
+            assert said in done.err, said
+
+    def test_of_commands_without_a_recipe(self, run: Run) -> None:
+        done = run("calibrate", "base", "-o", "a.safetensors", "--threads", "0", "--ram", "1X")
+        assert done.code == 2
+        assert done.err.count("hint: ") == 1
+        assert "must be 1 or more" in done.err
+        assert "`1X` is not a size" in done.err
+
+    def test_a_number_of_values_that_fits_no_experts_has_no_consequences(self, place: Place) -> None:
+        done = place.merge("--weight", "1", "--weight", "2", "--weight", "3", method="task_arithmetic")
+        assert (done.code, done.err.count("error: ")) == (2, 1)
+        assert "--weight: 3 values for 2 expert(s)" in done.err
+
+
 class TestHelp:
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_flag_has_a_sentence_and_its_default(self, name: str) -> None:
-        for flag in cli.commands[name].get_params(click.Context(cli.commands[name])):
+        context = click.Context(cli.commands[name], help_option_names=["-h", "--help"])  # click keeps them for later
+        for flag in cli.commands[name].get_params(context):
             if not isinstance(flag, click.Option) or flag.opts[-1] in OFF_UNLESS_GIVEN:
                 continue
             sentence, _, default = (flag.help or "").partition(" [default: ")
@@ -170,7 +207,7 @@ class TestHelp:
         assert re.findall(r"^([A-Z][\w ]+):$", told, re.M) == GROUPS[name]
         flags = {flag for p in cli.commands[name].params for flag in p.opts if flag.startswith("--")}
         shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", told, re.M)
-        assert {*shown, "--random-seed"} >= flags
+        assert {*shown, "--random-seed", "--normalize"} >= flags
         assert len(shown) == len(set(shown))
 
     def test_the_first_line_of_every_command_is_shown_whole(self, run: Run) -> None:
