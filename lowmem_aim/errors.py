@@ -67,7 +67,7 @@ class UsageError(LowmemAimError):
 
 
 class RecipeError(UsageError):
-    """The recipe is wrong; each problem starts with `file:line:`."""
+    """The recipe is wrong; each problem starts with `file:line:column:`, or names a flag."""
 
     usual_hint = "docs/recipe.md describes every key of a recipe"
 

@@ -191,7 +191,12 @@ FORMAT_FLAGS = _options(
         "[default: human on a terminal, else plain]",
     ),
     _run("--json", "as_json", **_JSON),
-    _run("--quiet", "-q", is_flag=True, help="Print only the path of what was made; the same as `--format quiet`."),
+    _run(
+        "--quiet/--no-quiet",
+        "-q",
+        default=False,
+        help="Print only the path of what was made; the same as `--format quiet`. [default: --no-quiet]",
+    ),
     settled,
 )
 JOB_FLAGS = _options(
@@ -215,6 +220,8 @@ JOB_FLAGS = _options(
     ),
     _machine(
         "--threads",
+        "--num-threads",
+        "-j",
         metavar="NUMBER",
         type=click.IntRange(1),
         help="Use this many CPU threads. [default: as many as torch uses]",
@@ -270,6 +277,7 @@ def options_of(flags: dict[str, Any]) -> Options:
         seed=flags.get("seed", 0),
         nonfinite=flags.get("nonfinite", "stop"),
         shard_bytes=flags.get("shard_size", Options.shard_bytes),
+        shard_parameters=flags.get("shard_parameters"),
         read=flags["read"],
         device=flags["device"],
         threads=flags["threads"],

@@ -10,12 +10,13 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from lowmem_aim.cli.mergekit_flags import instead_of
+from lowmem_aim.cli import mergekit_flags
 from lowmem_aim.errors import LowmemAimError, UsageError, did_you_mean, printable, raise_all
 
 PROGRAM = "lowmem-aim"
@@ -70,10 +71,14 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record:
                 groups.setdefault(getattr(parameter, "group", ""), []).append(record)
-        rest = groups.pop("", [])
+        rest, foreign = groups.pop("", []), groups.pop(mergekit_flags.GROUP, [])
+        groups |= {mergekit_flags.GROUP: foreign} if foreign else {}  # after ours
         for name, records in [*groups.items(), ("Other flags" if groups else "Flags", rest)]:
             with formatter.section(name):
                 formatter.write_dl(records)
+                if name == mergekit_flags.GROUP:
+                    formatter.write_paragraph()
+                    formatter.write(_wrapped(mergekit_flags.NOTE, formatter))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; an error of usage always knows in which command it happened."""
@@ -103,6 +108,15 @@ def wrong_values(context: click.Context | None = None) -> list[LowmemAimError]:
     return [explained(error) for error in context.meta.get(_WRONG, [])]
 
 
+def _wrapped(text: str, formatter: click.HelpFormatter) -> str:
+    """A paragraph of a help text's section, with flags whole: click itself breaks them at hyphens."""
+    indent = " " * formatter.current_indent
+    filled = textwrap.fill(
+        text, formatter.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return f"{filled}\n"
+
+
 class Commands(Command, click.Group):
     """The program: a group of commands of the class above."""
 
@@ -127,10 +141,10 @@ def explained(error: click.ClickException) -> UsageError:
     """Turn what click found wrong with a command line into a UsageError."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM
-    if isinstance(error, click.NoSuchOption) and instead_of(error.option_name):
+    if isinstance(error, click.NoSuchOption) and mergekit_flags.instead_of(error.option_name):
         typed = dict.fromkeys(word.partition("=")[0] for word in sys.argv if word.startswith("--"))
         foreign = [error.option_name, *(flag for flag in typed if flag not in _flags(context))]
-        steps = {flag: step for flag in foreign if (step := instead_of(flag))}
+        steps = {flag: step for flag in foreign if (step := mergekit_flags.instead_of(flag))}
         problems = [f"`{command}` has no flag `{printable(flag)}`, which is mergekit's" for flag in steps]
         return UsageError(problems, [*steps.values()])
     return UsageError(_what(error, command), hint=f"see `{command} --help`")

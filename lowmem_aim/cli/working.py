@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from lowmem_aim.cli.flags import (
     flags_of,
     options_of,
 )
+from lowmem_aim.cli.from_mergekit import mergekit_flags
 from lowmem_aim.cli.running import print_path, refuse_if_running, run
 from lowmem_aim.cli.usage import Choice
 from lowmem_aim.cli.values import NumberRange, PathType
@@ -74,7 +76,8 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
 
     tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
     errors = usage.wrong_values()
-    return sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], errors)
+    recipe = sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], errors)
+    return replace(recipe, notices=(*recipe.notices, *flags["notices"]))
 
 
 @click.command("init", cls=usage.Command)
@@ -128,6 +131,7 @@ def init_command(
 
 
 @click.command("merge", cls=usage.RecipeCommand)
+@mergekit_flags
 @_PATHS
 @RECIPE_FLAGS
 @AIM_FLAGS
@@ -146,6 +150,7 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
 
 
 @click.command("plan", cls=usage.RecipeCommand)
+@mergekit_flags
 @_PATHS
 @RECIPE_FLAGS
 @AIM_FLAGS

@@ -36,7 +36,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
     """Read a recipe: the path of a YAML file, or the same keys and values as a mapping (see docs/recipe.md).
 
     Relative paths start at the current folder, and those of a file that lead nowhere there at the file's own folder.
-    Raises RecipeError with every problem, each with its line, or, of a mapping, with its key.
+    Raises RecipeError with every problem, each with its line and column, or, of a mapping, with its key.
     """
     return reader.read_recipe(_tree(recipe))
 

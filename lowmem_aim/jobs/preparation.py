@@ -121,7 +121,14 @@ def _check_output(out: Path, folders: list[Path]) -> None:
 def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
     """The plan of each output."""
     return {
-        name: make_plan(one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite)
+        name: make_plan(
+            one,
+            inputs,
+            seed=options.seed,
+            shard_bytes=options.shard_bytes,
+            shard_parameters=options.shard_parameters,
+            nonfinite=options.nonfinite,
+        )
         for name, one in one_by_one(recipe).items()
     }
 

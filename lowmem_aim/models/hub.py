@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,13 @@ def downloaded(reference: str, patterns: list[str], emit: Emit) -> Path:
     repository, revision = repository_of(reference)
     with hub_errors(reference):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def keep_downloads_in(folder: str) -> None:
+    """Keep models from the Hub in `folder`, in this process and its children, as if HF_HUB_CACHE named it."""
+    path = os.environ["HF_HUB_CACHE"] = os.path.abspath(os.path.expanduser(folder))
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:  # the library has read it already
+        constants.__dict__["HF_HUB_CACHE"] = path
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 recipe.py         what a recipe is: frozen dataclasses
 references.py     references to models: a model, and the adapter that is added to it
 words.py          the words that a recipe's values may be
-yaml_tree.py      YAML as a tree that keeps file and line
+yaml_tree.py      YAML as a tree that keeps file, line and column
 places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
 parameters.py     the `parameters` of a recipe, a module, a slice or a model

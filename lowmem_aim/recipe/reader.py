@@ -1,4 +1,4 @@
-"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file and line.
+"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file, line and column.
 
 The YAML comes as a tree (`yaml_tree`); command-line flags replace nodes of that tree (`from_flags`), so that a wrong
 flag is reported like a wrong line. `read_recipe` then builds the Recipe from the tree.
@@ -15,7 +15,7 @@ from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
 from lowmem_aim.recipe.spelling import in_one_spelling
 from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
-from lowmem_aim.recipe.values import Values, together
+from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
 
@@ -53,6 +53,10 @@ class _Reader(Values):
         """The recipe; with `problems`, without the values that are wrong; None if no method or no model is left."""
         if not self._is_recipe():
             return None
+        self.problems += [
+            Remark(place, f"the key `{printable(key)}` appears twice", "write each key of a table once")
+            for key, place in self.root.twice
+        ]
         self.meant = self.check_keys(self.root, (*TOP_KEYS, *self._beside()), UNSUPPORTED_KEYS, ignoring=True)
         method = self._method()
         base = self._base(method)
@@ -120,7 +124,7 @@ class _Reader(Values):
             flags = "add `--method`, such as `--method ties`; `lowmem-aim methods` lists them"
             self._missing("merge_method", "`merge_method` is missing", hint, flags)
             return None
-        name = self.text(node, "merge_method")
+        name = self.text(node, "merge_method", "name a method, such as `merge_method: ties`")
         if name is None:
             return None
         try:
@@ -148,7 +152,7 @@ class _Reader(Values):
         chosen = None
         for key in ("dtype", "out_dtype"):  # out_dtype wins
             node = self.root.get(key)
-            value = self.text(node, key)
+            value = self.text(node, key, f"such as `{key}: bfloat16`, or leave it out to keep the models' own dtype")
             if node is not None and value is not None:
                 if value not in DTYPES:
                     allowed, near = ", ".join(DTYPES), did_you_mean(value, DTYPES, SHORT_DTYPES)
@@ -171,7 +175,7 @@ class _Reader(Values):
         if node is None:
             return None
         if not isinstance(node.value, dict):
-            self.problem(node, f"`{key}` must be a table, or `false`, such as `{key}: {{{example}}}`")
+            self.problem(node, f"`{key}` must be a table, or `false`", f"such as `{key}: {{{example}}}`")
             return None
         if self._has_no_base(base):
             hint = "name the model that the others were tuned from, as `base_model` or `--base`"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from lowmem_aim.recipe.references import parsed
 from lowmem_aim.recipe.words import is_hub_id
 from lowmem_aim.recipe.yaml_tree import Node
 
+_IN_FILE = re.compile(r"(?!--)(.+):(\d+):(\d+)", re.DOTALL)
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
 
 
@@ -41,8 +43,8 @@ class Values:
         self.problems.append(Remark(node.where, text, hint))
 
     def error(self) -> RecipeError | None:
-        """All problems as one error, in the order of their lines; None if there are none."""
-        told = together(sorted(self.problems, key=lambda problem: _line(problem.where)))
+        """All problems as one error, in the order of their places; None if there are none."""
+        told = together(sorted(self.problems, key=lambda problem: _place(problem.where)[1:]))
         return RecipeError(told.keys(), [*told.values()]) if told else None
 
     def check_keys(
@@ -74,23 +76,27 @@ class Values:
                 meant.add(nearest(key, known))
         return meant
 
-    def text(self, node: Node | None, what: str) -> str | None:
-        """The text of a node without outer spaces; None if the node is empty, or after a problem. `what` is its key."""
+    def text(self, node: Node | None, what: str, hint: str = "") -> str | None:
+        """The text of a node without outer spaces; None if the node is empty, or after a problem.
+
+        `what` is its key, and `hint` what to do about a value that is wrong.
+        """
         if node is None or node.value is None:
             return None
         value = node.value
         if not isinstance(value, str) or not value.strip():
-            self.problem(node, f"`{what}` must be text")
+            self.problem(node, f"`{what}` must be text", hint)
             return None
         if wrong := no_name(value.strip()):
-            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
+            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}", hint)
             return None
         return value.strip()
 
     def model(self, node: Node | None, what: str) -> str | None:
         """The reference of a model, its paths as seen from the current folder; None as in `text`. See `references`."""
         long = node is not None and isinstance(node.value, dict)
-        text = self._long_form(node, what) if node is not None and long else self.text(node, what)
+        hint = f"name a folder or a model on the Hub: `{what}: folder-or-id`"
+        text = self._long_form(node, what) if node is not None and long else self.text(node, what, hint)
         if node is None or text is None:
             return None
         parts = parsed(text, lambda path: _is_folder(path, node.folder)).parts
@@ -152,10 +158,11 @@ class Values:
             self.check_keys(rule, ("filter", "value"), {})
             pattern, value_node = rule.get("filter"), rule.get("value")
             if value_node is None:
-                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`")
+                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`", hint)
                 continue
             if pattern is not None and not (isinstance(pattern.value, str) and pattern.value):
-                self.problem(pattern, f"a filter of `{parameter.name}` must be a part of tensor names, or `*`")
+                text = f"a filter of `{parameter.name}` must be a part of tensor names, or `*`"
+                self.problem(pattern, text, hint)
                 continue
             rules.append((pattern.value if pattern else "", self.value(value_node, parameter, hint)))
         return Setting(tuple(rules), filtered=True, where=node.where)
@@ -185,39 +192,29 @@ class Values:
         return tuple(values) if None not in values else None
 
 
-def _items(*tables: Node) -> Iterator[tuple[str, Node]]:
-    for table in tables:
-        yield from table.value.items() if isinstance(table.value, dict) else ()
-
-
 def together(remarks: Iterable[Remark]) -> dict[str, str]:
-    """Each remark as a line -> its hint; what is said of several lines of a file is said once, with their numbers."""
+    """Each remark as a line -> its hint; what is said of several places in a file is said once, with all of them."""
     places: dict[tuple[str, str, str], list[str]] = {}
     for remark in remarks:
-        file, line = _place(remark.where)
-        same = (file, remark.text, remark.hint) if line else (remark.where, remark.text, remark.hint)
-        lines = places.setdefault(same, [])
-        if line and line not in lines:
-            lines.append(line)
+        file, line, column = _place(remark.where)
+        found = places.setdefault((file, remark.text, remark.hint), [])
+        place = f"{line}:{column}"
+        if line and place not in found:
+            found.append(place)
     return {
-        f"{':'.join([file, *lines[:1]])}: {text}{_also_in(lines[1:])}": hint
-        for (file, text, hint), lines in places.items()
+        f"{':'.join([file, *found[:1]])}: {text}{_also_at(found[1:])}": hint
+        for (file, text, hint), found in places.items()
     }
 
 
-def _also_in(lines: Sequence[str]) -> str:
-    return f" (and in line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
+def _also_at(places: Sequence[str]) -> str:
+    return f" (and at {', '.join(places)})" if places else ""
 
 
-def _place(where: str) -> tuple[str, str]:
-    """(file, line) of a place in a file, the line as digits; elsewhere (the place, "")."""
-    file, colon, line = where.rpartition(":")
-    return (file, line) if colon and line.isdigit() else (where, "")
-
-
-def _line(where: str) -> int:
-    """The line number of a place; 0 for flags, which have none and so come first."""
-    return int(_place(where)[1] or 0)
+def _place(where: str) -> tuple[str, int, int]:
+    """(file, line, column) of a place in a file; (the place, 0, 0) of a flag, which has neither and so comes first."""
+    found = _IN_FILE.fullmatch(where)
+    return (found[1], int(found[2]), int(found[3])) if found else (where, 0, 0)
 
 
 def _is_folder(path: str, beside: str) -> bool:

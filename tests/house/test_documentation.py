@@ -98,7 +98,8 @@ def test_a_commands_section_names_its_flags_and_no_others(name: str) -> None:
 
 
 def test_shared_flags_are_named_as_shared_by_those_who_take_them() -> None:
-    for heading in ("AIM flags", "Calibration flags", "Output flags", "Machine flags", "Run flags", "Format flags"):
+    kinds = ("AIM flags", "Calibration flags", "Output flags", "Machine flags", "Run flags", "Format flags")
+    for heading in (*kinds, "Flags of mergekit"):
         takers = [name for name, section in OF_COMMANDS.items() if heading in sections_shared_by(section)]
         shared = re.match(r"\s*Shared by ([^.;]+)", COMMAND_LINE[heading])
         assert shared is not None

@@ -141,8 +141,8 @@ class TestRecipes:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("merge_method: ties\nbaze_model: x\n", "recipe.yml:2: unknown key `baze_model`; did you mean `base"),
-            ("merge_method: ties\nmerge_method: ties\n", "recipe.yml:2: the key `merge_method` appears twice"),
+            ("merge_method: ties\nbaze_model: x\n", "recipe.yml:2:1: unknown key `baze_model`; did you mean `base"),
+            ("merge_method: ties\nmerge_method: ties\n", "recipe.yml:2:1: the key `merge_method` appears twice"),
             ("a: &a [x,x]\nb: &b [*a,*a]\n" + "".join(
                 f"c{i}: &c{i} [{','.join([f'*c{i - 1}' if i else '*b'] * 8)}]\n" for i in range(9)
             ), "too large or too deep"),

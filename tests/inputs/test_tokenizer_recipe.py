@@ -94,19 +94,19 @@ tokenizer:
     <h>: {source: math, force: maybe}
 """
     ) == [
-        "recipe.yml:6: `chat_template`: `chatlm` is not the name of a template; did you mean `chatml`?",
-        "recipe.yml:8: `tokenizer_source` and `tokenizer` cannot both be given",
-        "recipe.yml:9: unknown key `sorce`; did you mean `source`?",
-        "recipe.yml:10: `tokenizer.pad_to_multiple_of` must be a whole number from 1 to 1048576, not `-8`",
-        "recipe.yml:12: `mth` is not one of the models that are merged; did you mean `math`?",
-        "recipe.yml:13: the token `<b>` has `force`, but no `source`",
-        "recipe.yml:14: the token `<c>`: there is no kind `zeroo`; did you mean `zero`?",
-        "recipe.yml:15: the token `<d>`: give either `token` or `token_id`",
-        "recipe.yml:16: the token `<e>`: give either `token` or `token_id`",
-        "recipe.yml:16: the token `<e>`: `model` is missing",
-        "recipe.yml:17: the token `<f>`: `token_id` must be a whole number from 0 on",
-        "recipe.yml:18: the token `<g>` must have a table",
-        "recipe.yml:19: `force` of the token `<h>` must be true or false, not `maybe`",
+        "recipe.yml:6:1: `chat_template`: `chatlm` is not the name of a template; did you mean `chatml`?",
+        "recipe.yml:8:1: `tokenizer_source` and `tokenizer` cannot both be given",
+        "recipe.yml:9:3: unknown key `sorce`; did you mean `source`?",
+        "recipe.yml:10:3: `tokenizer.pad_to_multiple_of` must be a whole number from 1 to 1048576, not `-8`",
+        "recipe.yml:12:11: `mth` is not one of the models that are merged; did you mean `math`?",
+        "recipe.yml:13:5: the token `<b>` has `force`, but no `source`",
+        "recipe.yml:14:11: the token `<c>`: there is no kind `zeroo`; did you mean `zero`?",
+        "recipe.yml:15:11: the token `<d>`: give either `token` or `token_id`",
+        "recipe.yml:16:11: the token `<e>`: give either `token` or `token_id`",
+        "recipe.yml:16:11: the token `<e>`: `model` is missing",
+        "recipe.yml:17:52: the token `<f>`: `token_id` must be a whole number from 0 on",
+        "recipe.yml:18:5: the token `<g>` must have a table",
+        "recipe.yml:19:25: `force` of the token `<h>` must be true or false, not `maybe`",
     ]
 
 
@@ -129,7 +129,7 @@ def test_the_flag_names_another_source_for_the_same_tokens() -> None:
 )
 def test_wrong_templates(template: str, said: str) -> None:
     (problem,) = problems(f"chat_template: {template}\n")
-    assert problem.startswith(f"recipe.yml:6: {said}")
+    assert problem.startswith(f"recipe.yml:6:1: {said}")
 
 
 def test_templates_are_read_as_they_are() -> None:

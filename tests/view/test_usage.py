@@ -13,6 +13,7 @@ import pytest
 from conftest import Place, Ran, Run
 
 from lowmem_aim.cli.commands import cli
+from lowmem_aim.cli.mergekit_flags import UNNEEDED
 from lowmem_aim.cli.usage import program
 
 COMMANDS = sorted(cli.commands)
@@ -93,7 +94,7 @@ class TestWords:
             ),
             (("merge", "out", "--read", "mmpa"), "`--read`: `mmpa` is not one of mmap, pread; did you mean `mmap`?"),
             (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
-            (("merge", "out", "--threads", "0"), "`--threads`: must be 1 or more, not 0\n"),
+            (("merge", "out", "--threads", "0"), "`--threads` / `--num-threads` / `-j`: must be 1 or more, not 0\n"),
             (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
             (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is not a size"),
             (("merge", "out", "--weight"), "option `--weight` requires an argument\n\nhint: see `lowmem-aim merge"),
@@ -131,7 +132,7 @@ class TestWords:
     def test_words_of_a_recipe_file(self, place: Place, line: str, meant: str) -> None:
         recipe = f"merge_method: linear\nbase_model: {place.folder}/base\nmodels: [{{model: a}}]\n{line}\n"
         (place.folder / "r.yml").write_text(recipe)
-        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4: ", f"did you mean `{meant}`?")
+        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4:", f"did you mean `{meant}`?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed")
@@ -145,11 +146,12 @@ def test_a_current_folder_that_has_been_removed(run: Run, tmp_path: Path, monkey
 
 
 GROUPS = {
-    "merge": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
-    "plan": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
+    "merge": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "mergekit's flags", "Other flags"],
+    "plan": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "mergekit's flags", "Other flags"],
     "relax": ["Relaxation", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
     "calibrate": ["Output", "Calibration", "Machine", "Run", "Other flags"],
 }
+OTHER_NAMES = ("--random-seed", "--num-threads", "--verbose")  # mergekit's, of flags that are shown by another
 OFF_UNLESS_GIVEN = ("--help", "--version", "--debug")
 
 
@@ -204,10 +206,10 @@ class TestHelp:
     @pytest.mark.parametrize("name", GROUPS)
     def test_flags_are_in_groups(self, run: Run, name: str) -> None:
         told = run(name, "--help").out
-        assert re.findall(r"^([A-Z][\w ]+):$", told, re.M) == GROUPS[name]
+        assert re.findall(r"^([\w' ]+):$", told, re.M) == GROUPS[name]
         flags = {flag for p in cli.commands[name].params for flag in p.opts if flag.startswith("--")}
         shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", told, re.M)
-        assert {*shown, "--random-seed", "--normalize"} >= flags
+        assert {*shown, "--normalize", *OTHER_NAMES, *(flag for flag in UNNEEDED if flag in told)} >= flags
         assert len(shown) == len(set(shown))
 
     def test_the_first_line_of_every_command_is_shown_whole(self, run: Run) -> None:
