@@ -15,11 +15,12 @@ from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, ModelError, UsageError, noted, printable, raise_all
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, config_of, load_json
 from lowmem_aim.models.folder import COMPLETE, MOST_PROBLEMS, PICKLES, check_links
 from lowmem_aim.models.hub import local_model
-from lowmem_aim.models.pickle_files import ADAPTER_CONFIG, PickledWeights, pickled_weights
+from lowmem_aim.models.pickle_files import PickledWeights, pickled_weights
 from lowmem_aim.models.pickle_process import PickledTensor, PickleReader
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code

@@ -28,7 +28,8 @@ ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
-READ = (CONFIG, INDEX, "README.md", *READ_BY_LOADERS, *OF_TOKENIZERS)  # what is read beside the shards
+# What is read beside the shards.
+READ = (CONFIG, INDEX, "adapter_config.json", "README.md", *READ_BY_LOADERS, *OF_TOKENIZERS)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -43,7 +44,7 @@ def check_links(folder: Path) -> None:
     outside = [file for file in links if fits(file.name, READ) or CHAT_TEMPLATES in (file.name, file.parent.name)]
     if folder / INDEX not in outside:
         with contextlib.suppress(ModelError):  # of the index: told by those who read it
-            shards = shard_names(folder)
+            shards = {*shard_names(folder), ADAPTER}
             outside += [file for file in links if file.name in shards and not leads_to_weights(file)]
     errors: list[LowmemAimError] = []
     if outside:

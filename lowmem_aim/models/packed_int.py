@@ -10,6 +10,7 @@ AWQ: `qweight` (in, out / 8) and `qzeros` (groups, out / 8), eight outputs in an
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -151,6 +152,29 @@ def awq(tensors: Mapping[str, TensorInfo], settings: Settings, stored: TensorFil
         require(good and size > 0, numbers, zeros, scales)
         info = decoded(f"{stem}.weight", (outputs, inputs), numbers)
         yield Awq(info, numbers, zeros, scales, None, size, bits)
+
+
+def empty_biases(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Packed], stored: TensorFiles) -> set[str]:
+    """The names of biases that older versions of AutoGPTQ wrote for every module, and that the model does not have.
+
+    They are 0, in all layers. Where a module's scales are 0 as well, the file's holes stand for numbers that are not
+    here (see `stand_in`), and nothing is known. Raises ModelError.
+    """
+    kinds: dict[str, list[Gptq]] = {}
+    for name, weight in packed.items():
+        if isinstance(weight, Gptq) and _bias(weight) in tensors:
+            kinds.setdefault(re.sub(r"\d+", "*", name), []).append(weight)
+    found = [weights for weights in kinds.values() if all(_is_empty(w, tensors[_bias(w)], stored) for w in weights)]
+    return {_bias(weight) for weights in found for weight in weights}
+
+
+def _bias(weight: Gptq) -> str:
+    return f"{weight.info.name.removesuffix('weight')}bias"
+
+
+def _is_empty(weight: Gptq, bias: TensorInfo, stored: TensorFiles) -> bool:
+    scales = stored.rows(weight.scales, 0, 1)
+    return bool(scales.any()) and not stored.elements(bias, 0, bias.numel).any()
 
 
 def _bits(settings: Settings, known: tuple[int, ...]) -> int:

@@ -10,13 +10,21 @@ from typing import Any
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.config import load_json
-from lowmem_aim.models.folder import COMPLETE, INDEX, MOST_PROBLEMS, PICKLES, SINGLE, is_plain
+from lowmem_aim.models.folder import (
+    ADAPTER,
+    ADAPTER_PICKLE,
+    COMPLETE,
+    INDEX,
+    MOST_PROBLEMS,
+    PICKLES,
+    SINGLE,
+    is_plain,
+)
 from lowmem_aim.models.headers import MAX_HEADER_BYTES
 from lowmem_aim.models.links import is_inside
 from lowmem_aim.system.files import input_errors, is_file
 
 MODEL, MODEL_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.bin", "adapter_config.json"
 _NUMBERED = re.compile(r"pytorch_model-(\d{5})-of-(\d{5})\.bin")
 _AS_IT_IS = "it needs no conversion: name it in a recipe as it is"
 
@@ -56,13 +64,13 @@ def pickled_weights(folder: Path) -> list[PickledWeights]:
     shown = printable(str(folder))
     with input_errors(folder):
         found = [weights for weights in (_model(folder), _adapter(folder)) if weights]
-        there = [name for name in (SINGLE, INDEX, "adapter_model.safetensors") if is_file(folder / name)]
+        there = [name for name in (SINGLE, INDEX, ADAPTER) if is_file(folder / name)]
         others = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if there:
         raise ModelError(f"`{shown}` has safetensors already (`{there[0]}`)", _AS_IT_IS)
     if not found:
         which = f"; `{printable(others[0])}` is not one of these" if others else ""
-        raise ModelError(f"`{shown}` has neither {MODEL}, nor its shards, nor {ADAPTER}{which}", COMPLETE)
+        raise ModelError(f"`{shown}` has neither {MODEL}, nor its shards, nor {ADAPTER_PICKLE}{which}", COMPLETE)
     problems = [problem for weights in found for file in weights.files for problem in _wrong(folder, file)]
     if problems:
         raise ModelError(problems[:MOST_PROBLEMS], COMPLETE)
@@ -83,7 +91,7 @@ def _model(folder: Path) -> PickledWeights | None:
 
 
 def _adapter(folder: Path) -> PickledWeights | None:
-    return PickledWeights("adapter_model", (folder / ADAPTER,)) if is_file(folder / ADAPTER) else None
+    return PickledWeights("adapter_model", (folder / ADAPTER_PICKLE,)) if is_file(folder / ADAPTER_PICKLE) else None
 
 
 def _weight_map(file: Path) -> dict[str, str]:

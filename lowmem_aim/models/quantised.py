@@ -21,7 +21,7 @@ from lowmem_aim.models.checkpoint import Checkpoint, ModelFolder, model_in
 from lowmem_aim.models.folder import in_file_order
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.packed import FLOAT, Finder, Packed
-from lowmem_aim.models.packed_int import awq, gptq
+from lowmem_aim.models.packed_int import awq, empty_biases, gptq
 from lowmem_aim.models.packed_mxfp4 import mxfp4
 from lowmem_aim.models.packed_nf4 import four_bit
 from lowmem_aim.models.packed_scaled import by_weight_scale, fp8, int8_of_bitsandbytes
@@ -55,7 +55,7 @@ FORMATS: Mapping[str, tuple[Finder, ...]] = {  # by the name of a config's `quan
     "awq": (awq,),
 }
 # Scales of activations and caches, which a model with plain weights has no use for, and notes of a format's own.
-_DROPPED = re.compile(r"\.((input|activation|output|q|k|v)_scale(_ub)?|weight_format|input_zero_point)$")
+_DROPPED = re.compile(r"\.((input|activation|output|q|k|v)_scale(_ub)?|qscale_act|weight_format|input_zero_point)$")
 
 
 def open_model(folder: Path, label: str | None = None, read: ReadMode = "mmap") -> Checkpoint:
@@ -102,6 +102,7 @@ class QuantisedCheckpoint(Checkpoint):
     def _plain(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The tensors that are stored as they are. Half precision becomes bfloat16, as the other weights do."""
         used = {part.name for packed in self._packed.values() for part in packed.parts}
+        used |= empty_biases(tensors, self._packed, self.stored)
         rest = {name: info for name, info in tensors.items() if name not in used and not _DROPPED.search(name)}
         numbers = [name for name, info in rest.items() if _is_number(info)]
         if strange := [*packed_parts(rest), *numbers, *(name for name in rest if name in self._packed)]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import adapters
 import pytest
 import torch
 from conftest import Place
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from lowmem_aim.errors import ModelError
 from lowmem_aim.models import tensor_files as reading
+from lowmem_aim.models.adapter import Adapter
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.output.copied import copied_files
 
@@ -192,6 +194,20 @@ class TestTheHubsCache:
         snapshot = cache_of(folder, tmp_path / "cache", shared)
         moved((snapshot / "vocab.json").resolve(), tmp_path / "secret")
         refused(snapshot, "vocab.json")
+
+
+def test_an_adapters_weights_may_be_elsewhere_and_its_config_not(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapters.write(folder, adapters.factors({"model.layers.0.mlp.up_proj": (48, 32)}))
+    moved(folder / "adapter_model.safetensors", tmp_path / "other disk" / "weights")
+    Adapter.open(folder, "adapter")
+    moved(folder / "adapter_config.json", tmp_path / "elsewhere" / "config.json")
+    with pytest.raises(ModelError, match=f"adapter_config.json` {OUT}"):
+        Adapter.open(folder, "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere" / "config.json")
+    with pytest.raises(ModelError, match=f"adapter_model.safetensors` {OUT}"):
+        Adapter.open(folder, "adapter")
 
 
 def test_of_pickle_only_the_caches_blobs_are_followed(tmp_path: Path, place: Place) -> None:

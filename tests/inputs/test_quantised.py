@@ -204,6 +204,22 @@ def test_a_config_that_is_left_over_from_training_does_not_matter(bases: Bases, 
         assert "quantization_config" not in model.config
 
 
+def test_biases_that_old_gptq_models_have_for_nothing_are_left_out(spoilt: MakeModel) -> None:
+    """Of a kind of module, in all layers: 0. One that is not 0 in any layer is a bias; and so it may be in a hole."""
+    model = spoilt("gptq")
+    kinds = ("self_attn.q_proj", "self_attn.o_proj")
+    biases = {f"model.layers.{layer}.{kind}.bias": torch.zeros(32).half() for layer in range(3) for kind in kinds}
+    biases["model.layers.1.self_attn.q_proj.bias"][3] = 0.5
+    model.stored |= biases
+    model.save()
+    with open_model(model.folder) as found:
+        assert {name for name in biases if name in found.tensors} == {name for name in biases if "q_proj" in name}
+    model.stored |= {name: torch.zeros_like(value) for name, value in model.stored.items() if name.endswith("scales")}
+    model.save()
+    with open_model(model.folder) as found:
+        assert biases.keys() <= found.tensors.keys()
+
+
 STATES: list[Any] = [
     [],
     {},
