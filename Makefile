@@ -57,7 +57,7 @@ gpu-check: install
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
 
-# Some six minutes, with mergekit from the package index in an environment of its own: each method against it.
+# Some nine minutes, with mergekit from the package index in an environment of its own: each method against it.
 test-mergekit: install
 	$(BIN)/python tests/mergekit/differential.py
 

@@ -29,6 +29,7 @@ import tiny  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 from options import options  # noqa: E402
+from page import page  # noqa: E402
 from sentences import sentences  # noqa: E402
 
 from lowmem_aim.jobs.merge import merge  # noqa: E402
@@ -182,7 +183,9 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(dir=work))
     try:
         python = tool.with_name("python").absolute()
-        found = [] if asked.methods else [*options(tool), *sentences(scratch / "sentences", python)]
+        found: list[tuple[str, str]] = []
+        if not asked.methods:
+            found += [*options(tool), *page(scratch / "page", tool), *sentences(scratch / "sentences", python)]
         found += differences(scratch, python, asked.methods)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
