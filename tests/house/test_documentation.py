@@ -19,6 +19,7 @@ from demo_settings import TINY
 from lowmem_aim import errors, events
 from lowmem_aim.cli import usage
 from lowmem_aim.cli.commands import cli
+from lowmem_aim.cli.mergekit_flags import ACTING, REFUSED, UNNEEDED
 from lowmem_aim.events import (
     Advanced,
     Event,
@@ -104,6 +105,16 @@ def test_shared_flags_are_named_as_shared_by_those_who_take_them() -> None:
         shared = re.match(r"\s*Shared by ([^.;]+)", COMMAND_LINE[heading])
         assert shared is not None
         assert re.findall(r"`(\w+)`", shared[1]) == takers
+
+
+def test_mergekits_users_are_told_what_each_of_its_flags_does_here_and_why() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", sections("from-mergekit.md")["Flags"], re.M)
+    told = {flag: text for cell, text in rows for flag in re.findall(r"`([^`]+)`", cell)}
+    ours = {"--device", "--random-seed", "--quiet", "-j", "--num-threads"}
+    assert told.keys() == {*UNNEEDED, *REFUSED, *ACTING, *ours} - {"--no-cuda"}
+    for flag, why in UNNEEDED.items():
+        assert flag in REFUSED or told[flag].startswith(f"not needed: {why}")
+    assert all(told[flag].startswith(f"refused: {why.partition(':')[0]}") for flag, (why, _) in REFUSED.items() if why)
 
 
 def test_the_flags_of_every_command_are_those() -> None:

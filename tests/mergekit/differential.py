@@ -30,6 +30,7 @@ from against_peft import adapters  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 from options import options  # noqa: E402
+from page import page  # noqa: E402
 from sentences import sentences  # noqa: E402
 from tokens import differences as differences_of_tokens  # noqa: E402
 
@@ -184,9 +185,10 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(dir=work))
     try:
         python = tool.with_name("python").absolute()
-        found = [] if asked.methods else [*options(tool), *sentences(scratch / "sentences", python)]
-        found += [] if asked.methods else list(adapters(scratch / "adapters", python))
-        found += [] if asked.methods else differences_of_tokens(scratch / "tokens", python)
+        found: list[tuple[str, str]] = []
+        if not asked.methods:
+            found += [*options(tool), *page(scratch / "page", tool), *sentences(scratch / "sentences", python)]
+            found += [*adapters(scratch / "adapters", python), *differences_of_tokens(scratch / "tokens", python)]
         found += differences(scratch, python, asked.methods)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
