@@ -5,13 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-long test-crash test-mergekit test-architectures test-memory bench gpu-check \
-	same-bytes format clean
+.PHONY: install demo lint type test test-long test-crash test-mergekit test-quantised test-architectures test-memory \
+	bench gpu-check same-bytes format clean
 
 install: $(STAMP)
 
 # A developer's own file of defaults must reach no test and no measurement.
-test test-long test-crash test-mergekit test-architectures test-memory bench gpu-check same-bytes: \
+test test-long test-crash test-mergekit test-quantised test-architectures test-memory bench gpu-check same-bytes: \
 	export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
 
 $(STAMP): pyproject.toml constraints.txt
@@ -57,9 +57,15 @@ gpu-check: install
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
 
-# Some six minutes, with mergekit from the package index in an environment of its own: each method against it.
+# Some nine minutes, with mergekit from the package index in an environment of its own: each method against it, what
+# docs/from-mergekit.md says of it, its options, and adapters against PEFT.
 test-mergekit: install
 	$(BIN)/python tests/mergekit/differential.py
+
+# A minute, and minutes for bitsandbytes and its torch from the package index: our decoding of quantised weights against
+# that of the libraries which made the formats.
+test-quantised: install
+	$(BIN)/python tests/quantised/compare.py
 
 # Some ten minutes: AIM on every architecture of transformers against a plain computation; writes docs/architectures.md.
 test-architectures: install

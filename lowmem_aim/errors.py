@@ -4,7 +4,8 @@
     ├── UsageError               2  a flag or the output folder is wrong
     │   └── RecipeError          2  the recipe is wrong
     ├── ModelError               3  an input model (or calibration input) is wrong
-    │   └── NoSuchModel          3  no folder here and no model on the Hub has that name
+    │   ├── NoSuchModel          3  no folder here and no model on the Hub has that name
+    │   └── NoSuchTexts          3  the file of texts or activations is not there
     ├── DiskError                4  too little space, not writable, a write failed
     ├── MemoryBudgetError        5  something does not fit the memory
     ├── LockedError              6  another run owns the output folder
@@ -71,7 +72,7 @@ class UsageError(LowmemAimError):
 
 
 class RecipeError(UsageError):
-    """The recipe is wrong; each problem starts with `file:line:`."""
+    """The recipe is wrong; each problem starts with `file:line:column:`, or names a flag."""
 
     usual_hint = "docs/recipe.md describes every key of a recipe"
 
@@ -85,6 +86,10 @@ class ModelError(LowmemAimError):
 
 class NoSuchModel(ModelError):
     """No folder here and no model on the Hub has that name."""
+
+
+class NoSuchTexts(ModelError):
+    """The file of texts or activations is not there."""
 
 
 class DiskError(LowmemAimError):

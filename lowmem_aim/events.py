@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify"]
+Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert"]
 Unit = Literal["blocks", "bytes", "files"]
 Stage = Literal["read", "compute", "write"]
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -75,6 +75,13 @@ class Advanced:
 
     done: float
     item: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Calibration has kept what is finished: a killed run resumes there. `done` as in Advanced; 0: nothing is kept."""
+
+    done: float
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,7 @@ class RunEnded:
     hint: str = ""
     traceback: str = ""
     error: str = ""  # the first of the problems, for readers that show one line
+    hints: tuple[str, ...] = ()  # of each problem; `hint` has each once
 
 
 Event = (
@@ -172,6 +180,7 @@ Event = (
     | Planned
     | PhaseStarted
     | Advanced
+    | Snapshot
     | TensorDone
     | PhaseEnded
     | Worked

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 VOCAB = 264  # 256 bytes and a few special tokens, padded to a multiple of 8
 LAYERS = 3
 
-_COMMON: Mapping[str, Any] = {
+COMMON: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -64,7 +64,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 
 def config(architecture: str, **changes: Any) -> Any:
     """A transformers config; `changes` override the tiny sizes."""
-    return AutoConfig.for_model(architecture, **{**_COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
+    return AutoConfig.for_model(architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
 
 
 def build(

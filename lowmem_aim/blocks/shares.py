@@ -179,10 +179,9 @@ def _setting(meta_model: MetaModel, name: str) -> int:
 def _read_bytes(meta_model: MetaModel) -> int:
     """Bytes of the largest tensor as read, beside the weight made of it; 0 for mapped files, which take no RAM."""
     checkpoint = meta_model.weights.checkpoint
-    if checkpoint.read == "mmap":
-        return 0
     outside = meta_model.vocabulary | meta_model.embeddings  # read by row, or not at all
-    return max((info.nbytes for info in checkpoint if info.name not in outside), default=0)
+    whole = max((checkpoint.whole_bytes(name) for name in checkpoint.tensors if name not in outside), default=0)
+    return whole + checkpoint.footprint.tensor
 
 
 def _statistics(meta_model: MetaModel) -> int:

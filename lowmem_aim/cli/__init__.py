@@ -6,7 +6,8 @@ working.py         the commands that work: on recipes, models and activations
 looking.py         the commands that look: at runs, methods and the machine
 flags.py           the flags that several commands share, in the groups of their help
 values.py          the types of their values: sizes, numbers in a range, paths
-mergekit_flags.py  mergekit's flags that this tool does not have, and what to do instead
+mergekit_flags.py  mergekit's flags: what acts, what is not needed and why, what is refused
+from_mergekit.py   those flags on a command, turned into ours
 formats.py         `--format`, and JSON's last line after an error
 running.py         a command's work while it is shown, and what is printed at its end
 pausing.py         `pause` and `resume` from another terminal: a request, and why no run can take it

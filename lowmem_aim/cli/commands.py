@@ -20,6 +20,7 @@ WORKING = (
     working.relax_command,
     working.calibrate_command,
     working.verify_command,
+    working.convert_command,
     working.demo_command,
 )
 LOOKING = (

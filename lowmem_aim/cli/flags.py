@@ -104,14 +104,14 @@ RECIPE_FLAGS = _options(
         "--base",
         metavar="MODEL",
         shell_complete=completion.folders,
-        help="Use this model as the base: a folder or a Hub id. [default: the recipe's]",
+        help="Use this model as the base: a folder, a Hub id, or MODEL+ADAPTER (LoRA). [default: the recipe's]",
     ),
     _recipe(
         "--expert",
         metavar="MODEL",
         multiple=True,
         shell_complete=completion.folders,
-        help="Merge this model; repeat the flag for each. [default: the recipe's models]",
+        help="Merge this model, or MODEL+ADAPTER; repeat the flag for each. [default: the recipe's models]",
     ),
     _recipe(
         "--weight",
@@ -191,7 +191,12 @@ FORMAT_FLAGS = _options(
         "[default: human on a terminal, else plain]",
     ),
     _run("--json", "as_json", **_JSON),
-    _run("--quiet", "-q", is_flag=True, help="Print only the path of what was made; the same as `--format quiet`."),
+    _run(
+        "--quiet/--no-quiet",
+        "-q",
+        default=False,
+        help="Print only the path of what was made; the same as `--format quiet`. [default: --no-quiet]",
+    ),
     settled,
 )
 JOB_FLAGS = _options(
@@ -215,6 +220,8 @@ JOB_FLAGS = _options(
     ),
     _machine(
         "--threads",
+        "--num-threads",
+        "-j",
         metavar="NUMBER",
         type=click.IntRange(1),
         help="Use this many CPU threads. [default: as many as torch uses]",
@@ -249,10 +256,10 @@ OUTPUT_FLAGS = _options(
     ),
     _output(
         "--tokenizer-source",
-        metavar="base",
-        shell_complete=completion.words("base"),
-        help="Match rows of the vocabularies by the text of their tokens, and give the output the tokenizer of `base`. "
-        "[default: the recipe's, or row by row]",
+        metavar="SOURCE",
+        shell_complete=completion.words("base", "union"),
+        help="Match rows of the vocabularies by the text of their tokens, and give the output the tokenizer of `base`, "
+        "the `union` of all models' tokenizers, or that of a model. [default: the recipe's, or row by row]",
     ),
     _output(
         "--cache/--no-cache",
@@ -280,6 +287,7 @@ def options_of(flags: dict[str, Any]) -> Options:
         seed=flags.get("seed", 0),
         nonfinite=flags.get("nonfinite", "stop"),
         shard_bytes=flags.get("shard_size", Options.shard_bytes),
+        shard_parameters=flags.get("shard_parameters"),
         read=flags["read"],
         device=flags["device"],
         threads=flags["threads"],

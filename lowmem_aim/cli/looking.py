@@ -29,18 +29,21 @@ _flag = flags_of("")
 def status_command(out: Path, style: Style) -> None:
     """Show the progress of the run in OUT.
 
-    It may be running, paused, interrupted or finished.
+    It may be running, paused, interrupted or finished. OUT is the output folder of a merge, or the file that
+    `calibrate` makes.
     """
     import json
 
-    from lowmem_aim.output.folder import PRIVATE, outputs_in, stages_in
-    from lowmem_aim.view.status import status_of
+    from lowmem_aim.output.folder import PRIVATE, outputs_of, stages_in
+    from lowmem_aim.view.status import status_of, status_of_file
     from lowmem_aim.view.wrapping import for_terminal
 
-    outputs, stages = outputs_in(out), [folder for folder in stages_in(out) if (folder / PRIVATE).is_dir()]
+    is_made = out.suffix == ".safetensors" and out.is_file()
+    outputs = [out] if is_made else outputs_of(out)
+    stages = [] if is_made else [folder for folder in stages_in(out) if (folder / PRIVATE).is_dir()]
     for folder in (*stages, *outputs):
-        found = status_of(folder, () if folder in stages else stages)
-        kind = "stage" if folder in stages else "" if folder == out else "output"
+        found = status_of_file(folder) if is_made else status_of(folder, () if folder in stages else stages)
+        kind = "stage" if folder in stages else "output" if folder.parent == out else ""
         if style == "json":
             click.echo(json.dumps(({kind: folder.name} if kind else {}) | found.as_json()))
         else:

@@ -1,43 +1,73 @@
-"""mergekit's flags that this tool does not have, and what to do instead."""
+"""The flags of mergekit 0.1.5's `mergekit-yaml`: what acts here, what is not needed and why, and what is refused.
+
+Flags that have a name of ours as well (`--device`, `--quiet`, `--random-seed`, `-j`) are not among them.
+"""
 
 from __future__ import annotations
 
-_LAZY = "leave it out: tensors are always read in slices, as they are needed"
-_STREAMED = "leave it out: `--ram` limits the memory in use"
-_COPIED = "leave it out: the tokenizer is always copied"
-_CACHE = "set HF_HOME: models from the Hub are kept there"
-_ADAPTER = "adapters are not merged here: merge each into its model first"
-_GPU = "use `--device cuda`"
+from collections.abc import Collection
 
-# Flag -> the next step.
-INSTEAD = {
-    "--cuda": _GPU,
-    "--read-to-gpu": _GPU,
-    "--multi-gpu": "use `--device cuda:0`: a merge runs on one GPU",
-    "--low-cpu-memory": _STREAMED,
-    "--gpu-rich": _GPU,
+GROUP = "mergekit's flags"  # in a command's help
+_OVERLAPPING = "reading, computing and writing always overlap"
+_ADAPTERS = "adapters are added to each slice as it is read"
+
+# Flag -> what does the same.
+ACTING = {
+    "--cuda": "use `--device cuda`",
+    "--no-cuda": "use `--device cpu`",
+    "--gpu-rich": "use `--device cuda`",
     "--out-shard-size": "use `--shard-size`, in bytes, such as `--shard-size 5GB`",
-    "--copy-tokenizer": _COPIED,
-    "--allow-crimes": "leave it out: what does not fit together is refused, with its reason",
-    "--lazy-unpickle": "leave it out: only safetensors are read, and always in slices",
-    "--lazy-loader": _LAZY,
-    "--trust-remote-code": "leave it out: model code is never run, and models that need it are refused",
-    "--clone-tensors": "leave it out: each tensor is written once",
-    "--safe-serialization": "leave it out: the output is always safetensors",
-    "--write-model-card": "leave it out: the output always has a model card",
-    "--async-write": "leave it out: reading, computing and writing always overlap",
-    "--write-threads": "leave it out: reading, computing and writing always overlap",
-    "--num-threads": "use `--threads`",
-    "--verbose": "leave it out: progress is always shown; `--json` prints every event",
-    "--transformers-cache": _CACHE,
-    "--lora-merge-cache": _ADAPTER,
-    "--lora-merge-dtype": _ADAPTER,
+    "--transformers-cache": "set HF_HUB_CACHE: models from the Hub are kept there",
 }
+# Flag without effect -> why nothing of the kind is needed; its `--no-` form has none either.
+SWITCHES = {
+    "--allow-crimes": "what does not fit together is refused, with the reason",
+    "--trust-remote-code": "no code of a model is ever run",
+    "--low-cpu-memory": "`--ram` limits the memory",
+    "--lazy-unpickle": "only safetensors are read, and always in slices",
+    "--read-to-gpu": "slices go to the GPU one by one",
+    "--multi-gpu": "a merge runs on one GPU",
+    "--async-write": _OVERLAPPING,
+    "--copy-tokenizer": "the tokenizer is always copied",
+    "--clone-tensors": "every tensor of the output is written by itself",
+    "--write-model-card": "the output always has a model card",
+    "--safe-serialization": "the output is always safetensors",
+    "--unsafe-truncate-embeddings": "embeddings are never cut",
+}
+# The same for flags that take a value, and the one that is counted.
+VALUES = {"--lora-merge-cache": _ADAPTERS, "--lora-merge-dtype": _ADAPTERS, "--write-threads": _OVERLAPPING}
+COUNTED = {"-v": "progress is always shown, and `--format json` prints every event"}
+# Forms of the switches above that ask for what is not done -> (why not, what to do).
+REFUSED = {
+    "--no-safe-serialization": (
+        "the output is always safetensors: a pickle can run code when it is loaded",
+        "leave it out: whatever loads models reads safetensors",
+    ),
+    "--unsafe-truncate-embeddings": (
+        "rows of embeddings are not cut off: rows of different tokens could be merged",
+        "use `--tokenizer-source base`, which matches rows by the text of their tokens",
+    ),
+}
+UNNEEDED = {**SWITCHES, **VALUES, **COUNTED}
+NOTE = (
+    f"Without effect here: {', '.join(flag for flag in UNNEEDED if flag not in REFUSED)}. "
+    f"Refused: {', '.join(REFUSED)}. docs/from-mergekit.md says why."
+)
 
 
 def instead_of(flag: str) -> str:
-    """The next step for a flag of mergekit's, also in its `--no-` form; empty if `flag` is none of them."""
+    """The next step for a flag of mergekit's where it is not taken; empty if `flag` is none of them."""
     name = flag.replace("_", "-")
-    if name.startswith("--no-") and name.removeprefix("--no-") in {known[2:] for known in INSTEAD}:
-        return "leave it out: it would change nothing here"
-    return INSTEAD.get(name, "")
+    if name in ACTING:
+        return ACTING[name]
+    if name in REFUSED:
+        return REFUSED[name][1]
+    why = UNNEEDED.get(name) or SWITCHES.get(name.replace("--no-", "--", 1))
+    return f"leave it out: {why}" if why else ""
+
+
+def told_of(flags: Collection[str]) -> str:
+    """One line about flags without effect, as they were typed."""
+    asked = {"--trust-remote-code"} & {*flags}  # whoever asks for it fears that the model does not load without
+    listed = ", ".join(f"`{flag}`{f' ({SWITCHES[flag]})' if flag in asked else ''}" for flag in flags)
+    return f"mergekit's flags that are not needed here: {listed}; docs/from-mergekit.md says why"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, UsageError, printable
 from lowmem_aim.output import requests
-from lowmem_aim.output.folder import LOG, PRIVATE, check_private, is_finished, outputs_in
+from lowmem_aim.output.folder import LOG, PRIVATE, check_private, is_finished, outputs_of
 from lowmem_aim.output.requests import Word
-from lowmem_aim.system.files import partial_folder
 from lowmem_aim.system.lock import is_held
 from lowmem_aim.view.record import runs_in
 from lowmem_aim.view.summary import quoted
@@ -27,7 +26,7 @@ def ask(out: Path, word: Word) -> None:
     `out` is what `status` takes, or the file that `calibrate` is making. Raises UsageError if no run is at work there,
     or the run does not answer; DiskError.
     """
-    folders = _folders(out)
+    folders = outputs_of(out)
     running = [folder / PRIVATE for folder in folders if _is_running(folder)]
     if not running:
         raise _nobody_to_ask(out, folders)
@@ -44,12 +43,6 @@ def ask(out: Path, word: Word) -> None:
         )
     if not any(map(_is_running, folders)):  # a run that ends removes the requests
         raise _nobody_to_ask(out, folders)
-
-
-def _folders(out: Path) -> list[Path]:
-    """The folders of a run: of a merge, of a merge with several omegas, or of a calibration into the file `out`."""
-    partial = partial_folder(out)
-    return outputs_in(out if os.path.isdir(out) or not os.path.isdir(partial) else partial)
 
 
 def _is_running(folder: Path) -> bool:

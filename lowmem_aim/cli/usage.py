@@ -10,17 +10,20 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from lowmem_aim.cli.mergekit_flags import instead_of
-from lowmem_aim.errors import UsageError, did_you_mean, printable
+from lowmem_aim.cli import mergekit_flags
+from lowmem_aim.errors import LowmemAimError, UsageError, did_you_mean, printable, raise_all
 
 PROGRAM = "lowmem-aim"
 # Read from the command line itself (see `wanted`): a line that cannot be parsed is an error to debug as well.
 DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="After an error, show its traceback too.")
+
+_WRONG = f"{__name__}.wrong"  # in a context's `meta`: what click found wrong with the values of flags
 
 
 def wanted(arguments: Sequence[str]) -> bool:
@@ -34,6 +37,17 @@ class Flag(click.Option):
     def __init__(self, *names: Any, group: str = "", **settings: Any) -> None:
         super().__init__(*names, **settings)
         self.group = group
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Convert a value; a wrong one is noted, see `wrong_values`, and the flag then has its default."""
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter:
+            raise
+        except click.BadParameter as error:
+            error.ctx, error.param = error.ctx or ctx, error.param or self
+            ctx.meta.setdefault(_WRONG, []).append(error)
+            return None if self.required else super().process_value(ctx, self.get_default(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what click adds to the help, without the bounds of numbers, which errors tell."""
@@ -57,10 +71,14 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record:
                 groups.setdefault(getattr(parameter, "group", ""), []).append(record)
-        rest = groups.pop("", [])
+        rest, foreign = groups.pop("", []), groups.pop(mergekit_flags.GROUP, [])
+        groups |= {mergekit_flags.GROUP: foreign} if foreign else {}  # after ours
         for name, records in [*groups.items(), ("Other flags" if groups else "Flags", rest)]:
             with formatter.section(name):
                 formatter.write_dl(records)
+                if name == mergekit_flags.GROUP:
+                    formatter.write_paragraph()
+                    formatter.write(_wrapped(mergekit_flags.NOTE, formatter))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; an error of usage always knows in which command it happened."""
@@ -69,6 +87,34 @@ class Command(click.Command):
         except click.UsageError as error:
             error.ctx = error.ctx or ctx  # click's parser does not always say in which command
             raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless values of flags are wrong. Raises UsageError for all that are."""
+        raise_all(wrong_values(ctx))
+        return super().invoke(ctx)
+
+
+class RecipeCommand(Command):
+    """A command that tells of wrong values itself, together with all else that is wrong with its recipe."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, which asks for `wrong_values`."""
+        return click.Command.invoke(self, ctx)
+
+
+def wrong_values(context: click.Context | None = None) -> list[LowmemAimError]:
+    """An error for each flag whose value click has refused, of the command that is being run."""
+    context = context or click.get_current_context()
+    return [explained(error) for error in context.meta.get(_WRONG, [])]
+
+
+def _wrapped(text: str, formatter: click.HelpFormatter) -> str:
+    """A paragraph of a help text's section, with flags whole: click itself breaks them at hyphens."""
+    indent = " " * formatter.current_indent
+    filled = textwrap.fill(
+        text, formatter.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return f"{filled}\n"
 
 
 class Commands(Command, click.Group):
@@ -95,10 +141,10 @@ def explained(error: click.ClickException) -> UsageError:
     """Turn what click found wrong with a command line into a UsageError."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM
-    if isinstance(error, click.NoSuchOption) and instead_of(error.option_name):
+    if isinstance(error, click.NoSuchOption) and mergekit_flags.instead_of(error.option_name):
         typed = dict.fromkeys(word.partition("=")[0] for word in sys.argv if word.startswith("--"))
         foreign = [error.option_name, *(flag for flag in typed if flag not in _flags(context))]
-        steps = {flag: step for flag in foreign if (step := instead_of(flag))}
+        steps = {flag: step for flag in foreign if (step := mergekit_flags.instead_of(flag))}
         problems = [f"`{command}` has no flag `{printable(flag)}`, which is mergekit's" for flag in steps]
         return UsageError(problems, [*steps.values()])
     return UsageError(_what(error, command), hint=f"see `{command} --help`")
@@ -136,7 +182,8 @@ def _flags(context: click.Context | None) -> list[str]:
 
 
 def _quoted(message: str) -> str:
-    """Turn click's quotation marks into backticks, and drop its full stop."""
+    """Turn click's quotation marks into backticks, drop its full stop, and say a range in words."""
+    message = re.sub(r"^(\S+) is not in the range x>=(\d+)", r"must be \2 or more, not \1", message)
     return re.sub(r"'([^'`]*)'", r"`\1`", message).removesuffix(".")
 
 

@@ -1,9 +1,10 @@
-"""The types of values that arguments and flags take: sizes, numbers in a range, paths."""
+"""The types of values that arguments and flags take: sizes, counts, numbers in a range, paths."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,25 @@ class SizeType(click.ParamType[int]):
             return bytes_of(str(value))
         except ValueError as error:
             raise click.BadParameter(str(error), context, param) from error
+
+
+class CountType(click.ParamType[int]):
+    """A count of parameters as mergekit writes it: `2B`, `500M`, `10k` or digits alone."""
+
+    name = "count"
+    _pattern = re.compile(r"(\d{1,18})([KMB]?)", re.IGNORECASE)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        """The count. Raises click.BadParameter."""
+        match = self._pattern.fullmatch(str(value))
+        if not match:
+            shown = printable(str(value), 100)
+            self.fail(
+                f"`{shown}` is not a number of parameters; write 2B or 500M, or give `--shard-size` bytes",
+                param,
+                context,
+            )
+        return int(match[1]) * int(1000 ** " KMB".index(match[2].upper() or " "))
 
 
 class NumberRange(click.FloatRange):

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from lowmem_aim.cli.flags import (
     flags_of,
     options_of,
 )
+from lowmem_aim.cli.from_mergekit import mergekit_flags
 from lowmem_aim.cli.running import print_path, refuse_if_running, run
 from lowmem_aim.cli.usage import Choice
 from lowmem_aim.cli.values import NumberRange, PathType
@@ -79,7 +81,9 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
         tree = read_tree(sys.stdin.buffer, "stdin")
     else:
         tree = load_tree(paths[0])
-    return sound_recipe(from_flags.applied(tree, flags), paths[-1])
+    errors = usage.wrong_values()
+    recipe = sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], errors)
+    return replace(recipe, notices=(*recipe.notices, *flags["notices"]))
 
 
 @click.command("init", cls=usage.Command)
@@ -132,7 +136,8 @@ def init_command(
     print_path(made)
 
 
-@click.command("merge", cls=usage.Command)
+@click.command("merge", cls=usage.RecipeCommand)
+@mergekit_flags
 @_PATHS
 @RECIPE_FLAGS
 @AIM_FLAGS
@@ -152,7 +157,8 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     run(lambda emit: merge(recipe, paths[-1], options_of(flags), emit), style, merges=True)
 
 
-@click.command("plan", cls=usage.Command)
+@click.command("plan", cls=usage.RecipeCommand)
+@mergekit_flags
 @_PATHS
 @RECIPE_FLAGS
 @AIM_FLAGS
@@ -193,7 +199,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
         raise found.error()
 
 
-@click.command("relax", cls=usage.Command)
+@click.command("relax", cls=usage.RecipeCommand)
 @click.argument("merged", shell_complete=completion.folders)
 @click.argument("out", type=PathType(), shell_complete=completion.folders)
 @_relaxation(
@@ -218,6 +224,8 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
 )
 @_relaxation(
     "--normalise",
+    "--normalize",
+    "normalise",
     metavar="OVER",
     shell_complete=completion.words(*NORMALISATIONS),
     help="Take mutual information relative to the `samples` of a layer, or to all `layers`; for ACM only. "
@@ -236,7 +244,8 @@ def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
     from lowmem_aim.jobs.preparation import sound_recipe
     from lowmem_aim.recipe import from_flags
 
-    recipe = sound_recipe(from_flags.relax_recipe(merged, flags), out)
+    errors = usage.wrong_values()
+    recipe = sound_recipe(from_flags.relax_recipe(merged, flags, errors), out, errors)
     run(lambda emit: merge(recipe, out, options_of(flags), emit), style, merges=True)
 
 
@@ -284,9 +293,41 @@ def verify_command(out: Path, style: Style) -> None:
     run(work, style)
 
 
+@click.command("convert", cls=usage.Command)
+@click.argument("folder", shell_complete=completion.folders)
+@click.argument("new", type=PathType(), shell_complete=completion.folders)
+@_flag(
+    "--in-memory",
+    is_flag=True,
+    help="Load each file whole instead of one tensor at a time: files of torch before 1.6 need that.",
+)
+@FORMAT_FLAGS
+def convert_command(folder: str, new: Path, in_memory: bool, style: Style) -> None:
+    """Make safetensors of the pickled weights in FOLDER.
+
+    pytorch_model*.bin and adapter_model.bin are loaded as weights only, in a process of its own without network. The
+    new folder NEW gets the safetensors, the config and the tokenizer. FOLDER stays as it is.
+    """
+    from lowmem_aim.system.files import partial_folder
+
+    refuse_if_running(partial_folder(new))
+    from lowmem_aim.jobs.convert import convert
+
+    def work(emit: Emit) -> Path:
+        interrupts.note_kept(False)
+        return convert(folder, new, in_memory=in_memory, emit=emit)
+
+    run(work, style)
+
+
 @click.command("demo", cls=usage.Command)
 @click.argument("folder", type=PathType(), default="demo-run", shell_complete=completion.folders)
-@_flag("--tiny", is_flag=True, help="Train models of a million parameters; there are no others yet.")
+@_flag(
+    "--tiny",
+    is_flag=True,
+    help="Train models of a million parameters, the only kind today: for scripts that are to keep to these when larger "
+    "models become the default.",
+)
 @_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on; this takes half a minute.")
 def demo_command(folder: Path, tiny: bool, only_models: bool) -> None:
     """Train small models in FOLDER, merge them, and compare.

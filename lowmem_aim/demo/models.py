@@ -12,15 +12,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from lowmem_aim.demo.folder import own
 from lowmem_aim.demo.settings import Settings
 from lowmem_aim.demo.skills import SKILLS, mixture
 from lowmem_aim.demo.tokenizer import build_tokenizer
 from lowmem_aim.demo.train import expert_shares, new_model, reproducible, train
-from lowmem_aim.errors import UsageError
 from lowmem_aim.system.files import write_file
 
 Echo = Callable[[str], None]
-OWNER = ".lowmem-aim-demo"  # stands in every folder that the demo may write to and clear
 FINISHED = "models.json"  # written last; holds the digest of the settings that the models were made with
 CALIBRATION = "calibration.jsonl"
 
@@ -34,16 +33,6 @@ class Models:
 
 
 MODELS = Models("base", {skill: f"expert-{skill}" for skill in SKILLS})
-
-
-def own(folder: Path) -> None:
-    """Make `folder` the demo's. Raises UsageError if it holds anything that is not the demo's."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"`{folder}` is a file", hint="name a new folder for the demo")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / OWNER).exists():
-        raise UsageError(f"`{folder}` is not empty and not the demo's", hint="name a new folder for the demo")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / OWNER).touch()
 
 
 def make(folder: Path, settings: Settings, echo: Echo) -> Models:

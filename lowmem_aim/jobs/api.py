@@ -39,7 +39,7 @@ def read_recipe(recipe: Written) -> Recipe:
     A list of mappings is a recipe of several documents, with named stages (see docs/recipe.md).
 
     Relative paths start at the current folder, and those of a file that lead nowhere there at the file's own folder.
-    Raises RecipeError with every problem, each with its line, or, of a mapping, with its key.
+    Raises RecipeError with every problem, each with its line and column, or, of a mapping, with its key.
     """
     return reader.read_recipe(_tree(recipe))
 

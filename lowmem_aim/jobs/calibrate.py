@@ -14,6 +14,7 @@ from lowmem_aim.jobs.resume import agree, differing_weights
 from lowmem_aim.measuring.calibration import Measurement, calibration_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import local_model, locate
+from lowmem_aim.models.opening import opened, parts_found
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
 from lowmem_aim.output.workspace import workspace
@@ -58,7 +59,9 @@ def _calibrate(base: str, aim: Aim, output: Path, options: Options, feed: Feed) 
             agree(space.journal, identity, reread, accept_environment=accept, emit=run.emit)
             feed.record_in([space.private])
             threads, budget = torch.get_num_threads(), run.budget
-            run.emit(Planned("activations", ("calibrate",), str(run.device), threads, budget.ram, budget.vram))
+            layers = {str(number): 1 for number in range(len(calibration.meta_model.blocks))}
+            device = str(run.device)
+            run.emit(Planned("activations", ("calibrate",), device, threads, budget.ram, budget.vram, layers=layers))
             made = space.private / ACTIVATIONS
             measured = calibration.measure(run, space.private, space.journal)
             calibration.tell_unseen(measured, run.emit)
@@ -82,12 +85,12 @@ def _opened(base: str, aim: Aim, output: Path, options: Options, emit: Emit) -> 
     errors += missing_texts(aim.calibration)
     if is_activations_file(aim.calibration):
         errors.append(UsageError("calibrate needs texts, not activations", hint="pass `--calibration file.jsonl`"))
-    with noted(errors):
-        if local_model(base) or not errors:
-            located = locate(base, emit)
-            if real(located.folder) in real(output).parents:
+    with noted(errors), Reader(options.use_cache) as reader:
+        if None not in parts_found(base, local_model) or not errors:
+            checkpoint = opened(base, lambda part, is_adapter: locate(part, emit, is_adapter), options.read, reader)
+            if set(map(real, checkpoint.place)) & set(real(output).parents):
+                checkpoint.close()
                 raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
-            checkpoint = Checkpoint.open(located.folder, located.label, options.read)
             if not errors:
                 return checkpoint
             checkpoint.close()

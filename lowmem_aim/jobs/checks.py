@@ -7,33 +7,42 @@ A check is a function in `AT_ONCE` or `LATER`: it is given what is prepared, and
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.errors import ResumeError, printable
+from lowmem_aim.errors import MemoryBudgetError, ResumeError, printable
 from lowmem_aim.events import Notice
 from lowmem_aim.jobs.finished import check_same, of_stage
+from lowmem_aim.jobs.identity import with_unknown_of
 from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import RESUME_HINT, activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
+from lowmem_aim.merging.shares import GROWTH_BYTES
 from lowmem_aim.methods import kernels
 from lowmem_aim.output.copied import copied_files
 from lowmem_aim.output.folder import PRIVATE, STAGES, check_disk, check_outputs, check_private, is_finished, stages_in
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.layer_settings import restacked
-from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, KeptComparison, Record
+from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActivations, KeptComparison, Record
+from lowmem_aim.output.tokenizer_files import with_tokenizer
 from lowmem_aim.planning.sources import patterns
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import PILE, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
 from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
+from lowmem_aim.system.memory import anonymous_bytes
+from lowmem_aim.system.options import Options
 from lowmem_aim.system.tensors import dtype_named
+from lowmem_aim.units import shown
 
 if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
 
 R = TypeVar("R", bound=Record)
+
+TORCH_BYTES = 50 << 20  # what importing torch takes at least; on Linux, torch 2 takes more than twice as much
 
 
 def check_place(ready: Prepared) -> None:
@@ -43,8 +52,11 @@ def check_place(ready: Prepared) -> None:
 
 
 def check_small_files(ready: Prepared) -> None:
-    """Read the files that the output takes from the reference (tokenizer and the like). Raises ModelError."""
-    ready.copied = copied_files(ready.inputs.reference, ready.emit)
+    """Read the files that the output takes from the models (tokenizer and the like). Raises ModelError."""
+    copied = copied_files(ready.inputs.reference, ready.emit)
+    ready.copied = with_tokenizer(copied, ready.recipe, ready.inputs, ready.emit)
+    if ready.inputs.tokenizer:  # what is taken of it now takes megabytes
+        ready.inputs.tokenizer = replace(ready.inputs.tokenizer, table="", added=())
 
 
 def check_layers(ready: Prepared) -> None:
@@ -113,12 +125,28 @@ def check_device(ready: Prepared) -> None:
         ready.emit(Notice(f"{what}: {trouble}", "warning"))
 
 
+def check_certain_memory(options: Options) -> None:
+    """Beside other problems, tell of a budget that is too small for any merge. Raises MemoryBudgetError.
+
+    `check_merge_memory` has the figure that would do, which `plan` shows and the merge accepts. Most of it is what the
+    program takes once torch and the compiled loops have run, which differs between versions and processors: it is
+    measured, in the second round, and no figure that is known before could be that one.
+    """
+    least = anonymous_bytes() + TORCH_BYTES + GROWTH_BYTES
+    if options.ram is not None and options.ram < least:
+        raise MemoryBudgetError(
+            f"any merge needs more than {shown(least)} of RAM, but the budget is {shown(options.ram)}",
+            "allow more with `--ram`; once nothing else is wrong, `plan` says how much this merge needs",
+        )
+
+
 def check_merge_memory(ready: Prepared) -> None:
     """Check, before hours of calibration, that what the method holds, and slices worth while, fit the budget.
 
     Raises MemoryBudgetError.
     """
-    ready.shares()
+    if ready.unfinished():
+        ready.shares()
 
 
 def check_model_runs(ready: Prepared) -> None:
@@ -145,42 +173,59 @@ def check_at_work(ready: Prepared) -> None:
 
 
 def check_begun(ready: Prepared) -> None:
-    """Check that what lies in the output folders is of this very job. Raises ResumeError, UsageError, DiskError."""
+    """Check that what lies in the output folders is of this very job, as far as that is known without torch.
+
+    Raises ResumeError, UsageError, VerifyError, DiskError.
+    """
+    for name, journal, finished in _begun(ready):
+        folder = ready.folder(name)
+        resumed = "holds an interrupted run, which is resumed: bytes and times are of the whole merge"
+        state = "is finished already" if finished else resumed
+        ready.notes.append(f"`{printable(str(folder))}` {state}")
+        journal.check_version(finished=finished)
+        if not ready.incomplete:  # what is missing would be reported as a difference
+            before, known = journal.kept(Identity), ready.known(name)
+            _check_same(ready, name, journal, finished, with_unknown_of(before, known) if before else known)
+
+
+def check_begun_with(ready: Prepared) -> None:
+    """Check the same of texts, activations and the environment. Raises ResumeError, UsageError, DiskError."""
+    if ready.incomplete:
+        return
+    for name, journal, finished in _begun(ready):
+        if ready.unread:
+            what = f"whether `{printable(str(ready.folder(name)))}` is of the same job"
+            ready.notes.append(f"{what} is not known until the texts are fetched")
+        else:
+            _check_same(ready, name, journal, finished, ready.identity(name))
+
+
+def _begun(ready: Prepared) -> Iterator[tuple[str, Journal, bool]]:
+    """Yield the name, the journal, and whether it is finished, of each output that an earlier run has begun."""
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
         # A stage is discarded with the rest of an interrupted run, finished or not.
         discarded = ready.options.fresh and (not finished or ready.position.stage)
-        if not os.path.isdir(private) or discarded or os.listdir(private) == [STAGES]:
-            continue
-        state = "is finished already" if finished else "holds an interrupted run, which is resumed"
-        ready.notes.append(f"`{printable(str(folder))}` {state}")
-        with Journal(private, read_only=True) as journal:
-            journal.check_version(finished=finished)
-            _check_same(ready, name, journal, finished)
+        if os.path.isdir(private) and not discarded and os.listdir(private) != [STAGES]:
+            with Journal(private, read_only=True) as journal:
+                yield name, journal, finished
 
 
-def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool) -> None:
+def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool, now: Identity) -> None:
     folder = ready.folder(name)
-    if ready.incomplete:
-        return  # what is missing would be reported as a difference
-    if ready.unread:
-        ready.notes.append(
-            f"whether `{printable(str(folder))}` is of the same job is not known until the texts are fetched"
-        )
-    elif finished:
-        now = ready.identity(name)
-        with of_stage(ready.position.stage):
-            moved = check_same(journal, now, folder)
-        for number in moved:
-            label = printable(str(now.inputs[number]["label"]))
-            ready.notes.append(
-                f"`{label}` has new or moved files: a merge reads them again, and refuses them if they differ"
-            )
-    else:
+    if not finished:
         accept = ready.options.accept_environment
         lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)
-        check_same_job(journal, ready.identity(name), accept_environment=accept, lost=lost)
+        check_same_job(journal, now, accept_environment=accept, lost=lost)
+        return
+    with of_stage(ready.position.stage):
+        moved = check_same(journal, now, folder)
+    for number in moved:
+        label = printable(str(now.inputs[number]["label"]))
+        note = f"`{label}` has new or moved files: a merge reads them again, and refuses them if they differ"
+        if note not in ready.notes:
+            ready.notes.append(note)
 
 
 def check_disk_space(ready: Prepared) -> None:
@@ -207,7 +252,7 @@ Check = Callable[[Prepared], None]
 OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
 
 # Checks of the folder that a merge writes to.
-OF_THE_FOLDER: tuple[Check, ...] = (check_place, check_at_work, check_disk_space, check_begun)
+OF_THE_FOLDER: tuple[Check, ...] = (check_place, check_at_work, check_disk_space, check_begun, check_begun_with)
 
 # In the order in which their problems are listed; the first problem sets the exit code. These need no torch:
 AT_ONCE: tuple[Check, ...] = (
@@ -216,6 +261,8 @@ AT_ONCE: tuple[Check, ...] = (
     check_small_files,
     check_layers,
     tell_oddities,
+    check_stages,
+    check_begun,
     check_disk_space,
 )
 # These do, or run what reads tokenizers and texts; they are made if nothing else is wrong.
@@ -224,8 +271,7 @@ LATER: tuple[Check, ...] = (
     check_calibration,
     check_comparison,
     check_merge_memory,
-    check_stages,
-    check_begun,
+    check_begun_with,
     check_model_runs,
 )
 

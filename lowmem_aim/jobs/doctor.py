@@ -35,6 +35,7 @@ from lowmem_aim.system import memory
 from lowmem_aim.system.defaults_file import defaults_file, read_defaults
 from lowmem_aim.system.files import cache_folder
 from lowmem_aim.system.on_demand import torch
+from lowmem_aim.system.run import usable_cores
 from lowmem_aim.view.doctor_lines import UNKNOWN, doctor_lines
 
 SCHEMA = 1  # of the JSON
@@ -157,7 +158,7 @@ def _driver() -> str | None:
 def _processor() -> Facts:
     return _known(
         model=_model,
-        cores=_cores,
+        cores=usable_cores,
         container_cores=_container_cores,
         threads=torch.get_num_threads,
         instructions=torch.backends.cpu.get_cpu_capability,
@@ -170,11 +171,6 @@ def _model() -> str:
         if named := re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return named[1]
     return platform.processor() or platform.machine() or UNKNOWN
-
-
-def _cores() -> int | None:
-    """The number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _container_cores() -> float | None:

@@ -50,7 +50,7 @@ class Forecast:
 
     survey: Mapping[str, Any]
     device: str
-    needs: tuple[Requirement, ...]
+    needs: tuple[Requirement, ...]  # none where every output is finished
     problems: tuple[str, ...] = ()  # why it would not run
     hints: tuple[str, ...] = ()  # what to do about each problem
     exit_code: int = 0  # that a merge would end with for them

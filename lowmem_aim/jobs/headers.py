@@ -21,14 +21,14 @@ class Headers:
         self._scratch: Path | None = None
         self.missing: dict[str, int] = {}  # label -> bytes to download
 
-    def find(self, reference: str, emit: Emit) -> Located:
-        """The folder of a model or of its stand-in. Raises ModelError, NetworkError or DiskError."""
-        if here := local_model(reference):
+    def find(self, reference: str, emit: Emit, adapter: bool = False) -> Located:
+        """The folder of a model or an adapter, or of its stand-in. Raises ModelError, NetworkError or DiskError."""
+        if here := local_model(reference, adapter):
             self.missing[here.label] = 0
             return here
         self._scratch = self._scratch or self._stack.enter_context(scratch_folder())
         folder = self._scratch / f"{len(self.missing)}" / reference.replace("/", "--")[:100]
-        found = stand_in(reference, folder, emit)
+        found = stand_in(reference, folder, emit, adapter)
         self.missing[found.located.label] = found.missing_bytes
         return found.located
 

@@ -55,16 +55,16 @@ def agreed(ready: Prepared, spaces: Mapping[str, Workspace]) -> list[HeldOutput]
 
 def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
     """Whether an output is still to be made; its folder is checked to be this job's. Raises ResumeError, UsageError."""
-    run, plan = ready.run, ready.plans[name]
+    plan = ready.plans[name]
     reread = partial(differing_tensors, plan, ready.inputs, space.journal)
     if is_finished(space.out):
         with of_stage(ready.position.stage):
-            check_content(space.journal, ready.identity(name), space.out, reread, run.emit)
-        run.emit(Notice(f"`{printable(str(space.out))}` is finished already"))
+            check_content(space.journal, ready.lasting(name), space.out, reread, ready.emit)
+        ready.emit(Notice(f"`{printable(str(space.out))}` is finished already"))
         return False
     _forget_lost(space)
-    accept = run.options.accept_environment
-    agree(space.journal, ready.identity(name), reread, accept_environment=accept, emit=run.emit)
+    accept = ready.options.accept_environment
+    agree(space.journal, ready.identity(name), reread, accept_environment=accept, emit=ready.emit)
     space.journal.keep(PlanSize(**plan.size()))
     space.take_back()
     return True

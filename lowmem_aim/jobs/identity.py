@@ -13,10 +13,12 @@ from lowmem_aim.measuring.calibration import Calibration, Measurement
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.token_rows import TokenRows
 from lowmem_aim.output.picture import drawn_with
 from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
+from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensors import digest
@@ -36,6 +38,32 @@ _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' te
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 
 
+def known_of_merge(
+    plan: Plan, inputs: Inputs, copied: Mapping[str, bytes], stages: Mapping[str, str], planned: Collection[Path]
+) -> Identity:
+    """The part of an identity that is known at once: not what is measured or compared, nor the environment.
+
+    `copied`: the small files that the output takes from the reference. `stages`: name -> digest (see `digest_of_stage`)
+    of those that it is made of; `planned`: folders that stand in for them, whose files say nothing by their times.
+    torch is not imported, unless rows of vocabularies are matched.
+    """
+    job: dict[str, Any] = {RECIPE + key: value for key, value in portable_recipe(plan.recipe, inputs).items()}
+    job |= {
+        "seed": plan.seed,
+        "nonfinite": plan.nonfinite,
+        PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
+        SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
+        SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
+        CONFIG: digest_of(repr(sorted(with_vocabulary(inputs.reference.config, inputs).items())).encode()),
+    }
+    if inputs.token_rows:  # from the models' tokenizers
+        job[ROWS] = _rows(inputs.token_rows, inputs)
+    if stages:
+        job[STAGES] = dict(stages)
+    checkpoints = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
+    return Identity(job, [_of_input(checkpoints[place], planned) for place in inputs.places], {})
+
+
 def identity_of_merge(
     plan: Plan,
     inputs: Inputs,
@@ -46,35 +74,32 @@ def identity_of_merge(
     stages: Mapping[str, str],
     planned: Collection[Path],
 ) -> Identity:
-    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference.
-
-    `stages`: name -> digest (see `digest_of_stage`) of those that it is made of; `planned`: folders that stand in for
-    them, whose files say nothing by their times.
-    """
-    job: dict[str, Any] = {RECIPE + key: value for key, value in portable_recipe(plan.recipe, inputs).items()}
-    job |= {
-        "seed": plan.seed,
-        "nonfinite": plan.nonfinite,
-        PARAMETERS: digest_of(repr([(task.name, sorted(task.parameters.items())) for task in plan.tasks]).encode()),
-        SHARDS: digest_of(b"".join(shard.name.encode() + shard.header for shard in plan.shards)),
-        SMALL: {name: digest_of(content) for name, content in sorted(copied.items())},
-        CONFIG: digest_of(repr(sorted(inputs.reference.config.items())).encode()),
-    }
-    if inputs.row_maps:  # from the experts' tokenizers
-        rows = {str(inputs.folders.index(folder)): digest(row_map) for folder, row_map in inputs.row_maps.items()}
-        job[ROWS] = rows
-    if stages:
-        job[STAGES] = dict(stages)
+    """The identity of the merge of one output; see `known_of_merge`."""
+    known = known_of_merge(plan, inputs, copied, stages, planned)
+    job = dict(known.job)
     if calibration is not None:
         job[CALIBRATION] = calibration.digest()
     if comparison is not None:
         job[COMPARISON] = comparison.digest()
-    checkpoints = {checkpoint.folder: checkpoint for checkpoint in inputs.checkpoints}
     measures = comparison is not None or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
-    return Identity(job, [_of_input(checkpoints[folder], planned) for folder in inputs.folders], environment)
+    return Identity(job, known.inputs, environment)
+
+
+def with_unknown_of(before: Identity, known: Identity) -> Identity:
+    """Complete the part of an identity that is known at once with all else as it was in the run before."""
+    unknown = {key: before.job[key] for key in (CALIBRATION, COMPARISON) if key in before.job}
+    return Identity({**known.job, **unknown}, known.inputs, before.environment)
+
+
+def _rows(rows: TokenRows, inputs: Inputs) -> dict[str, str]:
+    """Digests of all that says which rows of the vocabulary belong together, by the models' numbers."""
+    numbers = {place: str(number) for number, place in enumerate(inputs.places)}
+    found = {numbers[place]: digest(own) for place, own in rows.own.items()}
+    found |= {f"given by {numbers[place]}": digest(given) for place, given in rows.given.items()}
+    return found | ({"means": str(rows.mean_from)} if rows.mean_from < rows.count else {})
 
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
@@ -118,8 +143,8 @@ def digest_of_stage(identity: Identity) -> str:
 def _of_input(checkpoint: Checkpoint, planned: Collection[Path] = ()) -> dict[str, Any]:
     tensors = repr([(t.name, t.dtype.name, t.shape, t.file.name, t.begin) for t in checkpoint])
     files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in checkpoint.stats().items()}
-    if checkpoint.folder in planned:
-        files = {name: facts[:1] for name, facts in files.items()}
+    if checkpoint.folder in planned:  # an adapter that is added to it is here: its files begin with `+`
+        files = {name: facts if name.startswith("+") else facts[:1] for name, facts in files.items()}
     return {"label": checkpoint.label, "tensors": digest_of(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 

@@ -25,9 +25,8 @@ from lowmem_aim.errors import (
 from lowmem_aim.events import Emit, Event, Notice, silent
 from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.methods.registry import find_method, names
-from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import Located
-from lowmem_aim.models.opening import Finder, compared, located, opened_models
+from lowmem_aim.models.opening import Finder, compared, opened, opened_models, parts_found, told
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.tied_heads import check_repeated
 from lowmem_aim.planning.fitting import check_sources
@@ -39,6 +38,8 @@ from lowmem_aim.system.files import write_file
 # Any number of experts, each with its changes thinned out, and conflicts between them settled by sign.
 ON_A_BASE = "ties"
 WITHOUT_A_BASE = "linear"  # the plain mean: nothing else is known of the models
+
+_Part = tuple[str, bool]  # of a reference: a model's own, or (True) an adapter's
 
 
 def init(
@@ -61,6 +62,9 @@ def init(
         _check_new(output)
     with noted(errors):
         start = _start(method, base, experts, omega)
+    if errors and start is not None:
+        with noted(errors), contextlib.ExitStack() as stack:
+            _find_all(start, Headers(stack), emit)
     raise_all(errors)
     assert start is not None  # else there was an error
     start = _checked(start, emit)
@@ -115,25 +119,33 @@ def _checked(start: Start, emit: Emit) -> Start:
     raise errors[0]
 
 
-def _find_all(start: Start, headers: Headers, emit: Emit) -> dict[str, Located] | None:
-    """Reference -> model; None, with a notice, if one is on the Hub and that cannot be reached.
+def _find_all(start: Start, headers: Headers, emit: Emit) -> dict[_Part, Located] | None:
+    """Each model and adapter; None, with a notice, if one is on the Hub and that cannot be reached.
 
     Raises ModelError for models that are wrong by themselves.
     """
-    found: dict[str, Located] = {}
+    found: dict[_Part, Located] = {}
     errors: list[LowmemAimError] = []
     unseen: list[str] = []
     recipe = read_recipe(tree_of(start.table(), "command line"))
-    for reference in dict.fromkeys([*([start.base] if start.base else []), *start.experts]):
+
+    def find(part: str, is_adapter: bool) -> Located:
+        found[part, is_adapter] = headers.find(part, emit, is_adapter)
+        return found[part, is_adapter]
+
+    references = dict.fromkeys([*([start.base] if start.base else []), *start.experts])
+    whole = []
+    for reference in references:
         with noted(errors):
             try:
-                found[reference] = located(reference, lambda wanted: headers.find(wanted, emit), recipe)
+                parts_found(reference, told(recipe, find))
+                whole.append(reference)
             except NetworkError:
                 unseen.append(f"`{printable(reference)}`")
     if unseen or errors:
-        for model in found.values():
-            with noted(errors):
-                Checkpoint.open(model.folder, model.label).close()
+        for reference in whole:
+            with noted(errors), Reader() as reader:
+                opened(reference, lambda *part: found[part], "mmap", reader).close()
     raise_all(errors)
     if unseen:
         text = f"not checked, because the Hub cannot be reached: {', '.join(unseen)}; `plan` checks them once it can be"
@@ -141,15 +153,17 @@ def _find_all(start: Start, headers: Headers, emit: Emit) -> dict[str, Located] 
     return None if unseen else found
 
 
-def _open(start: Start, found: dict[str, Located], headers: Headers, emit: Emit) -> None:
+def _open(start: Start, found: dict[_Part, Located], headers: Headers, emit: Emit) -> None:
     """Open and compare the models. Raises ModelError."""
     recipe = read_recipe(tree_of(start.table(), "command line"))
-    finder = Finder(lambda reference, emit: found[reference], lambda folder: not headers.stands_in(folder), False)
+    finder = Finder(
+        lambda part, emit, is_adapter: found[part, is_adapter], lambda folder: not headers.stands_in(folder), False
+    )
     errors: list[LowmemAimError] = []
-    with opened_models(recipe, "mmap", emit, finder, errors) as opened, Reader() as reader:
+    with Reader() as reader, opened_models(recipe, "mmap", emit, finder, reader, errors) as models:
         raise_all(errors)
         with noted(errors):
-            inputs = compared(recipe, opened, reader, emit, errors)
+            inputs = compared(recipe, models, reader, emit, errors)
             if inputs:
                 check_sources(recipe, inputs, emit)
                 check_repeated(inputs, finder.has_weights)

@@ -79,12 +79,13 @@ class _Estimate:
     def forecast(self, measure: bool) -> Forecast:
         ready = self.ready
         surveyed = survey(ready.plans, ready.inputs, self.hub.missing)
-        needs = (*self._memory(), self._disk())
+        is_left = bool(ready.unfinished())
+        needs = (*self._memory(), self._disk()) if is_left else ()
         self._tell_of_downloads()
-        speeds = self._speeds() if measure and not ready.errors else {}
+        speeds = self._speeds() if measure and is_left and not ready.errors else {}
         return Forecast(
             survey=surveyed.as_json(),
-            device=str(ready.run.device),
+            device=str(ready.run.device) if is_left else ready.options.device,
             needs=needs,
             steps=tuple(self._steps(surveyed.read_bytes, surveyed.write_bytes, speeds)) if speeds else (),
             speeds=speeds,
@@ -138,7 +139,7 @@ class _Estimate:
     def _speeds(self) -> dict[str, float]:
         """Bytes, elements of the output and floating-point operations per second, by name."""
         ready, run = self.ready, self.ready.run
-        real = [folder for folder in ready.inputs.folders if not self.hub.stands_in(folder)]
+        real = [folder for folder in ready.inputs.folders if ready.finder.has_weights(folder)]
         files = [file for folder in real for file in sorted(folder.glob("*.safetensors"))]
         first = next(iter(ready.plans.values()))
         merged = [task for task in first.tasks if task.action == "merge"]

@@ -1,26 +1,38 @@
 """All that a merge finds out and checks before it works. `merge` and `plan` prepare here, with the same checks.
 
 There are two rounds, and in each the user hears of all problems at once. The first takes a moment: recipe, folders,
-headers, configs, output, disk. The second needs torch, or runs what reads tokenizers and texts.
+headers, configs, output, disk, and whether an earlier run there was of this job. The second needs torch, or runs what
+reads tokenizers and texts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, ModelError, UsageError, joined, noted, printable, raise_all
+from lowmem_aim.errors import (
+    LowmemAimError,
+    ModelError,
+    NoSuchModel,
+    NoSuchTexts,
+    UsageError,
+    joined,
+    noted,
+    printable,
+    raise_all,
+)
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_FOLDER, OF_THE_IDENTITY, Check
+from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_FOLDER, OF_THE_IDENTITY, Check, check_certain_memory
 from lowmem_aim.jobs.prepared import ALONE, Position, Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.tied_heads import check_repeated
 from lowmem_aim.output.folder import check_outputs, check_writable, existing_folder, is_finished
+from lowmem_aim.output.portable import is_without_paths
 from lowmem_aim.planning.fitting import check_sources
 from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
@@ -57,7 +69,8 @@ def prepared(
     errors += _missing_texts(recipe)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
-        opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, errors))
+        opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, reader, errors))
+        _point_to_comments(recipe, errors)
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
         inputs, plans, unfit = None, {}, list[LowmemAimError]()
@@ -71,6 +84,8 @@ def prepared(
                 plans = _plans(recipe, inputs, options)
         errors += unfit
         if not inputs or not plans:
+            with noted(errors):
+                check_certain_memory(options)
             raise_all(errors)
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
@@ -89,21 +104,24 @@ def prepared(
             position=position,
         )
         _make(AT_ONCE, ready)
-        if not errors:
+        if not errors and not ready.is_settled():
             _make(LATER, ready)
+        elif errors and ready.unfinished():
+            with noted(errors):
+                check_certain_memory(options)
         reader.close()
         yield ready
 
 
-def sound_recipe(tree: Node, out: Path) -> Recipe:
-    """The recipe of a tree, if nothing is wrong in it.
+def sound_recipe(tree: Node, out: Path, before: Sequence[LowmemAimError] = ()) -> Recipe:
+    """The recipe of a tree, if nothing is wrong in it, nor was `before`, with the flags.
 
     Raises RecipeError with every problem, together with those of the output, the models that it names, and the texts.
     """
     recipe, wrong = readable_part(tree)
-    if recipe is not None and wrong is None:
+    errors = [*before, *([] if wrong is None else [wrong])]
+    if recipe is not None and not errors:
         return recipe
-    errors: list[LowmemAimError] = [] if wrong is None else [wrong]
     with noted(errors):
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
     for part in recipe.in_order.values() if recipe else ():
@@ -117,8 +135,8 @@ def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], err
     `stages` are no models yet. Beside errors, nothing is downloaded.
     """
     errors += _missing_texts(recipe)
-    with opened_models(recipe, "mmap", silent, replace(finder, unknown=stages), errors):
-        pass
+    with Reader() as reader, opened_models(recipe, "mmap", silent, replace(finder, unknown=stages), reader, errors):
+        _point_to_comments(recipe, errors)
 
 
 def _check_output(out: Path, folders: list[Path]) -> None:
@@ -130,7 +148,14 @@ def _check_output(out: Path, folders: list[Path]) -> None:
 def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
     """The plan of each output."""
     return {
-        name: make_plan(one, inputs, seed=options.seed, shard_bytes=options.shard_bytes, nonfinite=options.nonfinite)
+        name: make_plan(
+            one,
+            inputs,
+            seed=options.seed,
+            shard_bytes=options.shard_bytes,
+            shard_parameters=options.shard_parameters,
+            nonfinite=options.nonfinite,
+        )
         for name, one in one_by_one(recipe).items()
     }
 
@@ -164,7 +189,17 @@ def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:
         return
     if not there:
         hint = "check the path; or name `builtin`, or a dataset on the Hub"
-        yield ModelError(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
+        yield NoSuchTexts(f"there is no calibration file `{printable(calibration)}`{looked}", hint)
+
+
+def _point_to_comments(recipe: Recipe, errors: list[LowmemAimError]) -> None:
+    """Change what to do about models and texts that are not there, if the recipe is an output's own, without paths."""
+    file = recipe.where.rpartition(":")[0]
+    missing = [error for error in errors if isinstance(error, NoSuchModel | NoSuchTexts)]
+    if missing and is_without_paths(Path(file)):
+        hint = f"fill in the paths in `{printable(file)}`, as the comments at its top say"
+        for error in missing:
+            error.hints = (hint,) * len(error.problems)
 
 
 def _local_names(recipe: Recipe) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.events import Emit
-from lowmem_aim.jobs.identity import identity_of_merge
+from lowmem_aim.jobs.identity import identity_of_merge, known_of_merge
 from lowmem_aim.measuring.calibration import Calibration
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.merged_weights import ELEMENTS
@@ -121,17 +121,42 @@ class Prepared:
             self.finder.planned,
         )
 
+    def known(self, name: str) -> Identity:
+        """The part of that identity which is known at once, without torch."""
+        made_of, planned = self.position.made_of, self.finder.planned
+        return known_of_merge(self.plans[name], self.inputs, self.copied, made_of, planned)
+
+    def lasting(self, name: str) -> Identity:
+        """The part of that identity which a finished output is compared with; torch only for what was measured."""
+        return self.identity(name) if self.measures else self.known(name)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the outputs depend on activations or texts, which only torch or the tokenizer can read."""
+        return self.recipe.aim is not None or self.recipe.acm is not None
+
     def unfinished(self) -> list[str]:
-        """The names of the outputs that are still to be made."""
-        return [name for name in self.plans if not is_finished(self.folder(name))]
+        """The names of the outputs that are still to be made: none is for an output that is finished."""
+        return [] if self.position.over else [name for name in self.plans if not is_finished(self.folder(name))]
 
     def outline(self) -> Checkpoint:
         """The output as a checkpoint of which only config and headers are there."""
         if not self.recipe.sliced:
             return self.inputs.reference
         plan = next(iter(self.plans.values()))
-        infos = {task.name: replace(task.experts[0].info, name=task.name, shape=task.shape) for task in plan.tasks}
+        own = self.inputs.reference.tensors  # with the vocabulary that they have there
+        shapes = {task.name: own[task.name].shape if task.filling else task.shape for task in plan.tasks}
+        infos = {
+            task.name: replace(task.experts[0].info, name=task.name, shape=shapes[task.name]) for task in plan.tasks
+        }
         return Checkpoint(self.out, "the output", self.config, infos)
+
+    def is_settled(self) -> bool:
+        """Whether every output is finished, and known to be of this job without torch: no run, and no device, follows.
+
+        A device that is asked for by name is looked for even then.
+        """
+        return not self.unfinished() and not self.measures and self.options.device in ("auto", "cpu")
 
     def needs(self) -> shares.Needs:
         """The memory that the merge itself takes."""

@@ -148,7 +148,7 @@ def _changed(
 
 def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int) -> Iterator[str]:
     """Yield the tensors of one input that do not give what they gave to an interrupted merge."""
-    if inputs.base is not None and inputs.folders[number] == inputs.base.folder:
+    if inputs.base is not None and inputs.places[number] == inputs.base.place:
         yield from differing_weights(inputs.base, journal)
     yield from not_as_read(
         plan, inputs, digests_read([shard.name for shard in plan.shards], journal).get(str(number), {}), number
@@ -157,11 +157,11 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
 
 def not_as_read(plan: Plan, inputs: Inputs, digests: Mapping[str, str], number: int) -> Iterator[str]:
     """Yield the tensors of one input that do not give what they gave to a merge: tensor -> digest."""
-    known, folder = dict(digests), inputs.folders[number]
+    known, place = dict(digests), inputs.places[number]
     stride = Stride(REREAD_ELEMENTS)
     for task in plan.tasks:
-        for reader in TensorInputs(task, True, stride).readers:
-            if reader.checkpoint.folder == folder and reader.tensor in known:
+        for reader in TensorInputs(task, True, stride).sources:
+            if reader.checkpoint.place == place and reader.tensor in known:
                 for start, stop in stride.cuts(task.shape):
                     reader.enter_digest(reader.pieces(start, stop))
                 if reader.digest() != known.pop(reader.tensor):  # each once: several tasks may read it

@@ -88,7 +88,7 @@ class Stages:
         errors: list[LowmemAimError] = []
         for name, recipe in self.recipe.in_order.items():
             stages = self.recipe.stages.keys()
-            if any(other in stages and other not in self._folders for other in recipe.references):
+            if any(other in stages and other not in self._folders for other in recipe.named):
                 look_for_models(recipe, self._finder, stages, errors)  # what the stage will be is not known
                 continue
             with noted(errors), self.prepared(name) as ready:
@@ -123,7 +123,7 @@ class Stages:
         self._stage_bytes += plan.output_bytes
         self._local[name] = tuple(local_labels(ready.recipe, ready.inputs))
         if not ready.errors and not ready.incomplete and not ready.unread:
-            self._digests[name] = digest_of_stage(ready.identity(""))
+            self._digests[name] = digest_of_stage(ready.lasting(""))
             if self.over:
                 with noted(ready.errors):
                     self._compare(name, ready, reread=reread)
@@ -131,7 +131,7 @@ class Stages:
         if counts and not ready.errors and is_finished(self.folder(name)):
             self._folders[name] = self.folder(name)
         elif ready.config and ready.copied is not None:
-            self._unmade_bytes += 0 if self.over else ready.bytes_to_write()
+            self._unmade_bytes += ready.bytes_to_write()
             self._stand_in(name, ready)
 
     def _check_kept(self) -> None:
@@ -146,7 +146,7 @@ class Stages:
         folder.mkdir()
         [plan] = ready.plans.values()
         shards = [(shard.name, shard.header, shard.nbytes) for shard in plan.shards]
-        stand_in_for_output(folder, shards, files_to_plan_with(plan, ready.copied, ready.config))
+        stand_in_for_output(folder, shards, files_to_plan_with(plan, ready.inputs, ready.copied, ready.config))
         self._folders[name] = self._planned[name] = folder
 
     def _compare(self, name: str, ready: Prepared, *, reread: bool) -> None:
@@ -156,19 +156,19 @@ class Stages:
         for output in one_by_one(self.recipe):
             with Journal(self.out / output / PRIVATE, read_only=True) as journal:
                 for stage in (found for found in journal.all_kept(MadeStage) if found.name == name):
-                    check_stage(stage, ready.identity(""), self.out / output, again, ready.emit)
+                    check_stage(stage, ready.lasting(""), self.out / output, again, ready.emit)
 
     # -- the stages as models
 
     def _find(self) -> Finder:
-        def local(reference: str) -> Located | None:
-            if reference in self._folders:
+        def local(reference: str, is_adapter: bool) -> Located | None:
+            if reference in self._folders and not is_adapter:
                 return Located(self._folders[reference], reference)
-            found = self._finder.local(reference)
+            found = self._finder.local(reference, is_adapter)
             return found and self._told_apart(found)
 
-        def find(reference: str, emit: Emit) -> Located:
-            return local(reference) or self._finder.find(reference, emit)
+        def find(reference: str, emit: Emit, is_adapter: bool) -> Located:
+            return local(reference, is_adapter) or self._finder.find(reference, emit, is_adapter)
 
         planned = tuple(self._planned.values())
         return replace(
@@ -185,7 +185,7 @@ class Stages:
         return replace(model, label=f"{plain_name(real(model.folder).parent)}/{model.label}")
 
     def _position(self, name: str, held: bool) -> Position:
-        used = [other for other in self.recipe.in_order[name].references if other in self.recipe.stages]
+        used = [other for other in self.recipe.in_order[name].named if other in self.recipe.stages]
         return Position(
             stage=name,
             made_of={other: self._digests.get(other, "") for other in used},
@@ -200,7 +200,7 @@ class Stages:
         """The stages that a merge is made of, by itself or further back, in their order."""
         needed, left = set[str](), [name]
         while left:
-            found = {other for other in self.recipe.in_order[left.pop()].references if other in self.recipe.stages}
+            found = {other for other in self.recipe.in_order[left.pop()].named if other in self.recipe.stages}
             left += found - needed
             needed |= found
         return [other for other in self.recipe.stages if other in needed]
@@ -217,9 +217,11 @@ class Stages:
 def _twins(recipe: Recipe) -> frozenset[str]:
     """The names of folders that two models have, or a model and a stage: they are no labels."""
     places: dict[str, set[Path]] = {name: {Path()} for name in recipe.stages}
-    for reference in (name for part in recipe.in_order.values() for name in part.references):
+    named = {(name, False) for part in recipe.in_order.values() for name in part.named}
+    named |= {(adapter, True) for part in recipe.in_order.values() for adapter in part.adapters}
+    for name, is_adapter in named:
         with contextlib.suppress(LowmemAimError):  # told when it is opened
-            if reference not in recipe.stages and (found := local_model(reference)):
+            if name not in recipe.stages and (found := local_model(name, is_adapter)):
                 places.setdefault(found.label, set()).add(real(found.folder))
     return frozenset(label for label, found in places.items() if len(found) > 1)
 

@@ -62,6 +62,7 @@ def mean_activations(
     """
     _check_sequences(sequences)
     place = torch.device(device)
+    base.warm_up()  # before the budget is divided
     shares = BOUNDLESS if budget is None else shares_for(needs_of(meta_model, sequences), budget, place, spill)
     progress = Progress(emit)
     emit(PhaseStarted("calibrate", len(meta_model.blocks), "blocks"))

@@ -3,7 +3,8 @@
 A snapshot is a file of tensors, one after another (hidden states of every text, sums so far, each block's output for
 the canary), and a record in the journal that describes them, with the file's digest. The record is written once the
 file is durable; only then is the previous file removed. What the recorder finds out (the blocks' arguments) is not
-kept: recording again costs next to nothing. A snapshot is made after a block, at most every `SECONDS`.
+kept: recording again costs next to nothing. A snapshot is made after a block, at most every `SECONDS`; and at a signal
+that stops the run, also in the middle of a block, of the texts that have passed it.
 """
 
 from __future__ import annotations
@@ -14,24 +15,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import xxhash
 
 from lowmem_aim.blocks.calls import Call
 from lowmem_aim.blocks.observer import Tally
 from lowmem_aim.blocks.runner import BlockRunner
-from lowmem_aim.events import Emit, Notice
+from lowmem_aim.events import Emit, Notice, Snapshot
 from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import CalibrationSnapshot
+from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import disk_errors, open_to_read, sync_folder
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import dtype_name, dtype_named, raw
-
-if TYPE_CHECKING:
-    pass
 
 # Not after every block, where blocks are quick: a snapshot of a 13B model's hidden states has some 600 MB.
 SECONDS = 60.0
@@ -44,11 +43,17 @@ class BlockProgress:
     calls: Sequence[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
     states: Sequence[Stored]  # of each text: the hidden state after the last finished block
     outputs: list[Call] = field(default_factory=list)  # each block's output for the canary, as the only argument
+    texts: int = 0  # those that have also passed the block under way
 
     @property
     def blocks(self) -> int:
         """The number of finished blocks."""
         return len(self.outputs)
+
+    @property
+    def done(self) -> float:
+        """The number of finished blocks, the finished part of the block under way included."""
+        return self.blocks + self.texts / len(self.states)
 
     def is_whole(self) -> bool:
         """Whether these tensors are all that blocks pass on; other objects that their calls share could carry more."""
@@ -71,6 +76,7 @@ class Snapshots:
         self._last = self._block = time.monotonic()  # when the last snapshot was made, and the last block finished
         self._possible = True
         self._recorded = ""  # digest of what the recorder found
+        self._kept = 0.0  # blocks of the last snapshot
 
     def offer(self, runner: BlockRunner, so_far: BlockProgress, emit: Emit) -> None:
         """Make a snapshot after a finished block, if the last one would be too old after one more block as long."""
@@ -82,15 +88,27 @@ class Snapshots:
         if self._possible:
             self._keep(runner, so_far)
             self._last = self._block = time.monotonic()
+            emit(Snapshot(so_far.done))
         else:
             what = (
                 "the blocks of this model share more than plain tensors: if calibration is interrupted, it starts again"
             )
             emit(Notice(what, "warning"))
 
+    @contextlib.contextmanager
+    def at_a_stop(self, runner: BlockRunner, so_far: BlockProgress) -> Iterator[None]:
+        """Make a snapshot if a signal stops the run in the block, in which blocks are run. A second signal ends it."""
+        try:
+            yield
+        except interrupts.Interrupted:
+            if self._possible and so_far.done > self._kept and so_far.is_whole():
+                with contextlib.suppress(Exception):  # no space, say: then the snapshot before counts
+                    self._keep(runner, so_far)
+            raise
+
     def _keep(self, runner: BlockRunner, so_far: BlockProgress) -> None:
         runner.weights.base.check_unchanged()  # else a change between reading and computing would be kept
-        file = self._folder / SNAPSHOTS.replace("*", str(so_far.blocks))
+        file = self._folder / SNAPSHOTS.replace("*", f"{so_far.blocks}-{so_far.texts}")
         store, tallies = runner.store, runner.watch.tallies
         with disk_errors(file), _whole_or_absent(file) as stream:
             out = _Out(stream)
@@ -111,10 +129,12 @@ class Snapshots:
             tallies=sums,
             weights=runner.weights.digests,
             digest=out.digest(),
+            texts=so_far.texts,
         )
         # The record once its file is durable, the file before it only then: one of the two is always whole.
         self._journal.keep(snapshot)
         remove_snapshots(self._folder, but=file.name)
+        self._kept = so_far.done
 
     def restore(self, runner: BlockRunner, so_far: BlockProgress) -> None:
         """Bring the progress, and the runner's tallies, to where the last snapshot was made, if there is one.
@@ -138,6 +158,8 @@ class Snapshots:
                 for name, stored, calls, shape in last.tallies  # in the file's order
             }
         so_far.outputs[:] = [in_store(output, runner) for output in outputs]
+        so_far.texts = last.texts
+        self._kept = so_far.done
         runner.watch.tallies = tallies
         runner.weights.digests.update(last.weights)
 
@@ -145,6 +167,7 @@ class Snapshots:
         """Remove all snapshots, so that there is nothing to resume from."""
         self._journal.forget(CalibrationSnapshot)
         remove_snapshots(self._folder)
+        self._kept = 0.0
 
 
 def in_store(output: Any, runner: BlockRunner) -> Call:

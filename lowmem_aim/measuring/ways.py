@@ -28,8 +28,9 @@ from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_cal
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
-from lowmem_aim.events import Advanced, Emit, Notice, Worked
+from lowmem_aim.events import Advanced, Emit, Notice, Snapshot, Worked
 from lowmem_aim.measuring.snapshots import BlockProgress, Snapshots, in_store
+from lowmem_aim.system import interrupts
 from lowmem_aim.system.tensor_store import Stored
 
 
@@ -43,6 +44,10 @@ class Progress:
         """Report the blocks that an earlier run has finished."""
         self.emit(Notice(f"resuming: {blocks}/{of} blocks are calibrated"))
         self.block(blocks - 1, path)
+
+    def kept(self, blocks: float) -> None:
+        """Report how many blocks a killed run would not have to run again."""
+        self.emit(Snapshot(blocks))
 
     def within(self, index: int, share: float) -> None:
         """Report that `share` of block `index` is done."""
@@ -84,6 +89,7 @@ def run_blocks(
             progress.emit(Notice(f"calibration: {_told(reason)}; {instead}", "warning"))
             if snapshots:
                 snapshots.forget()  # of a way that does not work
+                progress.kept(0)
         except MemoryBudgetError as reason:
             if way is not _lock_step:
                 raise
@@ -123,14 +129,20 @@ def _recorded(
         runner.with_less(partial(snapshots.restore, runner, so_far))
     with SuspendedForward(runner, texts[watched]) as canary:
         _stepped_again(canary, so_far, runner, progress)
-        for index, (path, _) in list(enumerate(runner.blocks))[so_far.blocks :]:
-            must_be_same(canary.call.hidden if canary.index == index else None, runner.store.get(states[watched]), path)
-            output = _driven(runner, index, so_far.calls, states, canary.call, progress)
-            so_far.outputs.append(in_store(output, runner))
-            canary.step(output)
-            progress.block(index, path)
-            if snapshots:
-                snapshots.offer(runner, so_far, progress.emit)
+        with snapshots.at_a_stop(runner, so_far) if snapshots else contextlib.nullcontext():
+            for index, (path, _) in list(enumerate(runner.blocks))[so_far.blocks :]:
+                if so_far.texts <= watched:  # else the recorded copy is a block further, and was compared before
+                    expected = canary.call.hidden if canary.index == index else None
+                    must_be_same(expected, runner.store.get(states[watched]), path)
+                output = _driven(runner, index, so_far, canary.call, progress)
+                in_the_store = in_store(output, runner)
+                with interrupts.put_off():
+                    so_far.outputs.append(in_the_store)
+                    so_far.texts = 0
+                canary.step(output)
+                progress.block(index, path)
+                if snapshots:
+                    snapshots.offer(runner, so_far, progress.emit)
         for number in range(len(texts)):
             forward = runner.with_less(partial(_finished, runner, texts[number], states[number], number < watched))
             runner.watch.commit()
@@ -143,6 +155,8 @@ def _stepped_again(canary: SuspendedForward, so_far: BlockProgress, runner: Bloc
         canary.step(output.from_store(runner.store).args[0])
     if so_far.blocks:
         progress.found(so_far.blocks, len(runner.blocks), runner.blocks[so_far.blocks - 1][0])
+    if so_far.done:
+        progress.kept(so_far.done)
 
 
 def _finished(runner: BlockRunner, tokens: Tensor, state: Stored, counted: bool) -> TailForward:
@@ -156,27 +170,27 @@ def _finished(runner: BlockRunner, tokens: Tensor, state: Stored, counted: bool)
 def _driven(
     runner: BlockRunner,
     index: int,
-    calls: Sequence[Sequence[Call]],
-    states: Sequence[Stored],
+    so_far: BlockProgress,
     canary: Call,
     progress: Progress,
 ) -> Any:
-    """Run every sequence's state through block `index`; return the block's output for `canary`.
+    """Run the states of all sequences that are left through block `index`; return the block's output for `canary`.
 
     The last sequence is the canary's recorded copy, and is not counted.
     """
-    store = runner.store
-    left = deque(range(len(calls)))  # so that what is done is not done again after a failed allocation
+    store, calls, states = runner.store, so_far.calls, so_far.states
 
     def drive() -> Any:
-        while left:
-            number = left[0]
+        while so_far.texts < len(calls):  # what is done is not done again after a failed allocation
+            number = so_far.texts
             call = calls[number][index].from_store(store).having(store.get(states[number]))
             with runner.watch.counting(number < len(calls) - 1):
-                store.put(hidden_of(runner.run_block(index, call)), states[number])
-            runner.watch.commit()
-            left.popleft()
-            progress.within(index, 1 - len(left) / len(calls))
+                hidden = hidden_of(runner.run_block(index, call))
+            with interrupts.put_off():  # a snapshot has all of this, or nothing
+                store.put(hidden, states[number])
+                runner.watch.commit()
+                so_far.texts += 1
+            progress.within(index, so_far.texts / len(calls))
         return runner.run_block(index, canary)  # while the block's weights are still there
 
     return runner.with_block(index, drive)

@@ -3,6 +3,7 @@
 loop.py             the loop over all tensors of the plan, and the path of a slice through it
 shares.py           memory that a merge takes, and the division of a budget for it
 rehearsal.py        a few random numbers merged, so that all code is compiled and loaded
+given_rows.py       rows of embeddings that stand where a model has none
 slices.py           the matching rows of one tensor in all models, slice by slice
 pipeline.py         threads with bounded queues between them
 passes.py           the passes over one tensor

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem_aim.merging.slices import Stride, TensorInputs
+from lowmem_aim.merging.slices import Stride, TensorInputs, runs
 from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Combine, Rounds, Rows
 from lowmem_aim.models.headers import matrix_shape
@@ -28,6 +28,9 @@ ELEMENTS = 1 << 17  # of each model, in work at a time
 class MergedWeights:
     """The merged model's weights, computed on demand, with a checkpoint's interface (`blocks.offload.Source`).
 
+    Where the output has other tokens than the base, rows of embeddings and heads are those of the base's tokens, in the
+    base's order: both models read the same token ids. A row that the output lacks is the base's.
+
     A context manager: what is kept is dropped at its end. A weight that is asked for again, because its block does not
     fit the budget and is loaded module by module, is kept until the next block in a file without a name in `folder`:
     merging it again for every text would take too long.
@@ -48,6 +51,8 @@ class MergedWeights:
         if name in self._kept:
             return self._store.get(self._kept[name])
         task = self._tasks[name]
+        if task.base and _places(task) is not None:
+            return self.rows(name, 0, task.base.info.matrix[0]).view(task.base.info.shape)
         rows, columns = matrix_shape(task.shape)
         whole = empty_apart((rows, columns), task.dtype.torch)
         self._fill(task, whole, 0)
@@ -61,10 +66,24 @@ class MergedWeights:
         task = self._tasks[name]
         if task.action == "copy":
             return _rows_of(task.experts[0], start, stop)
+        if (places := _places(task)) is not None:
+            return self._of_tokens(task, places[start:stop], start)
         if task.whole:
             return self.tensor(name).view(-1, 1)[start:stop]
         part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype.torch)
         self._fill(task, part, start)
+        return part
+
+    def _of_tokens(self, task: Task, places: Tensor, start: int) -> Tensor:
+        """The output's rows at `places`; where that is -1 the base's own row, of those from `start` on."""
+        assert task.base is not None
+        part = torch.empty(len(places), matrix_shape(task.shape)[1], dtype=task.dtype.torch)
+        for place, run in runs(places):
+            stop = place + len(run)
+            if run[0] >= 0:
+                self._fill(task, part[place:stop], int(run[0]))
+            else:
+                part[place:stop] = _rows_of(task.base, start + place, start + stop)
         return part
 
     def _fill(self, task: Task, part: Tensor, start: int) -> None:
@@ -134,6 +153,16 @@ class MergedWeights:
 
     def __exit__(self, *_: object) -> None:
         self._store.__exit__(None, None, None)
+
+
+def _places(task: Task) -> Tensor | None:
+    """The output's row of each row of the base, -1 where it has none; None where the rows are the same."""
+    if task.base is None or task.base.row_map is None:
+        return None
+    places = torch.full((task.base.info.matrix[0],), -1, dtype=torch.int64)
+    known = (task.base.row_map >= 0).nonzero().flatten()
+    places[task.base.row_map[known]] = known
+    return places
 
 
 def _rows_of(source: Source, start: int, stop: int) -> Tensor:

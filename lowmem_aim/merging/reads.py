@@ -14,14 +14,16 @@ from lowmem_aim.output.shards import Read
 from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan
 
+Place = tuple[Path, ...]  # the folders of a model, see `Checkpoint.place`
+
 
 class ReadLog:
     """A log of what this run, and those before it, have read of each model."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-        self._digests: dict[Path, dict[str, str]] = {}  # model folder -> tensor -> xxh3-128 of its rows as read
-        self._replaced: dict[Path, dict[str, int]] = {}  # model folder -> tensor -> elements that were not finite
+        self._digests: dict[Place, dict[str, str]] = {}  # model -> tensor -> xxh3-128 of its rows as read
+        self._replaced: dict[Place, dict[str, int]] = {}  # model -> tensor -> elements that were not finite
 
     def add(self, tensor: TensorInputs) -> Read:
         """Add a tensor that has been read to its end, and return the facts about it.
@@ -30,9 +32,9 @@ class ReadLog:
         """
         digests: dict[str, dict[str, str]] = {}
         replaced: dict[str, dict[str, int]] = {}
-        for reader in tensor.readers:
+        for reader in tensor.sources:
             reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
-            model = str(self._inputs.folders.index(reader.checkpoint.folder))
+            model = str(self._inputs.places.index(reader.checkpoint.place))
             digests.setdefault(model, {})[reader.tensor] = reader.digest()
             if count := tensor.replaced_of(reader):
                 replaced.setdefault(model, {})[reader.tensor] = count
@@ -44,19 +46,19 @@ class ReadLog:
         """Add what earlier runs have read."""
         for read in reads:
             for model, digests in read.digests.items():
-                self._digests.setdefault(self._inputs.folders[int(model)], {}).update(digests)
+                self._digests.setdefault(self._inputs.places[int(model)], {}).update(digests)
             for model, replaced in read.replaced.items():
-                self._replaced.setdefault(self._inputs.folders[int(model)], {}).update(replaced)
+                self._replaced.setdefault(self._inputs.places[int(model)], {}).update(replaced)
 
     def digest_of(self, source: Source) -> str | None:
         """xxh3-128 of a model's tensor as read; None if it was not read."""
-        return self._digests.get(source.checkpoint.folder, {}).get(source.tensor)
+        return self._digests.get(source.checkpoint.place, {}).get(source.tensor)
 
     def model_digests(self) -> list[tuple[str, str]]:
         """(label, one xxh3-128 over all tensors of the model that were read, by name), for each model."""
         found = []
         for checkpoint in self._inputs.checkpoints:
-            table = sorted(self._digests.get(checkpoint.folder, {}).items())
+            table = sorted(self._digests.get(checkpoint.place, {}).items())
             text = "".join(f"{name}\0{value}\n" for name, value in table)
             found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
         return found
@@ -68,5 +70,5 @@ class ReadLog:
             Replaced(checkpoint.label, tensor, count)
             for checkpoint in dict.fromkeys(self._inputs.checkpoints)
             for tensor in dict.fromkeys(tensor for of, tensor in read if of is checkpoint)
-            if (count := self._replaced.get(checkpoint.folder, {}).get(tensor))
+            if (count := self._replaced.get(checkpoint.place, {}).get(tensor))
         ]

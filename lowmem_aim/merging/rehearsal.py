@@ -16,9 +16,9 @@ from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Rounds, Rows
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.planning.layout import subject_of
-from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.aim import relax
+from lowmem_aim.system.dtypes import Dtype
 from lowmem_aim.system.memory import Budget, trim
 from lowmem_aim.system.on_demand import torch
 
@@ -35,6 +35,8 @@ def rehearse(plan: Plan, budget: Budget) -> int:
     Where a device with memory of its own computes, only the check of what is read is rehearsed.
     """
     trim()
+    for checkpoint in {source.checkpoint for task in plan.tasks for source in task.sources(with_base=True)}:
+        checkpoint.warm_up()
     most = budget.ram_used()
     for task in _kinds(plan):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.
@@ -56,7 +58,7 @@ def _kinds(plan: Plan) -> Iterator[Task]:
 
 
 def _kind(task: Task) -> Hashable:
-    dtypes = [source.info.dtype for source in task.sources(with_base=True)]
+    dtypes = [task.read_as(source) for source in task.sources(with_base=True)]
     parameters = [(name, _class_of(value)) for name, value in sorted(task.parameters.items())]
     return tuple(dtypes), task.dtype, len(task.shape), task.inputs_first, tuple(parameters)
 
@@ -71,7 +73,7 @@ def _class_of(value: Any) -> Hashable:
 def _merge(task: Task, plan: Plan, *, computed: bool) -> None:
     shape = _small(task.shape)
     random = torch.Generator().manual_seed(0)
-    base, *experts = (_random(source, shape, random) for source in task.sources(with_base=True))
+    base, *experts = (_random(task.read_as(source), shape, random) for source in task.sources(with_base=True))
     if not all(map(finite, (base, *experts))) or not computed:
         return
     rows = Rows(base, tuple(experts), 0)
@@ -86,9 +88,8 @@ def _small(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, COLUMNS if place == len(shape) - 1 else ROWS) for place, size in enumerate(shape))
 
 
-def _random(source: Source, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    values = torch.randn(matrix_shape(shape), generator=random)
-    return values.to(source.info.dtype.torch)
+def _random(dtype: Dtype, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    return torch.randn(matrix_shape(shape), generator=random).to(dtype.torch)
 
 
 def _finish(merged: Tensor, rows: Rows, task: Task, *, relaxed: bool) -> None:

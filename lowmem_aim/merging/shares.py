@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.methods import kernels
@@ -58,16 +58,20 @@ class Needs:
     footprint: Footprint  # the most that the method takes of any tensor; `tensor` is of the two under way
     compiled: bool  # numba's loops do the arithmetic
     passes: int = 2  # over a tensor, at most: after the first, slices are read again
+    reading: Footprint = field(default_factory=Footprint)  # of all models' readers, besides the rows that they give
 
     @classmethod
     def of(cls, plans: Sequence[Plan], inputs: Inputs, device: torch.device) -> Needs:
         """The needs of a merge that writes all `plans` at once; the plans differ in their relaxation only."""
         plan, method = plans[0], plans[0].recipe.method
         tasks = [task for task in plan.tasks if task.action == "merge"]
-        models = max((len(task.experts) for task in tasks), default=0) + 1
+        filled = any(task.filling for task in tasks)
+        # Beside base and experts, the rows that stand where a model has none.
+        models = max((len(task.experts) for task in tasks), default=0) + 1 + filled
         widest = max((task.dtype.itemsize for task in tasks), default=4)
         dtypes = {info.dtype for checkpoint in inputs.checkpoints for info in checkpoint}
         stored = max((dtype.itemsize for dtype in dtypes), default=4)
+        stored = max(stored, *(task.given_dtype.itemsize for task in tasks if task.filling)) if filled else stored
         loops = device.type == "cpu" and kernels.available()
         footprint = _footprint(plan, tasks, loops)
         if (loops and len(dtypes) > 1) or not dtypes <= {DTYPES["BF16"], DTYPES["F32"]}:
@@ -80,6 +84,7 @@ class Needs:
             footprint=footprint | _finishing(plans, tasks),
             compiled=method.compiled and loops,
             passes=1 + method.rounds[1],
+            reading=_reading(inputs),
         )
 
     @property
@@ -89,7 +94,7 @@ class Needs:
 
     def held(self) -> int:
         """Bytes of RAM that do not depend on the slices."""
-        return self.footprint.tensor + GROWTH_BYTES
+        return self.footprint.tensor + self.reading.tensor + GROWTH_BYTES
 
     def slices(self, elements: int, workers: int, ahead: int, on_host: bool) -> int:
         """Bytes of RAM of all slices that are alive at once, of so many elements of each model."""
@@ -98,6 +103,7 @@ class Needs:
         written = computed + 1 + WAITING + 1  # one in hand, and one at the disk
         # Of the slice that is read: rows put together anew, and the check for NaN.
         element = self.stored * (read + computed + 1) + 8 + self.written * written
+        element += self.reading.element * min(self.passes, 2)  # in each queue one slice is being read
         fixed = self.footprint.part * (computed + 1)
         if on_host:
             element += self.footprint.element * workers
@@ -113,8 +119,9 @@ class Needs:
 
     def one_by_one(self, elements: int) -> int:
         """Bytes of RAM that merging slices of so many elements takes, one at a time, in one thread."""
-        element = 2 * self.stored + self.written + self.footprint.element
-        return self.footprint.tensor + self.footprint.slice + 2 * self.footprint.part + elements * element
+        element = 2 * self.stored + self.written + self.footprint.element + self.reading.element
+        held = self.footprint.tensor + self.reading.tensor
+        return held + self.footprint.slice + 2 * self.footprint.part + elements * element
 
     def least_ram(self, on_host: bool, reached: int = 0) -> int:
         """Least bytes of RAM, besides the program itself, with which `share_out` succeeds.
@@ -196,6 +203,12 @@ def _footprint(plan: Plan, tasks: Sequence[Task], loops: bool) -> Footprint:
         whole |= own
         held = sorted([*held, own.tensor])[1:]
     return Footprint(whole.element, whole.slice, whole.part, sum(held))
+
+
+def _reading(inputs: Inputs) -> Footprint:
+    """The memory of readers that compute what they give: models are read one after another, and hold what they hold."""
+    found = [checkpoint.footprint for checkpoint in dict.fromkeys(inputs.checkpoints)]
+    return Footprint(max((one.element for one in found), default=0), tensor=sum(one.tensor for one in found))
 
 
 def _finishing(plans: Sequence[Plan], tasks: Sequence[Task]) -> Footprint:

@@ -6,6 +6,7 @@ expert end the merge, or, if the user says so, take the base's value, so that th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -16,6 +17,7 @@ import xxhash
 
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.merging.given_rows import GivenRows, Piece, mean_row
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rows
 from lowmem_aim.models.headers import matrix_shape
@@ -142,16 +144,21 @@ class TensorReader:
         """
         if self._row_map is None:
             return [(0, self.checkpoint.rows(self.tensor, start, stop))]
-        runs = _runs(self._row_map[start:stop])
+        stretches = runs(self._row_map[start:stop])
         return [
             (place, self.checkpoint.rows(self.tensor, int(run[0]), int(run[0]) + len(run)))
-            for place, run in runs
+            for place, run in stretches
             if run[0] >= 0
         ]
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the model's rows are not simply the output's."""
+        return self._row_map is not None
+
     def enter_digest(self, pieces: list[tuple[int, Tensor]]) -> None:
         """Add the bytes of these pieces to the digest."""
-        for _, rows in pieces:
+        for _, rows in pieces if self._row_map is None else ():
             self._hash.update(raw(rows))
 
     def assembled(self, pieces: list[tuple[int, Tensor]], count: int, fill: Tensor | None) -> Tensor:
@@ -167,11 +174,14 @@ class TensorReader:
         return rows
 
     def digest(self) -> str:
-        """xxh3-128 of all pieces entered, as 32 hex digits."""
-        return str(self._hash.hexdigest())
+        """xxh3-128 of the whole tensor, as 32 hex digits, once all its pieces are entered.
+
+        Where rows are taken from here and there the tensor is read once more: its digest says the same for every plan.
+        """
+        return self.checkpoint.digest(self.tensor) if self.mapped else str(self._hash.hexdigest())
 
 
-def _runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
+def runs(wanted: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (place, run) for each stretch of consecutive rows, or of missing ones (-1).
 
     They are few, since vocabularies mostly agree.
@@ -196,14 +206,20 @@ class TensorInputs:
         self._mends = nonfinite == "base" and task.action == "merge"
         self.replaced = [0] * len(task.experts)
         self._experts = [TensorReader(expert) for expert in task.experts]
-        # Rows that a mapped vocabulary lacks come from the base, whether the method reads it or not.
-        mapped = any(expert.row_map is not None for expert in task.experts)
-        self._base = TensorReader(task.base) if task.base and (with_base or mapped) else None
+        self._base = TensorReader(task.base) if task.base and with_base else None
+        self._givers = [TensorReader(source) for source in task.filling.givers] if task.filling else []
+        self._given = GivenRows(task.given_dtype.torch, matrix_shape(task.shape)[1]) if task.filling else None
+        self._means: dict[TensorReader, Tensor] = {}  # of models' rows, where those beyond the tokens are a mean
 
     @property
     def readers(self) -> list[TensorReader]:
         """The readers of all models, the base's first if the base is read."""
         return [*([self._base] if self._base else []), *self._experts]
+
+    @property
+    def sources(self) -> list[TensorReader]:
+        """The readers of all that is read: beside `readers`, of the rows that stand where models have none."""
+        return [*self.readers, *self._givers]
 
     def replaced_of(self, reader: TensorReader) -> int:
         """The number of elements, of one of the `readers`, that took the base's value."""
@@ -212,7 +228,8 @@ class TensorInputs:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows of all models, as stored."""
-        return sum(reader.itemsize for reader in self.readers) * math.prod(self.task.shape)
+        own = self._given.dtype.itemsize if self._given else 0
+        return sum(max(reader.itemsize, own) for reader in self.readers) * math.prod(self.task.shape)
 
     def slices(self, first_pass: bool) -> Iterator[Rows]:
         """Yield all slices once. The first pass checks and digests them. Raises ModelError, MemoryBudgetError."""
@@ -221,7 +238,7 @@ class TensorInputs:
         while start < rows:
             stop = rows if self.task.whole else min(start + self._stride.rows(columns), rows)
             try:
-                pieces = [reader.pieces(start, stop) for reader in self.readers]
+                pieces = self._pieces(start, stop)
                 read = self._assembled(pieces, start, stop - start, columns)
                 replaced = [0] * len(read.stored_experts)
                 if self._mends and (first_pass or any(self.replaced)):
@@ -243,24 +260,45 @@ class TensorInputs:
     def rows(self, start: int, stop: int) -> Rows:
         """Rows start:stop, not entered in any digest. Raises ModelError for NaN and Inf, or replaces them."""
         columns = matrix_shape(self.task.shape)[1]
-        pieces = [reader.pieces(start, stop) for reader in self.readers]
+        pieces = self._pieces(start, stop)
         self._check(pieces)
         read = self._assembled(pieces, start, stop - start, columns)
         return _mended(read)[0] if self._mends else read
 
-    def _assembled(self, pieces: list[list[tuple[int, Tensor]]], start: int, count: int, columns: int) -> Rows:
-        base = self._base.assembled(pieces[0], count, None) if self._base else None
-        parts = zip(self._experts, pieces[len(pieces) - len(self._experts) :], strict=True)
-        experts = tuple(reader.assembled(part, count, base) for reader, part in parts)
-        return Rows(torch.empty(0) if base is None else base, experts, start * columns)
+    def _pieces(self, start: int, stop: int) -> list[list[Piece]]:
+        """Rows start:stop of each of the `sources`."""
+        return [reader.pieces(start, stop) for reader in self.sources]
 
-    def _look_at(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
-        for reader, part in zip(self.readers, pieces, strict=True):
+    def _assembled(self, pieces: list[list[Piece]], start: int, count: int, columns: int) -> Rows:
+        given = self._given.assembled(pieces[len(self.readers) :], count) if self._given else None
+        models = zip(self.readers, pieces, strict=False)  # then come the givers
+        rows = [self._with_means(reader, reader.assembled(part, count, given), start) for reader, part in models]
+        base = rows.pop(0) if self._base else torch.empty(0)
+        return Rows(base, tuple(rows), start * columns)
+
+    def _with_means(self, reader: TensorReader, rows: Tensor, start: int) -> Tensor:
+        """Fill rows beyond the tokens with the mean of the model's rows before; `start` is the first one's place."""
+        first = self.task.filling.mean_from if self.task.filling else start + len(rows)
+        if start + len(rows) <= first:
+            return rows
+        if reader not in self._means:
+            self._means[reader] = mean_row(functools.partial(self._rows_of, reader), first, rows.shape[1])
+        rows[max(0, first - start) :] = self._means[reader]
+        return rows
+
+    def _rows_of(self, reader: TensorReader, start: int, stop: int) -> Tensor:
+        """Rows start:stop of one model, with those that stand where it has none."""
+        given = [giver.pieces(start, stop) for giver in self._givers]
+        filled = self._given.assembled(given, stop - start) if self._given else None
+        return reader.assembled(reader.pieces(start, stop), stop - start, filled)
+
+    def _look_at(self, pieces: list[list[Piece]]) -> None:
+        for reader, part in zip(self.sources, pieces, strict=True):
             reader.enter_digest(part)
         self._check(pieces)
 
-    def _check(self, pieces: list[list[tuple[int, Tensor]]]) -> None:
-        for reader, part in zip(self.readers, pieces, strict=True):
+    def _check(self, pieces: list[list[Piece]]) -> None:
+        for reader, part in zip(self.sources, pieces, strict=True):
             if reader in self._strict and not all(finite(rows) for _, rows in part):
                 self._refuse()
 
@@ -269,7 +307,7 @@ class TensorInputs:
         """The readers whose NaN and Inf end the merge: the base's always do, since nothing can take their place."""
         if self.task.action == "copy":
             return []
-        return self.readers if not self._mends else [self._base] if self._base else []
+        return self.sources if not self._mends else [*([self._base] if self._base else []), *self._givers]
 
     def _refuse(self) -> None:
         counts = {reader: count for reader in self._strict if (count := self._bad_values(reader))}

@@ -9,6 +9,7 @@ selection.py      the elements of a delta that stay
 counting.py       the k largest magnitudes, exactly, by counting
 gram.py           dot products between whole tensors, and of rows
 columns.py        dot products between columns
+low_rank.py       weights with a low-rank change added
 kernels.py        the compiled loops as functions of tensors
 loops.py          the loops that numba compiles for the CPU
 compiled_code.py  where compiled loops are kept for the next run

@@ -27,6 +27,7 @@ Selected = tuple[Literal["all", "random", "largest", "between"], tuple[int, int,
 UPPER_BITS = 16  # of the 31 bits of a float32 magnitude, counted by `count_upper`
 _BINS_OF_UPPER = 1 << UPPER_BITS
 BINS_BYTES = 720 * 8  # of an exact sum's bins: `loops.BINS` of them
+BLOCK_BYTES = 1024 * 8  # of the sums of `loops.BLOCK` elements
 
 
 @functools.cache
@@ -229,6 +230,27 @@ def scaled_deltas(base: Tensor, experts: Sequence[Tensor], scales: Tensor, by_ro
         first, tuple(arrays), scales.contiguous().numpy(), by_row, base.shape[1], out.view(-1).numpy()
     )
     return out
+
+
+def with_low_rank(stored: Tensor, left: Tensor, right: Tensor, scaling: float, factors: Tensor | None) -> Tensor:
+    """(stored + scaling * left right) * factors, as `methods.low_rank`; float32, of the shape of `stored`."""
+    out = torch.empty(stored.shape)
+    (array,) = _arrays([stored])
+    by_row, by_column = np.empty(0), np.empty(0)
+    if factors is not None and factors.shape[1] == 1 and stored.shape[0] == factors.shape[0]:
+        by_row = factors.contiguous().view(-1).numpy()
+    elif factors is not None:
+        by_column = factors.contiguous().view(-1).numpy()
+    factors_left, factors_right = left.contiguous().numpy(), right.contiguous().numpy()
+    _loops().with_low_rank(
+        array, factors_left, factors_right, np.float64(scaling), by_row, by_column, out.view(-1).numpy()
+    )
+    return out
+
+
+def add_column_squares(rows: Tensor, totals: Tensor) -> None:
+    """Add the squares of (rows, columns) float32 to the (columns,) float64 totals, row by row."""
+    _loops().add_column_squares(rows.contiguous().numpy(), totals.numpy())
 
 
 def _units(bins: Any) -> int:

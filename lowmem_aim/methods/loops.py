@@ -547,3 +547,71 @@ def scaled_deltas(base, experts, scales, by_row, columns, out):
                         total[j] += (_wide(expert[j]) - _wide(origin[j])) * own[j]
         for j in range(columns):
             total[j] += _wide(origin[j])
+
+
+# --- low-rank changes -----------------------------------------------------------------------------------------------
+
+
+@compiled
+def with_low_rank(stored, left, right, scaling, by_row, by_column, out):
+    """out = (stored + scaling * left right) * factors, in float64, each product added in the order of the rank.
+
+    `left` is (rows, rank), `right` (rank, columns); one of `by_row` and `by_column` has the factors, or both are empty.
+    """
+    rows, columns = left.shape[0], right.shape[1]
+    sums = np.empty(BLOCK, F64)
+    # Columns outside, rows inside: the block of `right` stays in the processor's second cache.
+    for first in range(0, columns, BLOCK):
+        stop = min(first + BLOCK, columns)
+        total = sums[: stop - first]
+        for i in range(rows):
+            _dot_block(left[i], right, first, total)
+            weight = stored[i * columns + first : i * columns + stop]
+            result = out[i * columns + first : i * columns + stop]
+            if by_row.size:
+                factor = by_row[i]
+                for j in range(total.size):
+                    result[j] = F32((F64(_wide(weight[j])) + total[j] * scaling) * factor)
+            elif by_column.size:
+                factors = by_column[first:stop]
+                for j in range(total.size):
+                    result[j] = F32((F64(_wide(weight[j])) + total[j] * scaling) * factors[j])
+            else:
+                for j in range(total.size):
+                    result[j] = F32(F64(_wide(weight[j])) + total[j] * scaling)
+
+
+@inner
+def _dot_block(left, right, start, total):
+    """total = left[0] right[0] + left[1] right[1] + ..., from column `start` on.
+
+    The products are added in that order, four at a time, so that sums are stored less often.
+    """
+    rank, stop = left.size, start + total.size
+    for j in range(total.size):
+        total[j] = 0.0
+    for k in range(0, rank - rank % 4, 4):
+        a, b, c, d = F64(left[k]), F64(left[k + 1]), F64(left[k + 2]), F64(left[k + 3])
+        # A row first, then its part: for a part of the matrix the compiler would not know that rows are contiguous.
+        first, second = right[k][start:stop], right[k + 1][start:stop]
+        third, fourth = right[k + 2][start:stop], right[k + 3][start:stop]
+        for j in range(total.size):
+            one = total[j] + a * F64(first[j])
+            two = one + b * F64(second[j])
+            three = two + c * F64(third[j])
+            total[j] = three + d * F64(fourth[j])
+    for k in range(rank - rank % 4, rank):
+        a = F64(left[k])
+        first = right[k][start:stop]
+        for j in range(total.size):
+            total[j] = total[j] + a * F64(first[j])
+
+
+@compiled
+def add_column_squares(rows, totals):
+    """totals[j] += rows[i, j]^2, row by row; a square of a float32 is exact in float64."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        for j in range(totals.size):
+            value = F64(row[j])
+            totals[j] = totals[j] + value * value

@@ -1,4 +1,4 @@
-"""The JSON of a model folder, above all config.json: checked for size, depth, values and quantisation.
+"""The JSON of a model folder, above all config.json: checked for size, depth and values.
 
 transformers builds a model from the config, layer by layer: a number that no model has would take hours and all memory.
 """
@@ -91,26 +91,10 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"`{printable(str(file))}` is not a JSON object")
     tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
-    quantised = [text for table in tables if (text := _quantisation(table))]
-    if quantised:
-        raise ModelError(
-            f"`{shown}` is quantised ({quantised[0]} in its {CONFIG})",
-            hint="merge the unquantised models, then quantise the result",
-        )
     problems = [f"`{shown}`: {problem} in its {CONFIG}" for table in tables for problem in _wrong_values(table)]
     if problems:
         raise ModelError(problems, hint="download the model's config.json again")
     return config
-
-
-def _quantisation(table: Mapping[str, Any]) -> str:
-    """The quantisation that the config declares, for a message; empty if it declares none."""
-    for key in ("quantization_config", "compression_config"):
-        found = table.get(key)
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            return f"`{key}`" + (f": {printable(str(method), 40)}" if method else "")
-    return ""
 
 
 def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:

@@ -1,64 +1,59 @@
 """The files of a model folder: which of them hold tensors, and which are refused.
 
-A model is model.safetensors, or the shards that model.safetensors.index.json names. Links out of the folder, names
-with a path, pickle and quantised weights are each a ModelError.
+A model is model.safetensors, or the shards that model.safetensors.index.json names. Links that may not be followed,
+names with a path and pickle are each a ModelError.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
-from lowmem_aim.models.config import load_json
+from lowmem_aim.models.config import CONFIG, load_json
 from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
+from lowmem_aim.models.known_files import OF_TOKENIZERS, READ_BY_LOADERS, fits
+from lowmem_aim.models.links import is_inside, leads_to_weights
 from lowmem_aim.system.files import input_errors, is_file, open_regular
 
 INDEX = "model.safetensors.index.json"
-_COMPLETE = "is the download complete, and is this the folder that holds the weights?"
+COMPLETE = "is the download complete, and is this the folder that holds the weights?"
+_CONVERT = "`lowmem-aim convert FOLDER NEW` makes safetensors of it once, in a process of its own without network"
 SINGLE = "model.safetensors"
+ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of a LoRA adapter, as PEFT saves it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
-# What GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors and MXFP4 store beside or in place of a weight.
-QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_scale|weight_scale_inv|weight_packed)$"
-    r"|\.quant_state\.|_proj_(blocks|scales)$"
-)
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
+# What is read beside the shards.
+READ = (CONFIG, INDEX, "adapter_config.json", "README.md", *READ_BY_LOADERS, *OF_TOKENIZERS)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def is_inside(folder: Path, file: Path) -> bool:
-    """Whether `file`, links followed, lies in `folder` or in the blob store of the Hub cache that `folder` is in."""
-    try:
-        target = file.resolve()
-    except (OSError, RuntimeError):  # a link that leads to itself
-        return False
-    if folder in target.parents:
-        return True
-    in_hub_cache = folder.parent.name == "snapshots"
-    return in_hub_cache and target.parent == folder.parent.parent / "blobs"
-
-
 def check_links(folder: Path) -> None:
-    """Raise ModelError, all at once, for links out of the folder, and for pipes, devices and what cannot be opened.
+    """Raise ModelError, all at once, for links that may not be followed, and for pipes, devices and what does not open.
 
-    Only the files count that we or transformers may open. Raises OSError for a folder that cannot be listed.
+    Links count where the file is read, here or for the output; the others where somebody may open it, we or a library.
+    Raises OSError for a folder that cannot be listed.
     """
-    files = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
-    files = [file for file in files if file.suffix in READABLE or file.name == CHAT_TEMPLATES]
-    outside = [file for file in files if file.is_symlink() and not is_inside(folder, file)]
+    there = [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
+    links = [file for file in there if file.is_symlink() and not is_inside(folder, file)]
+    outside = [file for file in links if fits(file.name, READ) or CHAT_TEMPLATES in (file.name, file.parent.name)]
+    if folder / INDEX not in outside:
+        with contextlib.suppress(ModelError):  # of the index: told by those who read it
+            shards = {*shard_names(folder), ADAPTER}
+            outside += [file for file in links if file.name in shards and not leads_to_weights(file)]
     errors: list[LowmemAimError] = []
     if outside:
         what = "is a link that leads out of its model folder"
-        problems = [f"`{printable(str(file))}` {what}" for file in outside]
+        other = "; a shard may be one, to a valid safetensors file"
+        problems = [f"`{printable(str(f))}` {what}{other * (f.suffix == '.safetensors')}" for f in outside]
         errors.append(ModelError(problems, "copy the file itself into the model folder"))
-    for file in (file for file in files if file not in outside and not file.is_dir()):
+    opened = [file for file in there if file.suffix in READABLE and file not in links and not file.is_dir()]
+    for file in opened:
         with noted(errors), input_errors(file):
             os.close(open_regular(file))  # libraries tell of a file that they cannot open without its name
     raise_all(errors)
@@ -112,10 +107,13 @@ def _indexed(folder: Path) -> dict[str, Any]:
 
 
 def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """(all tensors of the model, in file order; what is odd about its files). Raises ModelError with every problem."""
+    """(all tensors of the model in file order, those of quantised weights too; what is odd about its files).
+
+    Raises ModelError with every problem.
+    """
     weight_map = _weight_map(folder)
     if weight_map is None:
-        return _usable(folder, read_header(_single_file(folder))), list(_stale_single_file(folder))
+        return _usable(folder, read_header(_single_file(folder), packed=True)), list(_stale_single_file(folder))
     shards: dict[str, list[str]] = {}  # repr of the name in the index -> tensors
     copies: list[str] = []
     for name, shard_name in weight_map.items():
@@ -127,7 +125,7 @@ def tensors_in_folder(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         if not (_is_shard_name(shard_name) and is_file(folder / shard_name)):
             continue
         try:
-            shard = read_header(folder / shard_name)
+            shard = read_header(folder / shard_name, packed=True)
         except ModelError as error:
             problems += error.problems
             continue
@@ -165,13 +163,7 @@ def _unread_copies(folder: Path, copies: Sequence[str], weight_map: Mapping[str,
 
 
 def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors in file order. Raises ModelError if some are parts of quantised weights, or empty."""
-    quantised = [name for name in tensors if QUANTISED.search(name)]
-    if quantised:
-        raise ModelError(
-            f"`{printable(str(folder))}` is quantised (it holds `{printable(quantised[0])}`)",
-            hint="merge the unquantised models, then quantise the result",
-        )
+    """The tensors in file order. Raises ModelError if some are empty."""
     empty = [name for name, info in tensors.items() if info.shape == (0,)]
     if any(name.endswith(".weight") for name in empty):
         raise ModelError(
@@ -180,10 +172,10 @@ def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInf
             hint="`zero_to_fp32.py` in the training's checkpoint gathers them; so does the setting "
             "`stage3_gather_16bit_weights_on_model_save` when it saves",
         )
-    return _in_file_order(tensors)
+    return in_file_order(tensors)
 
 
-def _in_file_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def in_file_order(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors sorted by file and offset: reading them in order reads each file forward."""
     return {t.name: t for t in sorted(tensors.values(), key=lambda t: (t.file.name, t.begin, t.name))}
 
@@ -194,10 +186,10 @@ def _single_file(folder: Path) -> Path:
         return single
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
+        convertible = any(file.startswith("pytorch_model") and file.endswith(".bin") for file in pickles)
         raise ModelError(
             f"`{printable(str(folder))}` has no safetensors, only pickle (`{printable(pickles[0])}`)",
-            hint="pickle can run code and is never loaded; convert it once, where you trust it: "
-            "`AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder)` in Python, or look for a safetensors revision on the Hub",
+            hint="pickle can run code, and a merge never loads it; "
+            + (_CONVERT if convertible else "look for a safetensors version of this model"),
         )
-    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}", _COMPLETE)
+    raise ModelError(f"`{printable(str(folder))}` has neither {SINGLE} nor {INDEX}", COMPLETE)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.config import LFS_POINTER, MAX_MARKS, refuse_lfs_pointer, too_many_values
-from lowmem_aim.system.dtypes import DTYPES, Dtype
+from lowmem_aim.system.dtypes import DTYPES, PACKED_DTYPES, Dtype
 from lowmem_aim.system.files import input_errors, open_to_read
 
 # The safetensors library refuses headers above 100 MB; so do we, before reading them.
@@ -115,8 +115,8 @@ def _decoded(text: bytes) -> Any:
     )
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, fully checked against its size.
+def read_header(file: Path, *, packed: bool = False) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, fully checked against its size; if `packed`, of quantised weights too.
 
     Raises ModelError naming the file if the header is not one that the safetensors library would accept.
     """
@@ -134,7 +134,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if 8 + length > size:
                 raise _BadHeader(f"its header claims {length} bytes but the file has {size}: truncated?")
             header = _decoded(stream.read(length))
-        return _tensors_of(header, file, data_start=8 + length, file_size=size)
+        dtypes = {**DTYPES, **PACKED_DTYPES} if packed else DTYPES
+        return _tensors_of(header, file, dtypes, data_start=8 + length, file_size=size)
     except _BadHeader as reason:
         raise ModelError(f"`{printable(str(file))}` is not a valid safetensors file: {reason}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers or nesting beyond reason
@@ -144,7 +145,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         ) from error
 
 
-def _tensors_of(header: Any, file: Path, data_start: int, file_size: int) -> dict[str, TensorInfo]:
+def _tensors_of(
+    header: Any, file: Path, dtypes: Mapping[str, Dtype], data_start: int, file_size: int
+) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _BadHeader("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -153,7 +156,7 @@ def _tensors_of(header: Any, file: Path, data_start: int, file_size: int) -> dic
     for text in (*header, *metadata, *metadata.values()):
         if not _is_unicode(text):
             raise _BadHeader(f"`{printable(text)}` in its header is not Unicode")
-    tensors = [_tensor_of(name, entry, file, data_start) for name, entry in header.items()]
+    tensors = [_tensor_of(name, entry, file, dtypes, data_start) for name, entry in header.items()]
     end = data_start
     for info in sorted(tensors, key=lambda t: (t.begin, t.end)):
         if info.begin != end:
@@ -174,15 +177,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _tensor_of(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo:
+def _tensor_of(name: str, entry: Any, file: Path, dtypes: Mapping[str, Dtype], data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _BadHeader(f"the entry of tensor `{printable(name)}` is malformed")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         raise _BadHeader(f"tensor `{printable(name)}` has a malformed shape or offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:
         raise _unusable_dtype(printable(name), entry["dtype"])
-    dtype = DTYPES[entry["dtype"]]
+    dtype = dtypes[entry["dtype"]]
     begin, end = offsets
     if math.prod(n or 1 for n in shape) >= 1 << 63:  # even if another dimension is 0: the library uses 64 bits
         raise _BadHeader(f"tensor `{printable(name)}` has a shape beyond 64 bits")

@@ -1,4 +1,4 @@
-"""The local folder of a model reference: a folder here, or `id[@revision]` on the Hugging Face Hub.
+"""The local folder of a model or an adapter: a folder here, or `id[@revision]` on the Hugging Face Hub.
 
 Downloads go through huggingface_hub into its own cache (HF_HOME), honour HF_HUB_OFFLINE and HF_TOKEN, and fetch
 safetensors, json and tokenizer data only: no pickle, no code.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,31 +16,41 @@ from pathlib import Path
 
 from lowmem_aim.errors import ModelError, NetworkError, NoSuchModel, nearest, printable
 from lowmem_aim.events import Emit, Notice
+from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
+from lowmem_aim.models.folder import ADAPTER
 from lowmem_aim.models.known_files import LEGAL, READ_BY_LOADERS
 from lowmem_aim.system.files import input_errors, is_folder, real
 
 # All plain data: pickles and code are never asked for.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "README.md", *LEGAL]
 WANTED += [pattern for pattern in READ_BY_LOADERS if not pattern.endswith((".json", ".jinja"))]
+WANTED_OF_ADAPTERS = [ADAPTER, ADAPTER_CONFIG]
+WEIGHTS = "*.safetensors"
+SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Located:
-    """A model that is on this machine."""
+    """A model, or an adapter, that is on this machine."""
 
     folder: Path
     label: str  # how the outputs name the model: its folder's name, or its Hub id (with revision)
 
 
-def locate(reference: str, emit: Emit) -> Located:
-    """The folder of a model, downloaded first if it is on the Hub. Raises ModelError or NetworkError."""
-    return local_model(reference) or Located(downloaded(reference, WANTED, emit), reference)
+def locate(reference: str, emit: Emit, adapter: bool = False) -> Located:
+    """The folder of a model or an adapter, downloaded first if it is on the Hub. Raises ModelError or NetworkError."""
+    wanted = WANTED_OF_ADAPTERS if adapter else WANTED
+    return local_model(reference, adapter) or Located(downloaded(reference, wanted, emit), reference)
 
 
-def local_model(reference: str) -> Located | None:
-    """The model in a local folder; None if `reference` must be a Hub id. Raises ModelError if it can be neither."""
+def local_model(reference: str, adapter: bool = False) -> Located | None:
+    """The model, or the adapter, in a local folder; None if `reference` must be a Hub id.
+
+    Raises ModelError if it can be neither.
+    """
     shown = printable(reference)
+    what, holds = ("adapter", ADAPTER_CONFIG) if adapter else ("model", "config.json")
     # os.path leaves a name as it is where Path's methods would raise: for an unknown user.
     folder = Path(os.path.expanduser(reference))
     with input_errors(folder):
@@ -47,9 +58,7 @@ def local_model(reference: str) -> Located | None:
             return Located(folder, plain_name(real(folder)))
         is_other = os.path.exists(folder)
     if is_other:
-        raise ModelError(f"`{shown}` is a file, not a model folder", hint="name the folder that holds config.json")
-    if "+" in reference:
-        raise ModelError(f"`{shown}`: LoRA adapters are not supported", hint="merge the adapter into its model first")
+        raise ModelError(f"`{shown}` is a file, not {_a(what)} folder", hint=f"name the folder that holds {holds}")
     # `experts/math` may be a path or a Hub id; if there is a folder `experts`, it is meant as a path.
     looks_local = reference.startswith((".", "~")) or os.path.isdir(folder.parent)
     # `..` in a revision would lead out of the Hub library's cache.
@@ -58,9 +67,13 @@ def local_model(reference: str) -> Located | None:
         near = nearest(folder.name, beside)
         meant = f"; did you mean `{printable(os.path.join(os.path.dirname(reference), near))}`?" if near else ""
         raise NoSuchModel(
-            f"there is no model folder `{shown}`{meant}", hint="check the path; ids on the Hub look like `owner/name`"
+            f"there is no {what} folder `{shown}`{meant}", hint="check the path; ids on the Hub look like `owner/name`"
         )
     return None
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def plain_name(folder: Path) -> str:
@@ -86,6 +99,13 @@ def downloaded(reference: str, patterns: list[str], emit: Emit) -> Path:
     repository, revision = repository_of(reference)
     with hub_errors(reference):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def keep_downloads_in(folder: str) -> None:
+    """Keep models from the Hub in `folder`, in this process and its children, as if HF_HUB_CACHE named it."""
+    path = os.environ["HF_HUB_CACHE"] = os.path.abspath(os.path.expanduser(folder))
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:  # the library has read it already
+        constants.__dict__["HF_HUB_CACHE"] = path
 
 
 @contextmanager

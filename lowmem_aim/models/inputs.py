@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.output_tokenizer import OutputTokenizer
 from lowmem_aim.models.roles import TensorRoles
+from lowmem_aim.models.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +28,13 @@ class Inputs:
     experts: tuple[Checkpoint, ...]
     reference: Checkpoint
     roles: TensorRoles  # of the reference
-    row_maps: dict[Path, Tensor] = field(default_factory=dict)  # by folder, see `row_map`
+    token_rows: TokenRows | None = None  # None: rows of the vocabulary simply match
+    tokenizer: OutputTokenizer | None = None  # None: the reference's
+    matched: bool = False  # it is known which rows of the vocabulary belong together
     dropped: frozenset[str] = field(default_factory=frozenset)  # tied heads that repeat their embedding
+    carried: frozenset[str] = field(
+        default_factory=frozenset
+    )  # tensors that some model has no part of: the reference's
     opened: Mapping[str, Checkpoint] = field(default_factory=dict)  # by the recipe's references
 
     @property
@@ -37,14 +44,29 @@ class Inputs:
         return (*first, *(model for model in self.opened.values() if model not in first))
 
     @property
+    def places(self) -> list[tuple[Path, ...]]:
+        """The `place` of each model, each once; the first is the base's, if there is one."""
+        return list(dict.fromkeys(checkpoint.place for checkpoint in self.checkpoints))
+
+    @property
     def folders(self) -> list[Path]:
-        """The models' folders, each once; the first is the base's, if there is one."""
-        return list(dict.fromkeys(checkpoint.folder for checkpoint in self.checkpoints))
+        """The folders of the models and their adapters, each once."""
+        return list(dict.fromkeys(folder for place in self.places for folder in place))
 
     @property
     def others(self) -> list[Checkpoint]:
         """The models beside the reference, each once."""
         return [other for other in dict.fromkeys(self.checkpoints) if other is not self.reference]
+
+    def with_model(self, model: Checkpoint, instead: Checkpoint) -> Inputs:
+        """The same inputs with another reader in the place of a model."""
+
+        def now(one: Checkpoint) -> Checkpoint:
+            return instead if one is model else one
+
+        opened = {reference: now(one) for reference, one in self.opened.items()}
+        base = now(self.base) if self.base else None
+        return replace(self, base=base, experts=tuple(map(now, self.experts)), opened=opened)
 
     def without(self, unlike: Set[Checkpoint]) -> Inputs:
         """The same inputs, for further checks, but for models that are refused already."""
@@ -54,8 +76,13 @@ class Inputs:
         return replace(self, base=base, experts=experts, opened=opened)
 
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
-        """Which of a model's rows stands for each row of the reference; None where rows simply match.
+        """Which of a model's rows stands for each row of the output; None where rows simply match.
 
-        (reference rows,) int64; -1: the model has no such row.
+        (output rows,) int64; -1: the model has no such row.
         """
-        return self.row_maps.get(checkpoint.folder) if tensor in self.roles.vocabulary else None
+        rows = self.rows_of(tensor)
+        return None if rows is None else rows.own.get(checkpoint.place)
+
+    def rows_of(self, tensor: str) -> TokenRows | None:
+        """The rows of an embedding or a head in the output; None for other tensors, and where rows simply match."""
+        return self.token_rows if tensor in self.roles.vocabulary else None

@@ -7,6 +7,7 @@ is used and `auto_map` ignored.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -17,7 +18,13 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.errors import ModelError, printable
@@ -32,6 +39,10 @@ transformers.utils.logging.set_verbosity_error()  # what users need comes as a N
 # In every forward pass of this project and its tests: torch's fused attention if the model has it, and experts one by
 # one in Python, the only form that shows the inputs of each expert.
 ATTENTION, EXPERTS = "sdpa", "eager"
+# transformers' classes of models that continue a text, and further ones, whose tensors can be merged. The first whose
+# weights a checkpoint holds is the checkpoint's.
+_DECODERS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+_CLASSES: tuple[Any, ...] = (*_DECODERS, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class MetaModel:
     Tensor names are the checkpoint's; a tensor that the file lacks (a tied head) has transformers' name.
     """
 
-    model: Any  # a PreTrainedModel for causal LM, in eval mode
+    model: Any  # a PreTrainedModel, in eval mode
     dtype: torch.dtype  # of the parameters, but for those that the model keeps in float32
     blocks: list[tuple[str, nn.Module]]  # ("model.layers.0", module), in the order of `num_hidden_layers`
     weights: ParameterNames
@@ -51,6 +62,7 @@ class MetaModel:
     embeddings: frozenset[str]  # weights of token, position and other embeddings
     buffers: frozenset[str]  # state that is no parameter, today's or an older model's
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
+    continues_text: bool = True  # False: an encoder, or a model that has one
 
     def roles(self) -> TensorRoles:
         """The roles of the tensors, which are all that merging needs of this model."""
@@ -59,12 +71,14 @@ class MetaModel:
 
     def require_blocks(self) -> None:
         """Raise ModelError if no list of blocks was found: then the model can be merged, but not run block by block."""
-        if not self.blocks:
+        why = "beside its token embedding there is no list of layers of one class" if not self.blocks else ""
+        if not self.continues_text:
+            why = "it is an encoder, or has one, and only models that continue a text are run"
+        if why:
             shown = printable(self.weights.checkpoint.label)
             kind = printable(str(self.model.config.model_type))
             raise ModelError(
-                f"`{shown}` (model type `{kind}`) cannot be run block by block: "
-                "beside its token embedding there is no list of layers of one class",
+                f"`{shown}` (model type `{kind}`) cannot be run block by block: {why}",
                 hint="leave `aim:` and `acm:` out (`--omega`, `--theta`): a merge without them runs no model",
             )
 
@@ -76,7 +90,7 @@ class MetaModel:
     @property
     def decoder(self) -> str:
         """The path of the smallest part of the model that has the token embedding and all blocks; "" if it is all."""
-        tokens = _path_of(self.model, self.model.get_input_embeddings())
+        tokens = _path_of(self.model, _tokens_of(self.model))
         parts = [path.split(".") for path in (tokens, *(path for path, _ in self.blocks))]
         common = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
         return ".".join(names[0] for names in common)
@@ -86,14 +100,27 @@ def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) ->
     """Build the model of `checkpoint` without weights, in `dtype` (default: the one that most of its bytes have).
 
     Raises ModelError for a model type that transformers does not have, or has only through code in the folder, for a
-    model that is no causal LM, for shapes that contradict the config, and for missing tensors.
+    model that no auto class has, for shapes that contradict the config, and for missing tensors.
     """
     dtype = dtype or _main_dtype(checkpoint)
-    model = _build(checkpoint, dtype)
+    config = config_of_transformers(checkpoint.config, checkpoint.label)
+    fitting = [kind for kind in _CLASSES if type(config) in kind._model_mapping] or [AutoModelForCausalLM]
+    errors: list[ModelError] = []
+    for kind in fitting:
+        try:
+            return _of_class(kind, config, checkpoint, dtype)
+        except ModelError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> MetaModel:
+    model = _build(kind, config, checkpoint, dtype)
     weights = ParameterNames(model, checkpoint)
     _require_weights(model, weights, checkpoint)
-    head = _path_of(model, model.get_output_embeddings())
+    head = _path_of(model, _head_of(model))
     return MetaModel(
+        continues_text=kind in _DECODERS,
         model=model,
         dtype=dtype,
         blocks=find_blocks(model),
@@ -129,7 +156,7 @@ def find_blocks(model: Any) -> list[tuple[str, nn.Module]]:
         for path, part in lists.items()
         if len(part) == count and all(kinds & {parent.__name__ for parent in type(item).__mro__} for item in part)
     }
-    embedding = _path_of(model, model.get_input_embeddings())
+    embedding = _path_of(model, _tokens_of(model))
     near = _nearest(embedding, declared) or _nearest(embedding, alike)
     kind = type(max(near.values(), key=len)[0]) if near else None
     chosen = [path for path, part in near.items() if type(part[0]) is kind]
@@ -152,16 +179,15 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(totals, key=lambda dtype: totals[dtype]) if totals else torch.float32
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    config = config_of_transformers(checkpoint.config, checkpoint.label)
+def _build(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
-        model = _from_config(config, dtype)
+        model = _from_config(kind, config, dtype)
     except Exception as error:  # transformers raises ValueError, KeyError, ImportError, its validators' own, ...
         if is_allocation_failure(error):
             raise
         raise ModelError(
             f"transformers cannot build `{printable(checkpoint.label)}` (model type "
-            f"`{printable(str(config.model_type))}`) as a causal LM: {short(error)}",
+            f"`{printable(str(config.model_type))}`): {short(error)}",
             hint="does its config.json belong to it? Without `aim:` and `acm:` a merge runs no model",
         ) from error
     _keep_float32(model, dtype)
@@ -169,11 +195,11 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _from_config(config: Any, dtype: torch.dtype) -> Any:
+def _from_config(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     def build(attention: str) -> Any:
         # Fork the generator: weight initialisation may draw random numbers, which must not touch the caller's.
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
+            return kind.from_config(
                 config,
                 trust_remote_code=False,
                 dtype=dtype,
@@ -200,7 +226,7 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
 
 def _require_weights(model: Any, weights: ParameterNames, checkpoint: Checkpoint) -> None:
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    head = _path_of(model, model.get_output_embeddings())
+    head = _path_of(model, _head_of(model))
     missing = [
         name
         for name, _ in model.named_parameters()
@@ -220,16 +246,30 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((path for path, module in model.named_modules() if module is wanted), "")
 
 
+def _tokens_of(model: Any) -> nn.Module | None:
+    """The embedding of tokens; None for a model that reads no tokens, of which transformers raises something."""
+    with contextlib.suppress(Exception):
+        return model.get_input_embeddings()  # type: ignore[no-any-return]
+    return None
+
+
+def _head_of(model: Any) -> nn.Module | None:
+    with contextlib.suppress(Exception):
+        return model.get_output_embeddings()  # type: ignore[no-any-return]
+    return None
+
+
 def _tied(model: Any, weights: ParameterNames, head: str) -> dict[str, str]:
     pairs = model.all_tied_weights_keys.items()
     return {weights.name(target): weights.name(source) for target, source in pairs if target == f"{head}.weight"}
 
 
 def _vocabulary(model: Any, weights: ParameterNames, head: str) -> Iterator[str]:
-    tokens = model.get_input_embeddings()
+    tokens = _tokens_of(model)
     for path, module in embeddings_of(model):
         # The input embedding, and per-layer ones such as Gemma 3n's; not GPT-2's positions, even if they are as many.
-        if module is tokens or ("embed_tokens" in path and module.num_embeddings == tokens.num_embeddings):
+        as_many = isinstance(tokens, nn.Embedding) and module.num_embeddings == tokens.num_embeddings
+        if module is tokens or ("embed_tokens" in path and as_many):
             yield weights.name(f"{path}.weight")
     if head:
         for name in ("weight", "bias"):

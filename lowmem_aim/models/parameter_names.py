@@ -32,10 +32,19 @@ from transformers.core_model_loading import (
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.headers import broadcasts
+from lowmem_aim.models.headers import broadcasts, matrix_shape
 from lowmem_aim.system.tensors import empty_apart
 
 Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some rows of a parameter of transformers' model."""
+
+    parameter: str
+    start: int
+    rows: int
 
 
 @dataclass
@@ -97,6 +106,11 @@ class ParameterNames:
         recipe = self._recipe(parameter)
         return recipe.parts[0][1] if recipe is not None and recipe.converter is None else None
 
+    def renamed(self) -> dict[str, str]:
+        """Parameter -> its tensor in the checkpoint, for those that are one tensor unchanged, of another name."""
+        plain = {name: recipe.parts[0][1] for name, recipe in self._recipes.items() if recipe.converter is None}
+        return {name: stored for name, stored in plain.items() if name != stored}
+
     def load(self, parameter: str, read: Read | None = None) -> Tensor:
         """The parameter's value in memory of its own, in the model's dtype, or in the one that a converter has made.
 
@@ -115,13 +129,18 @@ class ParameterNames:
             return self._own(parameter, fetch(recipe.parts[0][1]))
         if _is_plain_stack(recipe.converter):
             return self._stack(recipe, fetch)
-        made = recipe.run(self.model, fetch)
+        made = recipe.run(self.model, lambda name: self._as_kept(name, fetch(name)))
         self._waiting.update({name: value for name, value in made.items() if name in self._shapes})
         return self._waiting.pop(parameter)
 
     def _own(self, parameter: str, stored: Tensor) -> Tensor:
         dtype = self._dtypes.get(parameter, stored.dtype)
         return empty_apart(tuple(stored.shape), dtype).copy_(stored)
+
+    def _as_kept(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the checkpoint in the dtype that an output keeps, where reading computes it in another."""
+        kept_as = self.checkpoint.tensors[name].kept_as
+        return value if kept_as is None else value.to(kept_as.torch)
 
     def scatter(self, parameter: str, statistic: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, its statistic) for each tensor that `parameter` is made of.
@@ -157,6 +176,25 @@ class ParameterNames:
             place = patterns.index(pattern) * width
             value[index, place : place + width] = read(name)
         return value
+
+    def places(self) -> dict[str, Place]:
+        """The place of each checkpoint tensor that is some rows of one parameter, by its name.
+
+        Rows are those of the parameter seen as (all but the last dimension) x last, so that they are the same numbers
+        in every layout that stacks or concatenates them.
+        """
+        found = {}
+        for target, recipe in self._recipes.items():
+            if target != recipe.first or target not in self._shapes:
+                continue
+            if recipe.converter is None:
+                found[recipe.parts[0][1]] = Place(target, 0, matrix_shape(self._shapes[target])[0])
+            elif _is_plain_stack(recipe.converter) and len(self._shapes[target]) > 2:  # of a bias, a row is all of it
+                patterns, height = list(recipe.converter.source_patterns), self._shapes[target][1]
+                width = height // len(patterns)
+                for (name, index), (pattern, _) in zip(_numbered(recipe), recipe.parts, strict=True):
+                    found[name] = Place(target, index * height + patterns.index(pattern) * width, width)
+        return found
 
     # -- building the map
 
@@ -240,6 +278,6 @@ def float_bytes(checkpoint: Checkpoint) -> dict[torch.dtype, int]:
     totals: dict[torch.dtype, int] = {}
     for info in checkpoint:
         if info.dtype.is_floating_point:
-            dtype = info.dtype.torch
-            totals[dtype] = totals.get(dtype, 0) + math.prod(info.shape) * info.dtype.itemsize
+            dtype = info.output_dtype.torch
+            totals[dtype] = totals.get(dtype, 0) + math.prod(info.shape) * info.output_dtype.itemsize
     return totals

@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,17 @@ class ReaderNeeded(Exception):  # not an error: whoever works alone does without
     """An answer is not at hand, and no child process may be started for it."""
 
 
+@dataclass(frozen=True)
+class UnitedTokenizer:
+    """One tokenizer made of several."""
+
+    table: str  # its tokenizer.json
+    tokens: Mapping[str, int]  # text -> id
+    added: Sequence[Mapping[str, Any]]  # its added tokens, with their settings
+    changed: bool  # the first model's own files would not do
+    ordinary: bool  # tokens that are no added ones have come or gone
+
+
 class Reader(contextlib.AbstractContextManager["Reader"]):
     """Reads configs, models without weights and tokenizers, for all models of a job. Use as a context manager."""
 
@@ -54,9 +66,18 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     def roles(self, checkpoint: Checkpoint) -> TensorRoles:
         """The roles of the tensors, from building the model without weights. Raises ModelError as `load_meta_model`."""
-        # Every shape counts, because the model is checked against it.
-        tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
-        return TensorRoles.of(self._answer("roles", checkpoint, {"config": checkpoint.config, "tensors": tensors}))
+        return TensorRoles.of(self._answer("roles", checkpoint, _outline(checkpoint)))
+
+    def places(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The place of each tensor in transformers' model, see `reader_program.places`. Raises ModelError."""
+        return dict(self._answer("places", checkpoint, _outline(checkpoint)))
+
+    def renamed(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """transformers' name -> the checkpoint's, of parameters that are one tensor of another name.
+
+        Raises ModelError as `roles`.
+        """
+        return dict(self._answer("renamed", checkpoint, _outline(checkpoint)))
 
     def tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
         """The tokenizer's files by name, with xxh3-128 of each; empty if there is none. Raises ModelError."""
@@ -70,17 +91,30 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         """The vocabulary of the folder's tokenizer: token text -> id. Raises ModelError."""
         return dict(self._of_tokenizer("vocabulary", checkpoint, []))
 
+    def united(self, models: Sequence[Checkpoint], rows: Sequence[int | None], more: Sequence[str]) -> UnitedTokenizer:
+        """One tokenizer of several, and of `more` tokens: see `models.tokenizer_union`. Raises ModelError.
+
+        `rows`: of each model's embedding, beyond which its tokens do not count; None: all count.
+        """
+        files = [self._files_of_tokenizer(model) for model in models]
+        about = {"files": files, "rows": [*rows], "more": [*more], "configs": [model.config for model in models]}
+        return UnitedTokenizer(**self._answer("united", models[0], about, models))
+
     def encode(self, checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, special tokens included. Raises ModelError."""
         batches = (texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE))
         return [list(ids) for batch in batches for ids in self._of_tokenizer("encode", checkpoint, list(batch))]
 
     def _of_tokenizer(self, question: str, checkpoint: Checkpoint, texts: list[str]) -> Any:
+        about = {"config": checkpoint.config, "files": self._files_of_tokenizer(checkpoint), "texts": texts}
+        return self._answer(question, checkpoint, about, [checkpoint])
+
+    def _files_of_tokenizer(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """The tokenizer's files as in `tokenizer`. Raises ModelError if there is none."""
         files = self.tokenizer(checkpoint)
         if not files:
             raise ModelError(f"`{printable(checkpoint.label)}` has no tokenizer", hint=PUT_TOKENIZER)
-        about = {"config": checkpoint.config, "files": files, "texts": texts}
-        return self._answer(question, checkpoint, about)
+        return files
 
     def close(self) -> None:
         """End the child process, if there is one, and forget the answers; the next question starts another."""
@@ -95,8 +129,13 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     ) -> None:
         self.close()
 
-    def _answer(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
-        """The answer in the cache, or the child's; `about` is all that it depends on, beside versions."""
+    def _answer(
+        self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any], copied: Sequence[Checkpoint] = ()
+    ) -> Any:
+        """The answer in the cache, or the child's; `about` is all that it depends on, beside versions.
+
+        The child is given copies of the tokenizer's files of the models in `copied`.
+        """
         versions = [importlib.metadata.version(package) for package in READ_BY]
         facts = json.dumps([FORMAT, versions, question, about], sort_keys=True)
         name = f"{xxhash.xxh3_128_hexdigest(facts.encode())}.json"
@@ -105,18 +144,21 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             if found is None and self.alone:
                 raise ReaderNeeded
             if found is None:
-                found = self._asked(question, checkpoint, about)
+                found = self._asked(question, checkpoint, about, copied)
                 if self._use_cache:
                     _keep(name, found)
             self._known[name] = found
         return self._known[name]
 
-    def _asked(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
-        """The child's answer, given copies of the tokenizer's files if the question is about them."""
-        if "files" not in about:
-            return self._ask(question, checkpoint, about)
-        with vetted_folder(checkpoint.config, tokenizer_files(checkpoint)) as folder:
-            return self._ask(question, checkpoint, {**about, "folder": str(folder)})
+    def _asked(
+        self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any], copied: Sequence[Checkpoint]
+    ) -> Any:
+        with contextlib.ExitStack() as stack:
+            folders = [
+                str(stack.enter_context(vetted_folder(model.config, tokenizer_files(model)))) for model in copied
+            ]
+            given = {"folder": (*folders, "")[0], "folders": folders, "labels": [model.label for model in copied]}
+            return self._ask(question, checkpoint, {**about, **given})
 
     def _ask(self, question: str, checkpoint: Checkpoint, about: Mapping[str, Any]) -> Any:
         if self._process is None:
@@ -129,6 +171,12 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             what = printable(checkpoint.label)
             hint = _AGAIN if isinstance(failure, ReaderKilled) else _AS_PUBLISHED
             raise ModelError(f"`{what}`: reading its {_READ[question]} {failure}", hint) from failure
+
+
+def _outline(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that building the model without weights depends on: every shape, because the model is checked against it."""
+    tensors = [(info.name, info.dtype.name, info.shape) for info in checkpoint]
+    return {"config": checkpoint.config, "tensors": tensors}
 
 
 def _cached(name: str) -> Any:
@@ -156,7 +204,10 @@ def _keep(name: str, answer: Any) -> None:
 _READ = {
     "settings": "config",
     "roles": "config, and building the model without weights,",
+    "places": "config, and building the model without weights,",
+    "renamed": "config, and building the model without weights,",
     "vocabulary": "tokenizer",
+    "united": "tokenizer, and uniting it with others,",
     "encode": "texts with its tokenizer",
 }
 _AGAIN = "give the same command again; close other programs if that does not help"

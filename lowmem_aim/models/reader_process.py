@@ -27,8 +27,8 @@ import psutil
 import lowmem_aim
 from lowmem_aim import errors
 from lowmem_aim.errors import printable
-from lowmem_aim.models.reader_program import is_limited
 from lowmem_aim.system.files import temporary_folder
+from lowmem_aim.system.process_limits import is_limited
 from lowmem_aim.units import shown
 
 MEMORY_BYTES = 2_000_000_000  # that an answer may take, above the imports
@@ -73,7 +73,7 @@ class ReaderProcess:
             stderr=stderr,
             text=True,
             encoding="utf-8",
-            env=_environment(scratch.name),
+            env=environment_of_child(scratch.name),
             start_new_session=True,  # Ctrl-C at the terminal is the parent's
         )
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -148,8 +148,11 @@ def answer_or_raise(line: Mapping[str, Any]) -> Any:
     return line["answer"]
 
 
-def _environment(scratch: str) -> dict[str, str]:
-    """The child's environment: it finds this package, goes to no network and no GPU, and starts no threads."""
+def environment_of_child(scratch: str) -> dict[str, str]:
+    """Environment variables for a child with the temporary folder `scratch`.
+
+    With them it finds this package, uses no network of its own accord and no GPU, and starts no threads.
+    """
     paths = [str(Path(lowmem_aim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

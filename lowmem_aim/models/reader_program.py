@@ -9,51 +9,30 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import LowmemAimError, ModelError, printable
 from lowmem_aim.system.files import name_temporary_folder
+from lowmem_aim.system.process_limits import (
+    end_after,
+    is_limited,
+    lift_limit,
+    limit_memory,
+    peak_bytes,
+    resident_bytes,
+)
+
+if TYPE_CHECKING:
+    from lowmem_aim.models.meta_model import MetaModel
 
 TOKENIZER_HINT = "are its files complete, and do they belong to this model?"
-_PAGES_FILE = Path("/proc/self/statm")
+OTHER_SOURCE = "`tokenizer_source: base`, or one model, takes that model's tokenizer as it is"
 _loaded: dict[str, Any] = {}  # the tokenizer that `encode` has loaded last, by its files
 
 Question = Mapping[str, Any]
-
-
-def is_limited() -> bool:
-    """Whether the system limits a process's memory for data (RLIMIT_DATA, which counts all of it on Linux only)."""
-    return sys.platform == "linux" and _PAGES_FILE.exists()
-
-
-def limit_memory(more_bytes: int) -> None:
-    """Allow this process so much more memory than it has now, if the system can do that."""
-    if not is_limited():
-        return
-    import resource
-
-    data_now = int(_PAGES_FILE.read_text().split()[5]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = data_now + more_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
-def _lift_limit() -> None:
-    if is_limited():
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-
-
-def _end_after(seconds: int) -> None:
-    """End this process after some seconds, whatever it does then; 0: not at all. A parent that was killed cannot."""
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.alarm(seconds)
 
 
 def settings(question: Question) -> Any:
@@ -65,6 +44,22 @@ def settings(question: Question) -> Any:
 
 def roles(question: Question) -> Any:
     """The roles of a checkpoint's tensors, given their names, dtypes and shapes."""
+    return _meta_model(question).roles().table()
+
+
+def places(question: Question) -> Any:
+    """The part of the model that continues text, and where each tensor of a checkpoint lies in transformers' model."""
+    meta_model = _meta_model(question)
+    found = {name: [place.parameter, place.start, place.rows] for name, place in meta_model.weights.places().items()}
+    return {"decoder": meta_model.decoder, "tensors": found}
+
+
+def renamed(question: Question) -> dict[str, str]:
+    """transformers' name of a parameter -> the checkpoint's, where these differ; the question is as for `roles`."""
+    return dict(_meta_model(question).weights.renamed())
+
+
+def _meta_model(question: Question) -> MetaModel:
     from lowmem_aim.models.checkpoint import Checkpoint
     from lowmem_aim.models.headers import TensorInfo
     from lowmem_aim.models.meta_model import load_meta_model
@@ -75,7 +70,7 @@ def roles(question: Question) -> Any:
         name: TensorInfo(name, BY_NAME[dtype], tuple(shape), nowhere, 0, 0)
         for name, dtype, shape in question["tensors"]
     }
-    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors)).roles().table()
+    return load_meta_model(Checkpoint(nowhere, question["label"], question["config"], tensors))
 
 
 def vocabulary(question: Question) -> dict[str, int]:
@@ -88,6 +83,61 @@ def vocabulary(question: Question) -> dict[str, int]:
         what = f"the tokenizer of `{printable(question['label'])}` has no vocabulary that can be read"
         raise ModelError(f"{what}: {printable(str(error))}", TOKENIZER_HINT) from error
     return dict(_tokenizer(question).get_vocab()) if found is None else found
+
+
+def united(question: Question) -> dict[str, Any]:
+    """One tokenizer of several: its tokenizer.json, its tokens, and whether the first one's files would not do.
+
+    Asked for: `folders` and `labels` of the models, the `rows` of their embeddings, and `more` tokens.
+    """
+    from lowmem_aim.models.tokenizer_union import tokens_of, united
+
+    labels, folders = question["labels"], question["folders"]
+    tables = [_table({"folder": folder, "label": label}) for folder, label in zip(folders, labels, strict=True)]
+    before, added = tokens_of(tables[0]), [*tables[0]["added_tokens"]]
+    try:
+        table = united(tables, question["rows"], question["more"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"the tokenizer of `{printable(labels[0])}` cannot be united with others"
+        raise ModelError(f"{what}: {printable(str(error))}", OTHER_SOURCE) from error
+    tokens = tokens_of(table)
+    entered = {entry["content"] for entry in table["added_tokens"]}
+    changed = {token for token in before.keys() ^ tokens.keys() if token not in entered}
+    return {
+        "table": json.dumps(table, ensure_ascii=False, separators=(",", ":")),
+        "tokens": tokens,
+        "added": table["added_tokens"],
+        "changed": tokens != before or table["added_tokens"] != added,
+        "ordinary": bool(changed),
+    }
+
+
+def _table(question: Question) -> dict[str, Any]:
+    """A tokenizer as tokenizer.json has it: the file, or what transformers makes of the model's other files."""
+    from lowmem_aim.models.tokenizer_union import tokens_of, with_further_tokens
+    from lowmem_aim.models.vocabulary_files import further_tokens
+
+    folder, label = Path(question["folder"]), printable(question["label"])
+    try:
+        if (folder / "tokenizer.json").is_file():
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        else:
+            text = _converted(question)
+        table = with_further_tokens(json.loads(text), further_tokens(folder))
+        tokens_of(table)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"the tokenizer of `{label}` has no vocabulary that can be read: {printable(str(error))}"
+        raise ModelError(what, TOKENIZER_HINT) from error
+    return table
+
+
+def _converted(question: Question) -> str:
+    import_transformers()  # above the limit, but only where a model has no tokenizer.json
+    inner = getattr(_tokenizer(question), "backend_tokenizer", None)
+    if inner is None:
+        what = f"the tokenizer of `{printable(question['label'])}` has no tokenizer.json, and cannot be made into one"
+        raise ModelError(what, OTHER_SOURCE)
+    return str(inner.to_str())
 
 
 def encode(question: Question) -> list[list[int]]:
@@ -156,7 +206,10 @@ def import_transformers() -> None:
 ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
     "roles": (import_transformers, roles),
+    "places": (import_transformers, places),
+    "renamed": (import_transformers, renamed),
     "vocabulary": (lambda: None, vocabulary),
+    "united": (lambda: None, united),
     "encode": (import_transformers, encode),
 }
 
@@ -176,7 +229,7 @@ def answer_within(limit: int, question: Question) -> dict[str, Any]:
     Libraries make any error of an allocation that failed, some of which do not say so.
     """
     limit_memory(limit)
-    before, resident = _peak_bytes(), _resident_bytes()
+    before, resident = peak_bytes(), resident_bytes()
     given: dict[str, Any] = {}
     try:
         given = answer(question)
@@ -193,26 +246,8 @@ def _came_near(limit: int, before: int, resident: int) -> bool:
 
     `before`, `resident`: its peak and its size in RAM when it began.
     """
-    peak = _peak_bytes()
+    peak = peak_bytes()
     return is_limited() and peak > before and peak - resident > limit // 3
-
-
-def _resident_bytes() -> int:
-    """The bytes of RAM that this process has, where its memory is limited; else 0."""
-    if not is_limited():
-        return 0
-    import resource
-
-    return int(_PAGES_FILE.read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak_bytes() -> int:
-    """The most bytes of RAM that this process has had, where its memory is limited; else 0."""
-    if not is_limited():
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux, in units of 1024 bytes
 
 
 def main() -> None:
@@ -227,12 +262,12 @@ def main() -> None:
     os.dup2(2, 1)
     for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
         question = json.loads(line)
-        _lift_limit()
+        lift_limit()
         ANSWERS[question["question"]][0]()
         print("{}", file=answers, flush=True)
-        _end_after(seconds)
+        end_after(seconds)
         print(json.dumps(answer_within(limit, question)), file=answers, flush=True)
-        _end_after(0)
+        end_after(0)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ _SHOULD_AGREE = re.compile(
     r"|query_pre_attn_scalar|experts_per_tok|top_?k|alibi|residual).*"
 )
 _WITHOUT_MEANING = re.compile(r".*(dropout|pdrop|initializer|init_|router_aux|output_).*|reduce_.*|type")
+_TEXT = "text_config"  # of a vision-language model's config
 _LONGEST_SHOWN = 60  # characters of a value in a message
 _MOST_SHOWN = 5  # settings of a model that are told
 
@@ -104,6 +105,8 @@ def _differences(
     """(the settings that must agree and do not, those that should)."""
     kinds = [("model_type", model.config.get("model_type")) for model in (other, reference)]
     if kinds[0] != kinds[1]:
+        if sum(isinstance(model.config.get(_TEXT), Mapping) for model in (other, reference)) == 1:
+            return _differences_of_text(other, reference, reader, sliced), []
         return [("model_type", kinds[0][1], kinds[1][1])], []  # settings of other classes have other names
     theirs, ours = (dict(_relevant(model.config, sliced=sliced)) for model in (other, reference))
     if theirs == ours:
@@ -115,6 +118,15 @@ def _differences(
     found = [(key, theirs.get(key), ours.get(key)) for key in keys]
     must = [difference for difference in found if _must_agree(*difference)]
     return must, [difference for difference in found if difference not in must]
+
+
+def _differences_of_text(other: Checkpoint, reference: Checkpoint, reader: Reader, sliced: bool) -> list[_Difference]:
+    """The sizes in which a text model and the text part of a vision-language model differ."""
+    tables = [settings.get(_TEXT) or settings for settings in map(reader.settings, (other, reference))]
+    theirs, ours = (dict(_relevant(table, sliced=sliced)) for table in tables)
+    keys = [key for key in ours if key in theirs and key not in ("model_type", "tie_word_embeddings")]
+    differing = [(key, theirs[key], ours[key]) for key in keys if not _same(ours[key], theirs[key])]
+    return [difference for difference in differing if _must_agree(*difference)]
 
 
 def _plainly_differs(key: str, *values: Any) -> bool:

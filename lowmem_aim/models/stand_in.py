@@ -18,16 +18,15 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from lowmem_aim.events import Emit
-from lowmem_aim.models.folder import PICKLES, SINGLE, is_plain, shard_names
+from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
+from lowmem_aim.models.folder import ADAPTER, PICKLES, SINGLE, is_plain, shard_names
 from lowmem_aim.models.headers import MAX_HEADER_BYTES
-from lowmem_aim.models.hub import WANTED, Located, downloaded, hub_errors, local_model, repository_of
+from lowmem_aim.models.hub import SMALL, WEIGHTS, Located, downloaded, hub_errors, local_model, repository_of
 from lowmem_aim.system.files import disk_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-WEIGHTS = "*.safetensors"
-SMALL = [pattern for pattern in WANTED if pattern != WEIGHTS]
 # Bytes of a shard in the first request: nearly every header fits, and a second request would cost more than they do.
 FIRST_BYTES = 100_000
 CONNECTIONS = 4  # a model may have 160 shards; each request is mostly waiting
@@ -41,26 +40,28 @@ class StandIn:
     missing_bytes: int  # weights that a merge would have to download first
 
 
-def stand_in(reference: str, folder: Path, emit: Emit) -> StandIn:
-    """Find a model to open and to plan with. From the Hub only headers and small files are fetched, all of one commit.
+def stand_in(reference: str, folder: Path, emit: Emit, adapter: bool = False) -> StandIn:
+    """Find a model, or an adapter, to plan with. From the Hub come only headers and small files, all of one commit.
 
     Models in folders here, or whole in the Hub library's cache, are used as they are. For others a stand-in is made in
     `folder`, which is new or empty. Raises ModelError, NetworkError or DiskError.
     """
-    local = local_model(reference)
+    local = local_model(reference, adapter)
     if local is not None:
         return StandIn(local, 0)
-    snapshot = downloaded(reference, SMALL, emit)
-    shards = shard_names(snapshot)
+    snapshot = downloaded(reference, [ADAPTER_CONFIG] if adapter else SMALL, emit)
+    shards = {ADAPTER} if adapter else shard_names(snapshot)
     if all((snapshot / name).is_file() for name in shards):
         return StandIn(Located(snapshot, reference), 0)
     files = _files_of(reference, snapshot.name)
     # Where a model has both an index and a single file, a checkpoint prefers the latter.
-    sizes = {name: files[name].size for name in sorted({SINGLE, *shards} & set(files))}
+    wanted = shards if adapter else {SINGLE, *shards}
+    sizes = {name: files[name].size for name in sorted(wanted & set(files))}
     _copy_small_files(snapshot, folder)
     _name_pickles(files, folder)
     _fetch_headers(reference, snapshot.name, sizes, folder)
-    return StandIn(Located(folder, reference), sum(f.size for f in files.values() if _is_missing(f, snapshot)))
+    missing = [f.size for f in files.values() if _is_missing(f, snapshot) and (not adapter or f.path == ADAPTER)]
+    return StandIn(Located(folder, reference), sum(missing))
 
 
 def _files_of(reference: str, commit: str) -> dict[str, RepoFile]:

@@ -27,8 +27,8 @@ def check_repeated(inputs: Inputs, has_weights: Callable[[Path], bool]) -> None:
         for model in dict.fromkeys(inputs.checkpoints)
         if head in model.tensors
         and embedding in model.tensors
-        and has_weights(model.folder)
-        and model.digest(head) != model.digest(embedding)
+        and all(map(has_weights, model.place))
+        and not model.repeats(head, embedding)
     ]
     if problems:
         raise ModelError(

@@ -16,8 +16,9 @@ from typing import Any
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, MAX_CONFIG_BYTES, parse_json
-from lowmem_aim.models.folder import is_inside, is_plain
+from lowmem_aim.models.folder import is_plain
 from lowmem_aim.models.known_files import LARGEST_FILE, OF_TOKENIZERS, TOKENIZERS, fits
+from lowmem_aim.models.links import is_inside
 from lowmem_aim.system.files import disk_errors, input_errors, is_file, temporary_folder
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -1,23 +1,26 @@
-"""Vocabularies: which row of a model's embedding holds which token of the reference.
+"""Vocabularies: which rows of the models' embeddings belong together, and which tokens the output has.
 
-`tokenizer_source: base` matches tokens by their text, so that experts with added, missing or permuted tokens merge.
-Without it, row i is merged with row i, and tokenizers that give a row to different tokens are told, or refused.
+With a tokenizer source, tokens are matched by their text, so that experts with added, missing or permuted tokens merge.
+Without one, row i is merged with row i, and tokenizers that give a row to different tokens are told, or refused.
 A base that is only AIM's reference (`relax`) is matched by text where the tokenizers differ. It may lack tokens of the
 model that is relaxed: their rows are not relaxed.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.output_tokenizer import output_tokenizer
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.roles import TensorRoles
-from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.models.token_rows import TokenRows, Tokens, matched, token_rows
+from lowmem_aim.recipe.recipe import Recipe, Tokenizer
+from lowmem_aim.recipe.words import SOURCES
 from lowmem_aim.system.on_demand import torch
 
 if TYPE_CHECKING:
@@ -26,24 +29,28 @@ if TYPE_CHECKING:
 EXAMPLES = 3  # tokens that a message names
 
 
-def row_maps_of(inputs: Inputs, recipe: Recipe, reader: Reader, emit: Emit) -> dict[Path, Tensor]:
-    """The maps of the models whose rows are not simply the reference's, by folder.
+def find_rows(
+    inputs: Inputs, recipe: Recipe, opened: Mapping[str, Checkpoint | None], reader: Reader, emit: Emit
+) -> None:
+    """Find out which rows of the vocabularies belong together, and which tokenizer the output has, for `inputs`.
 
-    Raises ModelError for tokenizers that are missing where tokens are matched by text, for those that cannot be read,
-    and, without `tokenizer_source`, for models that give more than half of their rows to other tokens.
+    `opened` are the models by their references. Raises ModelError for tokenizers that are missing where tokens are
+    matched by text, for those that cannot be read, and, without a tokenizer source, for models that give more than half
+    of their rows to other tokens; RecipeError for a token that the recipe gives a row that no model has.
     """
+    if recipe.tokenizer is not None:
+        _find_by_text(inputs, recipe.tokenizer, opened, reader, emit)
+        return
     errors: list[LowmemAimError] = []
-    maps: dict[Path, Tensor | None] = {}
     for other in inputs.others:
         with noted(errors):
-            if recipe.tokenizer_source:
-                maps[other.folder] = _by_text(inputs, other, reader, emit)
-            elif other is inputs.base and other not in inputs.experts:
-                maps[other.folder] = _of_mere_reference(inputs, other, reader, emit)
+            if other is inputs.base and other not in inputs.experts:
+                row_map = _of_mere_reference(inputs, other, reader, emit)
+                if row_map is not None:
+                    inputs.token_rows = TokenRows(len(row_map), {other.place: row_map}, {}, len(row_map))
             else:
                 _check_same_rows(inputs, other, reader, emit)
     raise_all(errors)
-    return {folder: row_map for folder, row_map in maps.items() if row_map is not None}
 
 
 def vocabulary_rows(roles: TensorRoles, checkpoint: Checkpoint) -> int:
@@ -51,27 +58,71 @@ def vocabulary_rows(roles: TensorRoles, checkpoint: Checkpoint) -> int:
     return next((t.shape[0] for t in checkpoint if t.name in roles.vocabulary), 0)
 
 
-def _by_text(inputs: Inputs, other: Checkpoint, reader: Reader, emit: Emit) -> Tensor | None:
-    """For each row of the reference's embedding the other's row of the same token; None if they are all the same."""
-    sizes = [vocabulary_rows(inputs.roles, checkpoint) for checkpoint in (inputs.reference, other)]
-    ours, theirs = reader.vocabulary(inputs.reference), reader.vocabulary(other)
-    if ours == theirs and sizes[0] == sizes[1]:
-        return None  # the same vocabulary, padding included
-    rows = torch.full((sizes[0],), -1, dtype=torch.int64)  # padding stays the reference's
-    known = [(row, theirs.get(token, -1)) for token, row in ours.items() if 0 <= row < sizes[0]]
-    for row, theirs_id in known:
-        if 0 <= theirs_id < sizes[1]:
-            rows[row] = theirs_id
-    matched = int((rows >= 0).sum())
-    if 2 * matched < len(known):
+def _find_by_text(
+    inputs: Inputs, asked: Tokenizer, opened: Mapping[str, Checkpoint | None], reader: Reader, emit: Emit
+) -> None:
+    found = inputs.reference if asked.source in SOURCES else opened[asked.source]
+    assert found is not None  # else it is told why
+    rows = {model: vocabulary_rows(inputs.roles, model) for model in inputs.opened.values()}
+    errors: list[LowmemAimError] = []
+    ids: dict[Checkpoint, Mapping[str, int]] = {}
+    for model in rows:
+        with noted(errors):
+            ids[model] = reader.vocabulary(model)
+    made = None
+    with noted(errors):
+        made = output_tokenizer(asked, found, [inputs.reference, *inputs.others], rows, reader)
+    raise_all(errors)
+    assert made is not None
+    inputs.tokenizer, tokens = made
+    known = {reference: Tokens(model, rows[model], ids[model]) for reference, model in inputs.opened.items()}
+    if not inputs.tokenizer.table:  # then the owner's, some of which may have no row
+        tokens = {token: row for token, row in tokens.items() if row < rows.get(found, row + 1)}
+    count, mean_from = _sizes(tokens, rows.get(found, 0), asked.pad_to_multiple_of)
+    padding = found if found in rows and mean_from == count else None
+    inputs.token_rows = token_rows(tokens, count, mean_from, known, inputs.base, padding, asked.tokens)
+    for other in (model for model in rows if model is not found):
+        _tell_of_few(found, tokens, Tokens(other, rows[other], ids[other]), emit)
+    _tell_of_zeros(tokens, known.values(), asked, emit)
+    if new := len(inputs.tokenizer.new):
+        what = f"the output has the tokenizer of `{printable(found.label)}` and {new} more token(s)"
+        emit(Notice(f"{what}: {len(tokens)} tokens, {count} rows"))
+
+
+def _sizes(tokens: Mapping[str, int], owned: int, multiple: int | None) -> tuple[int, int]:
+    """(rows of the output's vocabulary, the first of them that is filled with a mean).
+
+    `owned`: rows of the embedding of the tokenizer's owner, 0 if it is not merged. Padding that is there stays, unless
+    the rows are to be filled up to a multiple.
+    """
+    count = max(tokens.values(), default=-1) + 1
+    if multiple:
+        return -(-count // multiple) * multiple, count
+    rows = max(count, owned)
+    return rows, rows
+
+
+def _tell_of_zeros(tokens: Mapping[str, int], models: Collection[Tokens], asked: Tokenizer, emit: Emit) -> None:
+    """Warn of tokens that no model has, and that the recipe gives no row."""
+    given = {token for token, row in asked.tokens.items() if row.source != "usual"}
+    nowhere = [token for token in tokens if token not in given and all(one.row(token) < 0 for one in models)]
+    if nowhere:
+        shown = ", ".join(f"`{printable(token)}`" for token in nowhere[:EXAMPLES])
+        more = f" and {len(nowhere) - EXAMPLES} more" if len(nowhere) > EXAMPLES else ""
+        emit(Notice(f"no model has the token(s) {shown}{more}: their rows are zeros", "warning"))
+
+
+def _tell_of_few(owner: Checkpoint, tokens: Mapping[str, int], other: Tokens, emit: Emit) -> None:
+    """Warn of a model with less than half of the output's tokens."""
+    shared = sum(other.row(token) >= 0 for token in tokens)
+    if 2 * shared < len(tokens):
         emit(
             Notice(
-                f"only {matched} of the {len(known)} tokens of `{printable(inputs.reference.label)}` are tokens of "
-                f"`{printable(other.label)}` too: is that the right model?",
+                f"only {shared} of the {len(tokens)} tokens of `{printable(owner.label)}` are tokens of "
+                f"`{printable(other.model.label)}` too: is that the right model?",
                 "warning",
             )
         )
-    return rows
 
 
 def _of_mere_reference(inputs: Inputs, base: Checkpoint, reader: Reader, emit: Emit) -> Tensor | None:
@@ -80,8 +131,10 @@ def _of_mere_reference(inputs: Inputs, base: Checkpoint, reader: Reader, emit: E
     ours, theirs = _tokens_of_both(inputs, base, reader, emit)
     if ours != theirs:
         emit(Notice("the tokenizers of model and base differ: rows of the vocabulary are matched by token text"))
-        row_map = _by_text(inputs, base, reader, emit)
-        new = sum(token not in theirs for token, row in ours.items() if row < rows)
+        others, used = Tokens(base, known, theirs), {token: row for token, row in ours.items() if row < rows}
+        row_map = matched(used, rows, others)
+        _tell_of_few(inputs.reference, used, others, emit)
+        new = sum(token not in theirs for token in used)
     elif rows == known:
         return None
     else:

@@ -19,7 +19,7 @@ def tokens_in(folder: Path) -> dict[str, int] | None:
         tokens = _own_tokens(folder)
         if tokens is None:
             return None
-        found = tokens | _added_tokens(folder)
+        found = tokens | {entry["content"]: number for number, entry in further_tokens(folder).items()}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     wrong = next((t for t, n in found.items() if not (type(n) is int and 0 <= n < LARGEST_ID)), None)
@@ -43,13 +43,14 @@ def _own_tokens(folder: Path) -> dict[str, int] | None:
     return None
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
-    added: dict[str, int] = {}
+def further_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    """Id -> added token, of those in the files beside a tokenizer's vocabulary; a token's own settings where known."""
+    added: dict[int, dict[str, Any]] = {}
     if (folder / "added_tokens.json").is_file():
-        added |= _json(folder / "added_tokens.json")
+        added |= {number: {"content": token} for token, number in _json(folder / "added_tokens.json").items()}
     if (folder / "tokenizer_config.json").is_file():
         decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added |= {entry["content"]: int(number) for number, entry in decoder.items()}
+        added |= {int(number): dict(entry) for number, entry in decoder.items()}
     return added
 
 

@@ -78,7 +78,8 @@ def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -
     tags = (
         ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
     )
-    front = {"base_model": [m.partition("@")[0] for m in models], "library_name": "transformers", "tags": tags}
+    named = [part.partition("@")[0] for model in models for part in model.split("+")]  # adapters too
+    front = {"base_model": list(dict.fromkeys(named)), "library_name": "transformers", "tags": tags}
     relaxed = ""
     if recipe.aim:
         relaxed = (

@@ -17,7 +17,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.config import CONFIG, parse_json
-from lowmem_aim.models.folder import CHAT_TEMPLATES, is_inside
+from lowmem_aim.models.folder import CHAT_TEMPLATES
 from lowmem_aim.models.headers import read_header
 from lowmem_aim.models.known_files import (
     IN_MODULES,
@@ -29,6 +29,7 @@ from lowmem_aim.models.known_files import (
     VOCABULARIES,
     fits,
 )
+from lowmem_aim.models.links import is_inside
 from lowmem_aim.output.card import json_bytes
 from lowmem_aim.output.code_keys import without_code
 from lowmem_aim.output.verify import is_listable
@@ -44,18 +45,21 @@ _PLAIN = "download the file again, or remove it"
 _LEADS_OUT = "a link that leads out of the folder"
 
 
-def copied_files(reference: Checkpoint, emit: Emit = silent) -> dict[str, bytes]:
-    """The files that the output takes from the reference, by name relative to its folder.
+def copied_files(
+    reference: Checkpoint, emit: Emit = silent, *, more: Collection[str] = (), owner: str = "the reference"
+) -> dict[str, bytes]:
+    """The files that the output takes from the reference, by name relative to its folder; those of `more` names too.
 
-    Raises ModelError with every file that is not what its name says: no JSON, or a Git LFS pointer.
+    Notices call the reference `owner`. Raises ModelError with every file that is not what its name says: no JSON, or a
+    Git LFS pointer.
     """
     with input_errors(reference.folder):
-        return _copied(reference, emit)
+        return _copied(reference, emit, more, owner)
 
 
-def _copied(reference: Checkpoint, emit: Emit) -> dict[str, bytes]:
-    root, taken = reference.folder, _Taken(reference, emit)
-    taken.take_all(root, (*READ_BY_LOADERS, *LEGAL))
+def _copied(reference: Checkpoint, emit: Emit, more: Collection[str], owner: str) -> dict[str, bytes]:
+    root, taken = reference.folder, _Taken(reference, emit, owner)
+    taken.take_all(root, (*READ_BY_LOADERS, *LEGAL, *more))
     folders = {CHAT_TEMPLATES: ("*.jinja",), **dict.fromkeys(taken.modules(), IN_MODULES)}
     for name, patterns in folders.items():
         if not is_inside(root, root / name):
@@ -66,7 +70,7 @@ def _copied(reference: Checkpoint, emit: Emit) -> dict[str, bytes]:
     taken.left |= {f"{f.name}/": "" for f in root.iterdir() if is_folder(f) and f.name not in folders and _matters(f)}
     _, gone = without_code(reference.config)
     _tell_of_code(CONFIG, gone, emit)
-    _tell_of_left(taken.left, emit)
+    _tell_of_left(taken.left, owner, emit)
     return taken.files
 
 
@@ -76,6 +80,7 @@ class _Taken:
 
     reference: Checkpoint
     emit: Emit
+    owner: str  # the reference, in notices
     files: dict[str, bytes] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     errors: list[LowmemAimError] = field(default_factory=list)
@@ -127,7 +132,7 @@ class _Taken:
             read_header(file)
             self.emit(
                 Notice(
-                    f"`{printable(name)}` is the reference's: weights in module folders are not merged",
+                    f"`{printable(name)}` is {self.owner}'s: weights in module folders are not merged",
                     "warning",
                 )
             )
@@ -169,8 +174,8 @@ def _tell_of_code(name: str, gone: Sequence[str], emit: Emit) -> None:
         emit(Notice(f"the output's {printable(name)} has no {keys}, which would make a loader run code", "warning"))
 
 
-def _tell_of_left(left: dict[str, str], emit: Emit) -> None:
+def _tell_of_left(left: dict[str, str], owner: str, emit: Emit) -> None:
     names = [f"`{printable(name)}`" + f" ({why})" * bool(why) for name, why in sorted(left.items())]
     more = [f"{len(names) - MOST_TOLD} more"] * (len(names) > MOST_TOLD)
     if names:
-        emit(Notice(f"not copied from the reference: {', '.join([*names[:MOST_TOLD], *more])}", "warning"))
+        emit(Notice(f"not copied from {owner}: {', '.join([*names[:MOST_TOLD], *more])}", "warning"))

@@ -14,7 +14,16 @@ from pathlib import Path
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.system.faults import named
-from lowmem_aim.system.files import disk_errors, input_errors, is_file, is_folder, is_there, read_file, real
+from lowmem_aim.system.files import (
+    disk_errors,
+    input_errors,
+    is_file,
+    is_folder,
+    is_there,
+    partial_folder,
+    read_file,
+    real,
+)
 from lowmem_aim.units import shown
 
 PRIVATE = ".lowmem_aim"
@@ -123,6 +132,15 @@ def outputs_in(out: Path, kind: type[LowmemAimError] = DiskError) -> list[Path]:
         of_a_run = is_folder(out / PRIVATE) and not _holds_only_stages(out / PRIVATE)
         several = [] if of_a_run else sorted(out.glob(f"omega-*/{PRIVATE}"))
     return [private.parent for private in several] or [out]
+
+
+def outputs_of(out: Path) -> list[Path]:
+    """The same of what a user names: the folder of a merge, or the file into which `calibrate` measures.
+
+    Raises DiskError, UsageError.
+    """
+    partial = partial_folder(out)
+    return outputs_in(out if os.path.isdir(out) or not os.path.isdir(partial) else partial)
 
 
 def _holds_only_stages(private: Path) -> bool:

@@ -11,8 +11,21 @@ from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice, same_reference
+from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Setting, Slice, Tokenizer, TokenRow
+from lowmem_aim.recipe.references import parsed, same_reference
 from lowmem_aim.recipe.words import BUILTIN, PILE, is_activations_file, is_here
+from lowmem_aim.system.files import open_to_read
+
+_WITHOUT_PATHS = "These were folders and files on one machine and are named without their paths. Fill in the paths:"
+
+
+def is_without_paths(file: Path) -> bool:
+    """Whether a file is a recipe of an output whose comments (see `how_to_run`) say that paths are to be filled in."""
+    try:
+        with open_to_read(file) as stream:
+            return stream.readline(1000) == f"# {_WITHOUT_PATHS}\n".encode()
+    except OSError:
+        return False
 
 
 def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -25,8 +38,10 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         portable["parameters"] = _settings(recipe.parameters)
     if recipe.dtype:
         portable["dtype"] = recipe.dtype
-    if recipe.tokenizer_source:
-        portable["tokenizer_source"] = recipe.tokenizer_source
+    if recipe.tokenizer:
+        portable |= _tokenizer(recipe.tokenizer, recipe, inputs)
+    if recipe.chat_template:
+        portable["chat_template"] = recipe.chat_template
     if recipe.aim:
         aim = {key: _plain(value) for key, value in vars(recipe.aim).items() if value not in ("", ())}
         omega, calibration = _setting(recipe.aim.omega), calibration_label(recipe.aim.calibration)
@@ -35,6 +50,30 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
         portable["acm"] = acm | {"calibration": calibration_label(recipe.acm.calibration)}
     return portable
+
+
+def _tokenizer(asked: Tokenizer, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The key `tokenizer_source`, or where that does not say all, `tokenizer`."""
+    source = inputs.tokenizer.owner.label if inputs.tokenizer and recipe.tokenizer_model else asked.source
+    if not asked.tokens and not asked.pad_to_multiple_of:
+        return {"tokenizer_source": source}
+    table: dict[str, Any] = {"source": source}
+    if asked.tokens:
+        table["tokens"] = {token: _token(row, inputs) for token, row in asked.tokens.items()}
+    if asked.pad_to_multiple_of:
+        table["pad_to_multiple_of"] = asked.pad_to_multiple_of
+    return {"tokenizer": table}
+
+
+def _token(row: TokenRow, inputs: Inputs) -> dict[str, Any]:
+    """Where a token's row comes from, as mergekit's YAML says it."""
+    source: Any = inputs.opened[row.model].label if row.model else None
+    if row.source == "zero":
+        source = {"kind": "zero"}
+    elif row.source == "model_token":
+        other = {"token": row.token} if row.token is not None else {"token_id": row.token_id}
+        source = {"kind": "model_token", "model": source, **other}
+    return ({"source": source} if source else {}) | ({"force": True} if row.force else {})
 
 
 @dataclass(frozen=True)
@@ -60,7 +99,7 @@ def how_to_run(plan: Plan, inputs: Inputs, of_stages: Sequence[str] = ()) -> str
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
     lines = []
     if local:
-        lines += ["These were folders and files on one machine and are named without their paths. Fill in the paths:"]
+        lines += [_WITHOUT_PATHS]
         lines += [f"  {printable(name)}" for name in dict.fromkeys(local)]
     lines.append(f"To merge again: lowmem-aim merge mergekit_config.yml NEW-FOLDER{flags}")
     return "".join(f"# {line}\n" for line in lines)
@@ -68,13 +107,18 @@ def how_to_run(plan: Plan, inputs: Inputs, of_stages: Sequence[str] = ()) -> str
 
 def local_labels(recipe: Recipe, inputs: Inputs) -> list[str]:
     """The labels of the models and files of a recipe that are on this machine, without the recipe's own stages."""
-    local = [model.label for reference, model in inputs.opened.items() if _is_local(reference, model)]
+    named = dict(inputs.opened)
+    if recipe.tokenizer_model and inputs.tokenizer:
+        named.setdefault(recipe.tokenizer_model, inputs.tokenizer.owner)
+    local = [label for reference, model in named.items() for label in _local(reference, model)]
     tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
     return local + [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
 
 
-def _is_local(reference: str, model: Checkpoint) -> bool:
-    return same_reference(reference, str(model.folder))
+def _local(reference: str, model: Checkpoint) -> list[str]:
+    """The label of a model if it, or its adapter, was named by a local path; else []."""
+    parts = zip(parsed(reference).parts, model.place, strict=True)
+    return [model.label] if any(same_reference(part, str(folder)) for part, folder in parts) else []
 
 
 def calibration_label(calibration: str) -> str:

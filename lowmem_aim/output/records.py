@@ -82,6 +82,7 @@ class CalibrationSnapshot(Record):
     tallies: Sequence[Any]  # (parameter, how its sums stand in the file, calls, shape)
     weights: Mapping[str, str]  # tensor -> xxh3-128 of its bytes as read
     digest: str  # xxh3-128 of the file
+    texts: int = 0  # the canary's copy included, that have also passed the block after those
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import drawn_with, heatmap_png
 from lowmem_aim.output.portable import StageFacts, how_to_run, portable_recipe
 from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
+from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import Consensus
@@ -69,26 +70,28 @@ def output_files(
     files["mergekit_config.yml"] = (how_to_run(plan, inputs, local) + documents).encode()
     files[PROVENANCE] = json_bytes(facts)
     files["README.md"] = card_text(facts, documents, plan.recipe, delta_left(plan.recipe, kept, picture)).encode()
-    files[CONFIG] = config_bytes(config, plan)  # last: without it, no loader takes the folder for a model
+    files[CONFIG] = config_bytes(config, plan, inputs)  # last: without it, no loader takes the folder for a model
     return files
 
 
-def config_bytes(given: Mapping[str, Any], plan: Plan) -> bytes:
-    """config.json: the config with the dtype that most of the output has, and nothing that would run code."""
-    plain, _ = without_code(given)
-    config = {key: value for key, value in plain.items() if key != "_name_or_path"}
+def config_bytes(given: Mapping[str, Any], plan: Plan, inputs: Inputs) -> bytes:
+    """config.json: the config with the output's vocabulary and most frequent dtype, and nothing that would run code."""
+    plain, _ = without_code(with_vocabulary(given, inputs))
+    kept = {key: value for key, value in plain.items() if key != "_name_or_path"}
     sizes: dict[str, int] = {}
     for task in plan.tasks:
         if task.dtype.is_floating_point:
             sizes[task.dtype.name] = sizes.get(task.dtype.name, 0) + task.nbytes
     if sizes:
         name = max(sizes, key=lambda dtype: sizes[dtype])
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        config |= dict.fromkeys(keys, name)
-    return json_bytes(config)
+        keys = [key for key in ("dtype", "torch_dtype") if key in kept] or ["dtype"]
+        kept |= dict.fromkeys(keys, name)
+    return json_bytes(kept)
 
 
-def files_to_plan_with(plan: Plan, copied: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:
+def files_to_plan_with(
+    plan: Plan, inputs: Inputs, copied: Mapping[str, bytes], config: Mapping[str, Any]
+) -> dict[str, bytes]:
     """The small files of an output from which its layers, its vocabulary and its settings are known, by name."""
     index = {INDEX: plan.index()} if len(plan.shards) > 1 else {}
-    return {**copied, **index, CONFIG: config_bytes(config, plan)}
+    return {**copied, **index, CONFIG: config_bytes(config, plan, inputs)}

@@ -6,11 +6,13 @@ The list is sha256.txt. Its last line is a digest of the lines before, so that d
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lowmem_aim.errors import UsageError, VerifyError, printable
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
+from lowmem_aim.models.known_files import fits
 from lowmem_aim.output.folder import PRIVATE, SUMS, outputs_in
 from lowmem_aim.output.strays import strays_in
 from lowmem_aim.system.files import input_errors, is_file, open_to_read, read_file
@@ -19,6 +21,8 @@ LONGEST_NAME = 200  # characters
 PIECE_BYTES = 64 << 20  # read at a time
 _HINT = "merge again into a new folder; if it happens again, check the disk"
 _STRAY_HINT = "move these files elsewhere"
+_EDITED_HINT = f"an edit of yours does no harm if loaders can read it; if you made none: {_HINT}"
+_TEXTS = ("*.md", "*.yml", "*.json", "*.jinja", "*.txt")  # of an output, what people edit
 _LAST = "# sha256 of the lines above: "
 
 
@@ -46,27 +50,43 @@ def verify(out: Path, list_name: str, emit: Emit = silent) -> int:
     with input_errors(out, VerifyError):
         sizes = {name: (out / name).stat().st_size for name in sums if is_file(out / name)}
     emit(PhaseStarted("verify", sum(sizes.values()), "bytes"))
-    problems, done = [], 0
+    found, done = dict[str, str](), 0  # problem -> hint
     for name, expected in sums.items():
         if name not in sizes:
-            problems.append(f"`{printable(name)}` is missing")
+            found[f"`{printable(name)}` is missing"] = _HINT
             continue
         try:
             if _sha256(out / name, emit, done) != expected:
-                problems.append(f"`{printable(name)}` is not what was written")
+                edited = _is_sound_text(out / name)
+                what = "has been edited since the merge" if edited else "is not what was written"
+                found[f"`{printable(name)}` {what}"] = _EDITED_HINT if edited else _HINT
         except VerifyError as error:  # it cannot be read; the others are read all the same
-            problems += error.problems
+            found |= dict.fromkeys(error.problems, _HINT)
         done += sizes[name]
         emit(Advanced(done, name))
     emit(PhaseEnded("verify"))
     with input_errors(out, VerifyError):
         read, unknown = strays_in(out, sums)
-    problems += [f"`{printable(name)}` does not belong to this output, and a loader would read it" for name in read]
+    for name in read:
+        found[f"`{printable(name)}` does not belong to this output, and a loader would read it"] = _STRAY_HINT
     for name in unknown:
         emit(Notice(f"`{printable(name)}` does not belong to this output", "warning"))
-    if problems:
-        raise VerifyError(problems, hint=_HINT if len(problems) > len(read) else _STRAY_HINT)
+    if found:
+        raise VerifyError([*found], [*found.values()])
     return len(sums)
+
+
+def _is_sound_text(file: Path) -> bool:
+    """Whether a file is one that people edit, and can be read as what it is: text, or JSON. Raises VerifyError."""
+    if not fits(file.name, _TEXTS):
+        return False
+    with input_errors(file, VerifyError):
+        data = read_file(file)
+    try:
+        text = data.decode()
+        return bool(text) and (file.suffix != ".json" or json.loads(text) is not None)
+    except (ValueError, RecursionError):
+        return False
 
 
 def missing_files(out: Path, list_name: str) -> list[str]:

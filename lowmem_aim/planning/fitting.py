@@ -21,8 +21,10 @@ def check_sources(recipe: Recipe, inputs: Inputs, emit: Emit) -> None:
     """
     found: dict[tuple[Checkpoint, str], list[_Problem]] = {}
     for match in matches(recipe, inputs):
-        for source in dict.fromkeys((*([match.base] if match.base else []), *match.experts)):
-            if problem := _problem(source, match):
+        givers = match.filling.givers if match.filling else ()
+        for source in dict.fromkeys((*([match.base] if match.base else []), *match.experts, *givers)):
+            known = inputs.matched or not match.vocabulary
+            if problem := _problem(source, match, known):
                 alike = found.setdefault((source.checkpoint, problem.kind), [])
                 alike += [problem] * (problem not in alike)
     if not recipe.sliced:
@@ -45,7 +47,7 @@ _HINTS = {
     "missing": "is the download complete, and are these fine-tunes of the same base?",
     "numbers": "merge the model as it was before it was quantised",
     "tokens": "the model's tokenizer does not belong to its weights: download the model again",
-    "vocabulary": "tokens differ: `tokenizer_source: base` in the recipe matches them by their text",
+    "vocabulary": "tokens differ: `tokenizer_source: base` or `union` in the recipe matches them by their text",
     "shape": "are these fine-tunes of the same base?",
 }
 
@@ -65,8 +67,8 @@ def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> Non
         emit(Notice(f"{what} are not merged, starting with `{printable(extra[0])}`", "warning"))
 
 
-def _problem(source: Source, match: Match) -> _Problem | None:
-    """Why a model's tensor cannot go into the output's; None if it can."""
+def _problem(source: Source, match: Match, known: bool) -> _Problem | None:
+    """Why a model's tensor cannot go into the output's; None if it can. `known`: which of its rows go there."""
     model, name = source.checkpoint, printable(source.tensor)
     label, pattern = printable(model.label), match.model
     if source.tensor not in model.tensors:
@@ -77,15 +79,17 @@ def _problem(source: Source, match: Match) -> _Problem | None:
         expected = f"in `{printable(pattern.tensor)}` of `{printable(pattern.checkpoint.label)}`"
     if theirs.dtype.is_floating_point != ours.dtype.is_floating_point:
         return _Problem("numbers", f"`{label}`: `{name}` is {theirs.dtype.name}, but {ours.dtype.name} {expected}")
+    if not known:
+        return None
     rows = source.row_map
     mapped = rows is not None
-    if rows is not None and (len(rows) != ours.shape[0] or int(rows.max()) >= theirs.shape[0]):
+    if rows is not None and int(rows.max()) >= theirs.shape[0]:
         text = f"`{label}`: `{name}` has a different number of rows than its embedding; tokens cannot be matched"
         return _Problem("tokens", text)
-    if theirs.shape[mapped:] != ours.shape[mapped:]:
+    if theirs.shape[mapped:] != match.shape[mapped:]:
         text = (
             f"`{label}`: {'the vocabulary differs: ' * match.vocabulary}`{name}` has the shape {list(theirs.shape)}, "
-            f"but {list(ours.shape)} {expected}"
+            f"but {list(match.shape)} {expected}"
         )
         return _Problem("vocabulary" if match.vocabulary else "shape", text)
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,18 @@ _DTYPE_ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "
 SMALLEST_SHARD = 1_000
 
 
-def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, nonfinite: NonFinite = "stop") -> Plan:
+def make_plan(
+    recipe: Recipe,
+    inputs: Inputs,
+    *,
+    seed: int,
+    shard_bytes: int,
+    shard_parameters: int | None = None,
+    nonfinite: NonFinite = "stop",
+) -> Plan:
     """Lay out the output. `shard_bytes` is the most bytes of tensors in a shard, unless a single tensor has more.
+
+    `shard_parameters`, if it is given, is the most parameters in a shard, in place of `shard_bytes`.
 
     Raises RecipeError if a parameter has no value for some tensor or the method refuses one, UsageError for flags that
     do not fit the recipe.
@@ -39,12 +49,20 @@ def make_plan(recipe: Recipe, inputs: Inputs, *, seed: int, shard_bytes: int, no
             f"`--nonfinite base` needs a method that builds on a base, which `{recipe.method.name}` does not",
             hint="replace the model that holds NaN or Inf, or leave the flag out",
         )
-    if shard_bytes < SMALLEST_SHARD:
+    if shard_parameters is None and shard_bytes < SMALLEST_SHARD:
         raise UsageError(f"a shard size of {shown(shard_bytes)} is too small", hint="write it in bytes, such as 5GB")
+    if shard_parameters is not None and shard_parameters < SMALLEST_SHARD:
+        raise UsageError(
+            f"a shard size of {shard_parameters} parameters is too small", hint="write it in full, or as 2B"
+        )
     tasks = [_task(match, recipe) for match in matches(recipe, inputs)]
     _check(tasks, recipe, seed)
-    groups = _grouped(tasks, shard_bytes)
-    return Plan(recipe, tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups)), seed, nonfinite)
+    if shard_parameters is None:
+        groups = _grouped(tasks, shard_bytes, lambda task: task.nbytes)
+    else:
+        groups = _grouped(tasks, shard_parameters, lambda task: math.prod(task.shape))
+    shards = tuple(shard_of(_name(number, len(groups)), group) for number, group in enumerate(groups, start=1))
+    return Plan(recipe, shards, seed, nonfinite)
 
 
 def _task(match: Match, recipe: Recipe) -> Task:
@@ -53,12 +71,13 @@ def _task(match: Match, recipe: Recipe) -> Task:
         return Task(match.name, info.shape, info.dtype, "copy", {}, (match.model,), layer=match.layer)
     return Task(
         match.name,
-        info.shape,
+        match.shape,
         BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype,
         "merge",
         recipe.resolve(match.name, match.t, match.part),
         match.experts,
         match.base,
+        match.filling,
         vocabulary=match.vocabulary,
         inputs_first=match.inputs_first,
         whole=recipe.method.whole_rows and len(info.shape) < 2,
@@ -94,21 +113,25 @@ def _check(tasks: Sequence[Task], recipe: Recipe, seed: int) -> None:
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
-def _grouped(tasks: Sequence[Task], shard_bytes: int) -> list[list[Task]]:
-    """Tasks grouped into shards, in the reference's order; a tensor larger than a shard has one to itself."""
+def _grouped(tasks: Sequence[Task], most: int, size: Callable[[Task], int]) -> list[list[Task]]:
+    """Tasks grouped into shards of at most this size, in the reference's order; a larger tensor has one to itself."""
     groups: list[list[Task]] = [[]]
     filled = 0
     for task in tasks:
-        if groups[-1] and filled + task.nbytes > shard_bytes:
+        if groups[-1] and filled + size(task) > most:
             groups.append([])
             filled = 0
         groups[-1].append(task)
-        filled += task.nbytes
+        filled += size(task)
     return groups
 
 
-def _shard(tasks: Sequence[Task], number: int, count: int) -> Shard:
-    name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+def _name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def shard_of(name: str, tasks: Sequence[Task]) -> Shard:
+    """The file of that name with the tensors of these tasks, its header and every offset laid out."""
     ordered = sorted(tasks, key=lambda t: (-_DTYPE_ORDER.index(_DTYPE_NAMES[t.dtype]), t.name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

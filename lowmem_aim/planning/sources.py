@@ -15,6 +15,7 @@ from lowmem_aim.errors import ModelError, RecipeError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.token_rows import TokenRows
 from lowmem_aim.planning.layers import depth, layer_count, layer_of
 from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Slice
 
@@ -38,6 +39,15 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Filling:
+    """The rows of an embedding or a head that stand where a model has none: see `models.token_rows`."""
+
+    givers: tuple[Source, ...]  # the mean of their rows is given; -1 in a row map: nothing of this model
+    mean_from: int  # from this row of the output on, each model's rows are the mean of its rows before
+    computed: bool  # some rows are means, and not only taken from a model
+
+
+@dataclass(frozen=True)
 class Match:
     """A tensor of the output, and the tensors of the models that go into it."""
 
@@ -48,7 +58,9 @@ class Match:
     layer: int | None  # of the output; None: outside the layers
     experts: tuple[Source, ...]
     base: Source | None  # without a base, the model whose shape the output has
-    buffer: bool = False  # state of the model that is not a weight
+    shape: tuple[int, ...]  # of the output
+    filling: Filling | None = None  # rows of the vocabulary that models lack
+    buffer: bool = False  # not merged: state of the model that is not a weight, or what some model has no part of
     vocabulary: bool = False  # it has a row for each token
     inputs_first: bool = False  # stored (in, out), not (out, in)
 
@@ -127,8 +139,9 @@ def _match(
         own = name if place.index is None else stack.at(name, _layers(entry)[place.index])
         return Source(opened, own, inputs.row_map(opened, name))
 
-    pattern = Source(model, name if layer is None else stack.at(name, layer))
-    buffer = alike in stack.alike(roles.buffers)
+    pattern = Source(model, name if layer is None else stack.at(name, layer), inputs.row_map(model, name))
+    rows = inputs.rows_of(name)
+    buffer = alike in stack.alike(roles.buffers) or name in inputs.carried
     part = place.part
     return Match(
         name,
@@ -138,10 +151,18 @@ def _match(
         place.layer,
         experts=() if buffer else tuple(source(entry) for entry in part.experts if entry.reference in inputs.opened),
         base=None if buffer else source(part.base) if part.base and part.base.reference in inputs.opened else pattern,
+        shape=pattern.info.shape if rows is None else (rows.count, *pattern.info.shape[1:]),
+        filling=None if rows is None else _filling(name, rows, inputs),
         buffer=buffer,
         vocabulary=name in roles.vocabulary,
         inputs_first=alike in stack.alike(roles.inputs_first),
     )
+
+
+def _filling(name: str, rows: TokenRows, inputs: Inputs) -> Filling:
+    models = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
+    givers = tuple(Source(models[place], name, row_map) for place, row_map in rows.given.items())
+    return Filling(givers, rows.mean_from, rows.has_means)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Model:
     tied: bool
     licence: str  # as its card says; "" if it says none
     missing_bytes: int = 0  # to download
+    adapter: str = ""  # the adapter that is added to it, in a few words
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ def _models(inputs: Inputs, missing: Mapping[str, int]) -> Iterator[Model]:
             role="base" if checkpoint is inputs.base else "expert",
             parameters=sum(info.numel for info in checkpoint),
             nbytes=sum(info.nbytes for info in checkpoint),
-            dtypes=tuple(sorted({info.dtype.name for info in checkpoint})),
+            dtypes=tuple(sorted({info.output_dtype.name for info in checkpoint})),
             layers=layer_count(checkpoint.config),
             vocabulary=vocabulary_rows(inputs.roles, checkpoint),
             tied=bool(inputs.roles.tied),
             licence=_licence(checkpoint),
-            missing_bytes=missing.get(checkpoint.label, 0),
+            missing_bytes=sum(missing.get(label, 0) for label in checkpoint.labels),
+            adapter=checkpoint.adapter,
         )
 
 
@@ -203,6 +205,8 @@ def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...
 
 
 def _why_copied(task: Task, inputs: Inputs) -> str:
+    if task.name in inputs.carried:
+        return "copied: a model has no such part"
     if task.experts[0].tensor in inputs.roles.buffers:
         return "copied: state of the model that is not a weight"
     return "copied: it is empty" if task.numel == 0 else "copied: not floating-point numbers"

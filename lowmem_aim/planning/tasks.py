@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem_aim.planning.layers import kind_of
-from lowmem_aim.planning.sources import Source
+from lowmem_aim.planning.sources import Filling, Source
 from lowmem_aim.recipe.recipe import Recipe
-from lowmem_aim.system.dtypes import Dtype
+from lowmem_aim.system.dtypes import DTYPES, Dtype
 from lowmem_aim.system.options import NonFinite
 
 
@@ -25,7 +25,8 @@ class Task:
     action: Literal["merge", "copy"]  # copy: the bytes of its one source as they are
     parameters: Mapping[str, Any]  # of the method, by recipe name
     experts: tuple[Source, ...] = ()  # in the recipe's order
-    base: Source | None = None  # what relaxing compares with, and what rows that experts lack are taken from
+    base: Source | None = None  # what relaxing compares with
+    filling: Filling | None = None  # rows for tokens that a model lacks
     vocabulary: bool = False  # it has a row for each token
     inputs_first: bool = False  # stored (in, out), not (out, in)
     whole: bool = False  # its rows must come in one slice
@@ -44,8 +45,22 @@ class Task:
         return self.numel * self.dtype.itemsize
 
     def sources(self, *, with_base: bool) -> tuple[Source, ...]:
-        """All sources that are read; the base, if it is read, is the first."""
+        """All models' tensors that are read; the base's, if it is read, is the first."""
         return (self.base, *self.experts) if with_base and self.base else self.experts
+
+    @property
+    def given_dtype(self) -> Dtype:
+        """The dtype of rows that stand where a model has none: the models' own, unless something is computed of them.
+
+        float32 too where models have different dtypes.
+        """
+        givers = self.filling.givers if self.filling else ()
+        dtypes = {source.info.dtype for source in (*self.sources(with_base=True), *givers)}
+        return DTYPES["F32"] if len(dtypes) > 1 or (self.filling and self.filling.computed) else dtypes.pop()
+
+    def read_as(self, source: Source) -> Dtype:
+        """The dtype in which a model's rows are read: their own, unless rows of another dtype stand among them."""
+        return source.info.dtype if self.filling is None or source.row_map is None else self.given_dtype
 
     @property
     def kind(self) -> str:
@@ -107,6 +122,12 @@ class Plan:
 
     def index(self) -> bytes:
         """The content of model.safetensors.index.json."""
-        weight_map = {task.name: shard.name for shard in self.shards for task in shard.tasks}
-        index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+        return index_of(self.shards)
+
+
+def index_of(shards: Sequence[Shard]) -> bytes:
+    """The content of the index of a model's shards."""
+    weight_map = {task.name: shard.name for shard in shards for task in shard.tasks}
+    size = sum(task.nbytes for shard in shards for task in shard.tasks)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,13 +1,16 @@
 """Recipes: mergekit's YAML and the command line, read and checked.
 
 recipe.py         what a recipe is: frozen dataclasses
+references.py     references to models: a model, and the adapter that is added to it
 words.py          the words that a recipe's values may be
-yaml_tree.py      YAML as a tree that keeps file and line
+yaml_tree.py      YAML as a tree that keeps file, line and column
 places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
 parameters.py     the `parameters` of a recipe, a module, a slice or a model
 parts.py          the models: whole, by ranges of layers, or in a module
+spelling.py       British and American spellings of a recipe's keys
 relaxations.py    the tables `aim:` and `acm:`
+tokenizers.py     the keys `tokenizer_source`, `tokenizer` and `chat_template`
 stages.py         the named stages of several documents, and their order
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree

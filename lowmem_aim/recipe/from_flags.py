@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from lowmem_aim.errors import RecipeError, UsageError, printable
+from lowmem_aim.errors import LowmemAimError, RecipeError, UsageError, noted, printable, raise_all
 from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import find_method
-from lowmem_aim.recipe import places
 from lowmem_aim.recipe.reader import read_aim
-from lowmem_aim.recipe.recipe import Aim, same_reference
+from lowmem_aim.recipe.recipe import Aim
+from lowmem_aim.recipe.references import same_reference
+from lowmem_aim.recipe.spelling import OF_PARAMETERS, in_one_spelling
+from lowmem_aim.recipe.values import Values
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
 
 # Flag -> key of the table.
@@ -44,25 +45,39 @@ def empty_recipe() -> Node:
     return Node({}, COMMAND_LINE)
 
 
-def applied(tree: Node, flags: dict[str, Any]) -> Node:
-    """Return the tree with every given flag in it. Raises RecipeError for flags that contradict each other."""
+def applied(tree: Node, flags: dict[str, Any], errors: list[LowmemAimError] | None = None) -> Node:
+    """Return the tree with every given flag in it. Raises RecipeError for all flags that are wrong by themselves.
+
+    With `errors`, that is added to them instead, and the tree has what is right.
+    """
+    wrong: list[LowmemAimError] = [] if errors is None else errors
+    tree = in_one_spelling(tree)  # else a flag could stand beside the same key of another spelling
     for flag, key in (("method", "merge_method"), ("base", "base_model"), ("tokenizer_source", "tokenizer_source")):
         if flags.get(flag) is not None:
             tree = tree.with_item(key, _node(flags[flag], flag))
+    if flags.get("tokenizer_source") is not None and (table := tree.get("tokenizer")) is not None:
+        source = table.with_item("source", _node(flags["tokenizer_source"], "tokenizer_source"))
+        tree = tree.with_item("tokenizer", source).with_item("tokenizer_source", Node(None, COMMAND_LINE))
     if flags.get("dtype") is not None:
         # Arithmetic is float32 whatever the recipe says; the flag sets the dtype of the output.
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
-    tree = _with_models(tree, flags)
-    tree = _with_parameters(tree, flags.get("parameter", ()))
+    tree = _with_models(tree, flags, wrong)
+    for assignment in flags.get("parameter", ()):
+        with noted(wrong):
+            tree = _with_assignment(tree, assignment)
     if (table := tree.switched_on("acm")) is not None:
         tree, flags = _with_acm(tree, table, flags)
     elif own := [flag for flag in ("theta", "normalise") if flags.get(flag) is not None]:
-        raise RecipeError(f"--{own[0]} has no meaning without ACM", hint="add `--with acm` or `--with both`")
-    return _with_aim(tree, flags)
+        wrong.append(RecipeError(f"--{own[0]} has no meaning without ACM", "add `--with acm` or `--with both`"))
+    with noted(wrong):
+        tree = _with_aim(tree, flags)
+    if errors is None:
+        raise_all(wrong)
+    return tree
 
 
-def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
-    """The recipe for AIM, ACM or both on a finished model, with the authors' defaults. Raises RecipeError.
+def relax_recipe(merged: str, flags: dict[str, Any], errors: list[LowmemAimError] | None = None) -> Node:
+    """The recipe for AIM, ACM or both on a finished model, with the authors' defaults. Raises as `applied`.
 
     The model is the one expert of a passthrough merge, which is then relaxed against the base.
     """
@@ -72,8 +87,12 @@ def relax_recipe(merged: str, flags: dict[str, Any]) -> Node:
     for way in ways:
         tree = tree.with_item(way, empty_recipe())
     if "aim" not in ways and (own := [flag for flag in ("omega", "scaling", "exclude", "tied") if flags.get(flag)]):
-        raise RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` applies AIM and then ACM")
-    return applied(tree, flags)
+        error = RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` applies AIM and then ACM")
+        if errors is None:
+            raise error
+        errors.append(error)
+        flags = flags | dict.fromkeys(own)
+    return applied(tree, flags, errors)
 
 
 def _with_acm(tree: Node, table: Node, flags: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
@@ -98,7 +117,7 @@ def _node(value: Any, flag: str) -> Node:
     return Node(value, f"--{flag.replace('_', '-')}")
 
 
-def _with_models(tree: Node, flags: dict[str, Any]) -> Node:
+def _with_models(tree: Node, flags: dict[str, Any], wrong: list[LowmemAimError]) -> Node:
     experts: Sequence[str] = flags.get("expert", ())
     if experts:
         listed = [empty_recipe().with_item("model", _node(expert, "expert")) for expert in experts]
@@ -106,7 +125,7 @@ def _with_models(tree: Node, flags: dict[str, Any]) -> Node:
         if not flags.get("weight") and not _top_level(tree, "weight") and _takes_weight(tree):
             flags = flags | {"weight": ("1",)}
     for name in ("weight", "density"):
-        tree = _with_values(tree, name, flags.get(name, ()))
+        tree = _with_values(tree, name, flags.get(name, ()), wrong)
     return tree
 
 
@@ -129,10 +148,10 @@ def _top_level(tree: Node, name: str) -> bool:
     return parameters is not None and parameters.get(name) is not None
 
 
-def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
+def _with_values(tree: Node, name: str, values: Sequence[str], wrong: list[LowmemAimError]) -> Node:
     """The tree with one value for all experts, or one for each in order; a base that is listed is no expert.
 
-    Raises RecipeError for any other number of values.
+    Any other number of values is noted as wrong, and the first is taken for all.
     """
     models = tree.get("models")
     if not values or models is None or not isinstance(models.value, list):
@@ -142,9 +161,9 @@ def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
     counts_base = method is not None and method.base == "listed"
     is_expert = [counts_base or not _is_base(model, base) for model in models.value]
     if len(values) not in (1, sum(is_expert)):
-        raise RecipeError(
-            f"--{name}: {len(values)} values for {sum(is_expert)} expert(s)", hint="give one, or one for each"
-        )
+        text = f"--{name}: {len(values)} values for {sum(is_expert)} expert(s)"
+        wrong.append(RecipeError(text, hint="give one, or one for each"))
+        values = values[:1]
     rest = list(values) * (sum(is_expert) if len(values) == 1 else 1)
     edited = [
         _with_parameter(m, name, rest.pop(0)) if expert else m
@@ -155,10 +174,8 @@ def _with_values(tree: Node, name: str, values: Sequence[str]) -> Node:
 
 def _is_base(model: Node, base: Node | None) -> bool:
     reference = model.get("model")
-    if base is None or reference is None or not isinstance(reference.value, str) or not isinstance(base.value, str):
-        return False
-    paths = [places.find(node.value, node.folder, os.path.isdir).path for node in (reference, base)]
-    return same_reference(*paths)
+    found = [Values().model(node, "model") for node in (reference, base)]  # the reader tells of what is wrong
+    return found[0] is not None and found[1] is not None and same_reference(found[0], found[1])
 
 
 def _with_parameter(table: Node, name: str, text: str) -> Node:
@@ -166,15 +183,14 @@ def _with_parameter(table: Node, name: str, text: str) -> Node:
     return table.with_item("parameters", parameters.with_item(name, Node(_scalar(text), f"--{name}")))
 
 
-def _with_parameters(tree: Node, assignments: Sequence[str]) -> Node:
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name:
-            raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE", "such as `-p lambda=0.5`")
-        parameters = tree.get("parameters") or empty_recipe()
-        value = Node(_scalar(text), f"--parameter {printable(name)}")
-        tree = tree.with_item("parameters", parameters.with_item(name, value))
-    return tree
+def _with_assignment(tree: Node, assignment: str) -> Node:
+    """The tree with the parameter of a text such as `lambda=0.5`. Raises RecipeError for another text."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE", "such as `-p lambda=0.5`")
+    parameters = tree.get("parameters") or empty_recipe()
+    value = Node(_scalar(text), f"--parameter {printable(name)}")
+    return tree.with_item("parameters", parameters.with_item(OF_PARAMETERS.get(name, name), value))
 
 
 def _scalar(text: str) -> Any:

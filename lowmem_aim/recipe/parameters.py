@@ -8,6 +8,7 @@ from lowmem_aim.errors import did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.recipe.recipe import Setting
+from lowmem_aim.recipe.spelling import OF_PARAMETERS
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.yaml_tree import Node
 
@@ -29,9 +30,11 @@ def settings_of(read: Values, table: Node, method: Method | None, *, of_model: b
         _check_names(read, node, {name for other in METHODS.values() for name in other.parameters})
         return {}
     settings: dict[str, Setting] = {}
-    for name, value in node.value.items():
+    for written, value in node.value.items():
         if value.value is None:
             continue  # as if it were absent
+        usual = str(OF_PARAMETERS.get(written, written))
+        name = written if usual in node.value else usual
         parameter = method.parameters.get(name)
         if parameter is None or (of_model and not parameter.per_expert):
             meant = _unused(read, name, value, method, of_model)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from lowmem_aim.errors import printable
 from lowmem_aim.methods.method import Method
 from lowmem_aim.recipe.parameters import settings_of
-from lowmem_aim.recipe.recipe import ModelEntry, Module, Setting, Slice, same_reference
+from lowmem_aim.recipe.recipe import ModelEntry, Module, Setting, Slice
+from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.yaml_tree import Node
 

@@ -1,4 +1,4 @@
-"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file and line.
+"""mergekit's YAML, read into a frozen Recipe. Every problem is found before any work, with its file, line and column.
 
 The YAML comes as a tree (`yaml_tree`); command-line flags replace nodes of that tree (`from_flags`), so that a wrong
 flag is reported like a wrong line. `read_recipe` then builds the Recipe from the tree.
@@ -16,8 +16,10 @@ from lowmem_aim.recipe.parameters import settings_of
 from lowmem_aim.recipe.parts import WAYS, Parts
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
+from lowmem_aim.recipe.spelling import in_one_spelling
 from lowmem_aim.recipe.stages import in_order, stages_by_name
-from lowmem_aim.recipe.values import Values, together
+from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
+from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
 
@@ -29,14 +31,14 @@ TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
+    "chat_template",
     "aim",
     "acm",
 )
 # Keys of mergekit's that are refused rather than ignored -> why, and what to do.
 UNSUPPORTED_KEYS = {
     "experts": ("a mixture of experts cannot be made", "`lowmem-aim methods` lists the ways to merge models"),
-    "tokenizer": ("only `tokenizer_source: base` is", "leave it out, or write `tokenizer_source: base`"),
-    "chat_template": ("the base's chat template is copied as it is", "leave it out"),
 }
 # What stands in the place of `models` and `merge_method`, and what stands beside it.
 _OF_MIXTURES = "experts"
@@ -56,6 +58,10 @@ class _Reader(Values):
         """The recipe; with `problems`, without the values that are wrong; None if no method or no model is left."""
         if not self._is_recipe():
             return None
+        self.problems += [
+            Remark(place, f"the key `{printable(key)}` appears twice", "write each key of a table once")
+            for key, place in self.root.twice
+        ]
         self.meant = self.check_keys(self.root, (*TOP_KEYS, *self._beside()), UNSUPPORTED_KEYS, ignoring=True)
         method = self._method()
         base = self._base(method)
@@ -65,7 +71,9 @@ class _Reader(Values):
         aim = self._aim(base)
         acm = self._acm(base, aim)
         dtype = self._dtype()
-        tokenizer_source = self._tokenizer_source(base)
+        listed = [entry.reference for part in slices for entry in part.entries]
+        tokenizer = tokenizer_of(self, self.root, list(dict.fromkeys([*([base] if base else []), *listed])))
+        chat_template = chat_template_of(self, self.root)
         if not any(part.experts for part in slices):
             return None
         return Recipe(
@@ -74,7 +82,8 @@ class _Reader(Values):
             slices,
             parameters,
             dtype,
-            tokenizer_source,
+            tokenizer,
+            chat_template,
             aim,
             acm,
             self.root.where,
@@ -120,7 +129,7 @@ class _Reader(Values):
             flags = "add `--method`, such as `--method ties`; `lowmem-aim methods` lists them"
             self._missing("merge_method", "`merge_method` is missing", hint, flags)
             return None
-        name = self.text(node, "merge_method")
+        name = self.text(node, "merge_method", "name a method, such as `merge_method: ties`")
         if name is None:
             return None
         try:
@@ -148,7 +157,7 @@ class _Reader(Values):
         chosen = None
         for key in ("dtype", "out_dtype"):  # out_dtype wins
             node = self.root.get(key)
-            value = self.text(node, key)
+            value = self.text(node, key, f"such as `{key}: bfloat16`, or leave it out to keep the models' own dtype")
             if node is not None and value is not None:
                 if value not in DTYPES:
                     allowed, near = ", ".join(DTYPES), did_you_mean(value, DTYPES, SHORT_DTYPES)
@@ -156,16 +165,6 @@ class _Reader(Values):
                     self.problem(node, text, "leave it out to keep the models' own dtype")
                 chosen = value
         return chosen
-
-    def _tokenizer_source(self, base: str | None) -> str | None:
-        node = self.root.get("tokenizer_source")
-        source = self.text(node, "tokenizer_source")
-        if node is not None and source not in (None, "base"):
-            text = f"`tokenizer_source: {printable(source or '')}` is not supported: only `base` is"
-            self.problem(node, text, "write `tokenizer_source: base`, or leave it out to merge row by row")
-        elif node is not None and source and self._has_no_base(base):
-            self.problem(node, "`tokenizer_source: base` needs a `base_model`", "name the model that has the tokenizer")
-        return source
 
     def _aim(self, base: str | None) -> Aim | None:
         node = self._table("aim", "omega: 0.4", base, "its activations are what the merge is relaxed by")
@@ -181,7 +180,7 @@ class _Reader(Values):
         if node is None:
             return None
         if not isinstance(node.value, dict):
-            self.problem(node, f"`{key}` must be a table, or `false`, such as `{key}: {{{example}}}`")
+            self.problem(node, f"`{key}` must be a table, or `false`", f"such as `{key}: {{{example}}}`")
             return None
         if self._has_no_base(base):
             hint = "name the model that the others were tuned from, as `base_model` or `--base`"
@@ -217,12 +216,14 @@ def readable_part(root: Node) -> tuple[Recipe | None, RecipeError | None]:
     the method or all models could not be read.
     """
     if not root.others:
-        reader = _Reader(root)
+        reader = _Reader(in_one_spelling(root))
         recipe = reader.recipe()
         return recipe, reader.error()
     told = Values()
     stages = stages_by_name(root, told)
-    readers = {document.where: _Reader(document, stages, named=True) for document in (*root.others, root)}
+    readers = {
+        document.where: _Reader(in_one_spelling(document), stages, named=True) for document in (*root.others, root)
+    }
     recipes = {where: reader.recipe() for where, reader in readers.items()}
     told.problems += [problem for reader in readers.values() for problem in reader.problems]
     found = {name: recipe for name, document in stages.items() if (recipe := recipes[document.where])}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import RecipeError, printable
-from lowmem_aim.recipe.words import Normalise
+from lowmem_aim.recipe.references import parsed
+from lowmem_aim.recipe.words import SOURCES, UNION, Normalise, RowSource
 
 if TYPE_CHECKING:
     from lowmem_aim.methods.method import Method, Parameter  # torch
@@ -51,7 +51,7 @@ def _on_gradient(value: Any, t: float) -> Any:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of the recipe: a local folder, or a Hub id with an optional `@revision`."""
+    """One model of the recipe: a folder or a Hub id, perhaps with an adapter (see `references`)."""
 
     reference: str
     parameters: Mapping[str, Setting]
@@ -119,6 +119,28 @@ class Acm:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """The source of a token's row in the models that lack the token; with `force`, in all of them."""
+
+    source: RowSource = "usual"  # usual: as for tokens that the recipe does not name
+    model: str = ""  # whose row it is, as the recipe names it
+    token: str | None = None  # of the model, for `model_token`: the token or its id
+    token_id: int | None = None
+    force: bool = False
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The output's tokenizer: `tokenizer_source` or `tokenizer` of the recipe."""
+
+    source: str = UNION  # `union`, `base`, or a model
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None  # rows
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe. The base is among the experts of a slice only if the method merges it like an expert."""
 
@@ -127,7 +149,8 @@ class Recipe:
     slices: tuple[Slice, ...]
     parameters: Mapping[str, Setting]
     dtype: str | None
-    tokenizer_source: str | None
+    tokenizer: Tokenizer | None
+    chat_template: str | None  # `auto`, a name, or a template's text
     aim: Aim | None
     acm: Acm | None
     where: str
@@ -157,6 +180,17 @@ class Recipe:
         return {**self.stages, "": self}
 
     @property
+    def named(self) -> list[str]:
+        """Every model that is named, each once, without its adapter; the tokenizer's is the last."""
+        found = [*self.references, *([self.tokenizer_model] if self.tokenizer_model else [])]
+        return list(dict.fromkeys(parsed(reference).model for reference in found))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Every adapter that is named, each once."""
+        return list(dict.fromkeys(adapter for name in self.references if (adapter := parsed(name).adapter)))
+
+    @property
     def sliced(self) -> bool:
         """Whether the recipe says which layers of the models are taken."""
         return any(model.layers is not None for model in self.models)
@@ -165,6 +199,11 @@ class Recipe:
     def builds_on_base(self) -> bool:
         """Whether the result is the base and something added to it."""
         return self.method.builds_on(self.base)
+
+    @property
+    def tokenizer_model(self) -> str:
+        """The model whose tokenizer the output has; empty if that is the base's, or one of several."""
+        return "" if self.tokenizer is None or self.tokenizer.source in SOURCES else self.tokenizer.source
 
     @property
     def relaxed(self) -> bool:
@@ -225,9 +264,3 @@ def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
         f"omega-{omega!r}".removesuffix(".0"): replace(recipe, aim=replace(recipe.aim, omega=Setting(omega), omegas=()))
         for omega in recipe.aim.omegas
     }
-
-
-def same_reference(a: str, b: str) -> bool:
-    """Whether two references mean one model, however written: `./base/`, `base`, `/models/base` or a link to it."""
-    paths = [os.path.realpath(os.path.expanduser(reference)) for reference in (a, b)]
-    return paths[0] == paths[1]

@@ -66,7 +66,7 @@ def in_order(
     `last` is the recipe of the output; None if what uses a stage is not known. `read` is told of circles, of stages
     that nothing uses, and of stages that make several outputs.
     """
-    uses = {name: [other for other in recipe.references if other in found] for name, recipe in found.items()}
+    uses = {name: [other for other in recipe.named if other in found] for name, recipe in found.items()}
     order: list[str] = []
 
     def visit(name: str, path: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ def in_order(
     for name in found:
         visit(name, [])
     if last:
-        used = {*last.references, *(other for others in uses.values() for other in others)}
+        used = {*last.named, *(other for others in uses.values() for other in others)}
         for name in (name for name in found if name not in used):
             read.problem(documents[name], f"nothing uses the stage `{printable(name)}`", "leave it out, or merge it")
     for name in (name for name, recipe in found.items() if recipe.aim and recipe.aim.omegas):

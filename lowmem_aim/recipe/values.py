@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from lowmem_aim.errors import RecipeError, did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe import places
 from lowmem_aim.recipe.recipe import Setting
+from lowmem_aim.recipe.references import parsed
 from lowmem_aim.recipe.words import is_hub_id
 from lowmem_aim.recipe.yaml_tree import Node
 
+_IN_FILE = re.compile(r"(?!--)(.+):(\d+):(\d+)", re.DOTALL)
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
 
 
@@ -42,8 +45,8 @@ class Values:
         self.problems.append(Remark(node.where, text, hint))
 
     def error(self) -> RecipeError | None:
-        """All problems as one error, in the order of their lines; None if there are none."""
-        told = together(sorted(self.problems, key=lambda problem: _line(problem.where)))
+        """All problems as one error, in the order of their places; None if there are none."""
+        told = together(sorted(self.problems, key=lambda problem: _place(problem.where)[1:]))
         return RecipeError(told.keys(), [*told.values()]) if told else None
 
     def check_keys(
@@ -75,26 +78,37 @@ class Values:
                 meant.add(nearest(key, known))
         return meant
 
-    def text(self, node: Node | None, what: str) -> str | None:
-        """The text of a node without outer spaces; None if the node is empty, or after a problem. `what` is its key."""
+    def text(self, node: Node | None, what: str, hint: str = "") -> str | None:
+        """The text of a node without outer spaces; None if the node is empty, or after a problem.
+
+        `what` is its key, and `hint` what to do about a value that is wrong.
+        """
         if node is None or node.value is None:
             return None
         value = node.value
-        if isinstance(value, dict) and set(value) == {"path"}:  # mergekit's long form of a model reference
-            value = value["path"].value
         if not isinstance(value, str) or not value.strip():
-            self.problem(node, f"`{what}` must be text")
+            self.problem(node, f"`{what}` must be text", hint)
             return None
         if wrong := no_name(value.strip()):
-            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}")
+            self.problem(node, f"`{what}`: `{printable(value)}` {wrong}", hint)
             return None
         return value.strip()
 
     def model(self, node: Node | None, what: str) -> str | None:
-        """The reference of a model: a stage, a Hub id, or a path from the current folder; None as in `text`."""
-        text = self.text(node, what)
-        if node is None or text is None or text in self.stages:
-            return text
+        """The reference of a model, its paths as seen from the current folder; None as in `text`. See `references`.
+
+        The name of a stage stands for its result, also where an adapter is added to it.
+        """
+        long = node is not None and isinstance(node.value, dict)
+        hint = f"name a folder or a model on the Hub: `{what}: folder-or-id`"
+        text = self._long_form(node, what) if node is not None and long else self.text(node, what, hint)
+        if node is None or text is None:
+            return None
+        model, *adapters = parsed(text, lambda path: path in self.stages or _is_folder(path, node.folder)).parts
+        found = model if model in self.stages else self._placed_model(node, model, what)
+        return "+".join([found, *(self.placed(node, part, os.path.isdir) for part in adapters)])
+
+    def _placed_model(self, node: Node, text: str, what: str) -> str:
         path = self.placed(node, text, os.path.isdir)
         if path in self.sought and "/" not in path and (meant := nearest(path, self.stages)):
             self.problem(
@@ -103,6 +117,36 @@ class Values:
                 f"did you mean the stage `{meant}`?",
             )
         return path
+
+    def _long_form(self, node: Node, what: str) -> str | None:
+        """The text of `{model: ..., lora: ..., override_architecture: ...}`, or of one `{path, revision}` by itself."""
+        if "model" not in node.value:
+            return self._path(node, what)
+        self.check_keys(node, ("model", "lora", "override_architecture"), {})
+        if override := node.get("override_architecture"):
+            why = "`override_architecture` is not used: a tensor's role follows from `model_type` in the model's config"
+            self.notices.append(Remark(override.where, why))
+        inner = {key: node.get(key) for key in ("model", "lora")}
+        parts = [self._path(part, f"{what}: {key}") for key, part in inner.items() if part is not None]
+        if inner["model"] is None:
+            self.problem(node, f"`{what}` names no model", "write `{model: folder-or-id, lora: folder-or-id}`")
+            return None
+        return None if None in parts else "+".join(filter(None, parts))
+
+    def _path(self, node: Node, what: str) -> str | None:
+        """A path or id, with its revision if it is on the Hub; from a text, or from `{path, revision}`."""
+        if not isinstance(node.value, dict):
+            return self.text(node, what)
+        self.check_keys(node, ("path", "revision"), {})
+        path, revision = (self.text(node.get(key), f"{what}: {key}") for key in ("path", "revision"))
+        if path is None and node.get("path") is None:
+            self.problem(node, f"`{what}` names no `path`", "write `{path: folder-or-id}`")
+        if path is None or revision is None:
+            return path
+        if _is_folder(path, node.folder):
+            self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its `revision` says nothing"))
+            return path
+        return f"{path}@{revision}"
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""
@@ -130,10 +174,11 @@ class Values:
             self.check_keys(rule, ("filter", "value"), {})
             pattern, value_node = rule.get("filter"), rule.get("value")
             if value_node is None:
-                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`")
+                self.problem(rule, f"a filter of `{parameter.name}` needs a `value`", hint)
                 continue
             if pattern is not None and not (isinstance(pattern.value, str) and pattern.value):
-                self.problem(pattern, f"a filter of `{parameter.name}` must be a part of tensor names, or `*`")
+                text = f"a filter of `{parameter.name}` must be a part of tensor names, or `*`"
+                self.problem(pattern, text, hint)
                 continue
             rules.append((pattern.value if pattern else "", self.value(value_node, parameter, hint)))
         return Setting(tuple(rules), filtered=True, where=node.where)
@@ -164,33 +209,33 @@ class Values:
 
 
 def together(remarks: Iterable[Remark]) -> dict[str, str]:
-    """Each remark as a line -> its hint; what is said of several lines of a file is said once, with their numbers."""
+    """Each remark as a line -> its hint; what is said of several places in a file is said once, with all of them."""
     places: dict[tuple[str, str, str], list[str]] = {}
     for remark in remarks:
-        file, line = _place(remark.where)
-        same = (file, remark.text, remark.hint) if line else (remark.where, remark.text, remark.hint)
-        lines = places.setdefault(same, [])
-        if line and line not in lines:
-            lines.append(line)
+        file, line, column = _place(remark.where)
+        found = places.setdefault((file, remark.text, remark.hint), [])
+        place = f"{line}:{column}"
+        if line and place not in found:
+            found.append(place)
     return {
-        f"{':'.join([file, *lines[:1]])}: {text}{_also_in(lines[1:])}": hint
-        for (file, text, hint), lines in places.items()
+        f"{':'.join([file, *found[:1]])}: {text}{_also_at(found[1:])}": hint
+        for (file, text, hint), found in places.items()
     }
 
 
-def _also_in(lines: Sequence[str]) -> str:
-    return f" (and in line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
+def _also_at(places: Sequence[str]) -> str:
+    return f" (and at {', '.join(places)})" if places else ""
 
 
-def _place(where: str) -> tuple[str, str]:
-    """(file, line) of a place in a file, the line as digits; elsewhere (the place, "")."""
-    file, colon, line = where.rpartition(":")
-    return (file, line) if colon and line.isdigit() else (where, "")
+def _place(where: str) -> tuple[str, int, int]:
+    """(file, line, column) of a place in a file; (the place, 0, 0) of a flag, which has neither and so comes first."""
+    found = _IN_FILE.fullmatch(where)
+    return (found[1], int(found[2]), int(found[3])) if found else (where, 0, 0)
 
 
-def _line(where: str) -> int:
-    """The line number of a place; 0 for flags, which have none and so come first."""
-    return int(_place(where)[1] or 0)
+def _is_folder(path: str, beside: str) -> bool:
+    """Whether a recipe's path leads to a folder; `beside` is the folder of the recipe's file."""
+    return os.path.isdir(os.path.expanduser(places.find(path, beside, os.path.isdir).path))
 
 
 def no_name(text: str) -> str:

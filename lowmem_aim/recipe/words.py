@@ -14,9 +14,14 @@ SHORT_DTYPES = {
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),
     "bf16": "bfloat16",
 }
+# A token's row: by the rule for all tokens, a model's row of the token, a model's row of another token, or zeros.
+RowSource = Literal["usual", "model", "model_token", "zero"]
 Normalise = Literal["samples", "layers"]
 NORMALISATIONS: tuple[Normalise, ...] = ("samples", "layers")
 SCALINGS = ("identity", "sqrt", "square", "rank")
+UNION, BASE = "union", "base"  # all models' tokens, or the base's
+SOURCES = (UNION, BASE)
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # by name; their texts: `output.chat_templates`
 # The AIM authors' calibration set, and their rule for it: shuffled, texts of more than block_size tokens skipped.
 PILE = "mit-han-lab/pile-val-backup"
 BUILTIN = "builtin"

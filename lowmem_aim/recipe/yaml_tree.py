@@ -1,7 +1,7 @@
-"""YAML as a tree of `Node`s with their file and line, read so that no input can run code or exhaust memory.
+"""YAML as a tree of `Node`s with their file, line and column, read so that no input can run code or exhaust memory.
 
-Only plain scalars, lists and tables are built, at most MAX_NODES of them and MAX_DEPTH deep, aliases expanded. A key
-that appears twice in a table is refused.
+Only plain scalars, lists and tables are built, at most MAX_NODES of them and MAX_DEPTH deep, aliases expanded. Of a key
+that appears twice in a table the last value is kept, and the root knows of it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ PLAIN_TAGS = frozenset(["null", "bool", "int", "float", "str", "seq", "map", "me
 
 @dataclass(frozen=True)
 class Node:
-    """A value of the recipe (a scalar, a list or a table of Nodes) and its place: `file:line`, or a flag."""
+    """A value of the recipe (a scalar, a list or a table of Nodes) and its place: `file:line:column`, or a flag."""
 
     value: Any
     where: str
     folder: str = ""  # of the recipe's file, for its relative paths; "": the current folder
     others: tuple[Node, ...] = ()  # at the top: the other documents of the file, which are named stages
+    twice: tuple[tuple[str, str], ...] = ()  # of a root: each key that stands twice in its table, as (key, place)
 
     @property
     def by_flag(self) -> bool:
@@ -70,17 +71,22 @@ def parse(text: str, source: str, folder: str = "") -> Node:
     try:
         roots = list(_Loader(text, source).documents())
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        where = _at(source, error.problem_mark) if error.problem_mark else f"{source}:1:1"
         what = printable(error.problem or str(error))
-        raise RecipeError(f"{source}:{line}: not valid YAML: {what}", _SYNTAX) from error
+        raise RecipeError(f"{where}: not valid YAML: {what}", _SYNTAX) from error
+    except yaml.reader.ReaderError as error:
+        above, start = text.count("\n", 0, error.position), text.rfind("\n", 0, error.position)
+        where = f"{source}:{above + 1}:{error.position - start}"
+        what = printable(f"the character {chr(error.character)!r} is not allowed")
+        raise RecipeError(f"{where}: not valid YAML: {what}", "remove it, or write it as an escape") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{source}:1: not valid YAML: {printable(str(error))}", _SYNTAX) from error
+        raise RecipeError(f"{source}:1:1: not valid YAML: {printable(str(error))}", _SYNTAX) from error
     converter = _Converter(source, folder)
-    trees = [converter.convert(root) for root in roots]
+    trees = [converter.document(root) for root in roots]
     if converter.problems:
-        raise RecipeError(converter.problems, "write each key once, and plain values, without tags or objects")
+        raise RecipeError(converter.problems, "write plain values, without tags or objects")
     filled = [tree for tree in trees if tree.value is not None]
-    return one_of(filled or trees) if trees else Node({}, f"{source}:1")
+    return one_of(filled or trees) if trees else Node({}, f"{source}:1:1")
 
 
 def one_of(documents: Sequence[Node]) -> Node:
@@ -116,6 +122,11 @@ def tree_of(value: Any, where: str) -> Node:
     return converted(value, where, 0)
 
 
+def _at(source: str, mark: yaml.Mark) -> str:
+    """The place of a mark: `file:line:column`, both counted from 1, the column in characters."""
+    return f"{source}:{mark.line + 1}:{mark.column + 1}"
+
+
 class _Loader(yaml.SafeLoader):
     """A loader that stops as soon as a file is too large or too deep: reading on would take minutes."""
 
@@ -134,7 +145,8 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         self._depth += 1
         if self._nodes > MAX_NODES or self._depth > MAX_DEPTH:
-            raise RecipeError(f"{self._source}:{self.line + 1}: the recipe is too large or too deep")
+            where = _at(self._source, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            raise RecipeError(f"{where}: the recipe is too large or too deep")
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -144,14 +156,21 @@ class _Converter:
     """A converter of yaml's nodes into ours, which counts what aliases expand to."""
 
     def __init__(self, source: str, folder: str) -> None:
-        self.problems: list[str] = []
+        self.problems: list[str] = []  # what leaves a hole in the tree: the rest of it cannot be judged
+        self.twice: list[tuple[str, str]] = []
         self._source = source
         self._folder = folder
         self._count = 0
         self._scalars = yaml.SafeLoader("")
 
+    def document(self, root: yaml.Node) -> Node:
+        """The tree of one document."""
+        self.twice = []
+        tree = self.convert(root)
+        return replace(tree, twice=tuple(self.twice))
+
     def convert(self, node: yaml.Node, depth: int = 0) -> Node:
-        where = f"{self._source}:{node.start_mark.line + 1}"
+        where = _at(self._source, node.start_mark)
         self._count += 1
         if self._count > MAX_NODES or depth > MAX_DEPTH:
             raise RecipeError(f"{where}: the recipe is too large or too deep once its aliases are expanded")
@@ -181,22 +200,22 @@ class _Converter:
         own: dict[str, Node] = {}
         merged: dict[str, Node] = {}
         for key_node, value_node in node.value:
-            line = f"{self._source}:{key_node.start_mark.line + 1}"
+            place = _at(self._source, key_node.start_mark)
             value = self.convert(value_node, depth + 1)
             if key_node.tag == STANDARD + "merge":  # `<<: *alias`, of one table or a list of them
                 tables = value.value if isinstance(value.value, list) else [value]
                 if not all(isinstance(table.value, dict) for table in tables):
-                    self.problems.append(f"{line}: `<<` merges tables only")
+                    self.problems.append(f"{place}: `<<` merges tables only")
                     continue
                 for table in reversed(tables):
                     merged |= table.value
                 continue
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
             if not key:
-                self.problems.append(f"{line}: a key must be a plain word")
+                self.problems.append(f"{place}: a key must be a plain word")
             elif key in own:
-                self.problems.append(f"{line}: the key `{printable(key)}` appears twice")
-            own[key] = replace(value, where=line)
+                self.twice.append((key, place))
+            own[key] = replace(value, where=place)
         return merged | own
 
 

@@ -7,9 +7,10 @@ its module, shaped to broadcast against the weight: (1, in) for a linear's (out,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,28 +59,50 @@ class Activations:
     def load(cls, path: Path) -> Activations:
         """Read a file that `save` wrote. Raises ModelError if the file is missing, damaged or something else."""
         shown = printable(os.fspath(path))
-        with input_errors(path):
-            if not is_there(path):
-                raise ModelError(f"there is no activations file `{shown}`", _MAKE)
-            os.close(open_regular(path))
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("lowmem_aim", "{}"))
-                means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"`{shown}` is not an activations file: {printable(str(error))}", _MAKE) from error
-        if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
-            raise ModelError(
-                f"`{shown}` is a safetensors file, but not of activations",
-                hint=_MAKE,
-            )
-        if not _well_formed(facts):
-            raise ModelError(f"`{shown}` was written by another version of lowmem-aim", hint="calibrate again")
+        facts, file = _opened(path, "pt")
+        with file, _as_no_activations(shown):
+            means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         bad = [n for n, t in means.items() if t.dtype != torch.float32 or not t.isfinite().all() or (t < 0).any()]
         if bad:
             problems = [f"`{shown}`: the statistic of `{printable(n)}` is not a mean of magnitudes" for n in bad]
             raise ModelError(problems, _MAKE)
         return cls(means, **facts)
+
+
+def facts_of(path: Path) -> tuple[Activations, int]:
+    """The identity of what a file's statistics were measured on, without them, and their number; torch is not imported.
+
+    Raises ModelError as `Activations.load`.
+    """
+    facts, file = _opened(path, "numpy")
+    with file:
+        return Activations({}, **facts), len(file.keys())
+
+
+def _opened(path: Path, framework: str) -> tuple[dict[str, Any], Any]:
+    """The facts of a file that `save` wrote, and the file, opened. Raises ModelError."""
+    shown = printable(os.fspath(path))
+    with input_errors(path):
+        if not is_there(path):
+            raise ModelError(f"there is no activations file `{shown}`", _MAKE)
+        os.close(open_regular(path))
+    with _as_no_activations(shown):
+        file: Any = safe_open(path, framework=framework)
+        facts = json.loads((file.metadata() or {}).get("lowmem_aim", "{}"))
+    if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
+        raise ModelError(f"`{shown}` is a safetensors file, but not of activations", _MAKE)
+    if not _well_formed(facts):
+        raise ModelError(f"`{shown}` was written by another version of lowmem-aim", hint="calibrate again")
+    return facts, file
+
+
+@contextlib.contextmanager
+def _as_no_activations(shown: str) -> Iterator[None]:
+    """Raise ModelError for what the library, or JSON, finds wrong with a file during the block."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"`{shown}` is not an activations file: {printable(str(error))}", _MAKE) from error
 
 
 def _well_formed(facts: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ tensor_store.py   tensors between two uses: on the device, in RAM or in a file
 run.py            a running job: its options, device, memory budget and events
 files.py          files: opened only if regular, written whole or not at all
 address_space.py  the limit of a process's address space
+process_limits.py limits that a process sets itself: its memory, its time, no network
 faults.py         system calls that failed, explained to the user
 lock.py           the lock of an output folder
 characters.py     the characters that stdout and stderr can show: ASCII in place of bars, if need be

@@ -37,3 +37,10 @@ DTYPES: Mapping[str, Dtype] = {
     "BOOL": Dtype("bool", 1),
 }
 BY_NAME: Mapping[str, Dtype] = {dtype.name: dtype for dtype in DTYPES.values()}
+
+# Those of quantised weights: they can be read, but not merged as they are.
+PACKED_DTYPES: Mapping[str, Dtype] = {
+    "F8_E4M3": Dtype("float8_e4m3fn", 1),
+    "F8_E5M2": Dtype("float8_e5m2", 1),
+    "F8_E8M0": Dtype("float8_e8m0fnu", 1),
+}

@@ -47,6 +47,7 @@ class Interrupted(BaseException):
 class _State:
     working = False
     received = 0  # the first signal's number
+    put_off = False  # the first signal raises nothing for a moment
     paused = False
     kept = True  # whether the run that was interrupted has kept something
     at_end: ClassVar[list[Callable[[], None]]] = []  # calls that restore the terminal before the process ends
@@ -68,6 +69,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
     if not _State.received:
         _State.received = number
+        if _State.put_off:
+            return
         raise Interrupted
     _end(AT_ONCE, 128 + _State.received)
 
@@ -107,6 +110,20 @@ def check() -> None:
     """Raise Interrupted, in the main thread, if a signal has come and the run goes on all the same."""
     if _State.received and threading.current_thread() is threading.main_thread():
         raise Interrupted
+
+
+@contextlib.contextmanager
+def put_off() -> Iterator[None]:
+    """Raise Interrupted for a signal in the block only at its end: the block's changes belong together.
+
+    For the main thread, and for moments: meanwhile the run does not answer.
+    """
+    _State.put_off = True
+    try:
+        yield
+    finally:
+        _State.put_off = False
+    check()
 
 
 @contextlib.contextmanager

@@ -187,6 +187,11 @@ def container_limit() -> int | None:
     return limit if limit is not None and limit < psutil.virtual_memory().total else None
 
 
+def most_bytes() -> int:
+    """Bytes of memory that there are at all: the machine's, or what the process's cgroups allow, if less."""
+    return container_limit() or int(psutil.virtual_memory().total)
+
+
 def _cgroups_free(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[int]:
     """Bytes that the limit of each limited cgroup of the process leaves; pages of files count as free."""
     return (max(limit - held, 0) for limit, held in _limited_cgroups(root, membership))

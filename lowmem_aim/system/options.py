@@ -14,7 +14,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one job. Only `seed`, `shard_bytes` and `nonfinite` change the bytes of a merge.
+    """Settings of one job. Only `seed`, `nonfinite` and the size of shards change the bytes of a merge.
 
     The low bits of what AIM and ACM measure depend on `device` and `threads` too.
     """
@@ -22,6 +22,7 @@ class Options:
     seed: int = 0  # of the random masks
     nonfinite: NonFinite = "stop"
     shard_bytes: int = DEFAULT_SHARD_BYTES  # largest output file
+    shard_parameters: int | None = None  # the same as a number of parameters, in place of `shard_bytes`
     read: ReadMode = "mmap"
     device: str = "auto"  # "cpu", "cuda", "cuda:N" or "mps"; "auto": the first GPU, if there is one
     threads: int | None = None  # of torch on the CPU; None: as many as torch takes by itself
@@ -43,7 +44,8 @@ def wrong_options(options: Options) -> Iterator[str]:
     for name, words in (("read", get_args(ReadMode)), ("nonfinite", get_args(NonFinite))):
         if getattr(options, name) not in words:
             yield f"`{name}` must be one of {', '.join(words)}, not {getattr(options, name)!r:.100}"
-    for name, least in (("threads", 1), ("slice_rows", 1), ("ram", 0), ("vram", 0), ("shard_bytes", 1), ("seed", None)):
+    counts = {"threads": 1, "slice_rows": 1, "ram": 0, "vram": 0, "shard_bytes": 1, "shard_parameters": 1, "seed": None}
+    for name, least in counts.items():
         value = getattr(options, name)
         optional = name not in ("shard_bytes", "seed")
         whole = isinstance(value, int) and not isinstance(value, bool)

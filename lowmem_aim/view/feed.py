@@ -232,4 +232,5 @@ def ended(error: BaseException) -> RunEnded:
 def failed(told: LowmemAimError, error: BaseException) -> RunEnded:
     """The event of a run that fails by `error`, of which `told` is what the user is told."""
     text = "".join(traceback.format_exception(error))
-    return RunEnded("failed", told.exit_code, told.problems, told.hint, text, next(iter(told.problems), ""))
+    first = next(iter(told.problems), "")
+    return RunEnded("failed", told.exit_code, told.problems, told.hint, text, first, told.hints)

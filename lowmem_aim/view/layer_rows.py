@@ -99,9 +99,9 @@ def _mean(shares: Sequence[float | None]) -> float | None:
 
 def _done(run: Progress, planned: Planned, layers: Sequence[str]) -> float:
     """The share of some layers that is done: of their tensors, or, during calibration, of the layers as blocks."""
-    current = run.current
-    if current and current.unit == "blocks":
-        return sum(min(max(current.done - int(name), 0.0), 1.0) for name in layers) / len(layers)
+    blocks = run.current if "merge" in planned.phases else run.phases.get("calibrate")
+    if blocks and blocks.unit == "blocks":
+        return sum(min(max(blocks.done - int(name), 0.0), 1.0) for name in layers) / len(layers)
     of = sum(planned.layers[name] for name in layers)
     return sum(run.layers[name] for name in layers) / of if of else 0.0
 
@@ -113,7 +113,7 @@ def _figures(run: Progress, planned: Planned) -> str:
         return f"{_relaxed_by(run)} kept {kept:.0%}"
     layers = [name for name in planned.layers if name]
     whole = sum(_done(run, planned, [name]) >= 1 for name in layers)
-    return f"{whole} of {len(layers)}" if run.merging else ""
+    return f"{whole} of {len(layers)}" if run.merging or "merge" not in planned.phases else ""
 
 
 def _relaxed_by(run: Progress) -> str:

@@ -96,7 +96,8 @@ def _amount(seen: PhaseSeen) -> str:
     share = f"{min(seen.done / seen.total, 1.0):.0%}, " if seen.total and seen.done else ""
     if seen.unit == "bytes":
         return f"{share}{shown(seen.done)} of {shown(seen.total)}"
-    return f"{share}{seen.done:.0f} of {seen.total} {seen.unit}"
+    done = f"{seen.done:.1f}" if seen.unit == "blocks" and seen.done % 1 else f"{seen.done:.0f}"  # as on the screen
+    return f"{share}{done} of {seen.total} {seen.unit}"
 
 
 def line_of(run: Progress) -> str:

@@ -40,7 +40,7 @@ def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
     files = f" in {survey['shards']} files" if survey["shards"] > 1 else ""
     outputs = f", {len(survey['outputs'])} outputs" if survey["outputs"] else ""
     read, write = shown(survey["read_bytes"]), shown(survey["write_bytes"])
-    yield f"bytes     {read} to read (more if memory is tight), {write} to write{files}{outputs}"
+    yield f"bytes     in all {read} to read (more if memory is tight), {write} to write{files}{outputs}"
 
 
 def _listed(values: Any) -> str:
@@ -61,6 +61,7 @@ def _model(model: Mapping[str, Any]) -> str:
     parts = [
         f"{printable(model['label'])}: {count(model['parameters'])} parameters",
         printable("/".join(model["dtypes"])),
+        printable(model.get("adapter", "")),  # recorded runs of earlier versions have none
         f"{model['layers']} layers",
         f"{model['vocabulary']} tokens{', tied' if model['tied'] else ''}",
         f"licence {printable(model['licence'], 100)}" if model["licence"] else "",
@@ -70,19 +71,21 @@ def _model(model: Mapping[str, Any]) -> str:
 
 
 def count(number: float) -> str:
-    """A number of parameters as text: `13.0 B`, `161 M`."""
+    """A number of parameters as text: `13.0 B`, `161 M`, `35 k`."""
     if number >= 1e9:
         return f"{number / 1e9:.1f} B"
-    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:.0f}"
+    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number / 1e3:.0f} k" if number >= 1e4 else f"{number:.0f}"
 
 
 def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     names = [printable(kind["kind"], 40) for kind in kinds[:KINDS_LISTED]]
     width = max(map(len, names), default=0)
-    for number, (name, kind) in enumerate(zip(names, kinds, strict=False)):
+    if names:
+        yield f"tensors   {'':<{width}} number  parameters"
+    for name, kind in zip(names, kinds, strict=False):
         own = f"  {printable(_listed(kind['settings']), 500)}" if kind["settings"] else ""
-        told = f"{name:<{width}} {kind['tensors']:>5} x  {count(kind['parameters']):>8}  {kind['action']}{own}"
-        yield f"{'tensors' if not number else '':<10}{told}"
+        numbers = f"{kind['tensors']:>6} {count(kind['parameters']):>11}"
+        yield f"{'':<10}{name:<{width}} {numbers} {kind['action']}{own}"
     if len(kinds) > KINDS_LISTED:
         yield f"          ... and {len(kinds) - KINDS_LISTED} more kinds"
 
@@ -100,7 +103,8 @@ def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
         yield f"          measured: {', '.join(_speed(name, value) for name, value in forecast['speeds'].items())}"
     for note in forecast["notes"]:
         yield f"note      {note}"
-    yield f"verdict   {'it fits' if forecast['fits'] else 'it would not run: see below'}"
+    verdict = "it fits" if forecast["needs"] else "nothing is left to do"
+    yield f"verdict   {verdict if forecast['fits'] else 'it would not run: see below'}"
 
 
 def _slowest(step: Mapping[str, Any]) -> str:

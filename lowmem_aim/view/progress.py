@@ -23,6 +23,7 @@ from lowmem_aim.events import (
     RunEnded,
     RunStarted,
     Sampled,
+    Snapshot,
     Stage,
     TensorDone,
     Unit,
@@ -75,6 +76,7 @@ class Progress:
     layers: Counter[str] = field(default_factory=Counter)  # finished tensors of each layer
     kept: dict[tuple[str, str], DeltaSums] = field(default_factory=dict)  # (layer, kind) -> of the first output
     kept_by_output: dict[str, DeltaSums] = field(default_factory=dict)
+    snapshot: tuple[float, float] | None = None  # of calibration, the last: when it was made, blocks
     paused: bool = False
     idle: float = 0.0  # seconds that the run was paused, until it last went on
     ended: RunEnded | None = None
@@ -103,6 +105,8 @@ class Progress:
             case Advanced():
                 self._advance(event.done)
                 self.item, self.shape = event.item or self.item, ()
+            case Snapshot():
+                self.snapshot = (t, event.done) if event.done else None
             case TensorDone():
                 self._tensor(event)
             case Sampled():
@@ -234,11 +238,15 @@ class Progress:
         pairs = list(self.samples)[-count - 1 :]
         return [self._mean(f"{stage}_bytes", [a, b]) for a, b in itertools.pairwise(pairs)]
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether rates are known: of the phase under way only, of which there must be two samples."""
+        return len(self._window()) > 1
+
     def _window(self) -> list[tuple[float, Sampled]]:
         since = self.samples[-1][0] - WINDOW_SECONDS if self.samples else 0.0
         begun = self.current.begun if self.current else 0.0
-        kept = [pair for pair in self.samples if pair[0] >= max(since, begun - 1.0)]
-        return kept if len(kept) > 1 else list(self.samples)[-2:]
+        return [pair for pair in self.samples if pair[0] >= max(since, begun)]
 
     @staticmethod
     def _mean(name: str, window: list[tuple[float, Sampled]]) -> float:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.events import RunEnded
-from lowmem_aim.output.folder import LOG, PRIVATE, outputs_in
+from lowmem_aim.output.folder import LOG, PRIVATE, outputs_of
 from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import write_file
 from lowmem_aim.system.lock import is_held
@@ -34,7 +34,7 @@ LONGEST_WAIT = 2.0  # seconds between two events
 
 def run_of(out: Path, number: int = -1) -> list[Timed]:
     """One of the runs in an output's log; `number` counts from 1, or from -1 backwards. Raises UsageError."""
-    log = outputs_in(out)[0] / PRIVATE / LOG
+    log = outputs_of(out)[0] / PRIVATE / LOG
     runs = runs_in(log)
     if not runs:
         raise UsageError(f"`{printable(str(out))}` holds no recorded run", hint=NO_RUN)

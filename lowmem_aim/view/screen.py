@@ -52,6 +52,8 @@ def _blocks(run: Progress, width: int, keys: bool) -> Iterator[Block]:
     yield Block(100, [_bar(run, width)])
     if run.ended and run.ended.problems:
         yield Block(95, [Text(f"{'':{LABEL}}{line}") for line in _problems(run.ended.problems, width - LABEL)])
+    if run.current and run.current.phase == "calibrate" and not run.ended:
+        yield Block(55, [_kept(run)])
     if run.item and not run.ended:
         yield Block(70, [_now(run, width)])
     if run.latest and not run.ended:
@@ -170,16 +172,24 @@ def _now(run: Progress, width: int) -> Text:
     return _labelled("now", _two_ends(Text(item), right, width - LABEL, "dim"))
 
 
+def _kept(run: Progress) -> Text:
+    """What a killed run would not have to do again."""
+    if run.snapshot is None:
+        return _labelled("kept", Text("nothing yet"))
+    made, blocks = run.snapshot
+    return _labelled("kept", Text(f"{blocks:.1f} blocks, {clock(run.now - made)} ago"))
+
+
 def _rate(run: Progress, stage: Stage, width: int) -> Text:
     """A stage's speed now and before, and how busy it is. The busiest stage is the one that the others wait for."""
-    rate, slowest = run.rate(stage), run.bottleneck() == stage
+    rate, slowest, busy = run.rate(stage), run.bottleneck() == stage, f"  busy {run.busy(stage):>4.0%}"
     columns = 40 if width >= WIDE else 16 if width >= NARROW else max(0, min(8, width - LABEL - 31))
     pointed = "  <- the bottleneck" if width >= NARROW else " <-"
     return Text.assemble(
         (f"{stage:<{LABEL}}", "dim"),
         f"{shown(rate) + '/s' if rate else '':>11}  ",
         (_spark(run.history(stage, columns), columns), "magenta" if slowest else "blue"),
-        (f"  busy {run.busy(stage):>4.0%}", "bold magenta" if slowest else "dim"),
+        (busy if run.is_measured else "", "bold magenta" if slowest else "dim"),
         (pointed if slowest else "", "magenta"),
     )
 

@@ -44,6 +44,8 @@ class Status:
     pid: int = 0  # of the process at work; 0 if none is, or it is not known
     kept: bool = False  # the next run can build on something
     command: str = ""  # that resumes the run, or starts it again, from the log of the last one
+    texts: int = 0  # that have passed one block more than `blocks`, and are kept too
+    holds: str = ""  # what the finished file of a calibration holds
 
     def as_json(self) -> dict[str, Any]:
         """The status as `--json` prints it."""
@@ -51,6 +53,8 @@ class Status:
 
     def lines(self) -> list[str]:
         """The status as lines for people."""
+        if self.holds:
+            return [f"finished: {self.holds}", "merges take it as `--calibration`"]
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` checks it"]
         if self.state == "interrupted":
@@ -73,8 +77,9 @@ class Status:
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
         if self.activations:
             yield "activations are measured"
-        elif self.blocks:
-            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated"
+        elif self.blocks or self.texts:
+            more = f", and {self.texts} texts of the next" if self.texts else ""
+            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated{more}"
 
 
 def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
@@ -88,7 +93,7 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
     if not there:
         raise UsageError(
             f"there is no run in `{printable(str(out))}`",
-            hint="name the folder that a merge writes to; a run that kept nothing leaves nothing there",
+            hint="name the output of a merge or of a calibration; a run that kept nothing leaves nothing there",
         )
     check_private(out)
     finished = is_finished(out)
@@ -108,6 +113,7 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
             owner=str(owner) if owner and running else "",
             blocks=calibration.blocks if calibration else 0,
             blocks_total=calibration.of if calibration else 0,
+            texts=calibration.texts if calibration else 0,
             activations=activations,
             tensors=sum(group.tensors for group in last.values()),
             tensors_total=size.tensors,
@@ -120,6 +126,17 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
             kept=kept,
             command=progress.started.command if progress and progress.started else "",
         )
+
+
+def status_of_file(file: Path) -> Status:
+    """The status of a calibration whose file is there, and what the file holds. Raises ModelError if it is another."""
+    from lowmem_aim.relaxing.activations import facts_of  # only here: `status` is quick
+
+    found, weights = facts_of(file)
+    texts = f"measured on {found.sequences} sequences, {found.tokens} tokens in all, in {printable(found.dtype)}"
+    return Status(
+        "finished", "", 0, 0, True, 0, 0, 0, 0, kept=True, holds=f"activations for {weights} weights, {texts}"
+    )
 
 
 def keeps_something(out: Path) -> bool:

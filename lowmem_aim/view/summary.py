@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _summary(run: Progress, width: int | None) -> Iterator[str]:
 
 def _outcome(run: Progress) -> str:
     """The outcome of the run and its duration, divided into parts that add up to the whole."""
-    whole = _whole_seconds(run.spent())
+    whole = _whole_seconds(run.spent(), run.phases)
     told = {name: "reused" if run.is_reused(name) else clock(took) for name, took in whole.items()}
     parts = [
         f"{printable(name, 60)} {text}"
@@ -120,12 +120,15 @@ def _outcome(run: Progress) -> str:
     return f"{outcome} {when} {clock(sum(whole.values()))} ({', '.join(parts)}){earlier}"
 
 
-def _whole_seconds(parts: Mapping[str, float]) -> dict[str, int]:
-    """The parts in whole seconds, which add up to their rounded sum: the largest fractions are rounded up."""
-    whole = {name: int(part) for name, part in parts.items()}
-    missing = round(sum(parts.values())) - sum(whole.values())
-    for name in sorted(parts, key=lambda name: whole[name] - parts[name])[:missing]:
-        whole[name] += 1
+def _whole_seconds(parts: Mapping[str, float], phases: Collection[str]) -> dict[str, int]:
+    """The parts in whole seconds, which add up to their rounded sum, or to that of the phases, if that is more.
+
+    Those of phases are rounded as everywhere else; what is left over goes to the others, the largest fractions first.
+    """
+    whole = {name: round(part) if name in phases else int(part) for name, part in parts.items()}
+    others = sorted(whole.keys() - phases, key=lambda name: (whole[name] - parts[name], name))
+    for number in range(round(sum(parts.values())) - sum(whole.values())):
+        whole[others[number % len(others)]] += 1
     return whole
 
 

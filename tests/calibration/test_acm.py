@@ -339,11 +339,11 @@ class TestInARecipe:
         with pytest.raises(RecipeError) as caught:
             read_recipe(parse(text + "  theta: -1\n  normalise: all\n  samples: 0\n  tetha: 1\n", "recipe.yml"))
         assert list(caught.value.problems) == [
-            "recipe.yml:4: `acm` needs a `base_model`: its outputs are what the merge is compared with",
-            "recipe.yml:5: `acm.theta` must lie in [0, 100], not -1",
-            "recipe.yml:6: `acm.normalise` must be one of samples, layers, not `all`",
-            "recipe.yml:7: `acm.samples` must be a whole number above 0, not `0`",
-            "recipe.yml:8: unknown key `tetha`; did you mean `theta`?",
+            "recipe.yml:4:1: `acm` needs a `base_model`: its outputs are what the merge is compared with",
+            "recipe.yml:5:3: `acm.theta` must lie in [0, 100], not -1",
+            "recipe.yml:6:3: `acm.normalise` must be one of samples, layers, not `all`",
+            "recipe.yml:7:3: `acm.samples` must be a whole number above 0, not `0`",
+            "recipe.yml:8:3: unknown key `tetha`; did you mean `theta`?",
         ]
 
     def test_its_texts_are_aims_unless_those_are_activations(self, llama: Path, texts: Path, activations: Path) -> None:

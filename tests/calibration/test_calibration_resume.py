@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from lowmem_aim.blocks import shares as shares
+from lowmem_aim.blocks.observer import Watch
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.errors import DiskError, ModelError, ResumeError
-from lowmem_aim.events import Advanced, Event, Notice, PhaseStarted
+from lowmem_aim.events import Advanced, Event, Notice, PhaseStarted, Worked
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.measuring import snapshots
 from lowmem_aim.measuring.mean_activations import mean_activations
@@ -38,7 +40,8 @@ from lowmem_aim.output import folder, journal
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.relaxing.activations import Activations
-from lowmem_aim.system import memory
+from lowmem_aim.system import interrupts, memory
+from lowmem_aim.system.interrupts import Interrupted
 from lowmem_aim.system.memory import Budget
 from lowmem_aim.system.options import Options
 from lowmem_aim.view.status import status_of
@@ -114,6 +117,78 @@ def test_stopped_at_any_block_it_goes_on_there_with_the_same_numbers(
         assert found.unreached_experts == expected.unreached_experts
 
 
+class TestAStop:
+    """A run that a signal stops keeps every text that has passed its block, in the middle of a block too."""
+
+    ALL = tiny.LAYERS * (len(TEXTS) + 1)  # with the canary's copy
+
+    @pytest.fixture(autouse=True)
+    def no_other_snapshots(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(snapshots, "SECONDS", 3600.0)
+        with interrupts.work():
+            yield
+        interrupts._State.received = 0
+
+    def goes_on_at(self, number: int, folder: Path, work: Path) -> None:
+        interrupts._State.received = 0
+        seen: list[Event] = []
+        assert same(measured(folder, work, seen.append), measured(folder))
+        assert len([event for event in seen if isinstance(event, Worked) and event.done is not None]) == (
+            self.ALL - number
+        )
+
+    @pytest.mark.parametrize("number", [1, len(TEXTS), len(TEXTS) + 1, len(TEXTS) + 2, ALL])
+    def test_between_two_texts(self, number: int, llama: Path, tmp_path: Path) -> None:
+        left = [number]
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Worked) and event.done is not None:
+                left[0] -= 1
+                if not left[0]:
+                    raise Interrupted
+
+        with pytest.raises(Interrupted):
+            measured(llama / "base", tmp_path / "work", emit)
+        self.goes_on_at(number, llama / "base", tmp_path / "work")
+
+    @pytest.mark.parametrize("number", [1, len(TEXTS) + 1, len(TEXTS) + 2])
+    def test_while_a_text_is_put_away(
+        self, number: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left, commit = [number], Watch.commit
+
+        def signalled(watch: Watch) -> None:
+            if interrupts._State.put_off:
+                left[0] -= 1
+                if not left[0]:
+                    interrupts._handle(signal.SIGINT, None)
+            commit(watch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "commit", signalled)
+            with pytest.raises(Interrupted):
+                measured(llama / "base", tmp_path / "work")
+        self.goes_on_at(number, llama / "base", tmp_path / "work")
+
+    def test_in_the_middle_of_a_text_redoes_that_text(
+        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left, forward = [2 * len(TEXTS)], LlamaDecoderLayer.forward
+
+        def stopped(layer: Any, *arguments: Any, **more: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise Interrupted
+            return forward(layer, *arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaDecoderLayer, "forward", stopped)
+            with pytest.raises(Interrupted):
+                measured(llama / "base", tmp_path / "work")
+        # Each block has also run the canary itself.
+        self.goes_on_at(2 * len(TEXTS) - 2, llama / "base", tmp_path / "work")
+
+
 def test_it_goes_on_in_a_smaller_budget(tmp_path: Path, driven: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states that lay in RAM are put into a file, and the other way round."""
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
@@ -179,7 +254,7 @@ def test_the_last_snapshot_stays_until_the_next_is_whole(
     driven.clear()
     assert same(measured(llama / "base", work), measured(llama / "base"))
     assert driven[:2] == [1, 2]
-    assert [file.name for file in work.glob(folder.SNAPSHOTS)] == ["calibration-3.bin"]
+    assert [file.name for file in work.glob(folder.SNAPSHOTS)] == ["calibration-3-0.bin"]
 
 
 def test_blocks_that_share_more_than_plain_tensors_start_again_and_say_so(

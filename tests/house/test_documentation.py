@@ -19,6 +19,7 @@ from demo_settings import TINY
 from lowmem_aim import errors, events
 from lowmem_aim.cli import usage
 from lowmem_aim.cli.commands import cli
+from lowmem_aim.cli.mergekit_flags import ACTING, REFUSED, UNNEEDED
 from lowmem_aim.events import (
     Advanced,
     Event,
@@ -30,6 +31,7 @@ from lowmem_aim.events import (
     RunEnded,
     RunStarted,
     Sampled,
+    Snapshot,
     TensorDone,
 )
 from lowmem_aim.methods.registry import METHODS
@@ -97,11 +99,22 @@ def test_a_commands_section_names_its_flags_and_no_others(name: str) -> None:
 
 
 def test_shared_flags_are_named_as_shared_by_those_who_take_them() -> None:
-    for heading in ("AIM flags", "Calibration flags", "Output flags", "Machine flags", "Run flags", "Format flags"):
+    kinds = ("AIM flags", "Calibration flags", "Output flags", "Machine flags", "Run flags", "Format flags")
+    for heading in (*kinds, "Flags of mergekit"):
         takers = [name for name, section in OF_COMMANDS.items() if heading in sections_shared_by(section)]
         shared = re.match(r"\s*Shared by ([^.;]+)", COMMAND_LINE[heading])
         assert shared is not None
         assert re.findall(r"`(\w+)`", shared[1]) == takers
+
+
+def test_mergekits_users_are_told_what_each_of_its_flags_does_here_and_why() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", sections("from-mergekit.md")["Flags"], re.M)
+    told = {flag: text for cell, text in rows for flag in re.findall(r"`([^`]+)`", cell)}
+    ours = {"--device", "--random-seed", "--quiet", "-j", "--num-threads"}
+    assert told.keys() == {*UNNEEDED, *REFUSED, *ACTING, *ours} - {"--no-cuda"}
+    for flag, why in UNNEEDED.items():
+        assert flag in REFUSED or told[flag].startswith(f"not needed: {why}")
+    assert all(told[flag].startswith(f"refused: {why.partition(':')[0]}") for flag, (why, _) in REFUSED.items() if why)
 
 
 def test_the_flags_of_every_command_are_those() -> None:
@@ -138,7 +151,19 @@ def test_every_command_line_of_a_document_can_be_parsed(page: str) -> None:
 
 def test_the_readme_has_each_command_that_starts_work() -> None:
     told = {name for name, *_ in commands_in((ROOT / "README.md").read_text())}
-    assert told >= {"init", "plan", "merge", "relax", "calibrate", "methods", "status", "verify", "doctor", "demo"}
+    assert told >= {
+        "init",
+        "plan",
+        "merge",
+        "relax",
+        "calibrate",
+        "methods",
+        "status",
+        "verify",
+        "doctor",
+        "demo",
+        "convert",
+    }
 
 
 def test_the_first_merge_of_the_readme_runs_as_printed(
@@ -183,7 +208,7 @@ def test_every_key_of_a_recipe_is_told_and_no_other_is() -> None:
     assert sorted(named(page[""])) == sorted(TOP_KEYS)
     assert sorted(named(page["`aim:`"])) == sorted(AIM_KEYS)
     assert sorted(named(page["`acm:`"])) == sorted(ACM_KEYS)
-    refused = re.search(r"^(`.*) are mergekit's too and not supported", page[""], re.M)
+    refused = re.search(r"^(`.*) (?:are|is) mergekit's too and not supported", page[""], re.M)
     assert refused is not None
     assert sorted(re.findall(r"`(\w+)`", refused[1])) == sorted(UNSUPPORTED_KEYS)
 
@@ -245,13 +270,14 @@ EXAMPLES: list[tuple[float, Event]] = [
     ),
     (1.0, PhaseStarted("calibrate", 22, "blocks")),
     (1.5, Advanced(1, "model.layers.0")),
+    (62.0, Snapshot(1)),
     (9.0, PhaseEnded("calibrate")),
     (9.1, PhaseStarted("merge", 2200097792, "bytes", 1050673152)),
     (9.5, DONE),
     (10.0, SAMPLE),
     (11.0, Paused(True)),
     (12.0, Notice("`math`: its `rope_theta` differs; the output has the base's", "warning")),
-    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL)),
+    (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL, ("free some space",))),
 ]
 OF_KINDS = {name: timed for timed in EXAMPLES for name, kind in KINDS.items() if type(timed[1]) is kind}
 

@@ -122,7 +122,7 @@ class TestConfig:
 
 
 class TestQuantised:
-    @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
+    @pytest.mark.parametrize("method", ["aqlm", "hqq", "quanto", "torchao"])
     def test_by_config(self, place: Place, method: str) -> None:
         tiny.edit_config(place.folder / "math", quantization_config={"quant_method": method, "bits": 4})
         message = f"math` is quantised (`quantization_config`: {method} in its config.json)"
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_several_models_is_listed_at_once(place: Place, known
     """One quantised, one broken, one of another size and shape: a single run tells all."""
     for name in ("awq", "cut", "small"):
         tiny.perturbed(place.folder / "base", place.folder / name, scale=0.0)
-    tiny.edit_config(place.folder / "awq", quantization_config={"quant_method": "awq"})
+    tiny.edit_config(place.folder / "awq", quantization_config={"quant_method": "hqq"})
     (place.folder / "cut/model.safetensors").write_bytes(b"\x80\x04" * 10)
     tiny.edit_config(place.folder / "small", num_hidden_layers=2, num_key_value_heads=4, tie_word_embeddings=True)
     tiny.edit_tensors(
@@ -211,32 +211,6 @@ class TestIndex:
     def test_values_that_are_no_texts(self, folder: Path, value: Any) -> None:
         self.index(folder, {"w": value})
         self.refused(folder, "not a plain file name")
-
-    def test_links(self, folder: Path, tmp_path: Path) -> None:
-        outside = folder.parent / "outside.safetensors"
-        (folder / "x-1.safetensors").rename(outside)
-        for target in (outside, Path("../outside.safetensors"), Path("x-1.safetensors"), Path("/dev/zero"), Path("/")):
-            (folder / "x-1.safetensors").unlink(missing_ok=True)
-            (folder / "x-1.safetensors").symlink_to(target)
-            self.refused(folder, "is a link that leads out of its model folder")
-
-    def test_a_folder_of_templates(self, folder: Path, tmp_path: Path) -> None:
-        (tmp_path / "secret").mkdir()
-        (tmp_path / "secret" / "x.jinja").write_text("secret")
-        (folder / "additional_chat_templates").symlink_to(tmp_path / "secret")
-        self.refused(folder, "additional_chat_templates` is a link that leads out")
-        (folder / "additional_chat_templates").unlink()
-        (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates" / "x.jinja").symlink_to(tmp_path / "secret" / "x.jinja")
-        self.refused(folder, "x.jinja` is a link that leads out")
-
-    def test_a_folder_named_snapshots_gives_no_way_out_but_to_its_blobs(self, folder: Path, tmp_path: Path) -> None:
-        snapshot = tmp_path / "snapshots" / "1"
-        snapshot.parent.mkdir()
-        folder.rename(snapshot)
-        (snapshot / "x-1.safetensors").rename(tmp_path / "x-1.safetensors")
-        (snapshot / "x-1.safetensors").symlink_to("../../x-1.safetensors")
-        self.refused(snapshot, "leads out of its model folder")
 
     def test_many_shards_that_are_not_there(self, folder: Path) -> None:
         self.index(folder, {f"w{i}": f"{i}.safetensors" for i in range(20_000)})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import shutil
 from pathlib import Path
 
+import adapters
 import pytest
 import yaml
 from conftest import Run
@@ -47,6 +49,34 @@ def test_a_merge_of_hub_ids(hub: Path, llama: Path, tmp_path: Path, run: Run) ->
     assert "Fill in" not in text  # it runs as it is
     config = yaml.safe_load(text)
     assert config["models"][0]["model"] == f"tiny/math@{REVISION}"
+
+
+def test_a_model_and_its_adapter_on_the_hub(hub: Path, llama: Path, tmp_path: Path, run: Run) -> None:
+    adapter = adapters.write(tmp_path / "a", adapters.factors(adapters.shapes_of(llama / "base", "q_proj")))
+    snapshot = hub / "models--tiny--lora" / "snapshots" / REVISION
+    shutil.copytree(adapter, snapshot)
+    reference = f"tiny/base@{REVISION}+tiny/lora@{REVISION}"
+    for out, expert in (("out", reference), ("local", f"{llama / 'base'}+{adapter}")):
+        done = run("merge", tmp_path / out, "--method", "linear", "--base", "tiny/base", "--expert", expert)
+        assert done.code == 0, done.err
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "local/model.safetensors").read_bytes()
+    front = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---\n")[1])
+    assert front["base_model"] == ["tiny/base", "tiny/lora"]
+    assert yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text())["models"][0]["model"] == reference
+    assert "Fill in" not in (tmp_path / "out/mergekit_config.yml").read_text()
+
+
+def test_of_a_model_that_only_gives_its_tokenizer_no_weights_are_needed(
+    hub: Path, llama: Path, tmp_path: Path, run: Run
+) -> None:
+    (hub / "models--tiny--code/snapshots" / REVISION / "model.safetensors").unlink()
+    command = ("--method", "linear", "--expert", llama / "math", "--tokenizer-source", f"tiny/code@{REVISION}")
+    done = run("merge", tmp_path / "out", *command)
+    assert done.code == 0, done.err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (llama / "code" / name).read_bytes()
+    recipe = yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text())
+    assert recipe["tokenizer_source"] == f"tiny/code@{REVISION}"
 
 
 def test_a_folder_wins_over_a_hub_id(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lowmem_aim.jobs.api import read_recipe
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.stand_in import FIRST_BYTES
 from lowmem_aim.recipe.reader import read_recipe as read_tree
+from lowmem_aim.recipe.recipe import Tokenizer
 from lowmem_aim.recipe.starting import Start, starting_values
 from lowmem_aim.recipe.yaml_tree import parse
 
@@ -93,6 +94,9 @@ def test_a_file_is_never_written_over(models: Path, run: Run) -> None:
     done = run("init", "--base", "base", "--expert", "math")
     assert (done.code, done.out) == (2, "")
     assert "`recipe.yml` exists already" in done.err
+    beside = run("init", "--base", "base", "--expert", "./nowhere").err
+    assert "`recipe.yml` exists already" in beside
+    assert "no model folder `./nowhere`" in beside
     assert (models / "recipe.yml").read_text() == "mine"
     (models / "recipe.yml").unlink()
     (models / "recipe.yml").symlink_to("nowhere.yml")
@@ -126,7 +130,7 @@ def test_other_vocabularies_are_matched_by_text(models: Path, run: Run) -> None:
     tiny.build("llama", models / "more", vocab_size=272)
     done = run("init", "--base", "base", "--expert", "more")
     assert done.code == 0, done.err
-    assert read_recipe("recipe.yml").tokenizer_source == "base"
+    assert read_recipe("recipe.yml").tokenizer == Tokenizer("base")
     assert run("plan", "recipe.yml", "out", "--no-measure").code == 0
 
 

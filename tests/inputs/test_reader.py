@@ -276,5 +276,5 @@ def test_a_vocabulary_that_is_a_link_out_of_the_folder_is_not_read(
     secret.write_text("#version: 0.2\n")
     (place.folder / "math/vocab.bpe").symlink_to(secret)
     was_opened = opened(secret)
-    assert place.merge("--tokenizer-source", "base").code == 0
+    place.refused(place.merge("--tokenizer-source", "base"), 3, "vocab.bpe` is a link that leads out")
     assert not was_opened()

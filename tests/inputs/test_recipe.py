@@ -1,4 +1,4 @@
-"""mergekit's YAML: what is read, and that everything wrong is found at once, with its line."""
+"""mergekit's YAML: what is read, and that everything wrong is found at once, with its line and column."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from lowmem_aim.errors import RecipeError
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
 from lowmem_aim.recipe.reader import read_recipe, readable_part
-from lowmem_aim.recipe.recipe import Aim, Recipe, Setting
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Setting
 from lowmem_aim.recipe.yaml_tree import load_tree, parse
 
 GOOD = """\
@@ -110,6 +110,22 @@ def test_a_filter_list_that_ends_without_a_match_is_an_error_of_that_tensor() ->
         resolved(recipe, "lm_head.weight", 0)
 
 
+def test_british_and_american_spellings_are_the_same() -> None:
+    def read(old: str, new: str, **flags: Any) -> Recipe:
+        text = GOOD.replace(old, new).replace("  normalize: true\n", "")
+        return read_recipe(applied(parse(text, "recipe.yml"), flags))
+
+    top = "lambda: 1.5\n  normalise: false"
+    assert read("lambda: 1.5", top).parameters["normalize"].value is False
+    assert read("lambda: 1.5", top, parameter=("normalize=true",)).parameters["normalize"].value is True
+    assert read("lambda: 1.5", top, parameter=("normalise=true",)).parameters["normalize"].value is True
+    acm = "acm: {normalize: layers, calibration: builtin}\nmerge_method:"
+    assert read("merge_method:", acm).acm == Acm(normalise="layers", calibration="builtin")
+    assert read("merge_method:", acm, normalise="samples").acm == Acm(calibration="builtin")
+    with pytest.raises(RecipeError, match="unknown parameter `normalise`"):
+        read("lambda: 1.5", f"{top}\n  normalize: false")
+
+
 def test_aliases_and_merge_keys_work() -> None:
     text = """\
 merge_method: task_arithmetic
@@ -122,7 +138,7 @@ models:
     assert resolved(read(text), "w", 0)["weight"] == (0.5, 0.5, 0.5)
 
 
-def test_all_problems_come_at_once_with_their_lines() -> None:
+def test_all_problems_come_at_once_with_their_places() -> None:
     found = problems(
         """\
 merge_method: ties
@@ -134,41 +150,42 @@ models:
   - modell: b
 slices: [{}]
 dtype: int7
-tokenizer_source: union
+tokenizer_source: 3
 aim: {omega: 1.2, samples: 0, omga: 2}
 """
     )
     expected = [
-        "recipe.yml:3: unknown key `modelz`; did you mean `models`?",
-        "recipe.yml:6: `weight` must be a finite number, not `x`",
-        "recipe.yml:6: `density` must lie in [0, 1], not 1.5",
-        "recipe.yml:6: unknown parameter `waight`; did you mean `weight`?",
-        "recipe.yml:7: unknown key `modell`; did you mean `model`?",
-        "recipe.yml:8: `models` and `slices` exclude each other",
-        "recipe.yml:9: `dtype` must be one of float32, float16, bfloat16, not `int7`",
-        "recipe.yml:10: `tokenizer_source: union` is not supported: only `base` is",
-        "recipe.yml:11: unknown key `omga`; did you mean `omega`?",
-        "recipe.yml:11: `aim.omega` must lie in [0, 1], not 1.2",
-        "recipe.yml:11: `aim.samples` must be a whole number above 0, not `0`",
+        "recipe.yml:3:1: unknown key `modelz`; did you mean `models`?",
+        "recipe.yml:6:18: `weight` must be a finite number, not `x`",
+        "recipe.yml:6:29: `density` must lie in [0, 1], not 1.5",
+        "recipe.yml:6:43: unknown parameter `waight`; did you mean `weight`?",
+        "recipe.yml:7:5: unknown key `modell`; did you mean `model`?",
+        "recipe.yml:8:1: `models` and `slices` exclude each other",
+        "recipe.yml:9:1: `dtype` must be one of float32, float16, bfloat16, not `int7`",
+        "recipe.yml:10:1: `tokenizer_source` must be text",
+        "recipe.yml:11:31: unknown key `omga`; did you mean `omega`?",
+        "recipe.yml:11:7: `aim.omega` must lie in [0, 1], not 1.2",
+        "recipe.yml:11:19: `aim.samples` must be a whole number above 0, not `0`",
     ]
     assert sorted(found) == sorted(expected)
-    assert [int(p.split(":")[1]) for p in found] == sorted(int(p.split(":")[1]) for p in found)
+    places = [tuple(map(int, problem.split(":")[1:3])) for problem in found]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("merge_method: linear\nmerge_method: ties\n", "recipe.yml:2: the key `merge_method` appears twice"),
+        ("merge_method: linear\nmerge_method: ties\n", "recipe.yml:2:1: the key `merge_method` appears twice"),
         ("a: [1, 2\nb: 3", "not valid YAML"),
         ("- 1\n- 2", "a recipe is a table"),
-        ("", "recipe.yml:1: this recipe is empty"),
+        ("", "recipe.yml:1:1: this recipe is empty"),
         ("dtype: float32", "`merge_method` is missing"),
         ("services: {web: {image: x}}\nversion: 3", "this is not a recipe: its keys are `services`, `version`"),
         ("merge_method: !!python/object/apply:os.system [ls]", "tag"),
         ("merge_method: [" * 500 + "]" * 500, "not valid YAML|too deep"),
         ("merge_method: tyes\nbase_model: b\nmodels: [{model: a}]", "did you mean `ties`"),
         ("merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]", "`ties` needs a `base_model`"),
-        ("merge_method: ties\nbase_model: b\nmodels: [{model: a}]", "recipe.yml:3: `a` needs a `weight`"),
+        ("merge_method: ties\nbase_model: b\nmodels: [{model: a}]", "recipe.yml:3:10: `a` needs a `weight`"),
         ("merge_method: ties\nbase_model: b\nmodels: [{model: b}]", "only the base is listed"),
         ("merge_method: slerp\nbase_model: b\nmodels: [{model: a}]", "needs the parameter `t`"),
         (
@@ -182,13 +199,13 @@ aim: {omega: 1.2, samples: 0, omga: 2}
         (f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {'9' * 401}}}}}]", "finite number"),
         (
             "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: 0, value: 1}]}}]",
-            "recipe.yml:2: a filter of `weight` must be a part of tensor names",
+            "recipe.yml:2:44: a filter of `weight` must be a part of tensor names",
         ),
         (
             "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: [q], value: 1}]}}]",
             "a filter of `weight` must be a part of tensor names",
         ),
-        ("merge_method: linear\n<<: 5\n", "recipe.yml:2: `<<` merges tables only"),
+        ("merge_method: linear\n<<: 5\n", "recipe.yml:2:1: `<<` merges tables only"),
         ("merge_method: 2024-01-01", "unknown merge_method `2024-01-01`"),
         ("merge_method: linear\nmodels: [{model: a}]\naim: {scaling: {a: 1}}", "not a table$"),
     ],
@@ -198,10 +215,53 @@ def test_each_mistake_has_its_message(text: str, message: str) -> None:
         read(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("merge_method: linear\nmodels: [{model: ä, parameters: {wieght: 1}}]", "2:34: unknown parameter `wieght`"),
+        ("\ufeffmerge_method: tis", "1:1: unknown merge_method `tis`"),
+        ("merge_method:\r\n  tis", "1:1: unknown merge_method `tis`"),
+        ("merge_method: linear\nmodels:\n  - [a]", "3:5: a model is a table"),
+        ("merge_method: linear\nmodels: a: b", "2:10: not valid YAML: mapping values are not allowed here"),
+        ("merge_method: linear\nmodels: [a\x07]", "2:11: not valid YAML: the character '\\x07' is not allowed"),
+        ("\x07", "1:1: not valid YAML: the character '\\x07' is not allowed"),
+        ("merge_method: !!python/name:os.system x", "1:15: the YAML tag"),
+        ("a: " + "[" * 60, "1:43: the recipe is too large or too deep"),
+    ],
+)
+def test_a_place_is_a_line_and_a_column_in_characters(text: str, place: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(text)
+    assert any(problem.startswith(f"recipe.yml:{place}") for problem in caught.value.problems), caught.value.problems
+
+
+def test_the_same_mistake_twice_in_one_line_is_told_with_both_columns() -> None:
+    text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}, {model: b, parameters: {weight: x}}]"
+    assert problems(text) == ["recipe.yml:2:34: `weight` must be a finite number, not `x` (and at 2:71)"]
+
+
+def test_a_key_that_appears_twice_is_told_beside_all_else() -> None:
+    text = "merge_method: tis\nbase_model: b\nmodels:\n  - {model: a, model: c}\nmerge_method: tyes\ndtype: int7\n"
+    assert [problem.partition("; ")[0] for problem in problems(text)] == [
+        "recipe.yml:4:16: the key `model` appears twice",
+        "recipe.yml:5:1: the key `merge_method` appears twice",
+        "recipe.yml:5:1: unknown merge_method `tyes`",
+        "recipe.yml:6:1: `dtype` must be one of float32, float16, bfloat16, not `int7`",
+    ]
+    aliased = "merge_method: linear\nmodels:\n  - &a {model: a, parameters: {weight: 1, weight: 2}}\n  - *a\n"
+    assert problems(aliased) == ["recipe.yml:3:43: the key `weight` appears twice"]
+
+
+def test_a_colon_in_the_name_of_the_file_is_no_place() -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(parse("merge_method: 7\nmodels: []\ndtype: 7\n", "a:9:9"))
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == ["a:9:9:1:1", "a:9:9:2:1", "a:9:9:3:1"]
+
+
 @pytest.mark.parametrize("method", ["3", "[ties]", "{a: ties}", "true"])
 def test_a_method_that_is_no_text_is_one_problem(method: str) -> None:
     (problem,) = problems(f"merge_method: {method}\nbase_model: b\nmodels: [{{model: a}}]\n")
-    assert problem == "recipe.yml:1: `merge_method` must be text"
+    assert problem == "recipe.yml:1:1: `merge_method` must be text"
 
 
 def test_an_alias_bomb_is_refused_fast() -> None:
@@ -219,7 +279,7 @@ def test_a_bomb_of_merge_keys_is_refused() -> None:
 
 def test_a_parameter_of_other_methods_is_ignored_with_a_notice_as_mergekit_does_silently() -> None:
     recipe = read("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1, density: 0.5}}]")
-    assert recipe.notices == ("recipe.yml:2: `density` has no meaning for `linear` and is ignored",)
+    assert recipe.notices == ("recipe.yml:2:45: `density` has no meaning for `linear` and is ignored",)
 
 
 def test_a_base_that_linear_lists_is_a_model_like_others() -> None:
@@ -276,7 +336,7 @@ class TestFlags:
 
 def test_bounds_on_one_side_are_named() -> None:
     text = "merge_method: nearswap\nbase_model: b\nmodels: [{model: a}]\nparameters: {t: -1}\n"
-    assert problems(text) == ["recipe.yml:4: `t` must be 0 or more, not -1"]
+    assert problems(text) == ["recipe.yml:4:14: `t` must be 0 or more, not -1"]
 
 
 TWO = """merge_method: ties
@@ -295,14 +355,20 @@ MIXTURE = "base_model: b\ngate_mode: hidden\nexperts_per_token: 2\nexperts: [{so
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("slices: [{sources: [{model: a, layer_range: [8, 0]}]}]\nmerge_method: passthrough\n", ["1: `layer_range`"]),
-        ("modules: {default: {}}\nmerge_method: linear\n", ["1: no models are listed"]),
-        (MIXTURE, ["4: `experts` is not supported: a mixture of experts"]),
-        ("merge_mthod: ties\nbaze_model: b\nmodel: []\n", ["1: unknown", "2: unknown", "3: unknown"]),
-        ("merge_method: linear\nmodels: [{modle: a, parameters: {weight: 1}}]\n", ["2: unknown key `modle`"]),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]\n", ["2: unknown parameter `wieght`"]),
-        ("merge_method: slerp\nbase_model: b\nmodels: [a]\nparameters: {t: 1}\n", ["3: a model is a table"]),
-        ("merge_method: ties\nbase_model: [b]\nmodels: []\naim: {}", ["2: `base_model` must be text", "3: `models`"]),
+        (
+            "slices: [{sources: [{model: a, layer_range: [8, 0]}]}]\nmerge_method: passthrough\n",
+            ["1:32: `layer_range`"],
+        ),
+        ("modules: {default: {}}\nmerge_method: linear\n", ["1:11: no models are listed"]),
+        (MIXTURE, ["4:1: `experts` is not supported: a mixture of experts"]),
+        ("merge_mthod: ties\nbaze_model: b\nmodel: []\n", ["1:1: unknown", "2:1: unknown", "3:1: unknown"]),
+        ("merge_method: linear\nmodels: [{modle: a, parameters: {weight: 1}}]\n", ["2:11: unknown key `modle`"]),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]\n", ["2:34: unknown parameter `wieght`"]),
+        ("merge_method: slerp\nbase_model: b\nmodels: [a]\nparameters: {t: 1}\n", ["3:10: a model is a table"]),
+        (
+            "merge_method: ties\nbase_model: [b]\nmodels: []\naim: {}",
+            ["2:1: `base_model` must be text", "3:1: `models`"],
+        ),
     ],
 )
 def test_a_mistake_is_told_without_what_follows_from_it(text: str, told: list[str]) -> None:
@@ -312,15 +378,15 @@ def test_a_mistake_is_told_without_what_follows_from_it(text: str, told: list[st
         assert problem.startswith(f"recipe.yml:{start}")
 
 
-def test_a_mistake_in_each_model_is_told_once_with_all_its_lines() -> None:
+def test_a_mistake_in_each_model_is_told_once_with_all_its_places() -> None:
     lines = "".join(f"  - {{model: {name}, parameters: {{weight: half, waight: 1}}}}\n" for name in "abc")
     assert problems(f"merge_method: linear\nmodels:\n{lines}") == [
-        "recipe.yml:3: `weight` must be a finite number, not `half` (and in lines 4, 5)",
-        "recipe.yml:3: unknown parameter `waight`; did you mean `weight`? (and in lines 4, 5)",
+        "recipe.yml:3:29: `weight` must be a finite number, not `half` (and at 4:29, 5:29)",
+        "recipe.yml:3:43: unknown parameter `waight`; did you mean `weight`? (and at 4:43, 5:43)",
     ]
     without = lines.replace(", parameters: {weight: half, waight: 1}", "")
     assert problems(f"merge_method: linear\nmodels:\n{without}") == [
-        "recipe.yml:2: `linear` needs a `weight` for each model"
+        "recipe.yml:2:1: `linear` needs a `weight` for each model"
     ]
 
 
@@ -344,9 +410,9 @@ def test_the_hint_of_a_recipes_problem_is_its_own() -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(parse(text, "recipe.yml"))
     hints = dict(zip(caught.value.problems, caught.value.hints, strict=True))
-    assert "`lowmem-aim methods`" in hints["recipe.yml:1: unknown merge_method `tis`; did you mean `ties`?"]
-    assert "models: [{model:" in hints["recipe.yml:3: `models` must be a list with at least one model"]
-    assert "0 freezes" in hints["recipe.yml:4: `aim.omega` must lie in [0, 1], not 40; did you mean 0.4?"]
+    assert "`lowmem-aim methods`" in hints["recipe.yml:1:1: unknown merge_method `tis`; did you mean `ties`?"]
+    assert "models: [{model:" in hints["recipe.yml:3:1: `models` must be a list with at least one model"]
+    assert "0 freezes" in hints["recipe.yml:4:7: `aim.omega` must lie in [0, 1], not 40; did you mean 0.4?"]
     assert caught.value.hint.splitlines() == list(caught.value.hints)
 
 
@@ -363,16 +429,16 @@ def test_what_is_right_in_a_recipe_is_read_beside_its_problems() -> None:
 @pytest.mark.parametrize("null", NULLS)
 def test_null_where_a_value_is_needed_is_a_missing_value(null: str) -> None:
     for line, missing in (
-        ("merge_method: ties", "recipe.yml:1: `merge_method` is missing"),
-        ("base_model: base", "recipe.yml:1: `ties` needs a `base_model`"),
-        ("  - model: code", "recipe.yml:5: `model` is missing"),
+        ("merge_method: ties", "recipe.yml:1:1: `merge_method` is missing"),
+        ("base_model: base", "recipe.yml:1:1: `ties` needs a `base_model`"),
+        ("  - model: code", "recipe.yml:5:5: `model` is missing"),
     ):
         assert missing in problems(TWO.replace(line, line.partition(": ")[0] + f": {null}"))
     assert problems("merge_method: ties\nbase_model: base\nmodels: " + null) == [
-        "recipe.yml:1: no models are listed",
+        "recipe.yml:1:1: no models are listed",
     ]
     assert problems(TWO.replace("    parameters: {weight: 0.5}", f"    parameters:\n      weight: {null}")) == [
-        "recipe.yml:5: `code` needs a `weight`"
+        "recipe.yml:5:5: `code` needs a `weight`"
     ]
 
 

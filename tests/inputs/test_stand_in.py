@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import adapters
 import pytest
 import tiny
 import torch
+from conftest import Run
 from hub_server import NEW, OLD, PIECE, Hub, weights
 from safetensors.torch import save_file
 
@@ -302,3 +304,23 @@ def test_without_the_hub_a_model_that_is_not_whole_is_an_error(
     with pytest.raises(NetworkError, match="cannot be reached"):
         stand_in("tiny/model", tmp_path / "another", silent)
     assert len(hub.asked) == asked
+
+
+def test_of_an_adapter_on_the_hub_only_the_header_is_fetched(hub: Hub, llama: Path, tmp_path: Path, run: Run) -> None:
+    random = {
+        f"{module}.lora_A.weight": torch.randn(900, 32) for module in adapters.shapes_of(llama / "base", "q_proj")
+    }
+    random |= {name.replace("_A", "_B"): torch.randn(32, 900) for name in random}
+    hub.commits[OLD] = adapter = adapters.write(tmp_path / "adapter", random, r=900)
+    (adapter / "optimizer.safetensors").write_bytes(b"of no use")
+    found = stand_in("tiny/model", tmp_path / "stand-in", silent, adapter=True)
+    weights = "adapter_model.safetensors"
+    assert hub.of_weights == {weights: FIRST_BYTES}
+    assert found.missing_bytes == (adapter / weights).stat().st_size > FIRST_BYTES
+    flags = ("--method", "linear", "--expert", f"{llama / 'base'}+tiny/model", "--expert", llama / "math", "--json")
+    done = run("plan", tmp_path / "out", *flags, "--no-measure")
+    assert done.code == 0, done.err
+    adapted = json.loads(done.out.splitlines()[-1])["survey"]["models"][0]
+    assert adapted["label"] == "base+tiny/model"
+    assert adapted["missing_bytes"] == found.missing_bytes
+    assert "LoRA of rank 900 on 3 tensors" in adapted["adapter"]

@@ -13,26 +13,10 @@ import torch
 from conftest import Place, Run
 from merge_cases import tensors_in
 from transformers import AutoTokenizer
+from vocabularies import ROWS, permute_rows, swap_tokens
 
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.reader import Reader
-
-ROWS = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def swap_tokens(folder: Path, count: int) -> None:
-    """Give the first `count` tokens' ids in reverse, and nothing else: the rows stay where they are."""
-    file = folder / "tokenizer.json"
-    data = json.loads(file.read_text())
-    tokens = sorted(data["model"]["vocab"], key=data["model"]["vocab"].__getitem__)[:count]
-    data["model"]["vocab"] |= dict(zip(tokens, reversed(range(count)), strict=True))
-    file.write_text(json.dumps(data))
-
-
-def permute_rows(folder: Path, count: int) -> None:
-    """Put the rows where `swap_tokens` has put their tokens."""
-    order = [*reversed(range(count)), *range(count, tiny.VOCAB)]
-    tiny.edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name][order].clone() for name in ROWS}))
 
 
 class TestMergeWithoutTokenizerSource:

@@ -4,9 +4,9 @@
 
 The models are a base and two experts with one tensor of 200,000 x 512 in bfloat16 (an embedding, beside ten small
 tensors). Every method merges them with the smallest budget that is accepted and with 600 MB, with mapped files and with
-`pread`; with an empty numba cache; then come tensors of 200,000 columns, 300 small tensors, ACM and a calibration. The
-smallest budget is the one that the refusal of 1 MB names: it must be accepted. Peaks are of anonymous memory, as the
-tool counts it, looked at every 2 ms.
+`pread`; with an empty numba cache; then come tensors of 200,000 columns, 300 small tensors, ACM and a calibration, and
+experts and a base with adapters. The smallest budget is the one that the refusal of 1 MB names: it must be accepted.
+Peaks are of anonymous memory, as the tool counts it, looked at every 2 ms.
 
 `--write` puts the table into docs/performance.md. Exit code 1: a peak exceeds its budget, or a run has failed.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import adapters
 import tiny
 import torch
 from safetensors.torch import save_file
@@ -77,7 +78,8 @@ models:
   - {model: FOLDER/two, parameters: {weight: 0.3}}
 acm: {calibration: builtin, samples: 4}
 """
-PARTS = ("tall", "600", "cold", "named", "columns", "small", "models")
+PARTS = ("tall", "600", "cold", "named", "columns", "small", "models", "adapted")
+ADAPTER_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Case:
     cold: bool = False  # numba's cache is empty
     flags: tuple[str, ...] = ()
     recipe: str = ""  # instead of flags
+    adapter: str = ""  # of the experts, or of the base that is calibrated: `lora` or `dora`
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ def cases() -> Iterator[Case]:
     yield Case("models", "task_arithmetic + AIM", LAYER, flags=("--weight", "0.3", "--omega", "0.4", *texts))
     yield Case("models", "task_arithmetic + ACM", LAYER, recipe=ACM)
     yield Case("models", "ties + AIM", LAYER, flags=(*RESCALED, "--omega", "0.4", *texts))
+    for adapter in ("lora", "dora"):
+        for read in ("mmap", "pread"):
+            for model, method in ((TALL, "linear"), (TALL, "ties"), (WIDE, "ties"), (SMALL, "dare_ties")):
+                yield Case("adapted", f"{method} + {adapter}", model, None, read, flags=FLAGS[method], adapter=adapter)
+            yield Case("adapted", f"calibrate + {adapter}", LAYER, None, read, flags=few, adapter=adapter)
     for method, flags in FLAGS.items():
         yield Case("cold", method, TALL, cold=True, flags=flags)
 
@@ -175,6 +183,21 @@ def build(folder: Path, shapes: Shapes) -> None:
         (own / "config.json").write_text(json.dumps(config))
         if shapes.runs:
             tiny.tokenizer().save_pretrained(own)
+    _build_adapters(folder, base)
+
+
+def _build_adapters(folder: Path, base: dict[str, torch.Tensor]) -> None:
+    """A LoRA and a DoRA of the embedding and of every linear."""
+    matrices = {name.removesuffix(".weight"): value for name, value in base.items() if value.dim() == 2}
+    tensors, magnitudes = {}, {}
+    for module, value in matrices.items():
+        out, width = value.shape if "embed" not in module else value.shape[::-1]
+        names = ("lora_embedding_A", "lora_embedding_B") if "embed" in module else ("lora_A.weight", "lora_B.weight")
+        for name, shape in zip(names, ((ADAPTER_RANK, width), (out, ADAPTER_RANK)), strict=True):
+            tensors[f"{module}.{name}"] = (torch.randn(shape) * 0.02).bfloat16()
+        magnitudes[f"{module}.lora_magnitude_vector"] = torch.ones(out)
+    adapters.write(folder / "lora", tensors, r=ADAPTER_RANK)
+    adapters.write(folder / "dora", tensors | magnitudes, r=ADAPTER_RANK, use_dora=True)
 
 
 def _tensors(shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -210,17 +233,18 @@ class Bench:
 
     def command(self, case: Case, budget: int) -> list[str]:
         models, method = self.models(case.model), case.method.split(" ")[0]
+        adapter = f"+{models / case.adapter}" if case.adapter else ""
         if case.recipe:
             recipe = self.work / "recipe.yml"
             recipe.write_text(case.recipe.replace("FOLDER", str(models)))
             tool = [sys.executable, "-m", "lowmem_aim", "merge", str(recipe)]
             return [*tool, "--no-cache", "--ram", f"{budget}MB", "--read", case.read, "-q", str(self.work / "out")]
         if method == "calibrate":
-            tool = [sys.executable, "-m", "lowmem_aim", "calibrate", str(models / "base")]
+            tool = [sys.executable, "-m", "lowmem_aim", "calibrate", str(models / "base") + adapter]
             made = ["-o", str(self.work / "out" / "activations.safetensors")]
             return [*tool, *made, *case.flags, "--ram", f"{budget}MB", "--read", case.read, "-q"]
         experts = ("one",) if method in ONE_EXPERT else ("one", "two")
-        chosen = [part for name in experts for part in ("--expert", str(models / name))]
+        chosen = [part for name in experts for part in ("--expert", str(models / name) + adapter)]
         tool = [sys.executable, "-m", "lowmem_aim", "merge", "--method", method, "--base", str(models / "base")]
         budgets = ["--ram", f"{budget}MB", "--read", case.read, "-q"]
         return [*tool, *chosen, *case.flags, *budgets, str(self.work / "out")]
@@ -228,7 +252,7 @@ class Bench:
     def run(self, case: Case, budget: int) -> tuple[int, int, str]:
         """The exit code, the peak in MB, rounded up, and what the run said."""
         shutil.rmtree(self.work / "out", ignore_errors=True)
-        if case.method == "calibrate":
+        if case.method.split(" ")[0] == "calibrate":
             (self.work / "out").mkdir()
         environment = {**os.environ, **self.environment}
         if case.cold:

@@ -3,7 +3,7 @@
 float32: a deterministic method differs by 1e-6 of a tensor's largest magnitude at most; a random one keeps the same
 share and expects the same sum to three standard errors. bfloat16: our error against the float32 merge of the same
 inputs (which the test suite holds to 1e-6 of float64 formulas) is never above mergekit's. What docs/methods.md says of
-the differences is checked sentence by sentence (see `sentences`).
+the differences is checked sentence by sentence (see `sentences`), and each of its options is one that `merge` takes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 
 import tiny  # noqa: E402
+from against_peft import adapters  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
+from options import options  # noqa: E402
+from page import page  # noqa: E402
 from sentences import sentences  # noqa: E402
 from stages import stages  # noqa: E402
+from tokens import differences as differences_of_tokens  # noqa: E402
 
 from lowmem_aim.jobs.merge import merge  # noqa: E402
 from lowmem_aim.recipe.reader import read_recipe  # noqa: E402
@@ -182,8 +186,11 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(dir=work))
     try:
         python = tool.with_name("python").absolute()
-        found = [] if asked.methods else list(sentences(scratch / "sentences", python))
-        found += [] if asked.methods else list(stages(scratch / "stages", python))
+        found: list[tuple[str, str]] = []
+        if not asked.methods:
+            found += [*options(tool), *page(scratch / "page", tool), *sentences(scratch / "sentences", python)]
+            found += [*adapters(scratch / "adapters", python), *differences_of_tokens(scratch / "tokens", python)]
+            found += stages(scratch / "stages", python)
         found += differences(scratch, python, asked.methods)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -16,7 +16,14 @@ def main(folder: Path) -> None:
         out = recipe.with_suffix("")
         try:
             settings = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
-            run_merge(settings, str(out), MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True))
+            options = MergeOptions(
+                copy_tokenizer=False,
+                write_model_card=False,
+                quiet=True,
+                lora_merge_cache=str(folder / "merged-adapters"),
+                lora_merge_dtype="float32",
+            )
+            run_merge(settings, str(out), options)
         except Exception:
             recipe.with_suffix(".error").write_text(traceback.format_exc())
 

@@ -26,7 +26,7 @@ from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import VERSION, Schema
 from lowmem_aim.output.verify import verify
 from lowmem_aim.recipe.reader import read_recipe
-from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.recipe.recipe import Recipe, Tokenizer
 from lowmem_aim.recipe.yaml_tree import tree_of
 from lowmem_aim.relaxing.activations import Activations
 
@@ -120,7 +120,7 @@ class TestChangedInputsOfAFinishedOutput:
         self.refused(job, tmp_path / "out", f"{name} has changed")
 
     def test_the_experts_tokenizer_where_rows_are_matched_by_it(self, models: Path, tmp_path: Path) -> None:
-        job = replace(recipe(models, "ties"), tokenizer_source="base")
+        job = replace(recipe(models, "ties"), tokenizer=Tokenizer("base"))
         file = models / "math" / "tokenizer.json"
         table = json.loads(file.read_text())
         vocabulary = table["model"]["vocab"]

@@ -26,7 +26,7 @@ from lowmem_aim.merging.shares import Needs, Shares, share_out
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.methods.method import Rows
-from lowmem_aim.system import memory
+from lowmem_aim.system import memory, run
 from lowmem_aim.system.memory import Budget, enough, is_allocation_failure, make_budget, too_small
 from lowmem_aim.system.options import Options
 from lowmem_aim.units import bytes_of, shown
@@ -50,6 +50,26 @@ class TestBudget:
         monkeypatch.setattr(memory, "free_bytes", lambda: 20_000 * MB)
         assert make_budget(CPU) == Budget(300 * MB + 18_000 * MB)
         assert make_budget(CPU, 1000 * MB).ram_left() == 700 * MB
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (Options(device="cpu", ram=9000 * MB), ["more than there is (8.0 GB)"]),
+            (Options(device="cpu", ram=8000 * MB, threads=2), []),
+            (Options(device="cpu", threads=3), ["more than the 2 cores"]),
+        ],
+    )
+    def test_more_than_the_machine_has_is_noticed(
+        self, options: Options, said: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(run, "most_bytes", lambda: 8000 * MB)
+        monkeypatch.setattr(run, "usable_cores", lambda: 2)
+        monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+        noticed: list[Event] = []
+        run.start(options, noticed.append)
+        texts = [event.text for event in noticed if isinstance(event, Notice)]
+        assert len(texts) == len(said)
+        assert all(part in text for part, text in zip(said, texts, strict=True))
 
     def test_vram_needs_a_device_that_has_some(self) -> None:
         with pytest.raises(UsageError, match="vram"):

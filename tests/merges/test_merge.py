@@ -122,6 +122,12 @@ class TestOutput:
         text = (out / "mergekit_config.yml").read_text()
         filled = ["base", "math", "code", "chat", "texts.jsonl"]
         assert re.findall(r"^#   (.+)$", text, re.M) == filled
+        early = run("merge", "mergekit_config.yml", "../early")
+        assert early.code == 3
+        assert all(f"`{name}`" in early.err for name in filled)
+        assert re.findall("hint: .+", early.err) == [
+            "hint: fill in the paths in `mergekit_config.yml`, as the comments at its top say"
+        ]
         for name in filled:
             text = re.sub(rf": {name}$", f": {texts if name == texts.name else llama / name}", text, flags=re.M)
         (tmp_path / "mergekit_config.yml").write_text(text)

@@ -725,4 +725,4 @@ def test_what_a_recipe_is_warned_of_is_told_before_anything_else(llama: Path, tm
     notices: list[str] = []
     with pytest.raises(ModelError):
         merge(read_recipe(parse(text, "recipe.yml")), tmp_path / "out", SHARDS, stopping_after(9, notices))
-    assert notices == ["recipe.yml:4: `density` has no meaning for `linear` and is ignored"]
+    assert notices == ["recipe.yml:4:29: `density` has no meaning for `linear` and is ignored"]

@@ -87,12 +87,40 @@ def test_what_loaders_read_is_in_the_output_and_verified(place: Place) -> None:
     assert "not copied" not in done.err
     assert {name: (place.out / name).read_text() for name in files} == files
     assert verify(place.out, f"{PRIVATE}/{SUMS}") == len(files_in(place.out)) + 1
-    (place.out / "1_Pooling" / "config.json").write_text("{ }")
+    (place.out / "1_Pooling" / "config.json").write_text("{")
     (place.out / "1_Pooling" / "model.safetensors").write_text("{}")
     wrong = place.run("verify", place.out)
     assert wrong.code == 8
     assert "`1_Pooling/config.json` is not what was written" in wrong.err
     assert "`1_Pooling/model.safetensors` does not belong to this output, and a loader would read it" in wrong.err
+
+
+def test_texts_that_were_edited_are_not_blamed_on_the_disk(place: Place) -> None:
+    assert place.merge().code == 0
+    for name, added in {"README.md": "My words.", "mergekit_config.yml": "# mine", "config.json": " "}.items():
+        with (place.out / name).open("a") as file:
+            file.write(added)
+    wrong = place.run("verify", place.out, "--json")
+    assert wrong.code == 8
+    ended = json.loads(wrong.out.splitlines()[-1])
+    assert len(ended["problems"]) == 3
+    assert all("has been edited since the merge" in problem for problem in ended["problems"])
+    assert ended["hints"] == [ended["hint"]] * 3
+    assert "an edit of yours" in ended["hint"]
+    (shard,) = place.out.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    (place.out / "README.md").write_bytes(b"\xff")  # no text
+    found = dict(
+        zip(
+            *(
+                json.loads(place.run("verify", place.out, "--json").out.splitlines()[-1])[key]
+                for key in ("problems", "hints")
+            ),
+            strict=True,
+        )
+    )
+    assert "an edit of yours" not in found[f"`{shard.name}` is not what was written"]
+    assert "an edit of yours" not in found["`README.md` is not what was written"]
 
 
 def test_a_processor_of_the_base_is_one_of_the_output(place: Place) -> None:
@@ -193,7 +221,7 @@ def test_nothing_from_outside_the_model_is_copied(name: str, model: Path, tmp_pa
     (tmp_path / "secret").write_text("{}")
     (model / name).unlink()
     (model / name).symlink_to(tmp_path / "secret")
-    if name.endswith(".jinja"):
+    if name.endswith((".jinja", ".tiktoken")):
         with pytest.raises(ModelError, match="is a link that leads out of its model folder"):
             warnings_of(model)
     else:

@@ -426,13 +426,13 @@ def test_names_circles_and_unused_stages_are_told_at_once_with_their_lines(llama
     math = str(llama / "math")
     problems = told([linear("b", name="a"), linear("a", name="b"), linear("a"), linear(math, name="c")])
     assert problems == [
-        "recipe:1: the stages wait for each other: `a` uses `b`, which uses `a`",
-        "recipe:21: nothing uses the stage `c`",
+        "recipe:1:1: the stages wait for each other: `a` uses `b`, which uses `a`",
+        "recipe:21:1: nothing uses the stage `c`",
     ]
     problems = told([linear(math, name="A"), linear(math, name="a"), linear(math), linear("A"), linear("A")])
     assert [problem.split(" (")[0] for problem in problems] == [
-        "recipe:13: two stages have the name `a` and `A`, which some systems do not tell apart",
-        "recipe:21: another document without a `name`",
+        "recipe:13:7: two stages have the name `a` and `A`, which some systems do not tell apart",
+        "recipe:21:1: another document without a `name`",
     ]
     assert "every document has a `name`" in told([linear(math, name="a"), linear("a", name="b")])[0]
     several = linear(math, name="a", base_model=math, aim={"omega": [0.2, 0.4], "calibration": "builtin"})

@@ -11,7 +11,7 @@ import torch
 from method_cases import NAME, PARAMETERS, measured
 from torch import Tensor
 
-from lowmem_aim.methods import kernels
+from lowmem_aim.methods import kernels, low_rank
 from lowmem_aim.methods.method import Rows, Subject
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.methods.selection import ALL, NONE, Everything, Largest, Share
@@ -161,3 +161,26 @@ def test_a_slice_across_the_counters_low_word_is_left_to_torch() -> None:
     whole = combine(Rows(base, (expert,), (1 << 32) - 3))
     parts = [combine(Rows(base[:, a:b], (expert[:, a:b],), (1 << 32) - 3 + a)) for a, b in ((0, 3), (3, 10))]
     assert torch.equal(bits(whole), bits(torch.cat(parts, dim=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rank", "factors"), [(1, None), (4, "rows"), (7, "columns"), (64, None)])
+def test_low_rank_changes(rank: int, factors: str | None, dtype: torch.dtype, in_torch: Any) -> None:
+    random = torch.Generator().manual_seed(rank)
+    for rows, columns in SHAPES:
+        stored = models((rows, columns), torch.float32)[0].clamp(-6e4, 6e4).to(dtype)
+        left, right = torch.randn(rows, rank, generator=random), torch.randn(rank, columns, generator=random)
+        shape = {"rows": (rows, 1), "columns": (1, columns)}.get(factors or "", (0, 0))
+        scale = None if factors is None else torch.rand(shape, generator=random, dtype=torch.float64)
+        given = (stored, left, right, 0.37, scale)
+        assert torch.equal(bits(low_rank.with_low_rank(*given)), bits(in_torch(low_rank.with_low_rank, *given)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_column_squares(shape: tuple[int, int], in_torch: Any) -> None:
+    rows = models(shape, torch.float32)[0].clamp(-1e15, 1e15)
+    found, expected = torch.zeros(2, shape[1], dtype=torch.float64)
+    for start in range(0, shape[0], 3):
+        low_rank.add_column_squares(rows[start : start + 3], found)
+    in_torch(low_rank.add_column_squares, rows, expected)
+    assert found.equal(expected)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import tiny
 import yaml
 from conftest import Place
+from stopping import stop
+
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.yaml_tree import load_tree
 
 # Runs command lines one after another; prints, for each, its exit code and the slow libraries it has imported.
 PROGRAM = """
@@ -73,6 +78,11 @@ def test_wrong_input_is_told_without_torch(place: Place) -> None:
         assert all(part in told for part in said), (line, told)
 
 
+def test_a_folder_that_is_not_the_demos_is_refused_without_torch(place: Place) -> None:
+    ((code, said),) = ran(["demo", str(place.folder), "--models"])
+    assert (code, "not the demo's" in said) == (2, True)
+
+
 def test_a_calibration_tells_all_at_once_too(place: Place) -> None:
     line = ["calibrate", str(place.folder / "none"), "-o", str(place.folder / "a.txt"), "--calibration", "none.txt"]
     ((code, said),) = ran(line)
@@ -84,3 +94,44 @@ def test_what_only_lists_or_looks_needs_no_torch(place: Place) -> None:
     place.merge()
     lines = [["methods"], ["methods", "ties"], ["--help"], ["merge", "--help"], ["status", str(place.out)]]
     assert [code for code, _ in ran(*lines)] == [0] * len(lines)
+
+
+def test_another_job_in_the_output_is_told_without_torch(place: Place) -> None:
+    right = written(place, "right.yml")
+    begun, done = place.folder / "begun", place.folder / "done"
+    stop(read_recipe(load_tree(Path(right))), begun, 3)
+    assert place.run("merge", right, done).code == 0
+    (code, said), (plans, planned), (finished, told), (small, both) = ran(
+        ["merge", right, str(begun), "--seed", "1"],
+        ["plan", right, str(done), "--weight", "2"],
+        ["merge", right, str(done)],
+        ["merge", right, str(done), "--weight", "2", "--shard-size", "1"],
+    )
+    assert code == 7
+    assert "seed: 0 then, 1 now" in said
+    assert plans == 2
+    assert "models[0].parameters.weight: 1 then, 2 now" in planned
+    assert (finished, told) == (0, f"`{done}` is finished already\n")
+    assert small == 2
+    assert "shard size" in both
+
+
+def test_a_budget_that_no_merge_could_have_is_told_beside_other_problems(place: Place) -> None:
+    right = written(place, "right.yml")
+    begun = place.folder / "begun"
+    stop(read_recipe(load_tree(Path(right))), begun, 3)
+    missing = written(place, "missing.yml", base_model=str(place.folder / "none"))
+    cases = {7: [right, str(begun), "--seed", "1"], 3: [missing, str(place.out)]}
+    for (code, _), (found, told) in zip(
+        cases.items(), ran(*(["merge", *line, "--ram", "20MB"] for line in cases.values())), strict=True
+    ):
+        assert found == code, told
+        assert "any merge needs more than" in told
+
+
+def test_nothing_is_left_to_plan_where_all_is_finished(place: Place) -> None:
+    right = written(place, "right.yml")
+    assert place.run("merge", right, place.out).code == 0
+    planned = place.run("plan", right, place.out, "--ram", "20MB")
+    assert (planned.code, "nothing is left to do" in planned.out) == (0, True)
+    assert place.run("merge", right, place.out, "--ram", "20MB").code == 0

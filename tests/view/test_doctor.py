@@ -121,7 +121,7 @@ class TestUnknown:
             ("importlib.metadata.version", "software", doctor.PACKAGES),
             ("platform.platform", "software", ["platform"]),
             ("lowmem_aim.jobs.doctor._driver", "software", ["nvidia_driver"]),
-            ("lowmem_aim.jobs.doctor._cores", "processor", ["cores"]),
+            ("lowmem_aim.jobs.doctor.usable_cores", "processor", ["cores"]),
             ("lowmem_aim.system.memory.cgroup_folders", "processor", ["container_cores"]),
             ("torch.backends.cpu.get_cpu_capability", "processor", ["instructions"]),
             ("lowmem_aim.methods.kernels.available", "processor", ["compiled_loops"]),

@@ -17,7 +17,9 @@ from lowmem_aim.events import (
     PhaseStarted,
     RunEnded,
 )
+from lowmem_aim.units import clock
 from lowmem_aim.view.progress import Progress, seen
+from lowmem_aim.view.screen import screen
 from lowmem_aim.view.summary import facts, summary_lines
 
 
@@ -106,6 +108,32 @@ def test_a_sample_of_the_last_phase_is_none_of_the_next() -> None:
     assert run.item == ""
 
 
+def test_rates_and_the_bottleneck_are_those_of_the_phase_under_way() -> None:
+    work = [replace(SAMPLE, read_bytes=100 * t, read_seconds=0.9 * t) for t in range(4)]
+    run = seen([(0.0, PhaseStarted("merge", 100, "bytes")), *((float(t), sample) for t, sample in enumerate(work[:3]))])
+    assert (run.rate("read"), run.bottleneck()) == (100, "read")
+    run.see(2.1, PhaseEnded("merge"))
+    run.see(2.1, PhaseStarted("finish", 1, "files"))
+    run.see(3.0, work[3])
+    assert (run.is_measured, run.rate("read"), run.bottleneck()) == (False, 0, None)
+    assert "busy" not in screen(run, 80, 24).plain
+    run.see(4.0, replace(work[3], read_bytes=310))
+    assert (run.is_measured, run.rate("read"), run.bottleneck()) == (True, 10, None)
+
+
+def test_a_phase_takes_as_long_in_the_summary_as_everywhere_else() -> None:
+    planned = replace(PLANNED, phases=("merge", "finish"))
+    for begun, merged, end in ((0.7, 12.5 + 0.7, 13.9), (0.2, 1.8, 3.4), (0.4, 0.8, 1.2), (0.4, 1.9, 3.4)):
+        run = seen([(0.1, STARTED), (0.1, planned), (begun, PhaseStarted("merge", 1, "bytes"))])
+        run.see(merged, PhaseEnded("merge"))
+        run.see(merged, PhaseStarted("finish", 1, "files"))
+        run.see(end, PhaseEnded("finish"))
+        run.see(end, RunEnded("finished", 0))
+        told = next(summary_lines(run))
+        for name in ("merge", "finish"):
+            assert f"{name} {clock(run.phases[name].seconds(run.now))}" in told, told
+
+
 def test_what_is_kept_is_weighted_by_the_delta() -> None:
     run = merging(
         (1.0, tensor("a", 0, 10, (10.0, 9.0))), (2.0, tensor("b", 1, 20, (90.0, 45.0))), (3.0, tensor("n", None, 30))
@@ -153,7 +181,7 @@ def test_the_parts_of_a_run_add_up_to_its_time_start_and_plan_included() -> None
     assert run.is_reused("calibrate")
     first = next(summary_lines(run))
     assert first == (
-        "finished in 0:33 (start 0:02, plan 0:04, calibrate reused, compare 0:05, merge 0:02, finish 0:03, other 0:17)"
+        "finished in 0:33 (start 0:03, plan 0:04, calibrate reused, compare 0:05, merge 0:02, finish 0:02, other 0:17)"
     )
     parts = [int(minutes) * 60 + int(seconds) for minutes, seconds in re.findall(r" (\d+):(\d\d)", first)]
     assert parts[0] == sum(parts[1:]) == 33

@@ -21,6 +21,7 @@ EXAMPLES: list[Any] = [
     events.Planned("ties", ("merge",), "cpu", 2, 9, None, 3, {"": 1, "0": 2}, {"title": "ties"}),
     events.PhaseStarted("merge", 10, "bytes", 2.5),
     events.Advanced(1.5, "layers.0"),
+    events.Snapshot(1.5),
     TensorDone("a.weight", (2, 3), "bfloat16", "merge", 0, "a", 12, (2.0, 1.5)),
     events.PhaseEnded("merge"),
     SAMPLE,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import adapters
 import pytest
 import tiny
 import torch
@@ -149,6 +150,14 @@ def out_has_the_stages_of_another_recipe(scene: Scene) -> None:
     stop(read_recipe(one_of([tree_of(stage, "stage"), tree_of(last, "last")])), scene.place.out, 9)
 
 
+@refusal(7, "the calibration of AIM has changed")
+def an_interrupted_runs_texts_are_others(scene: Scene) -> tuple[object, ...]:
+    scene.aim()
+    stop(read_recipe(load_tree(scene.job())), scene.place.out, 9)
+    scene.texts.write_text('{"text": "another text of the same name"}\n')
+    return ("--shard-size", SHARDS.shard_bytes)
+
+
 @refusal(7, "no longer has the same tensors or files")
 def an_interrupted_runs_input_has_another_size(scene: Scene) -> tuple[object, ...]:
     stop(read_recipe(load_tree(scene.job())), scene.place.out, 9)
@@ -195,9 +204,20 @@ def a_model_is_a_file(scene: Scene) -> None:
     scene.recipe["models"][1]["model"] = str(scene.named("a.txt", ""))
 
 
-@refusal(3, "LoRA adapters are not supported")
-def a_model_has_an_adapter(scene: Scene) -> None:
-    scene.recipe["models"][1]["model"] += "+lora"
+@refusal(3, "there is no adapter folder `./lora`")
+def an_adapter_is_missing(scene: Scene) -> None:
+    scene.recipe["models"][1]["model"] += "+./lora"
+
+
+@refusal(3, "`use_qalora`")
+def an_adapter_is_of_another_kind(scene: Scene) -> None:
+    adapter = adapters.write(scene.place.folder / "lora", {}, use_qalora=True)
+    scene.recipe["models"][1]["model"] += f"+{adapter}"
+
+
+@refusal(3, "is a LoRA adapter, not a whole model")
+def an_adapter_is_given_as_a_model(scene: Scene) -> None:
+    scene.recipe["models"][1]["model"] = str(adapters.write(scene.place.folder / "lora", {}))
 
 
 @refusal(3, "has no config.json", quick=True)
@@ -288,6 +308,23 @@ def tokens_cannot_be_matched(scene: Scene) -> tuple[object, ...]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (scene.math / name).unlink()
     return ("--tokenizer-source", "base")
+
+
+@refusal(2, "`math` has no token `<none>`")
+def a_token_takes_its_row_from_a_model_that_lacks_it(scene: Scene) -> None:
+    source = {"kind": "model_token", "model": str(scene.math), "token": "<none>"}
+    scene.recipe["tokenizer"] = {"source": "base", "tokens": {"<s>": {"source": source}}}
+
+
+@refusal(3, "there is no model folder")
+def the_model_of_the_tokenizer_is_missing(scene: Scene) -> None:
+    scene.recipe["tokenizer_source"] = str(scene.math / "nowhere")
+
+
+@refusal(3, "has no tokenizer")
+def the_model_of_the_tokenizer_has_none(scene: Scene) -> None:
+    (scene.math / "empty").mkdir()
+    scene.recipe["tokenizer_source"] = str(scene.math / "empty")
 
 
 @refusal(3, "should be tied to", quick=True)
@@ -527,13 +564,14 @@ def test_every_check_has_a_case() -> None:
         "check_at_work": "a_run_is_at_work",
         "check_small_files": "a_processors_config_is_no_json",
         "check_layers": "layers_make_no_model",
+        "check_stages": "out_has_the_stages_of_another_recipe",
+        "check_begun": "out_has_another_jobs_interrupted_run",
         "check_disk_space": "the_disk_is_full",
         "check_device": "a_device_is_not_there",
         "check_calibration": "activations_are_of_another_model",
         "check_comparison": "acm_is_given_activations",
         "check_merge_memory": "rows_do_not_fit",
-        "check_stages": "out_has_the_stages_of_another_recipe",
-        "check_begun": "out_has_another_jobs_interrupted_run",
+        "check_begun_with": "an_interrupted_runs_texts_are_others",
         "check_model_runs": "a_forward_does_not_fit",
     }
     assert [check.__name__ for check in (*AT_ONCE, *LATER) if check.__name__ != "tell_oddities"] == list(cases)

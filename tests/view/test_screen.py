@@ -16,7 +16,7 @@ from conftest import Run
 from rich.console import Console
 from run_events import PLANNED, SAMPLE, STARTED, tensor
 
-from lowmem_aim.events import Event, Notice, Paused, PhaseStarted, RunEnded
+from lowmem_aim.events import Advanced, Event, Notice, Paused, PhaseEnded, PhaseStarted, RunEnded
 from lowmem_aim.output.folder import LOG, PRIVATE
 from lowmem_aim.view.plain_lines import Lines, first_lines, line_of
 from lowmem_aim.view.progress import Progress, seen
@@ -261,3 +261,19 @@ def test_replay_of_no_run_is_an_error(tmp_path: Path, run: Run) -> None:
     done = run("replay", tmp_path)
     assert done.code == 2
     assert "holds no recorded run" in done.err
+
+
+def test_a_part_of_a_block_is_told_as_on_the_screen() -> None:
+    run = started(PhaseStarted("calibrate", 30, "blocks"), replace(SAMPLE, item="layers.2", done=2.7))
+    assert "9%  2.7 of 30 blocks" in drawn(run, 80, 24)
+    assert line_of(run).startswith("calibrate: 9%, 2.7 of 30 blocks")
+
+
+def test_a_calibration_by_itself_has_a_row_of_layers_to_its_end() -> None:
+    run = started(replace(PLANNED, title="activations", phases=("calibrate",), layers={"0": 1, "1": 1, "2": 1}))
+    assert "layers    ·········  0 of 3" in drawn(run, 80, 24)
+    run.see(1.0, PhaseStarted("calibrate", 3, "blocks"))
+    run.see(2.0, Advanced(2, "model.layers.1"))
+    assert "layers    ██████···  2 of 3" in drawn(run, 80, 24)
+    run.see(3.0, PhaseEnded("calibrate"))
+    assert "layers    █████████  3 of 3" in drawn(run, 80, 24)

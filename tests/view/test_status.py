@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,10 +17,14 @@ from merge_cases import recipe
 from run_events import PLANNED, SAMPLE, STARTED, tensor
 from stopping import SHARDS
 
-from lowmem_aim.events import Event, PhaseStarted, RunEnded, TensorDone
+from lowmem_aim.events import Advanced, Event, PhaseStarted, RunEnded, TensorDone
+from lowmem_aim.jobs.calibrate import calibrate
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.measuring import snapshots
 from lowmem_aim.output.folder import LOG, PRIVATE
+from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.system import interrupts
+from lowmem_aim.system.files import partial_folder
 from lowmem_aim.system.interrupts import GOES_ON, STARTS_OVER, Interrupted
 from lowmem_aim.view.progress import Progress
 from lowmem_aim.view.record import to_line
@@ -124,3 +129,33 @@ def test_a_replay_ends_with_the_summary_and_says_interrupted_where_the_run_was(t
     told = run("replay", log_of(tmp_path / "failed", *begun(), (4.0, failed))).err
     assert "failed after 0:04" in told
     assert "  problem   the disk is full\n  hint      free some\n" in told
+
+
+class TestACalibration:
+    """`status FILE` tells of the calibration into that file, while it is made and afterwards."""
+
+    def test_that_was_interrupted(
+        self, llama: Path, texts: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, aim = tmp_path / "a.safetensors", Aim(calibration=str(texts))
+        monkeypatch.setattr(snapshots, "SECONDS", 0.0)
+        with interrupts.work(), pytest.raises(Interrupted):
+            calibrate(str(llama / "base"), aim, file, emit=_stop_after_a_block)
+        for name in (file, partial_folder(file)):
+            told = run("status", name)
+            assert (told.code, "/3 blocks are calibrated" in told.out) == (0, True), told
+        (found,) = [json.loads(line) for line in run("status", file, "--json").out.splitlines()]
+        assert (found["blocks_total"], "output" in found) == (3, False)
+
+    def test_that_is_finished(self, measured: Path, llama: Path, tmp_path: Path, run: Run) -> None:
+        told = run("status", measured)
+        assert (told.code, told.err) == (0, "")
+        assert re.match(r"finished: activations for \d+ weights, measured on \d+ sequences, \d+ tokens", told.out)
+        assert json.loads(run("status", measured, "--json").out)["state"] == "finished"
+        assert run("status", next((llama / "base").glob("*.safetensors"))).code == 3
+        assert run("status", tmp_path / "none.safetensors").code == 2
+
+
+def _stop_after_a_block(event: Event) -> None:
+    if isinstance(event, Advanced) and event.done == 2:
+        raise Interrupted

@@ -8,13 +8,12 @@ import pytest
 from conftest import Place, Run
 
 from lowmem_aim.cli.commands import cli
-from lowmem_aim.cli.mergekit_flags import INSTEAD
-from lowmem_aim.cli.usage import Command
 from lowmem_aim.errors import ModelError, UsageError, joined, nearest
 from lowmem_aim.methods.registry import names
 from lowmem_aim.recipe.reader import TOP_KEYS
 
 FLAGS = sorted({flag for command in cli.commands.values() for param in command.params for flag in param.opts})
+OTHERS = [flag for flag in FLAGS if flag != "--cuda"]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +36,7 @@ def test_a_slip_is_recognised(typed: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "known"),
     [
-        ("--cuda", FLAGS),
+        ("--cuda", OTHERS),
         ("--lambda", FLAGS),
         ("--x", FLAGS),
         ("linux", names()),
@@ -49,24 +48,6 @@ def test_a_slip_is_recognised(typed: str, meant: str) -> None:
 )
 def test_another_word_is_no_slip(typed: str, known: list[str]) -> None:
     assert nearest(typed, known) == ""
-
-
-def test_no_flag_of_mergekits_is_taken_for_one_of_ours(run: Run) -> None:
-    for flag, instead in INSTEAD.items():
-        done = run("merge", "out", flag)
-        assert done.code == 2
-        assert done.err == f"error: `lowmem-aim merge` has no flag `{flag}`, which is mergekit's\n\nhint: {instead}\n"
-    assert "leave it out" in run("plan", "out", "--no-lazy-unpickle").err
-
-
-def test_what_is_suggested_in_place_of_mergekits_flags_exists() -> None:
-    merge = cli.commands["merge"]
-    assert isinstance(merge, Command)
-    ours = {flag for param in merge.params for flag in (*param.opts, *param.secondary_opts)}
-    assert not ours & INSTEAD.keys()
-    suggested = [word.split()[0] for text in INSTEAD.values() for word in text.split("`")[1::2]]
-    assert suggested
-    assert set(suggested) <= ours
 
 
 class TestHints:

@@ -13,6 +13,7 @@ import pytest
 from conftest import Place, Ran, Run
 
 from lowmem_aim.cli.commands import cli
+from lowmem_aim.cli.mergekit_flags import UNNEEDED
 from lowmem_aim.cli.usage import program
 
 COMMANDS = sorted(cli.commands)
@@ -23,6 +24,7 @@ ARGUMENTS = {  # that are enough for a command to be understood
     "status": ["out"],
     "verify": ["out"],
     "methods": ["tie"],
+    "convert": ["old", "new"],
     "completion": ["bash"],
 }
 NEEDED = {
@@ -31,6 +33,7 @@ NEEDED = {
     "calibrate": "the argument `BASE`",
     "status": "the argument `OUT`",
     "verify": "the argument `OUT`",
+    "convert": "the argument `FOLDER`",
     "completion": "the argument `SHELL`",
 }
 
@@ -91,7 +94,7 @@ class TestWords:
             ),
             (("merge", "out", "--read", "mmpa"), "`--read`: `mmpa` is not one of mmap, pread; did you mean `mmap`?"),
             (("completion", "fsh"), "`SHELL`: `fsh` is not one of bash, zsh, fish; did you mean `fish`?"),
-            (("merge", "out", "--threads", "0"), "`--threads`: 0 is not in the range x>=1\n"),
+            (("merge", "out", "--threads", "0"), "`--threads` / `--num-threads` / `-j`: must be 1 or more, not 0\n"),
             (("merge", "out", "--samples", "x"), "`--samples`: `x` is not a valid integer\n"),
             (("merge", "out", "--ram", "lots"), "`--ram`: `lots` is not a size"),
             (("merge", "out", "--weight"), "option `--weight` requires an argument\n\nhint: see `lowmem-aim merge"),
@@ -129,7 +132,7 @@ class TestWords:
     def test_words_of_a_recipe_file(self, place: Place, line: str, meant: str) -> None:
         recipe = f"merge_method: linear\nbase_model: {place.folder}/base\nmodels: [{{model: a}}]\n{line}\n"
         (place.folder / "r.yml").write_text(recipe)
-        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4: ", f"did you mean `{meant}`?")
+        refused(place.run("merge", place.folder / "r.yml", place.out), "r.yml:4:", f"did you mean `{meant}`?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed")
@@ -143,18 +146,56 @@ def test_a_current_folder_that_has_been_removed(run: Run, tmp_path: Path, monkey
 
 
 GROUPS = {
-    "merge": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
-    "plan": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
+    "merge": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "mergekit's flags", "Other flags"],
+    "plan": ["Recipe", "AIM", "Calibration", "Output", "Machine", "Run", "mergekit's flags", "Other flags"],
     "relax": ["Relaxation", "AIM", "Calibration", "Output", "Machine", "Run", "Other flags"],
     "calibrate": ["Output", "Calibration", "Machine", "Run", "Other flags"],
 }
+OTHER_NAMES = ("--random-seed", "--num-threads", "--verbose")  # mergekit's, of flags that are shown by another
 OFF_UNLESS_GIVEN = ("--help", "--version", "--debug")
+
+
+class TestSeveralWrongFlags:
+    """All wrong values are told at once: those of flags alone, and those that the recipe's reader finds."""
+
+    def test_of_a_recipe(self, place: Place) -> None:
+        done = place.merge(
+            *("--dtype", "bf16", "--shard-size", "1X", "--threads", "0", "--tied", "x", "--weight", "1,2,x"),
+            *("-p", "foo=1", "-p", "lambda", "--theta", "2"),
+        )
+        assert done.code == 2
+        assert "has no flag `--theta`" in done.err, "beside that, nothing else is known for sure"
+        (place.out).mkdir()
+        (place.out / "mine.txt").write_text("mine")
+        done = place.merge(
+            *("--dtype", "bf16", "--shard-size", "1X", "--threads", "0", "--tied", "x"),
+            *("-p", "foo=1", "-p", "lambda", "--scaling", "rank"),
+        )
+        assert done.code == 2
+        for said in (
+            *("did you mean `bfloat16`", "`1X` is not a size", "must be 1 or more", "not one of relax, keep"),
+            *("unknown parameter `foo`", "`lambda` is not NAME=VALUE", "--scaling has no meaning", "is not empty"),
+        ):
+            assert said in done.err, said
+
+    def test_of_commands_without_a_recipe(self, run: Run) -> None:
+        done = run("calibrate", "base", "-o", "a.safetensors", "--threads", "0", "--ram", "1X")
+        assert done.code == 2
+        assert done.err.count("hint: ") == 1
+        assert "must be 1 or more" in done.err
+        assert "`1X` is not a size" in done.err
+
+    def test_a_number_of_values_that_fits_no_experts_has_no_consequences(self, place: Place) -> None:
+        done = place.merge("--weight", "1", "--weight", "2", "--weight", "3", method="task_arithmetic")
+        assert (done.code, done.err.count("error: ")) == (2, 1)
+        assert "--weight: 3 values for 2 expert(s)" in done.err
 
 
 class TestHelp:
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_flag_has_a_sentence_and_its_default(self, name: str) -> None:
-        for flag in cli.commands[name].get_params(click.Context(cli.commands[name])):
+        context = click.Context(cli.commands[name], help_option_names=["-h", "--help"])  # click keeps them for later
+        for flag in cli.commands[name].get_params(context):
             if not isinstance(flag, click.Option) or flag.opts[-1] in OFF_UNLESS_GIVEN:
                 continue
             sentence, _, default = (flag.help or "").partition(" [default: ")
@@ -165,10 +206,10 @@ class TestHelp:
     @pytest.mark.parametrize("name", GROUPS)
     def test_flags_are_in_groups(self, run: Run, name: str) -> None:
         told = run(name, "--help").out
-        assert re.findall(r"^([A-Z][\w ]+):$", told, re.M) == GROUPS[name]
+        assert re.findall(r"^([\w' ]+):$", told, re.M) == GROUPS[name]
         flags = {flag for p in cli.commands[name].params for flag in p.opts if flag.startswith("--")}
         shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", told, re.M)
-        assert {*shown, "--random-seed"} >= flags
+        assert {*shown, "--normalize", *OTHER_NAMES, *(flag for flag in UNNEEDED if flag in told)} >= flags
         assert len(shown) == len(set(shown))
 
     def test_the_first_line_of_every_command_is_shown_whole(self, run: Run) -> None:
