@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from adapters import factors, shapes_of, write
 from conftest import Run
 from long_cases import others_long
 from merge_cases import digests, tensors_in
@@ -75,7 +76,8 @@ def by_hand(documents: Sequence[Document], place: Path, options: Options = SHARD
             return {key: placed(item) for key, item in value.items() if key != "name"}
         if isinstance(value, list):
             return [placed(item) for item in value]
-        return str(place / value) if value in names else value
+        is_named = isinstance(value, str) and value.partition("+")[0] in names
+        return str(place / value) if is_named else value
 
     for name, document in zip(names, documents, strict=True):
         merge(lowmem_aim.read_recipe(placed(document)), place / name, options)
@@ -115,6 +117,36 @@ def test_stages_give_what_each_of_them_gives_by_hand(documents: Any, llama: Path
         assert model_of(stage) == model_of(tmp_path / "hand" / stage.name)
     assert not stages_in(out)
     verify_outputs(out)
+
+
+def test_an_adapter_may_be_added_to_a_stage(llama: Path, tmp_path: Path) -> None:
+    shapes = shapes_of(llama / "base", "q_proj", "down_proj")
+    adapter = write(tmp_path / "adapter", factors(shapes, seed=1))
+    last = {"merge_method": "passthrough", "models": [{"model": {"model": "first", "lora": str(adapter)}}]}
+    plain = [three(llama)[0], {**last, "models": [{"model": f"first+{adapter}"}]}]
+    job = lowmem_aim.read_recipe([plain[0], last])
+    assert plan(job, tmp_path / "out", SHARDS, measure=False).fits
+    out = merge(job, tmp_path / "out", SHARDS)
+    assert model_of(out) == model_of(by_hand(plain, tmp_path / "hand"))
+    assert not phases_of(seen_in(job, out))
+    write(adapter, factors(shapes, seed=2))
+    with pytest.raises(ResumeError, match=r"`first\+adapter` no longer has the same"):
+        merge(job, out, SHARDS)
+
+
+def test_a_stage_may_give_the_tokenizer_alone(llama: Path, tmp_path: Path) -> None:
+    last = {"merge_method": "passthrough", "models": [{"model": str(llama / "chat")}], "tokenizer_source": "first"}
+    documents = [{**three(llama)[0], "tokenizer_source": "union"}, last]
+    job = lowmem_aim.read_recipe(documents)
+    assert plan(job, tmp_path / "out", SHARDS, measure=False).fits
+    assert model_of(merge(job, tmp_path / "out", SHARDS)) == model_of(by_hand(documents, tmp_path / "hand"))
+
+
+def test_a_key_that_stands_twice_is_told_of_every_document(llama: Path) -> None:
+    twice = [f"{yaml.safe_dump(document)}dtype: float32\ndtype: float32\n" for document in two(llama)]
+    with pytest.raises(RecipeError) as raised:
+        lowmem_aim.read_recipe("---\n".join(twice))
+    assert "recipe:11:1: the key `dtype` appears twice (and at 19:1)" in str(raised.value)
 
 
 def test_the_documents_may_stand_in_any_order(llama: Path, tmp_path: Path) -> None:
