@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.recipe.from_flags import applied
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.yaml_tree import tree_of
@@ -193,6 +194,26 @@ def test_wrong_layers_are_refused_before_work(
         assert text in problem
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_with_a_base_of_its_own_is_not_relaxed_towards_another(llama: Path, measured: Path) -> None:
+    slices = [{"sources": [source(llama / "math", 0, 3)], "base_model": str(llama / "code")}]
+    with pytest.raises(LowmemAimError, match="this slice has another") as caught:
+        recipe(
+            "task_arithmetic",
+            slices,
+            base_model=str(llama / "base"),
+            parameters={"weight": 1},
+            aim={"calibration": str(measured)},
+        )
+    assert caught.value.exit_code == 2
+
+
+def test_flags_for_single_models_are_refused(llama: Path) -> None:
+    tree = tree_of({"merge_method": "linear", "slices": [{"sources": [source(llama / "math", 0, 3)]}]}, "recipe")
+    with pytest.raises(LowmemAimError, match="--weight is for recipes that list `models`, and this one has `slices`"):
+        applied(tree, {"weight": ("0.5",)})
+    assert read_recipe(applied(tree, {"parameter": ("weight=0.5",)})).parameters["weight"].value == 0.5
 
 
 def test_layers_that_make_no_model_are_refused_before_work(tmp_path: Path) -> None:
