@@ -3,7 +3,8 @@
 float32: a deterministic method differs by 1e-6 of a tensor's largest magnitude at most; a random one keeps the same
 share and expects the same sum to three standard errors. bfloat16: our error against the float32 merge of the same
 inputs (which the test suite holds to 1e-6 of float64 formulas) is never above mergekit's. What docs/methods.md says of
-the differences is checked sentence by sentence (see `sentences`), and each of its options is one that `merge` takes.
+the differences is checked sentence by sentence (see `sentences`), each of mergekit's options is one that `merge` takes,
+and recipes as people publish them are made by both (see `published`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cases import Case, cases, defaults  # noqa: E402
 from comparing import error_not_above, same_expectation, same_tensors, tensors_in  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 from options import options  # noqa: E402
+from published import differences as differences_of_recipes  # noqa: E402
 from sentences import sentences  # noqa: E402
 from tokens import differences as differences_of_tokens  # noqa: E402
 
@@ -93,9 +95,8 @@ def differences(work: Path, python: Path, methods: Sequence[str]) -> Iterator[tu
             if not theirs:
                 yield label, f"mergekit failed: {folder.with_suffix('.error').read_text().splitlines()[-1]}"
             elif case.random:
-                base, *experts = (
-                    models.tensors(name) for name in ["base", *(f"expert-{i}" for i in range(case.experts))]
-                )
+                base = models.tensors("base")
+                experts = [models.tensors(f"expert-{i}") for i in range(case.experts)]
                 wrong = same_expectation(ours, theirs, base, experts)
                 if wrong:  # by chance one in three hundred is; other masks of ours tell
                     again = models.ours(folder.with_suffix(".yml"), seed=1)
@@ -127,6 +128,7 @@ def main() -> None:
         found = [] if asked.methods else [*options(tool), *sentences(scratch / "sentences", python)]
         found += [] if asked.methods else list(adapters(scratch / "adapters", python))
         found += [] if asked.methods else differences_of_tokens(scratch / "tokens", python)
+        found += [] if asked.methods else differences_of_recipes(scratch / "recipes", python)
         found += differences(scratch, python, asked.methods)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

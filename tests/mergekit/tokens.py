@@ -154,6 +154,11 @@ def _wrong(case: Merge, ours: Path, theirs: Path) -> str:
         return "" if case.fails and last.endswith(case.fails) else f"mergekit failed: {last}"
     if case.fails:
         return f"mergekit no longer fails with {case.fails}"
+    return wrong_rows(ours, theirs)
+
+
+def wrong_rows(ours: Path, theirs: Path) -> str:
+    """What differs in tokens, the cutting of a text, templates, the vocabulary's size, and rows by their tokens."""
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (ours, theirs)]
     ids = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if ids[0].keys() != ids[1].keys():
@@ -179,6 +184,8 @@ def _in_order(folder: Path, ids: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def _other_rows(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    if ours.keys() != theirs.keys():
+        return f"other tensors: {sorted(ours.keys() ^ theirs.keys())[:4]}"
     for name, value in ours.items():
         if value.shape != theirs[name].shape:
             return f"`{name}` has the shape {list(value.shape)}, there {list(theirs[name].shape)}"
