@@ -57,7 +57,8 @@ gpu-check: install
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
 
-# Some six minutes, with mergekit from the package index in an environment of its own: each method against it, adapters against PEFT.
+# Some ten minutes, with mergekit from the package index in an environment of its own: each method, and recipes as people
+# publish them, against it; adapters against PEFT.
 test-mergekit: install
 	$(BIN)/python tests/mergekit/differential.py
 

@@ -31,6 +31,7 @@ from comparing import error_not_above, same_expectation, same_tensors, tensors_i
 from contenders import install_mergekit  # noqa: E402
 from options import options  # noqa: E402
 from published import differences as differences_of_recipes  # noqa: E402
+from reading_here import read_here  # noqa: E402
 from sentences import sentences  # noqa: E402
 from tokens import differences as differences_of_tokens  # noqa: E402
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("mergekit-run"), help="mergekit's environment lies in it")
     parser.add_argument("--methods", nargs="*", default=[], help="only these")
     asked = parser.parse_args()
+    read_here()  # hundreds of merges: a child for each takes seconds to import transformers
     work = asked.work
     work.mkdir(exist_ok=True)
     tool = install_mergekit(work)
