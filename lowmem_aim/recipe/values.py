@@ -100,7 +100,7 @@ class Values:
         if node is None or text is None:
             return None
         parts = parsed(text, lambda path: _is_folder(path, node.folder)).parts
-        return "+".join(self.placed(node, part, os.path.isdir) for part in parts)
+        return "+".join(self.placed(node, self._without_idle_revision(node, part), os.path.isdir) for part in parts)
 
     def _long_form(self, node: Node, what: str) -> str | None:
         """The text of `{model: ..., lora: ..., override_architecture: ...}`, or of one `{path, revision}` by itself."""
@@ -128,9 +128,18 @@ class Values:
         if path is None or revision is None:
             return path
         if _is_folder(path, node.folder):
-            self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its `revision` says nothing"))
-            return path
+            return self._told_idle(node, path)
         return f"{path}@{revision}"
+
+    def _without_idle_revision(self, node: Node, reference: str) -> str:
+        """A path or id, without its `@revision` if the path is a folder, which has none."""
+        path, at, _ = reference.rpartition("@")
+        idle = at and _is_folder(path, node.folder) and not _is_folder(reference, node.folder)
+        return self._told_idle(node, path) if idle else reference
+
+    def _told_idle(self, node: Node, path: str) -> str:
+        self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its revision says nothing"))
+        return path
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""

@@ -114,6 +114,32 @@ def test_a_gradient_runs_within_each_slice(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(found["model.norm.weight"], math["model.norm.weight"] * 8.0)
 
 
+def test_filters_of_a_models_parameter_see_the_layer_it_comes_from(llama: Path, tmp_path: Path) -> None:
+    scale = [{"filter": "layers.2.", "value": 2.0}, {"filter": "layers.0.", "value": 4.0}]
+    slices = [
+        [source(llama / "math", 1, 3, scale=scale)],
+        [source(llama / "math", 0, 1)],
+        [source(llama / "math", 2, 3)],
+    ]
+    made = recipe("passthrough", slices, parameters={"scale": [{"filter": "layers.0.", "value": 8.0}]})
+    found, math = tensors_in(merge(made, tmp_path / "out")), tensors_in(llama / "math")
+    for number, (own, factor) in enumerate([(1, 1.0), (2, 2.0), (0, 8.0), (2, 1.0)]):
+        for name, value in layer(found, number).items():
+            assert torch.equal(value, layer(math, own)[name] * factor)
+
+
+def test_filters_of_a_whole_merges_parameter_see_the_outputs_names(llama: Path, tmp_path: Path) -> None:
+    slices = [[source(llama / name, first, first + 1) for name in ("math", "code")] for first in (2, 0)]
+    t = [{"filter": "layers.0.", "value": 0.0}, {"value": 1.0}]
+    found = tensors_in(
+        merge(recipe("slerp", slices, parameters={"t": t}, base_model=str(llama / "math")), tmp_path / "out")
+    )
+    for number, (own, expert) in enumerate([(2, "math"), (0, "code")]):
+        for name, value in layer(found, number).items():
+            expected = layer(tensors_in(llama / expert), own)[name]
+            assert (value - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_the_base_of_a_slice_may_be_its_own(llama: Path, tmp_path: Path) -> None:
     slices = [{"sources": [source(llama / "math", 0, 3, weight=0.5)], "base_model": str(llama / "code")}]
     made = recipe("task_arithmetic", slices, base_model=str(llama / "base"), dtype="float32")
