@@ -12,7 +12,7 @@ import references as ref
 import tiny
 import torch
 import yaml
-from conftest import Run
+from conftest import Place, Run
 from long_cases import others_long
 from merge_cases import digests, tensors_in
 from stopping import stop
@@ -240,6 +240,14 @@ def test_flags_for_single_models_are_refused(llama: Path) -> None:
     with pytest.raises(LowmemAimError, match="--weight is for recipes that list `models`, and this one has `slices`"):
         applied(tree, {"weight": ("0.5",)})
     assert read_recipe(applied(tree, {"parameter": ("weight=0.5",)})).parameters["weight"].value == 0.5
+
+
+def test_a_model_is_looked_for_although_its_layers_are_wrong(place: Place) -> None:
+    sources = [{"model": str(place.folder / "nowhere"), "layer_range": [3, 2]}]
+    table = {"merge_method": "passthrough", "slices": [{"sources": sources}], "tokenizer_source": "unoin"}
+    (place.folder / "recipe.yml").write_text(yaml.safe_dump(table))
+    done = place.run("merge", place.folder / "recipe.yml", place.out)
+    place.refused(done, 2, "`layer_range` must be", "there is no model folder", "did you mean `union`?")
 
 
 def test_layers_that_make_no_model_are_refused_before_work(tmp_path: Path) -> None:
