@@ -57,8 +57,8 @@ gpu-check: install
 test-crash: install
 	$(BIN)/python tests/crash/everything.py
 
-# Some nine minutes, with mergekit from the package index in an environment of its own: each method against it, what
-# docs/from-mergekit.md says of it, its options, and adapters against PEFT.
+# Some ten minutes, with mergekit from the package index in an environment of its own: each method against it, recipes as
+# people publish them, what docs/from-mergekit.md says of it, its options, and adapters against PEFT.
 test-mergekit: install
 	$(BIN)/python tests/mergekit/differential.py
 

@@ -1,4 +1,4 @@
-"""For programs that fork: models' small files are read in this process, not by a child that each fork would start."""
+"""For programs of many merges, or that fork: models' small files are read in this process, not by a child for each."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _task(match: Match, recipe: Recipe) -> Task:
         match.shape,
         BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype,
         "merge",
-        recipe.resolve(match.name, match.t, match.part),
+        recipe.resolve(match.name, match.t, match.part, match.own_names),
         match.experts,
         match.base,
         match.filling,

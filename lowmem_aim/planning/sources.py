@@ -57,6 +57,7 @@ class Match:
     t: float  # its place on gradients
     layer: int | None  # of the output; None: outside the layers
     experts: tuple[Source, ...]
+    own_names: tuple[str, ...]  # of the tensor in each of the slice's experts
     base: Source | None  # without a base, the model whose shape the output has
     shape: tuple[int, ...]  # of the output
     filling: Filling | None = None  # rows of the vocabulary that models lack
@@ -134,10 +135,12 @@ def _match(
     """The match of the output's tensor `name`, which has the shape of the model's tensor of that name in `layer`."""
     alike, roles = stack.at(name, 0), inputs.roles
 
+    def own_name(entry: ModelEntry) -> str:
+        return name if place.index is None else stack.at(name, _layers(entry)[place.index])
+
     def source(entry: ModelEntry) -> Source:
         opened = inputs.opened[entry.reference]
-        own = name if place.index is None else stack.at(name, _layers(entry)[place.index])
-        return Source(opened, own, inputs.row_map(opened, name))
+        return Source(opened, own_name(entry), inputs.row_map(opened, name))
 
     pattern = Source(model, name if layer is None else stack.at(name, layer), inputs.row_map(model, name))
     rows = inputs.rows_of(name)
@@ -150,6 +153,7 @@ def _match(
         place.t,
         place.layer,
         experts=() if buffer else tuple(source(entry) for entry in part.experts if entry.reference in inputs.opened),
+        own_names=tuple(own_name(entry) for entry in part.experts),
         base=None if buffer else source(part.base) if part.base and part.base.reference in inputs.opened else pattern,
         shape=pattern.info.shape if rows is None else (rows.count, *pattern.info.shape[1:]),
         filling=None if rows is None else _filling(name, rows, inputs),

@@ -154,6 +154,9 @@ def _with_values(tree: Node, name: str, values: Sequence[str], wrong: list[Lowme
     Any other number of values is noted as wrong, and the first is taken for all.
     """
     models = tree.get("models")
+    if values and models is None and (key := next((key for key in ("slices", "modules") if tree.get(key)), "")):
+        text = f"--{name} is for recipes that list `models`, and this one has `{key}`"
+        wrong.append(RecipeError(text, hint=f"give `{name}` in the recipe, or for all models as `-p {name}=...`"))
     if not values or models is None or not isinstance(models.value, list):
         return tree
     base = tree.get("base_model")

@@ -151,9 +151,8 @@ class Parts:
             self.read.problem(item, "`model` is missing", _MODEL_HINT)
         parameters = settings_of(self.read, item, self.method, of_model=True)
         layers = self._layers(item, meant) if sliced else None
-        if reference is None or (sliced and layers is None):
-            return None
-        return ModelEntry(reference, parameters, item.where, layers)
+        self.complete &= layers is not None or not sliced  # the model is looked for all the same
+        return ModelEntry(reference, parameters, item.where, layers) if reference else None
 
     def _layers(self, item: Node, meant: Collection[str]) -> range | None:
         """The layers that a source takes; None after a problem."""

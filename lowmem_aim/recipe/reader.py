@@ -6,7 +6,7 @@ flag is reported like a wrong line. `read_recipe` then builds the Recipe from th
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from lowmem_aim.errors import RecipeError, UsageError, did_you_mean, nearest, printable
@@ -14,7 +14,8 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.methods.registry import METHODS, find_method, names
 from lowmem_aim.recipe.parameters import settings_of
 from lowmem_aim.recipe.parts import WAYS, Parts
-from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Slice
+from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
 from lowmem_aim.recipe.spelling import in_one_spelling
 from lowmem_aim.recipe.stages import in_order, stages_by_name
@@ -70,6 +71,7 @@ class _Reader(Values):
         slices = () if self._is_mixture() else parts.slices()
         aim = self._aim(base)
         acm = self._acm(base, aim)
+        self._check_bases(slices, base, [key for key, table in (("aim", aim), ("acm", acm)) if table])
         dtype = self._dtype()
         listed = [entry.reference for part in slices for entry in part.entries]
         tokenizer = tokenizer_of(self, self.root, list(dict.fromkeys([*([base] if base else []), *listed])))
@@ -186,6 +188,13 @@ class _Reader(Values):
             hint = "name the model that the others were tuned from, as `base_model` or `--base`"
             self.problem(node, f"`{key}` needs a `base_model`: {needed}", hint)
         return node
+
+    def _check_bases(self, slices: Sequence[Slice], base: str | None, relaxations: Sequence[str]) -> None:
+        """Note every slice with another base than the recipe's, if the merge is to be relaxed towards that."""
+        for part in slices if relaxations and base else ():
+            if part.base and base and not same_reference(part.base.reference, base):
+                text = f"`{relaxations[0]}` relaxes towards the recipe's `base_model`, and this slice has another"
+                self.problem(Node(None, part.where), text, "leave out the slice's `base_model`, or the relaxation")
 
     def _has_no_base(self, base: str | None) -> bool:
         """Whether a base is missing, and nothing else told of it."""

@@ -220,18 +220,20 @@ class Recipe:
         places = " and ".join(f"`{printable(place, 4096)}`" for place in self.sought.get(path, ()))
         return f"; looked in {places}" if places else ""
 
-    def resolve(self, tensor: str, t: float, part: Slice) -> dict[str, Any]:
+    def resolve(self, tensor: str, t: float, part: Slice, own_names: Sequence[str]) -> dict[str, Any]:
         """The method's parameters for one tensor of a slice at depth `t` in [0, 1], by recipe name.
 
         Of model, slice, module and top level the first that has a value for it counts, else the default. A parameter
-        of the experts is a tuple with one value for each. Raises RecipeError if a required one has none.
+        of the experts is a tuple with one value for each; its filters see the tensor's name in that expert, one of
+        `own_names`. Raises RecipeError if a required one has none.
         """
         resolved: dict[str, Any] = {}
         outer = (part.parameters, self.module.parameters if self.module else {}, self.parameters)
         for name, parameter in self.method.parameters.items():
             if parameter.per_expert:
                 resolved[name] = tuple(
-                    self._lookup(parameter, tensor, t, (own.parameters, *outer)) for own in part.experts
+                    self._lookup(parameter, own_name, t, (expert.parameters, *outer))
+                    for expert, own_name in zip(part.experts, own_names, strict=True)
                 )
             else:
                 resolved[name] = self._lookup(parameter, tensor, t, outer)

@@ -19,6 +19,7 @@ _TOKENS_HINT = "write `tokens: {<token>: {source: MODEL}}`, or one token per lin
 _SOURCE_HINT = (
     "write `source: MODEL`, `source: {kind: zero}`, or `source: {kind: model_token, model: MODEL, token: TOKEN}`"
 )
+_FROM_HINT = "write `union`, `base`, or a model that has a tokenizer"
 _TEMPLATE_HINT = f"write `auto`, one of {', '.join(CHAT_TEMPLATES)}, or a Jinja template"
 LARGEST_MULTIPLE = 1 << 20  # rows; tensor cores ask for some hundreds at most
 SHORTEST_TEMPLATE = 20  # characters
@@ -91,7 +92,11 @@ def _source(read: Values, node: Node | None, what: str, models: Sequence[str]) -
     if isinstance(node.value, str) and node.value.strip() in SOURCES:
         return node.value.strip()
     model = read.model(node, what)
-    return BASE if model is None else _as_listed(model, models) or model
+    found = None if model is None else _as_listed(model, models) or model
+    if found in read.sought and (near := did_you_mean(found, SOURCES)):
+        read.problem(node, f"`{what}`: there is no model `{printable(found)}`{near}", _FROM_HINT)
+        return BASE
+    return found or BASE
 
 
 def _as_listed(model: str, models: Sequence[str]) -> str | None:

@@ -105,18 +105,17 @@ class Values:
         if node is None or text is None:
             return None
         model, *adapters = parsed(text, lambda path: path in self.stages or _is_folder(path, node.folder)).parts
-        found = model if model in self.stages else self._placed_model(node, model, what)
-        return "+".join([found, *(self.placed(node, part, os.path.isdir) for part in adapters)])
-
-    def _placed_model(self, node: Node, text: str, what: str) -> str:
-        path = self.placed(node, text, os.path.isdir)
-        if path in self.sought and "/" not in path and (meant := nearest(path, self.stages)):
+        found = model if model in self.stages else self._placed_model(node, model)
+        if found in self.sought and "/" not in found and (meant := nearest(found, self.stages)):
             self.problem(
                 node,
-                f"`{what}`: neither a stage nor a folder is named `{printable(path)}`",
+                f"`{what}`: neither a stage nor a folder is named `{printable(found)}`",
                 f"did you mean the stage `{meant}`?",
             )
-        return path
+        return "+".join([found, *(self._placed_model(node, part) for part in adapters)])
+
+    def _placed_model(self, node: Node, text: str) -> str:
+        return self.placed(node, self._without_idle_revision(node, text), os.path.isdir)
 
     def _long_form(self, node: Node, what: str) -> str | None:
         """The text of `{model: ..., lora: ..., override_architecture: ...}`, or of one `{path, revision}` by itself."""
@@ -144,9 +143,18 @@ class Values:
         if path is None or revision is None:
             return path
         if _is_folder(path, node.folder):
-            self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its `revision` says nothing"))
-            return path
+            return self._told_idle(node, path)
         return f"{path}@{revision}"
+
+    def _without_idle_revision(self, node: Node, reference: str) -> str:
+        """A path or id, without its `@revision` if the path is a folder, which has none."""
+        path, at, _ = reference.rpartition("@")
+        idle = at and _is_folder(path, node.folder) and not _is_folder(reference, node.folder)
+        return self._told_idle(node, path) if idle else reference
+
+    def _told_idle(self, node: Node, path: str) -> str:
+        self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its revision says nothing"))
+        return path
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""

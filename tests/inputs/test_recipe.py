@@ -43,7 +43,8 @@ def read(text: str) -> Recipe:
 
 
 def resolved(recipe: Recipe, tensor: str, t: float) -> dict[str, Any]:
-    return recipe.resolve(tensor, t, recipe.slices[0])
+    part = recipe.slices[0]
+    return recipe.resolve(tensor, t, part, [tensor] * len(part.experts))
 
 
 def problems(text: str) -> list[str]:

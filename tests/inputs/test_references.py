@@ -73,11 +73,26 @@ def test_an_override_of_the_architecture_is_told_and_not_used(here: Path) -> Non
     assert any("`override_architecture` is not used" in text for text in recipe.notices)
 
 
-def test_a_revision_of_a_folder_is_told_and_left_out(here: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ({"model": {"path": "m", "revision": "main"}}, "m"),
+        ("m@main", "m"),
+        ("m@main+o/l@2", "m+o/l@2"),
+        ("o/l@2+m@main", "o/l@2+m"),
+    ],
+)
+def test_a_revision_of_a_folder_is_told_and_left_out(written: Any, text: str, here: Path) -> None:
     (here / "m").mkdir()
-    recipe = read({"model": {"path": "m", "revision": "main"}})
-    assert recipe.models[0].reference == "m"
-    assert any("its `revision` says nothing" in text for text in recipe.notices)
+    recipe = read(written)
+    assert recipe.models[0].reference == text
+    assert any("its revision says nothing" in notice for notice in recipe.notices)
+
+
+def test_a_folder_whose_name_holds_an_at_sign_wins(here: Path) -> None:
+    for name in ("m", "m@main"):
+        (here / name).mkdir()
+    assert reference("m@main") == "m@main"
 
 
 @pytest.mark.parametrize(

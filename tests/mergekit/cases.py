@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from comparing import TOLERANCE
 
 WEIGHTS = (0.7, 0.5, 0.3, 0.4)
 DENSITIES = (0.4, 0.6, 0.8, 0.5)
-TOLERANCE = 1e-6  # of a tensor's largest magnitude
 # The share of elements beside a threshold that mergekit has from float32 divergences and rounded quantiles.
 ARCEE_SHARE = 5e-4
 

@@ -3,13 +3,13 @@
 float32: a deterministic method differs by 1e-6 of a tensor's largest magnitude at most; a random one keeps the same
 share and expects the same sum to three standard errors. bfloat16: our error against the float32 merge of the same
 inputs (which the test suite holds to 1e-6 of float64 formulas) is never above mergekit's. What docs/methods.md says of
-the differences is checked sentence by sentence (see `sentences`), and each of its options is one that `merge` takes.
+the differences is checked sentence by sentence (see `sentences`), each of mergekit's options is one that `merge` takes,
+and recipes as people publish them are made by both (see `published`).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import subprocess
 import sys
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -28,9 +27,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 import tiny  # noqa: E402
 from against_peft import adapters  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
+from comparing import error_not_above, same_expectation, same_tensors, tensors_in  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
 from options import options  # noqa: E402
 from page import page  # noqa: E402
+from published import differences as differences_of_recipes  # noqa: E402
+from reading_here import read_here  # noqa: E402
 from sentences import sentences  # noqa: E402
 from stages import stages  # noqa: E402
 from tokens import differences as differences_of_tokens  # noqa: E402
@@ -43,7 +45,6 @@ from lowmem_aim.system.options import Options  # noqa: E402
 # A mixture of experts whose tensors mergekit takes as they are stored; others it fuses before it merges.
 ARCHITECTURES = ("llama", "qwen2", "gemma", "gpt2", "gpt_oss")
 EXPERTS = 4
-STANDARD_ERRORS = 3.0
 
 
 @dataclass(frozen=True)
@@ -79,68 +80,6 @@ class Models:
         return tensors_in(merge(read_recipe(load_tree(recipe)), out, Options(use_cache=False, seed=seed)))
 
 
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-
-
-# --- what is compared; each gives what is wrong, or an empty text -----------------------------------------------------
-
-
-def same_tensors(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
-    """Within the case's tolerance, but for as many elements as the case allows."""
-    if ours.keys() != theirs.keys():
-        return f"other tensors: {sorted(ours.keys() ^ theirs.keys())[:4]}"
-    beyond, worst, where = 0, 0.0, ""
-    elements = sum(value.numel() for value in ours.values())
-    for name, value in ours.items():
-        if value.shape != theirs[name].shape:
-            return f"`{name}` has the shape {list(value.shape)}, there {list(theirs[name].shape)}"
-        difference = (value.double() - theirs[name].double()).abs() / max(float(value.double().abs().max()), 1e-30)
-        beyond += int((difference > case.tolerance).sum())
-        if float(difference.max()) > worst:
-            worst, where = float(difference.max()), name
-    return f"{beyond} elements differ, `{where}` by {worst:.1e}" if beyond > case.may_differ * elements else ""
-
-
-def same_expectation(case: Case, ours: dict[str, Tensor], theirs: dict[str, Tensor], models: Models) -> str:
-    """The same kept share, and the same expected change along the experts' mean delta, to STANDARD_ERRORS."""
-    base = models.tensors("base")
-    experts = [models.tensors(f"expert-{i}") for i in range(case.experts)]
-    kept: list[list[Tensor]] = [[], []]
-    along: list[list[Tensor]] = [[], []]
-    for name, origin in base.items():
-        mean = sum((expert[name] - origin).double() for expert in experts) / len(experts)
-        for tool, merged in enumerate((ours, theirs)):
-            change = (merged[name].double() - origin.double()).flatten()
-            kept[tool].append((change != 0.0).double())
-            along[tool].append(change * mean.flatten())
-    for what, (a, b) in (("kept share", kept), ("expected change", along)):
-        if wrong := _apart(torch.cat(a), torch.cat(b)):
-            return f"{what}: {wrong}"
-    return ""
-
-
-def _apart(a: Tensor, b: Tensor) -> str:
-    error = math.sqrt(float(a.var() + b.var()) / a.numel())
-    distance = abs(float(a.mean() - b.mean()))
-    return f"{float(a.mean()):.4g} and {float(b.mean()):.4g}" if distance > STANDARD_ERRORS * error else ""
-
-
-def error_not_above(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor]) -> str:
-    """Of all elements together, the root of the mean squared error and the largest."""
-    squares, largest = [0.0, 0.0], [0.0, 0.0]
-    for name, exact in truth.items():
-        for tool, merged in enumerate((ours, theirs)):
-            # Some of mergekit's methods store float32 whatever is asked for.
-            stored = merged[name].to(ours[name].dtype)
-            error = (stored.double() - exact.double()).abs()
-            squares[tool] += float((error**2).sum())
-            largest[tool] = max(largest[tool], float(error.max()))
-    if squares[0] > squares[1] or largest[0] > largest[1]:
-        return f"squared error {squares[0]:.3g} against {squares[1]:.3g}, largest {largest[0]:.3g}, {largest[1]:.3g}"
-    return ""
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,12 +98,15 @@ def differences(work: Path, python: Path, methods: Sequence[str]) -> Iterator[tu
             if not theirs:
                 yield label, f"mergekit failed: {folder.with_suffix('.error').read_text().splitlines()[-1]}"
             elif case.random:
-                wrong = same_expectation(case, ours, theirs, models)
+                base = models.tensors("base")
+                experts = [models.tensors(f"expert-{i}") for i in range(case.experts)]
+                wrong = same_expectation(ours, theirs, base, experts)
                 if wrong:  # by chance one in three hundred is; other masks of ours tell
-                    wrong = same_expectation(case, models.ours(folder.with_suffix(".yml"), seed=1), theirs, models)
+                    again = models.ours(folder.with_suffix(".yml"), seed=1)
+                    wrong = same_expectation(again, theirs, base, experts)
                 yield label, wrong
             else:
-                yield label, same_tensors(case, ours, theirs)
+                yield label, same_tensors(ours, theirs, case.tolerance, case.may_differ)
     models = Models.build(work, ARCHITECTURES[0], torch.bfloat16, python)
     exactly = [case for case in wanted(cases()) if not case.random]
     for number, (case, ours, folder) in enumerate(models.merged(exactly, "bfloat16")):
@@ -178,6 +120,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("mergekit-run"), help="mergekit's environment lies in it")
     parser.add_argument("--methods", nargs="*", default=[], help="only these")
     asked = parser.parse_args()
+    read_here()  # hundreds of merges: a child for each takes seconds to import transformers
     work = asked.work
     work.mkdir(exist_ok=True)
     tool = install_mergekit(work)
@@ -190,6 +133,7 @@ def main() -> None:
         if not asked.methods:
             found += [*options(tool), *page(scratch / "page", tool), *sentences(scratch / "sentences", python)]
             found += [*adapters(scratch / "adapters", python), *differences_of_tokens(scratch / "tokens", python)]
+            found += differences_of_recipes(scratch / "recipes", python)
             found += stages(scratch / "stages", python)
         found += differences(scratch, python, asked.methods)
     finally:

@@ -17,7 +17,6 @@ def main(folder: Path) -> None:
         try:
             settings = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
             options = MergeOptions(
-                copy_tokenizer=False,
                 write_model_card=False,
                 quiet=True,
                 lora_merge_cache=str(folder / "merged-adapters"),

@@ -154,6 +154,11 @@ def _wrong(case: Merge, ours: Path, theirs: Path) -> str:
         return "" if case.fails and last.endswith(case.fails) else f"mergekit failed: {last}"
     if case.fails:
         return f"mergekit no longer fails with {case.fails}"
+    return wrong_rows(ours, theirs)
+
+
+def wrong_rows(ours: Path, theirs: Path) -> str:
+    """What differs in tokens, the cutting of a text, templates, the vocabulary's size, and rows by their tokens."""
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (ours, theirs)]
     ids = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if ids[0].keys() != ids[1].keys():
@@ -161,11 +166,17 @@ def _wrong(case: Merge, ours: Path, theirs: Path) -> str:
     cuts = [tokenizer.convert_ids_to_tokens(tokenizer(TEXT)["input_ids"]) for tokenizer in tokenizers]
     if cuts[0] != cuts[1]:
         return f"texts are cut differently: {cuts}"
-    templates = [(tokenizer.chat_template or "").strip() for tokenizer in tokenizers]
+    chats = [conversation(tokenizer) for tokenizer in tokenizers]
     sizes = [json.loads((folder / "config.json").read_text())["vocab_size"] for folder in (ours, theirs)]
-    if templates[0] != templates[1] or sizes[0] != sizes[1]:
-        return f"templates {templates}, sizes {sizes}"
+    if chats[0] != chats[1] or sizes[0] != sizes[1]:
+        return f"conversations {chats}, sizes {sizes}"
     return _other_rows(*(_in_order(folder, own) for folder, own in zip((ours, theirs), ids, strict=True)))
+
+
+def conversation(tokenizer: Any) -> str:
+    """What the chat template makes of one; two texts of a template may mean the same."""
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    return str(tokenizer.apply_chat_template(said, tokenize=False)) if tokenizer.chat_template else ""
 
 
 def _in_order(folder: Path, ids: Mapping[str, int]) -> dict[str, Tensor]:
@@ -179,6 +190,8 @@ def _in_order(folder: Path, ids: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def _other_rows(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    if ours.keys() != theirs.keys():
+        return f"other tensors: {sorted(ours.keys() ^ theirs.keys())[:4]}"
     for name, value in ours.items():
         if value.shape != theirs[name].shape:
             return f"`{name}` has the shape {list(value.shape)}, there {list(theirs[name].shape)}"

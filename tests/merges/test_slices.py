@@ -12,7 +12,7 @@ import references as ref
 import tiny
 import torch
 import yaml
-from conftest import Run
+from conftest import Place, Run
 from long_cases import others_long
 from merge_cases import digests, tensors_in
 from stopping import stop
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.recipe.from_flags import applied
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.yaml_tree import tree_of
@@ -113,6 +114,32 @@ def test_a_gradient_runs_within_each_slice(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(found["model.norm.weight"], math["model.norm.weight"] * 8.0)
 
 
+def test_filters_of_a_models_parameter_see_the_layer_it_comes_from(llama: Path, tmp_path: Path) -> None:
+    scale = [{"filter": "layers.2.", "value": 2.0}, {"filter": "layers.0.", "value": 4.0}]
+    slices = [
+        [source(llama / "math", 1, 3, scale=scale)],
+        [source(llama / "math", 0, 1)],
+        [source(llama / "math", 2, 3)],
+    ]
+    made = recipe("passthrough", slices, parameters={"scale": [{"filter": "layers.0.", "value": 8.0}]})
+    found, math = tensors_in(merge(made, tmp_path / "out")), tensors_in(llama / "math")
+    for number, (own, factor) in enumerate([(1, 1.0), (2, 2.0), (0, 8.0), (2, 1.0)]):
+        for name, value in layer(found, number).items():
+            assert torch.equal(value, layer(math, own)[name] * factor)
+
+
+def test_filters_of_a_whole_merges_parameter_see_the_outputs_names(llama: Path, tmp_path: Path) -> None:
+    slices = [[source(llama / name, first, first + 1) for name in ("math", "code")] for first in (2, 0)]
+    t = [{"filter": "layers.0.", "value": 0.0}, {"value": 1.0}]
+    found = tensors_in(
+        merge(recipe("slerp", slices, parameters={"t": t}, base_model=str(llama / "math")), tmp_path / "out")
+    )
+    for number, (own, expert) in enumerate([(2, "math"), (0, "code")]):
+        for name, value in layer(found, number).items():
+            expected = layer(tensors_in(llama / expert), own)[name]
+            assert (value - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_the_base_of_a_slice_may_be_its_own(llama: Path, tmp_path: Path) -> None:
     slices = [{"sources": [source(llama / "math", 0, 3, weight=0.5)], "base_model": str(llama / "code")}]
     made = recipe("task_arithmetic", slices, base_model=str(llama / "base"), dtype="float32")
@@ -193,6 +220,34 @@ def test_wrong_layers_are_refused_before_work(
         assert text in problem
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_with_a_base_of_its_own_is_not_relaxed_towards_another(llama: Path, measured: Path) -> None:
+    slices = [{"sources": [source(llama / "math", 0, 3)], "base_model": str(llama / "code")}]
+    with pytest.raises(LowmemAimError, match="this slice has another") as caught:
+        recipe(
+            "task_arithmetic",
+            slices,
+            base_model=str(llama / "base"),
+            parameters={"weight": 1},
+            aim={"calibration": str(measured)},
+        )
+    assert caught.value.exit_code == 2
+
+
+def test_flags_for_single_models_are_refused(llama: Path) -> None:
+    tree = tree_of({"merge_method": "linear", "slices": [{"sources": [source(llama / "math", 0, 3)]}]}, "recipe")
+    with pytest.raises(LowmemAimError, match="--weight is for recipes that list `models`, and this one has `slices`"):
+        applied(tree, {"weight": ("0.5",)})
+    assert read_recipe(applied(tree, {"parameter": ("weight=0.5",)})).parameters["weight"].value == 0.5
+
+
+def test_a_model_is_looked_for_although_its_layers_are_wrong(place: Place) -> None:
+    sources = [{"model": str(place.folder / "nowhere"), "layer_range": [3, 2]}]
+    table = {"merge_method": "passthrough", "slices": [{"sources": sources}], "tokenizer_source": "unoin"}
+    (place.folder / "recipe.yml").write_text(yaml.safe_dump(table))
+    done = place.run("merge", place.folder / "recipe.yml", place.out)
+    place.refused(done, 2, "`layer_range` must be", "there is no model folder", "did you mean `union`?")
 
 
 def test_layers_that_make_no_model_are_refused_before_work(tmp_path: Path) -> None:
