@@ -35,7 +35,8 @@ token_rows.py         the rows of the output's vocabulary: whose they are, and w
 inputs.py             all models of a recipe, and the one that is their reference
 settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which rows of the models belong together, and which tokens the output has
-tied_heads.py         output heads that are stored although they are tied
+untied.py             a tied model seen as an untied one: its embedding is its head, too
+tied_heads.py         output heads that are tied: stored all the same, or beside models with heads of their own
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 pickle_files.py       the pickled weights in a model folder, which `convert` turns into safetensors

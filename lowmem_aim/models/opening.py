@@ -21,7 +21,7 @@ from lowmem_aim.models.quantised import open_model
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
-from lowmem_aim.models.tied_heads import repeated_heads
+from lowmem_aim.models.tied_heads import repeated_heads, with_own_heads
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
@@ -168,7 +168,9 @@ def compared(
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
     with noted(errors):
-        find_rows(inputs, recipe, opened, reader, emit)
+        inputs = with_own_heads(inputs, reader, emit)
+    with noted(errors):
+        find_rows(inputs, recipe, {**opened, **inputs.opened}, reader, emit)
         inputs.matched = True
     inputs.dropped = repeated_heads(inputs)
     return inputs
