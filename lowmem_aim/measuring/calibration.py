@@ -21,6 +21,7 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.measuring.texts import token_sequences
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.untied import UntiedCheckpoint
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_activations_file
@@ -80,7 +81,7 @@ class Measurement:
                 run.emit(Notice(f"the cached activations `{cached}` are damaged and are measured again", "warning"))
             else:
                 run.emit(Notice(f"reusing the activations measured before: `{cached}`"))
-                return found
+                return replace(found, tied=self.meta_model.tied)  # in another merge its head may be its own
         measured = self.measure(run, folder, journal)
         if use_cache:
             _keep(measured, cached, run.emit)
@@ -154,7 +155,8 @@ def calibration_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Ca
     Raises ModelError, NetworkError, UsageError.
     """
     if is_activations_file(aim.calibration):
-        return GivenActivations(aim, base, Activations.load(Path(aim.calibration).expanduser()))
+        found = Activations.load(Path(aim.calibration).expanduser())
+        return GivenActivations(aim, base, replace(found, tied={}) if isinstance(base, UntiedCheckpoint) else found)
     return measurement_of(aim, base, reader, emit)
 
 

@@ -32,7 +32,7 @@ from lowmem_aim.merging.pipeline import Ahead, Job, Workers
 from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.shares import Shares
 from lowmem_aim.merging.slices import Stride, TensorInputs
-from lowmem_aim.merging.targets import FinishedRows, Target, TargetTensor
+from lowmem_aim.merging.targets import FinishedRows, Target, TargetTensor, copied
 from lowmem_aim.methods.method import Fold, Rounds, Rows
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Merged
@@ -112,7 +112,9 @@ class _Loop:
         done = functools.partial(self._done, passes, parts)
         if task.action == "copy":
             # Not through the device, which may not have the dtype.
-            yield passes.last(lambda rows: [FinishedRows(rows.stored_experts[0])] * len(parts), append, done)
+            yield passes.last(
+                lambda rows: [FinishedRows(copied(rows.stored_experts[0], task))] * len(parts), append, done
+            )
             return
         subject = subject_of(task, self.plan.recipe, self.plan.seed)
         rounds = Rounds(self.plan.recipe.method.start(subject, task.parameters))

@@ -18,6 +18,7 @@ from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.delta_sampler import DeltaSampler
 from lowmem_aim.relaxing.relaxation import Relax, Relaxation
 from lowmem_aim.system.devices import DeviceStreams
+from lowmem_aim.system.on_demand import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,11 @@ class TargetTensor:
         if self.relax is not None:
             read = replace(read, kept={self.task.name: DeltaKept(*self.sampler.sums())})
         self.target.shards.tensor_done(self.task, read)
+
+
+def copied(stored: Tensor, task: Task) -> Tensor:
+    """Rows that are copied, in the output's dtype. Raises ModelError as `rounded`."""
+    return stored if stored.dtype == task.dtype.torch else rounded(stored.to(torch.float32), task)
 
 
 def rounded(merged: Tensor, task: Task) -> Tensor:

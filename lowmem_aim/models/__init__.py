@@ -37,7 +37,8 @@ correspondence.py     which tensors of a model are those of another that names t
 renamed.py            a model whose tensors appear under the names of another model
 settings.py           whether the models' configs agree, as transformers reads them
 vocabulary.py         which rows of the models belong together, and which tokens the output has
-tied_heads.py         output heads that are stored although they are tied
+untied.py             a tied model seen as an untied one: its embedding is its head, too
+tied_heads.py         output heads that are tied: stored all the same, or beside models with heads of their own
 opening.py            the models of a recipe found, opened and compared
 stand_in.py           models on the Hub as headers without weights, for planning
 pickle_files.py       the pickled weights in a model folder, which `convert` turns into safetensors

@@ -10,6 +10,7 @@ an adapter (see `adapted`) is a Checkpoint too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,17 @@ from lowmem_aim.models.quantisation import refuse_quantised
 from lowmem_aim.models.tensor_files import TensorFiles
 from lowmem_aim.system.files import input_errors, is_folder, is_there, open_to_read, real
 from lowmem_aim.system.memory import is_allocation_failure
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import ReadMode
 from lowmem_aim.system.tensors import digest, raw
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Classes of transformers, and of others that are named alike, that end in other heads or in none.
+_HEADLESS = re.compile(
+    r".*(ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|RewardModel|(?<!Head)(?<!Heads)Model)"
+)
 DIGEST_ELEMENTS = 1 << 20  # read at a time for a digest
 
 
@@ -131,6 +137,17 @@ class Checkpoint:
         return files_of(self.tensors.values())
 
     @property
+    def is_headless(self) -> bool:
+        """Whether the config says that the model has no output head over tokens: a reward model, or a base model."""
+        names = self.config.get("architectures") or []
+        return bool(names) and all(isinstance(name, str) and _HEADLESS.fullmatch(name) for name in names)
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(info.numel for info in self.tensors.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -195,8 +212,23 @@ class Checkpoint:
         return str(state.hexdigest())
 
     def repeats(self, head: str, embedding: str) -> bool:
-        """Whether a stored head that is tied to its embedding is the embedding once more. Raises ModelError."""
-        return self.digest(head) == self.digest(embedding)
+        """Whether a stored head that is tied to its embedding is the embedding once more, in whatever dtype.
+
+        Raises ModelError.
+        """
+        ours, theirs = self.tensors[head], self.tensors[embedding]
+        if ours.shape != theirs.shape:
+            return False
+        if ours.dtype == theirs.dtype:
+            return self.digest(head) == self.digest(embedding)
+        rows, columns = ours.matrix
+        step = max(1, DIGEST_ELEMENTS // max(columns, 1))
+        return all(
+            torch.equal(
+                *(self.rows(name, start, min(start + step, rows)).to(torch.float64) for name in (head, embedding))
+            )
+            for start in range(0, rows, step)
+        )
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon, so that the system may fetch them meanwhile. Takes no memory of ours."""

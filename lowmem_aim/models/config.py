@@ -25,6 +25,8 @@ MAX_SIZE = 1 << 24
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 # Keys that an architecture does not use are 0 or null; lists have one entry a layer.
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+TIES = "tie_word_embeddings"
+TEXT = "text_config"  # the table of a model that reads more than text
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels")
 
 
@@ -108,7 +110,7 @@ def _wrong_values(table: Mapping[str, Any]) -> Iterator[str]:
             if number is not None and not (type(number) is int and lowest <= number <= limit):
                 yield f"`{key}` is {_shown(number)}, not a whole number from {lowest} to {limit},"
                 break
-    for key, kind, what in (("model_type", str, "no text"), ("tie_word_embeddings", bool, "neither true nor false")):
+    for key, kind, what in (("model_type", str, "no text"), (TIES, bool, "neither true nor false")):
         if not isinstance(table.get(key), kind | None):
             yield f"`{key}` is {_shown(table[key])}, {what},"
 

@@ -75,6 +75,17 @@ class Inputs:
         opened = {reference: model for reference, model in self.opened.items() if model not in unlike}
         return replace(self, base=base, experts=experts, opened=opened)
 
+    def replacing(self, views: Mapping[Checkpoint, Checkpoint], roles: TensorRoles) -> Inputs:
+        """The same inputs, but for models that are seen in another way, and the roles that follow from it."""
+        return replace(
+            self,
+            base=self.base and views.get(self.base, self.base),
+            experts=tuple(views.get(expert, expert) for expert in self.experts),
+            reference=views.get(self.reference, self.reference),
+            roles=roles,
+            opened={reference: views.get(model, model) for reference, model in self.opened.items()},
+        )
+
     def row_map(self, checkpoint: Checkpoint, tensor: str) -> Tensor | None:
         """Which of a model's rows stands for each row of the output; None where rows simply match.
 

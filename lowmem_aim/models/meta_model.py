@@ -62,12 +62,17 @@ class MetaModel:
     embeddings: frozenset[str]  # weights of token, position and other embeddings
     buffers: frozenset[str]  # state that is no parameter, today's or an older model's
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
+    optional: frozenset[str] = frozenset()  # the model loads without them: no place for them, or it makes its own
     continues_text: bool = True  # False: an encoder, or a model that has one
 
     def roles(self) -> TensorRoles:
         """The roles of the tensors, which are all that merging needs of this model."""
         layers, after = _stack(self.model, self.blocks, self.weights)
-        return TensorRoles(self.tied, self.vocabulary, self.buffers, self.inputs_first, layers, after)
+        part = self.model.get_submodule(self.head) if self.head else nn.Module()
+        head = frozenset(self.weights.name(f"{self.head}.{name}") for name, _ in part.named_parameters())
+        return TensorRoles(
+            self.tied, self.vocabulary, self.buffers, self.inputs_first, layers, after, head, self.optional - head
+        )
 
     def require_blocks(self) -> None:
         """Raise ModelError if no list of blocks was found: then the model can be merged, but not run block by block."""
@@ -118,7 +123,7 @@ def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype
     model = _build(kind, config, checkpoint, dtype)
     weights = ParameterNames(model, checkpoint)
     _require_weights(model, weights, checkpoint)
-    head = _path_of(model, _head_of(model))
+    head, buffers = _path_of(model, _head_of(model)), frozenset(_buffers(model, weights))
     return MetaModel(
         continues_text=kind in _DECODERS,
         model=model,
@@ -129,7 +134,8 @@ def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype
         tied=_tied(model, weights, head),
         vocabulary=frozenset(_vocabulary(model, weights, head)),
         embeddings=frozenset(weights.name(f"{path}.weight") for path, _ in embeddings_of(model)),
-        buffers=frozenset(_buffers(model, weights)),
+        buffers=buffers,
+        optional=frozenset(_optional(model, weights)) - buffers,
         inputs_first=frozenset(_inputs_first(model, weights)),
     )
 
@@ -225,7 +231,7 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
 
 
 def _require_weights(model: Any, weights: ParameterNames, checkpoint: Checkpoint) -> None:
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    optional = _made_by(model)
     head = _path_of(model, _head_of(model))
     missing = [
         name
@@ -240,6 +246,11 @@ def _require_weights(model: Any, weights: ParameterNames, checkpoint: Checkpoint
             f"`{printable(checkpoint.label)}` lacks {len(missing)} tensors of its model: {shown}",
             "is the download complete?",
         )
+
+
+def _made_by(model: Any) -> list[re.Pattern[str]]:
+    """Patterns of the parameters that a model makes itself, if a checkpoint lacks them."""
+    return [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
 
 
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
@@ -303,6 +314,15 @@ def _inputs_first(model: Any, weights: ParameterNames) -> Iterator[str]:
             yield weights.name(f"{path}.weight")
         elif getattr(module, "is_transposed", False):  # transformers' mark of fused experts stored (in, out)
             yield from (weights.name(f"{path}.{name}") for name, p in module._parameters.items() if p is not None)
+
+
+def _optional(model: Any, weights: ParameterNames) -> Iterator[str]:
+    """Checkpoint tensors that the model loads without: it has no place for them, or makes its own."""
+    yield from weights.unused
+    patterns = _made_by(model)
+    for name, _ in model.named_parameters():
+        if any(pattern.search(name) for pattern in patterns):
+            yield from weights.sources(name)
 
 
 def _buffers(model: Any, weights: ParameterNames) -> Iterator[str]:

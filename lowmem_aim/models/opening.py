@@ -23,7 +23,7 @@ from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.renamed import RenamedCheckpoint
 from lowmem_aim.models.roles import NO_ROLES
 from lowmem_aim.models.settings import check_settings
-from lowmem_aim.models.tied_heads import repeated_heads
+from lowmem_aim.models.tied_heads import repeated_heads, with_own_heads
 from lowmem_aim.models.vetted import tokenizer_config
 from lowmem_aim.models.vocabulary import find_rows
 from lowmem_aim.recipe.recipe import Recipe
@@ -180,7 +180,9 @@ def compared(
             errors.append(error)
             inputs = inputs.without({other})
     with noted(errors):
-        find_rows(inputs, recipe, opened, reader, emit)
+        inputs = with_own_heads(inputs, reader, emit)
+    with noted(errors):
+        find_rows(inputs, recipe, {**opened, **inputs.opened}, reader, emit)
         inputs.matched = True
     inputs.dropped = repeated_heads(inputs)
     return inputs

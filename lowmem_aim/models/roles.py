@@ -1,4 +1,4 @@
-"""The roles of a checkpoint's tensors, as far as merging needs them: tied, vocabulary, buffer, or stored (in, out).
+"""The roles of a checkpoint's tensors, as far as merging needs them: tied, vocabulary, buffer, not needed, (in, out).
 
 The roles come from transformers' model; see `models.reader`.
 """
@@ -23,23 +23,23 @@ class TensorRoles:
     inputs_first: frozenset[str]  # weights (in, out), not (out, in): embeddings, GPT-2's linears, some fused experts
     layers: str = ""  # what the names of all tensors of the layers begin with, if the layers are one list
     after_layers: frozenset[str] = frozenset()  # tensors that come after the layers: the final norm, the head
+    head: frozenset[str] = frozenset()  # the output head's weight and bias
+    optional: frozenset[str] = frozenset()  # the model loads without them: it has no place for them, or makes its own
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> TensorRoles:
         """The roles in a table that `table` gave."""
-        sets = {name: frozenset(table[name]) for name in ("vocabulary", "buffers", "inputs_first", "after_layers")}
+        sets = {name: frozenset(table[name]) for name in _SETS}
         return cls(tied=dict(table["tied"]), layers=table["layers"], **sets)
 
     def table(self) -> dict[str, Any]:
         """The roles as JSON has them."""
         return {
             "tied": self.tied,
-            "vocabulary": sorted(self.vocabulary),
-            "buffers": sorted(self.buffers),
-            "inputs_first": sorted(self.inputs_first),
             "layers": self.layers,
-            "after_layers": sorted(self.after_layers),
+            **{name: sorted(getattr(self, name)) for name in _SETS},
         }
 
 
+_SETS = ("vocabulary", "buffers", "inputs_first", "after_layers", "head", "optional")
 NO_ROLES = TensorRoles({}, frozenset(), frozenset(), frozenset())

@@ -22,7 +22,7 @@ from lowmem_aim.models.roles import TensorRoles
 
 # Settings that change what a weight means without changing its shape. In models that are merged these must agree,
 _MUST_AGREE = re.compile(
-    r"model_type|hidden_size|d_model|n_embd|((num_hidden|num|n|encoder|decoder)_)?layers?|tie_word_embeddings"
+    r"model_type|hidden_size|d_model|n_embd|((num_hidden|num|n|encoder|decoder)_)?layers?"
     r"|(.*_)?heads?(_.*)?"  # num_attention_heads, n_head, head_dim, qk_nope_head_dim, linear_num_key_heads, ...
 )
 # and these should: rotary embeddings, norms, activations, which layers attend to what, and factors.
@@ -144,7 +144,7 @@ def _same(first: Any, second: Any) -> bool:
 
 def _must_agree(key: str, *values: Any) -> bool:
     name = key.rpartition(".")[2]
-    flag = any(isinstance(value, bool) for value in values) and name != "tie_word_embeddings"
+    flag = any(isinstance(value, bool) for value in values)
     # A list of whole numbers has a count for each layer; other lists of such names are no counts.
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     counts = all(item is None or isinstance(item, int) for item in flat) or all(isinstance(v, str) for v in values)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.config import LAYERS
+from lowmem_aim.models.config import LAYERS, TEXT
 
 TYPES = "layer_types"
 DENSE_FIRST = "first_k_dense_replace"  # so many layers at the beginning have no experts
 _OF_NUMBERS = ("_layers", "_layer_ids", "_idx", "_idxs", "_indices")  # ends of the names of lists of some layers
-_TEXT = "text_config"
 
 Layer = tuple[Checkpoint, int]  # a model, and the number of one of its layers
 Settings = Callable[[Checkpoint], Mapping[str, Any]]  # a model's config as transformers reads it
@@ -26,9 +25,9 @@ def restacked(reference: Checkpoint, layers: Sequence[Layer], settings: Settings
     config = dict(reference.config)
     if any(key in config for key in LAYERS):
         return _table(config, layers, lambda model: model.config, settings)
-    of_text = {checkpoint: checkpoint.config.get(_TEXT) or {} for checkpoint, _ in layers}
-    text = _table(dict(config.get(_TEXT) or {}), layers, of_text.__getitem__, lambda m: settings(m).get(_TEXT) or {})
-    return {**config, _TEXT: text}
+    of_text = {checkpoint: checkpoint.config.get(TEXT) or {} for checkpoint, _ in layers}
+    text = _table(dict(config.get(TEXT) or {}), layers, of_text.__getitem__, lambda m: settings(m).get(TEXT) or {})
+    return {**config, TEXT: text}
 
 
 def _table(table: dict[str, Any], layers: Sequence[Layer], of: Settings, settings: Settings) -> dict[str, Any]:

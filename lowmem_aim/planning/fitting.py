@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lowmem_aim.errors import ModelError, printable
@@ -17,16 +17,22 @@ def check_sources(recipe: Recipe, inputs: Inputs, emit: Emit) -> None:
     """Compare the sources of every tensor with the one whose shape the output has.
 
     Raises ModelError with the tensors that cannot be merged, of each model those of one kind as one problem, and the
-    errors of `matches`; tensors of whole models that the reference lacks are a warning.
+    errors of `matches`. Tensors of whole models that the reference lacks are a warning; those that a model lacks and
+    can do without are told.
     """
     found: dict[tuple[Checkpoint, str], list[_Problem]] = {}
+    carried: dict[Checkpoint, dict[str, Checkpoint]] = {}  # model -> tensor that it lacks -> whose it is in the output
     for match in matches(recipe, inputs):
+        for lacking in match.lacking:
+            carried.setdefault(lacking, {})[match.name] = match.model.checkpoint
         givers = match.filling.givers if match.filling else ()
         for source in dict.fromkeys((*([match.base] if match.base else []), *match.experts, *givers)):
             known = inputs.matched or not match.vocabulary
             if problem := _problem(source, match, known):
                 alike = found.setdefault((source.checkpoint, problem.kind), [])
                 alike += [problem] * (problem not in alike)
+    for model, names in carried.items():
+        _tell_of_carried(model, names, emit)
     if not recipe.sliced:
         for other in inputs.others:
             _tell_of_extra_tensors(inputs, other, emit)
@@ -57,6 +63,16 @@ def _of_all(alike: Sequence[_Problem]) -> _Problem:
     first, others = alike[0], len(alike) - 1
     more = f" (the same goes for {others} more tensor{'s' * (others > 1)})" if others else ""
     return replace(first, text=first.text + more)
+
+
+def _tell_of_carried(model: Checkpoint, names: Mapping[str, Checkpoint], emit: Emit) -> None:
+    """Tell how many tensors a model lacks and can do without, and whose they are in the output."""
+    first = next(iter(names))
+    owners = ", ".join(f"`{printable(owner.label)}`" for owner in dict.fromkeys(names.values()))
+    what = (
+        f"`{printable(model.label)}` lacks {len(names)} tensor(s) that it can do without, such as `{printable(first)}`"
+    )
+    emit(Notice(f"{what}: the output has those of {owners}, as they are"))
 
 
 def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> None:

@@ -7,7 +7,7 @@ anywhere in a model. Whoever reads a task reads its sources, and knows of no oth
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,7 @@ class Match:
     shape: tuple[int, ...]  # of the output
     filling: Filling | None = None  # rows of the vocabulary that models lack
     buffer: bool = False  # not merged: state of the model that is not a weight, or what some model has no part of
+    lacking: tuple[Checkpoint, ...] = ()  # models without this tensor, which can do without: it is `model`'s as it is
     vocabulary: bool = False  # it has a row for each token
     inputs_first: bool = False  # stored (in, out), not (out, in)
 
@@ -146,21 +147,35 @@ def _match(
     rows = inputs.rows_of(name)
     buffer = alike in stack.alike(roles.buffers) or name in inputs.carried
     part = place.part
+    experts = [source(entry) for entry in part.experts if entry.reference in inputs.opened]
+    base = source(part.base) if part.base and part.base.reference in inputs.opened else pattern
+    optional = alike in stack.alike(roles.optional)
+    lacking = () if buffer else tuple(_lacking([base, *experts], name, inputs, optional))
     return Match(
         name,
         pattern,
         part,
         place.t,
         place.layer,
-        experts=() if buffer else tuple(source(entry) for entry in part.experts if entry.reference in inputs.opened),
+        experts=() if buffer or lacking else tuple(experts),
         own_names=tuple(own_name(entry) for entry in part.experts),
-        base=None if buffer else source(part.base) if part.base and part.base.reference in inputs.opened else pattern,
+        base=None if buffer or lacking else base,
         shape=pattern.info.shape if rows is None else (rows.count, *pattern.info.shape[1:]),
         filling=None if rows is None else _filling(name, rows, inputs),
         buffer=buffer,
+        lacking=lacking,
         vocabulary=name in roles.vocabulary,
         inputs_first=alike in stack.alike(roles.inputs_first),
     )
+
+
+def _lacking(sources: Sequence[Source], name: str, inputs: Inputs, optional: bool) -> Iterator[Checkpoint]:
+    """Yield the models that lack the output's tensor `name` and can do without; `optional`: all models can."""
+    for model in dict.fromkeys(
+        source.checkpoint for source in sources if source.tensor not in source.checkpoint.tensors
+    ):
+        if optional or (name in inputs.roles.head and model.is_headless):
+            yield model
 
 
 def _filling(name: str, rows: TokenRows, inputs: Inputs) -> Filling:

@@ -11,6 +11,7 @@ from typing import Any
 from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.untied import UntiedCheckpoint
 from lowmem_aim.models.vocabulary import vocabulary_rows
 from lowmem_aim.planning.layers import layer_count
 from lowmem_aim.planning.tasks import Plan, Task
@@ -102,12 +103,12 @@ def _models(inputs: Inputs, missing: Mapping[str, int]) -> Iterator[Model]:
         yield Model(
             label=checkpoint.label,
             role="base" if checkpoint is inputs.base else "expert",
-            parameters=sum(info.numel for info in checkpoint),
-            nbytes=sum(info.nbytes for info in checkpoint),
+            parameters=checkpoint.numel,
+            nbytes=checkpoint.nbytes,
             dtypes=tuple(sorted({info.output_dtype.name for info in checkpoint})),
             layers=layer_count(checkpoint.config),
             vocabulary=vocabulary_rows(inputs.roles, checkpoint),
-            tied=bool(inputs.roles.tied),
+            tied=bool(inputs.roles.tied) or isinstance(checkpoint, UntiedCheckpoint),
             licence=_licence(checkpoint),
             missing_bytes=sum(missing.get(label, 0) for label in checkpoint.labels),
             adapter=checkpoint.adapter,
@@ -209,4 +210,6 @@ def _why_copied(task: Task, inputs: Inputs) -> str:
         return "copied: a model has no such part"
     if task.experts[0].tensor in inputs.roles.buffers:
         return "copied: state of the model that is not a weight"
-    return "copied: it is empty" if task.numel == 0 else "copied: not floating-point numbers"
+    if task.numel == 0:
+        return "copied: it is empty"
+    return "copied: some model lacks it" if task.dtype.is_floating_point else "copied: not floating-point numbers"

@@ -22,7 +22,7 @@ class Task:
     name: str
     shape: tuple[int, ...]
     dtype: Dtype  # of the output
-    action: Literal["merge", "copy"]  # copy: the bytes of its one source as they are
+    action: Literal["merge", "copy"]  # copy: the values of its one source
     parameters: Mapping[str, Any]  # of the method, by recipe name
     experts: tuple[Source, ...] = ()  # in the recipe's order
     base: Source | None = None  # what relaxing compares with

@@ -125,9 +125,11 @@ class TestModels:
         place.refused(place.merge(), 3, "`base`: `lm_head.weight` should be tied to `model.embed_tokens.weight`")
 
     def test_names_are_escaped_on_the_screen(self, place: Place) -> None:
-        tiny.edit_tensors(place.folder / "base", lambda t: t.update({"\x1b[2J[/bold]": torch.ones(2)}))
+        for name, length in (("base", 2), ("math", 3), ("code", 2)):
+            tensors = {"\x1b[2J[/bold]": torch.ones(length)}
+            tiny.edit_tensors(place.folder / name, lambda t, new=tensors: t.update(new))
         done = place.merge()
-        place.refused(done, 3, "`math` lacks the tensor `\\x1b[2J[/bold]`")
+        place.refused(done, 3, "`math`: `\\x1b[2J[/bold]` has the shape [3], but [2] in `base`")
         assert "\x1b" not in done.err
 
 
