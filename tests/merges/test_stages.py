@@ -463,7 +463,7 @@ def test_names_circles_and_unused_stages_are_told_at_once_with_their_lines(llama
     ]
     problems = told([linear(math, name="A"), linear(math, name="a"), linear(math), linear("A"), linear("A")])
     assert [problem.split(" (")[0] for problem in problems] == [
-        "recipe:13:7: two stages have the name `a` and `A`, which some systems do not tell apart",
+        "recipe:13:1: two stages have the name `a` and `A`, which some systems do not tell apart",
         "recipe:21:1: another document without a `name`",
     ]
     assert "every document has a `name`" in told([linear(math, name="a"), linear("a", name="b")])[0]
