@@ -38,6 +38,7 @@ from lowmem_aim.planning.layout import make_plan
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.reader import readable_part
 from lowmem_aim.recipe.recipe import Recipe, one_by_one
+from lowmem_aim.recipe.values import place_of
 from lowmem_aim.recipe.words import BUILTIN, is_activations_file, is_here
 from lowmem_aim.recipe.yaml_tree import Node
 from lowmem_aim.system.files import input_errors, is_there
@@ -194,7 +195,7 @@ def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:
 
 def _point_to_comments(recipe: Recipe, errors: list[LowmemAimError]) -> None:
     """Change what to do about models and texts that are not there, if the recipe is an output's own, without paths."""
-    file = recipe.where.rpartition(":")[0]
+    file, _, _ = place_of(recipe.where)
     missing = [error for error in errors if isinstance(error, NoSuchModel | NoSuchTexts)]
     if missing and is_without_paths(Path(file)):
         hint = f"fill in the paths in `{printable(file)}`, as the comments at its top say"

@@ -20,7 +20,8 @@ def with_own_heads(inputs: Inputs, reader: Reader, emit: Emit) -> Inputs:
 
     Else the inputs as they are. Raises ModelError for a model that transformers cannot build, ReaderNeeded.
     """
-    models = list(dict.fromkeys(inputs.checkpoints))
+    kind = inputs.reference.config.get("model_type")  # a text model beside a vision-language model is not asked
+    models = [model for model in dict.fromkeys(inputs.checkpoints) if model.config.get("model_type") == kind]
     if len({repr([*_ties(model.config)]) for model in models}) < 2:
         return inputs
     roles = {model: reader.roles(model) for model in models}

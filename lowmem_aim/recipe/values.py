@@ -46,7 +46,7 @@ class Values:
 
     def error(self) -> RecipeError | None:
         """All problems as one error, in the order of their places; None if there are none."""
-        told = together(sorted(self.problems, key=lambda problem: _place(problem.where)[1:]))
+        told = together(sorted(self.problems, key=lambda problem: place_of(problem.where)[1:]))
         return RecipeError(told.keys(), [*told.values()]) if told else None
 
     def check_keys(
@@ -220,7 +220,7 @@ def together(remarks: Iterable[Remark]) -> dict[str, str]:
     """Each remark as a line -> its hint; what is said of several places in a file is said once, with all of them."""
     places: dict[tuple[str, str, str], list[str]] = {}
     for remark in remarks:
-        file, line, column = _place(remark.where)
+        file, line, column = place_of(remark.where)
         found = places.setdefault((file, remark.text, remark.hint), [])
         place = f"{line}:{column}"
         if line and place not in found:
@@ -235,7 +235,7 @@ def _also_at(places: Sequence[str]) -> str:
     return f" (and at {', '.join(places)})" if places else ""
 
 
-def _place(where: str) -> tuple[str, int, int]:
+def place_of(where: str) -> tuple[str, int, int]:
     """(file, line, column) of a place in a file; (the place, 0, 0) of a flag, which has neither and so comes first."""
     found = _IN_FILE.fullmatch(where)
     return (found[1], int(found[2]), int(found[3])) if found else (where, 0, 0)

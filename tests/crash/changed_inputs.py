@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crash.workshop import Job, at_call, emptied, is_clean
 
-from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.tensor_files import TensorFiles
 
 MOMENTS = (1, 4, 9, 14, 20, 25, 30, 36)  # checks; there are three models with a dozen tensors
 SHORT_MOMENTS = (9,)
@@ -36,7 +36,7 @@ def _try(job: Job, file: Path, change: Callable[[Path], None], number: int, mode
     trouble = functools.partial(change, file)
     try:
         done = job.attempt(
-            out, lambda: at_call(Checkpoint, "_check_unchanged", number, trouble, after=True), "--read", mode
+            out, lambda: at_call(TensorFiles, "_check_unchanged", number, trouble, after=True), "--read", mode
         )
         job.check_no_half_model(out)
         # A file that is replaced or removed is read to its end all the same: it is still open.
