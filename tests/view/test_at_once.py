@@ -116,6 +116,22 @@ def test_another_job_in_the_output_is_told_without_torch(place: Place) -> None:
     assert "shard size" in both
 
 
+def test_what_a_finished_output_with_stages_is_of_is_told_without_torch(place: Place) -> None:
+    last = "---\nmerge_method: passthrough\nmodels: [{model: soup}]\n"
+    files = [written(place, f"{seen}.yml", parameters={"lambda": seen}) for seen in (1, 2)]
+    for file in map(Path, files):
+        file.write_text("name: soup\n" + file.read_text() + last)
+    assert place.run("merge", files[0], place.out).code == 0
+    (same, told), (other, refused), (plans, planned) = ran(
+        ["merge", files[0], str(place.out)], ["merge", files[1], str(place.out)], ["plan", files[1], str(place.out)]
+    )
+    assert (same, told) == (0, f"`{place.out}` is finished already\n")
+    for code, said in ((other, refused), (plans, planned)):
+        assert code == 2
+        assert "stage `soup`" in said
+        assert "parameters.lambda: 1 then, 2 now" in said
+
+
 def test_a_budget_that_no_merge_could_have_is_told_beside_other_problems(place: Place) -> None:
     right = written(place, "right.yml")
     begun = place.folder / "begun"
