@@ -23,6 +23,7 @@ from cases import ARCEE_SHARE
 from comparing import same_expectation, same_tensors, tensors_in
 from transformers import AutoTokenizer
 
+from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import load_tree
@@ -105,7 +106,10 @@ def _wrong(recipe: Published, file: Path) -> str:
     theirs = file.with_suffix("")
     if (error := file.with_suffix(".error")).is_file():
         return f"mergekit failed: {error.read_text().splitlines()[-1]}"
-    ours = _ours(file)
+    try:
+        ours = _ours(file)
+    except LowmemAimError as error:
+        return f"refused: {error}"
     if "tokens/" in recipe.text:
         return tokens.wrong_rows(ours, theirs)
     return _wrong_files(ours, theirs) or _wrong_tensors(recipe.table, file, ours, theirs)
