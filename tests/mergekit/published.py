@@ -70,6 +70,8 @@ def build(folder: Path) -> None:
     for architecture in ARCHITECTURES:
         layers = {"num_hidden_layers": DEEP[architecture]} if architecture in DEEP else {}
         base = tiny.build(architecture, folder / architecture / "base", **layers)
+        # With the tokens that the architecture's own class of tokenizers adds: published files have them.
+        AutoTokenizer.from_pretrained(base).save_pretrained(base)
         for seed, (name, scale) in enumerate(EXPERTS.items(), start=1):
             tiny.perturbed(base, folder / architecture / name, scale=scale, seed=seed)
     tiny.build("llama", folder / "short" / "base", seed=1)
