@@ -55,8 +55,13 @@ class LowmemAimError(Exception):
         return found
 
     def add_to_hints(self, text: str) -> None:
-        """Add to the hint of every problem what else is worth knowing."""
-        self.hints = tuple(f"{hint}; {text}" for hint in self.hints)
+        """Add to the hint of every problem what else is worth knowing, once."""
+        self.hints = tuple(hint if hint.endswith(text) else f"{hint}; {text}" for hint in self.hints)
+
+    def add_before_problems(self, text: str) -> None:
+        """Add to each problem where it is."""
+        self.problems = tuple(f"{text}{problem}" for problem in self.problems)
+        self.args = ("\n".join(self.problems),)
 
 
 class UsageError(LowmemAimError):

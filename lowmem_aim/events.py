@@ -7,7 +7,7 @@ OUT/.lowmem_aim/run.log (see `view.record` and docs/events.md). Sizes are bytes,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert"]
@@ -44,6 +44,13 @@ class Planned:
     tensors: int = 0  # of all outputs
     layers: Mapping[str, int] = field(default_factory=dict)  # "0", "1", ... and "" (outside them) -> tensors
     about: Mapping[str, Any] = field(default_factory=dict)
+    # The phases of the recipe's named stages, which come before `phases`: (name, phase).
+    stages: tuple[tuple[str, Phase], ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All phases to come, in order, as people read them."""
+        return (*(label_of(phase, stage) for stage, phase in self.stages), *self.phases)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,12 @@ class PhaseStarted:
     total: int
     unit: Unit
     done: float = 0
+    stage: str = ""  # the name of the recipe's stage that the phase belongs to; "": the output itself
+
+    @property
+    def label(self) -> str:
+        """The phase as people read it."""
+        return label_of(self.phase, self.stage)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,12 @@ class PhaseEnded:
     """A phase has ended."""
 
     phase: Phase
+    stage: str = ""  # as in PhaseStarted
+
+    @property
+    def label(self) -> str:
+        """The phase as people read it."""
+        return label_of(self.phase, self.stage)
 
 
 @dataclass(frozen=True)
@@ -171,6 +190,20 @@ Event = (
     | RunEnded
 )
 Emit = Callable[[Event], None]
+
+
+def label_of(phase: str, stage: str) -> str:
+    """A phase as people read it: `merge`, or `first: merge` for the stage `first` of a recipe."""
+    return f"{stage}: {phase}" if stage else phase
+
+
+def of_stage(emit: Emit, name: str) -> Emit:
+    """An Emit that passes events on as those of a named stage of the recipe; "": as those of the output."""
+
+    def staged(event: Event) -> None:
+        emit(replace(event, stage=name) if isinstance(event, PhaseStarted | PhaseEnded) else event)
+
+    return staged
 
 
 def silent(event: Event) -> None:

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from lowmem_aim.cli import completion, formats
 from lowmem_aim.cli.usage import Choice, Flag, command_line
-from lowmem_aim.cli.values import SizeType
+from lowmem_aim.cli.values import PathType, SizeType
 from lowmem_aim.recipe.words import DTYPES, SCALINGS
 from lowmem_aim.system.defaults_file import FORMATS, read_defaults
 from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
@@ -268,6 +268,16 @@ OUTPUT_FLAGS = _options(
     ),
 )
 
+STAGE_FLAGS = _options(
+    _output(
+        "--keep-stages",
+        metavar="DIR",
+        type=PathType(),
+        shell_complete=completion.folders,
+        help="Move the recipe's named stages into this folder once the output is finished. [default: remove them]",
+    ),
+)
+
 
 def options_of(flags: dict[str, Any]) -> Options:
     """The options of a job, from a command's flags; flags that the command does not have take their defaults."""
@@ -286,5 +296,6 @@ def options_of(flags: dict[str, Any]) -> Options:
         use_cache=flags.get("cache", True),
         fresh=flags["fresh"],
         accept_environment=flags["accept_environment"],
+        keep_stages=flags.get("keep_stages"),
         command=command_line(),
     )

@@ -34,19 +34,21 @@ def status_command(out: Path, style: Style) -> None:
     """
     import json
 
-    from lowmem_aim.output.folder import outputs_of
+    from lowmem_aim.output.folder import PRIVATE, outputs_of, stages_in
     from lowmem_aim.view.status import status_of, status_of_file
     from lowmem_aim.view.wrapping import for_terminal
 
     is_made = out.suffix == ".safetensors" and out.is_file()
-    for folder in [out] if is_made else outputs_of(out):
-        found = status_of_file(folder) if is_made else status_of(folder)
-        one_of_several = folder.parent == out
+    outputs = [out] if is_made else outputs_of(out)
+    stages = [] if is_made else [folder for folder in stages_in(out) if (folder / PRIVATE).is_dir()]
+    for folder in (*stages, *outputs):
+        found = status_of_file(folder) if is_made else status_of(folder, () if folder in stages else stages)
+        kind = "stage" if folder in stages else "output" if folder.parent == out else ""
         if style == "json":
-            click.echo(json.dumps(({"output": folder.name} if one_of_several else {}) | found.as_json()))
+            click.echo(json.dumps(({kind: folder.name} if kind else {}) | found.as_json()))
         else:
-            heading = [f"{printable(folder.name)}:"] if one_of_several else []
-            click.echo(for_terminal([*heading, *found.lines()]))
+            name = f"{'stage ' * (kind == 'stage')}{printable(folder.name)}:" if kind else "the output:"
+            click.echo(for_terminal([*([name] if kind or stages else []), *found.lines()]))
 
 
 @click.command("pause", cls=usage.Command)

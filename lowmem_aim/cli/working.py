@@ -24,6 +24,7 @@ from lowmem_aim.cli.flags import (
     JOB_FLAGS,
     OUTPUT_FLAGS,
     RECIPE_FLAGS,
+    STAGE_FLAGS,
     flags_of,
     options_of,
 )
@@ -72,9 +73,14 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     _check_paths(command, paths)
     from lowmem_aim.jobs.preparation import sound_recipe
     from lowmem_aim.recipe import from_flags
-    from lowmem_aim.recipe.yaml_tree import load_tree
+    from lowmem_aim.recipe.yaml_tree import load_tree, read_tree
 
-    tree = load_tree(paths[0]) if len(paths) == 2 else from_flags.empty_recipe()
+    if len(paths) < 2:
+        tree = from_flags.empty_recipe()
+    elif str(paths[0]) == "-":
+        tree = read_tree(sys.stdin.buffer, "stdin")
+    else:
+        tree = load_tree(paths[0])
     errors = usage.wrong_values()
     recipe = sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], errors)
     return replace(recipe, notices=(*recipe.notices, *flags["notices"]))
@@ -136,11 +142,13 @@ def init_command(
 @RECIPE_FLAGS
 @AIM_FLAGS
 @OUTPUT_FLAGS
+@STAGE_FLAGS
 @JOB_FLAGS
 def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     """Merge by RECIPE (mergekit's YAML) into the new folder OUT.
 
-    Flags override the recipe, or replace it. The same command resumes an interrupted run.
+    A RECIPE of `-` is read from stdin. Flags override the recipe, or replace it. The same command resumes an
+    interrupted run.
     """
     recipe = _recipe("merge", paths, flags)
     refuse_if_running(paths[-1])
@@ -155,6 +163,7 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
 @RECIPE_FLAGS
 @AIM_FLAGS
 @OUTPUT_FLAGS
+@STAGE_FLAGS
 @JOB_FLAGS
 @_machine(
     "--measure/--no-measure",

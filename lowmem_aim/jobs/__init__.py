@@ -4,6 +4,8 @@ api.py           the jobs as functions for scripts: what `import lowmem_aim` off
 preparation.py   everything that a merge finds out and checks before it works
 prepared.py      a merge that could begin: models, plans, what the checks have found out
 checks.py        the checks before work, of `plan` and `merge` alike
+stages.py        the merges of a recipe with named stages, each prepared before the first is made
+held.py          the outputs of a merge while a run holds their folders
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
 convert.py       pickled weights turned into safetensors, in a new folder

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.events import Emit, Event, silent
 from lowmem_aim.jobs import calibrate as calibrate_job
 from lowmem_aim.jobs import merge as merge_job
@@ -24,16 +24,19 @@ from lowmem_aim.jobs.preparation import sound_recipe
 from lowmem_aim.output.verify import verify_outputs
 from lowmem_aim.recipe import reader
 from lowmem_aim.recipe.recipe import Recipe
-from lowmem_aim.recipe.yaml_tree import Node, load_tree, tree_of
+from lowmem_aim.recipe.yaml_tree import Node, load_tree, one_of, parse, tree_of
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
 
 OnEvent = Callable[[Event], None]
-AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+Written = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+AnyRecipe = Recipe | Written
 
 
-def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
-    """Read a recipe: the path of a YAML file, or the same keys and values as a mapping (see docs/recipe.md).
+def read_recipe(recipe: Written) -> Recipe:
+    """Read a recipe: the path of a YAML file, YAML text with a line break, or its keys and values as a mapping.
+
+    A list of mappings is a recipe of several documents, with named stages (see docs/recipe.md).
 
     Relative paths start at the current folder, and those of a file that lead nowhere there at the file's own folder.
     Raises RecipeError with every problem, each with its line and column, or, of a mapping, with its key.
@@ -44,7 +47,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Recipe:
 def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_event: OnEvent | None = None) -> Path:
     """Merge by a recipe into the new folder `out`, or resume a run that was interrupted there; returns `out`.
 
-    `recipe` is a Recipe, the path of one, or a mapping (see `read_recipe`). A finished output of the same job is left
+    `recipe` is a Recipe, or what `read_recipe` reads. A finished output of the same job is left
     as it is. Raises RecipeError, UsageError, ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError and
     NetworkError, before any work where that is possible; what was finished before an error stays for the next call.
     """
@@ -132,8 +135,14 @@ def _read(recipe: AnyRecipe, out: Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else sound_recipe(_tree(recipe), out)
 
 
-def _tree(recipe: str | Path | Mapping[str, Any]) -> Node:
-    return tree_of(recipe, "recipe") if isinstance(recipe, Mapping) else load_tree(Path(recipe))
+def _tree(recipe: Written) -> Node:
+    if isinstance(recipe, Mapping):
+        return tree_of(recipe, "recipe")
+    if isinstance(recipe, str | Path):
+        return parse(recipe, "recipe") if isinstance(recipe, str) and "\n" in recipe else load_tree(Path(recipe))
+    if not recipe:
+        raise RecipeError("recipe: there is no document in the list")
+    return one_of([tree_of(document, f"recipe[{place}]") for place, document in enumerate(recipe)])
 
 
 def _emit(on_event: OnEvent | None) -> Emit:

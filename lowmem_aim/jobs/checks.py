@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.errors import MemoryBudgetError, printable
+from lowmem_aim.errors import MemoryBudgetError, ResumeError, printable
 from lowmem_aim.events import Notice
-from lowmem_aim.jobs.finished import check_same
+from lowmem_aim.jobs.finished import check_same, of_stage
 from lowmem_aim.jobs.identity import with_unknown_of
 from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
-from lowmem_aim.jobs.resume import activations_kept, check_same_job
+from lowmem_aim.jobs.resume import RESUME_HINT, activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
 from lowmem_aim.merging.shares import GROWTH_BYTES
 from lowmem_aim.methods import kernels
 from lowmem_aim.output.copied import copied_files
-from lowmem_aim.output.folder import PRIVATE, check_disk, check_outputs, check_private, is_finished
+from lowmem_aim.output.folder import PRIVATE, STAGES, check_disk, check_outputs, check_private, is_finished, stages_in
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.layer_settings import restacked
 from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActivations, KeptComparison, Record
@@ -164,7 +164,7 @@ def check_model_runs(ready: Prepared) -> None:
 
 def check_at_work(ready: Prepared) -> None:
     """Check that no other run is at work in the output folders. Raises LockedError, DiskError."""
-    for name in ready.plans:
+    for name in ready.plans if not ready.position.held else ():
         folder = ready.folder(name)
         lock = folder / PRIVATE / "lock"
         check_private(folder)
@@ -205,7 +205,9 @@ def _begun(ready: Prepared) -> Iterator[tuple[str, Journal, bool]]:
     for name in ready.plans:
         folder = ready.folder(name)
         private, finished = folder / PRIVATE, is_finished(folder)
-        if os.path.isdir(private) and (finished or not ready.options.fresh):
+        # A stage is discarded with the rest of an interrupted run, finished or not.
+        discarded = ready.options.fresh and (not finished or ready.position.stage)
+        if os.path.isdir(private) and not discarded and os.listdir(private) != [STAGES]:
             with Journal(private, read_only=True) as journal:
                 yield name, journal, finished
 
@@ -217,7 +219,9 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool, no
         lost = () if activations_kept(folder / PRIVATE, journal) else (KeptActivations,)
         check_same_job(journal, now, accept_environment=accept, lost=lost)
         return
-    for number in check_same(journal, now, folder):
+    with of_stage(ready.position.stage):
+        moved = check_same(journal, now, folder)
+    for number in moved:
         label = printable(str(now.inputs[number]["label"]))
         note = f"`{label}` has new or moved files: a merge reads them again, and refuses them if they differ"
         if note not in ready.notes:
@@ -225,15 +229,30 @@ def _check_same(ready: Prepared, name: str, journal: Journal, finished: bool, no
 
 
 def check_disk_space(ready: Prepared) -> None:
-    """Check that the disk has space for the outputs. Raises DiskError."""
+    """Check that the disk has space for the outputs, beside all that comes before them. Raises DiskError."""
+    stages = ready.position.unmade_bytes
     if ready.unfinished():
-        check_disk(ready.out, ready.bytes_to_write())
+        what = "the output, with the stages that it is made of," if stages else "the output"
+        check_disk(ready.out, stages + ready.bytes_to_write(), what)
+
+
+def check_stages(ready: Prepared) -> None:
+    """Check that the stages that an interrupted run has left are the recipe's. Raises ResumeError, DiskError."""
+    if ready.position.stage or ready.options.fresh or not ready.unfinished():
+        return
+    strange = [folder.name for folder in stages_in(ready.out) if folder.name not in ready.recipe.stages]
+    if strange:
+        problems = [f"stage `{printable(name)}`: the recipe no longer has it" for name in strange]
+        raise ResumeError(["the interrupted run in this folder was a different one:", *problems], RESUME_HINT)
 
 
 Check = Callable[[Prepared], None]
 
 # Checks that find out what tells this job from others: without that, an interrupted run cannot be compared.
 OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
+
+# Checks of the folder that a merge writes to.
+OF_THE_FOLDER: tuple[Check, ...] = (check_place, check_at_work, check_disk_space, check_begun, check_begun_with)
 
 # In the order in which their problems are listed; the first problem sets the exit code. These need no torch:
 AT_ONCE: tuple[Check, ...] = (
@@ -242,6 +261,7 @@ AT_ONCE: tuple[Check, ...] = (
     check_small_files,
     check_layers,
     tell_oddities,
+    check_stages,
     check_begun,
     check_disk_space,
 )

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import DiskError, ResumeError, UsageError, VerifyError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.jobs.differences import differences, most
-from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, sizes_of
-from lowmem_aim.jobs.resume import Reread
+from lowmem_aim.jobs.identity import as_kept, asked_for, content_of, digest_of, is_moved, sizes_of
+from lowmem_aim.jobs.resume import RESUME_HINT, Reread
 from lowmem_aim.output.folder import PRIVATE, SEEN, SUMS
 from lowmem_aim.output.journal import FINISHED_HINT, Journal
 from lowmem_aim.output.journal import NAME as JOURNAL
-from lowmem_aim.output.records import Identity, PlanSize
+from lowmem_aim.output.records import Identity, MadeStage, PlanSize
 from lowmem_aim.output.verify import missing_files
 from lowmem_aim.system.files import input_errors, is_file, write_file
 
+RereadStage = Callable[[Mapping[str, str], int], Iterator[str]]  # digests, number of an input -> what is not as it was
 _DAMAGED_HINT = "remove this folder and give the same command again, or name a new folder"
 
 
@@ -37,6 +39,44 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
     before, now = journal.kept(Identity), as_kept(now)
     if before is None:
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
+    _compare(before, now, out)
+    _check_files(journal, out)
+    seen = _seen(out / PRIVATE) or before.inputs
+    return [
+        number
+        for number, (model, *known) in enumerate(zip(now.inputs, before.inputs, seen, strict=True))
+        if all(is_moved(old, model) for old in known)
+    ]
+
+
+@contextlib.contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Raise ResumeError for what is wrong with a finished stage: the run that it belongs to is not over.
+
+    `name`: of the stage; "": it is an output, whose errors are raised as they are.
+    """
+    try:
+        yield
+    except (UsageError, ResumeError) as error:
+        if not name:
+            raise
+        raise ResumeError(error.problems, RESUME_HINT) from error
+
+
+def check_stage(stage: MadeStage, now: Identity, out: Path, reread: RereadStage | None, emit: Emit) -> None:
+    """Check that a finished output was made of this very stage, whose folder is gone.
+
+    `reread` reads inputs that may have changed; None: they are not read. Raises UsageError, ResumeError.
+    """
+    before, now = Identity(stage.job, stage.inputs, {}), as_kept(now)
+    _compare(before, now, out)
+    for number, (old, model) in enumerate(zip(before.inputs, now.inputs, strict=True)):
+        if reread and is_moved(old, model):
+            _read_again(model, partial(reread, stage.digests.get(str(number), {}), number), out, emit)
+
+
+def _compare(before: Identity, now: Identity, out: Path) -> None:
+    """Raise UsageError for another job, ResumeError for inputs that are certain to be others."""
     others = [*_other_inputs(before, now)]
     elsewhere = differences(before.job, now.job, explained=bool(others))
     inputs_changed = bool(others) or content_of(before) != content_of(now)
@@ -44,13 +84,6 @@ def check_same(journal: Journal, now: Identity, out: Path) -> list[int]:
         raise UsageError([_not_empty(out, "it holds another merge"), *most(elsewhere)], FINISHED_HINT)
     if inputs_changed:
         raise ResumeError([_not_of_these(out), *most([*others, *elsewhere])], FINISHED_HINT)
-    _check_files(journal, out)
-    seen = _seen(out / PRIVATE) or before.inputs
-    return [
-        number
-        for number, (model, *known) in enumerate(zip(now.inputs, before.inputs, seen, strict=True))
-        if model not in known
-    ]
 
 
 def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, emit: Emit) -> None:
@@ -62,14 +95,16 @@ def check_content(journal: Journal, now: Identity, out: Path, reread: Reread, em
     if moved and not _is_whole(journal):
         raise UsageError([_not_empty(out, "its journal is damaged")], FINISHED_HINT)
     for number in moved:
-        label = printable(str(now.inputs[number]["label"]))
-        emit(Notice(f"`{label}` has new or moved files: what was read from it is read again"))
-        for name in reread(number):
-            raise ResumeError(
-                [_not_of_these(out), f"`{label}` no longer has the same `{printable(name)}`"], FINISHED_HINT
-            )
+        _read_again(now.inputs[number], partial(reread, number), out, emit)
     if moved:
         _keep(out / PRIVATE, as_kept(now).inputs)
+
+
+def _read_again(model: Mapping[str, Any], reread: Callable[[], Iterator[str]], out: Path, emit: Emit) -> None:
+    label = printable(str(model["label"]))
+    emit(Notice(f"`{label}` has new or moved files: what was read from it is read again"))
+    for name in reread():
+        raise ResumeError([_not_of_these(out), f"`{label}` no longer has the same `{printable(name)}`"], FINISHED_HINT)
 
 
 def _other_inputs(before: Identity, now: Identity) -> Iterator[str]:

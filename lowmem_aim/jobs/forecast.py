@@ -7,10 +7,11 @@ are measured for two seconds, and the slowest of reading, computing and writing 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lowmem_aim.errors import LowmemAimError
+from lowmem_aim.errors import LowmemAimError, joined
+from lowmem_aim.events import label_of
 
 SCHEMA = 1  # of `plan --json`
 
@@ -50,9 +51,9 @@ class Forecast:
     survey: Mapping[str, Any]
     device: str
     needs: tuple[Requirement, ...]  # none where every output is finished
-    problems: tuple[str, ...]  # why it would not run
-    hints: tuple[str, ...]  # what to do about each problem
-    exit_code: int  # that a merge would end with for them
+    problems: tuple[str, ...] = ()  # why it would not run
+    hints: tuple[str, ...] = ()  # what to do about each problem
+    exit_code: int = 0  # that a merge would end with for them
     steps: tuple[Step, ...] = ()  # none where nothing was measured
     speeds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -74,3 +75,33 @@ class Forecast:
         steps = [asdict(step) | {"seconds": step.seconds} for step in self.steps]
         needs = [asdict(need) | {"fits": need.fits} for need in self.needs]
         return {"plan": SCHEMA, **asdict(self), "needs": needs, "steps": steps, "fits": self.fits}
+
+
+def in_all(forecasts: Mapping[str, Forecast], errors: list[LowmemAimError]) -> Forecast:
+    """The forecast of all merges of a recipe: by the name of a stage, and "" for the output. `errors` are of any."""
+    last, stages = forecasts[""], {name: found for name, found in forecasts.items() if name}
+    error = joined(errors) if errors else None
+    surveys = {"stages": {name: found.survey for name, found in stages.items()}} if stages else {}
+    steps = [replace(step, phase=label_of(step.phase, name)) for name, one in forecasts.items() for step in one.steps]
+    return replace(
+        last,
+        survey={**last.survey, **surveys},
+        needs=tuple(_largest(need, stages) for need in last.needs),
+        problems=error.problems if error else (),
+        hints=error.hints if error else (),
+        exit_code=error.exit_code if error else 0,
+        steps=tuple(steps) if last.steps else (),
+        speeds={name: speed for found in forecasts.values() for name, speed in found.speeds.items()},
+        notes=tuple(dict.fromkeys(note for found in forecasts.values() for note in found.notes)),
+    )
+
+
+def _largest(need: Requirement, stages: Mapping[str, Forecast]) -> Requirement:
+    """The need of the merge that needs the most; that of disk space is the output's, which counts the stages."""
+    if need.what == "disk":
+        return need
+    others = {name: found for name, one in stages.items() for found in one.needs if found.what == need.what}
+    name = max(others, key=lambda name: others[name].least, default="")
+    if not name or others[name].least <= need.least:
+        return need
+    return replace(others[name], there=need.there, why=f"stage `{name}`: {others[name].why}")

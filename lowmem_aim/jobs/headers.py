@@ -26,7 +26,7 @@ class Headers:
         if here := local_model(reference, adapter):
             self.missing[here.label] = 0
             return here
-        self._scratch = self._scratch or self._stack.enter_context(_scratch_folder())
+        self._scratch = self._scratch or self._stack.enter_context(scratch_folder())
         folder = self._scratch / f"{len(self.missing)}" / reference.replace("/", "--")[:100]
         found = stand_in(reference, folder, emit, adapter)
         self.missing[found.located.label] = found.missing_bytes
@@ -38,7 +38,7 @@ class Headers:
 
 
 @contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
     """A temporary folder in the cache, or where the system keeps such folders if the cache cannot be written."""
     with contextlib.ExitStack() as stack:
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe: "
 SMALL, CONFIG, ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
 CALIBRATION, COMPARISON = "calibration", "texts of ACM"
+STAGES = "stages"
 PARAMETERS, SHARDS = "parameters", "shards"
 _CONTENT = (SMALL, CONFIG, ROWS, CALIBRATION, COMPARISON)
 _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
@@ -35,11 +38,14 @@ _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' te
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
 
 
-def known_of_merge(plan: Plan, inputs: Inputs, copied: Mapping[str, bytes]) -> Identity:
+def known_of_merge(
+    plan: Plan, inputs: Inputs, copied: Mapping[str, bytes], stages: Mapping[str, str], planned: Collection[Path]
+) -> Identity:
     """The part of an identity that is known at once: not what is measured or compared, nor the environment.
 
-    `copied`: the small files that the output takes from the reference. torch is not imported, unless rows of
-    vocabularies are matched.
+    `copied`: the small files that the output takes from the reference. `stages`: name -> digest (see `digest_of_stage`)
+    of those that it is made of; `planned`: folders that stand in for them, whose files say nothing by their times.
+    torch is not imported, unless rows of vocabularies are matched.
     """
     job: dict[str, Any] = {RECIPE + key: value for key, value in portable_recipe(plan.recipe, inputs).items()}
     job |= {
@@ -52,8 +58,10 @@ def known_of_merge(plan: Plan, inputs: Inputs, copied: Mapping[str, bytes]) -> I
     }
     if inputs.token_rows:  # from the models' tokenizers
         job[ROWS] = _rows(inputs.token_rows, inputs)
+    if stages:
+        job[STAGES] = dict(stages)
     checkpoints = {checkpoint.place: checkpoint for checkpoint in inputs.checkpoints}
-    return Identity(job, [_of_input(checkpoints[place]) for place in inputs.places], {})
+    return Identity(job, [_of_input(checkpoints[place], planned) for place in inputs.places], {})
 
 
 def identity_of_merge(
@@ -63,9 +71,11 @@ def identity_of_merge(
     calibration: Calibration | None,
     comparison: Comparison | None,
     device: torch.device,
+    stages: Mapping[str, str],
+    planned: Collection[Path],
 ) -> Identity:
-    """The identity of the merge of one output. `copied`: the small files that the output takes from the reference."""
-    known = known_of_merge(plan, inputs, copied)
+    """The identity of the merge of one output; see `known_of_merge`."""
+    known = known_of_merge(plan, inputs, copied, stages, planned)
     job = dict(known.job)
     if calibration is not None:
         job[CALIBRATION] = calibration.digest()
@@ -118,9 +128,23 @@ def sizes_of(model: Mapping[str, Any]) -> dict[str, int]:
     return {name: facts[0] for name, facts in model["files"].items()}
 
 
-def _of_input(checkpoint: Checkpoint) -> dict[str, Any]:
+def is_moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a model's files have other times or inodes, as far as both are known."""
+    known = {name: facts for name, facts in new["files"].items() if len(facts) > 1}
+    return any(facts != old["files"].get(name) for name, facts in known.items())
+
+
+def digest_of_stage(identity: Identity) -> str:
+    """xxh3-128 of all that the output of a merge follows from, but for times and inodes of files, and versions."""
+    models = [(model["label"], model["tensors"], sorted(sizes_of(model).items())) for model in identity.inputs]
+    return digest_of(json.dumps([as_kept(identity).job, models], sort_keys=True).encode())
+
+
+def _of_input(checkpoint: Checkpoint, planned: Collection[Path] = ()) -> dict[str, Any]:
     tensors = repr([(t.name, t.dtype.name, t.shape, t.file.name, t.begin) for t in checkpoint])
     files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in checkpoint.stats().items()}
+    if checkpoint.folder in planned:  # an adapter that is added to it is here: its files begin with `+`
+        files = {name: facts if name.startswith("+") else facts[:1] for name, facts in files.items()}
     return {"label": checkpoint.label, "tensors": digest_of(tensors.encode("utf-8", "surrogatepass")), "files": files}
 
 

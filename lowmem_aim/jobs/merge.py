@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from lowmem_aim.errors import DiskError, printable
-from lowmem_aim.events import Emit, Notice, Phase, PhaseEnded, PhaseStarted, Planned, silent
-from lowmem_aim.jobs.finished import check_content
+from lowmem_aim.errors import DiskError, printable, raise_all
+from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, Planned, silent
+from lowmem_aim.jobs.held import HeldOutput, agreed, holding, planned, planned_in_all
 from lowmem_aim.jobs.preparation import prepared
-from lowmem_aim.jobs.prepared import Prepared
-from lowmem_aim.jobs.resume import activations_kept, agree, differing_tensors, digest_of_file
+from lowmem_aim.jobs.prepared import Behind, Prepared
+from lowmem_aim.jobs.resume import activations_kept, digest_of_file, digests_read
+from lowmem_aim.jobs.stages import Stages
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
 from lowmem_aim.merging.loop import merge_tensors
 from lowmem_aim.merging.merged_weights import MergedWeights
 from lowmem_aim.merging.targets import SummedProgress, Target
-from lowmem_aim.output.folder import ACTIVATIONS, check_disk, is_finished
+from lowmem_aim.models.opening import FETCHED
+from lowmem_aim.output.folder import ACTIVATIONS, PRIVATE, is_finished
+from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.merged import Merged
-from lowmem_aim.output.records import AcceptedEnvironments, KeptActivations, PlanSize
+from lowmem_aim.output.portable import StageFacts
+from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActivations, MadeStage, PlanSize
 from lowmem_aim.output.shards import Shards
-from lowmem_aim.output.small_files import output_files
-from lowmem_aim.output.workspace import Workspace, publish, workspace
-from lowmem_aim.planning.survey import survey
-from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.output.small_files import PROVENANCE, output_files
+from lowmem_aim.output.stages import put_away, remove_stages
+from lowmem_aim.output.workspace import Workspace, publish
+from lowmem_aim.recipe.recipe import Recipe, one_by_one
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.relaxation import (
     ByChannel,
     ByLayer,
-    Consensus,
     Relaxation,
     check_activations,
     idle_exclusions,
 )
-from lowmem_aim.system.files import input_errors
-from lowmem_aim.system.on_demand import torch
+from lowmem_aim.system.files import input_errors, read_file
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import Run
 from lowmem_aim.view.feed import Feed, reported
@@ -55,83 +54,76 @@ def merge(recipe: Recipe, out: Path, options: Options = DEFAULTS, emit: Emit = s
 
 
 def _merge(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
-    for notice in recipe.notices:
+    for notice in (notice for part in recipe.in_order.values() for notice in part.notices):
         feed(Notice(notice, "warning"))
-    with prepared(recipe, out, options, feed) as ready, agreed(ready, feed) as outputs:
-        if outputs:
-            activations = calibrated(ready, outputs)
-            merged = merge_outputs(ready, outputs, activations)
-            finish(ready, outputs, activations, merged)
+    if recipe.stages:
+        return _merge_stages(recipe, out, options, feed)
+    with prepared(recipe, out, options, feed) as ready:
+        ready.refuse()
+        with holding(out, ready.plans, fresh=options.fresh) as spaces:
+            if outputs := agreed(ready, spaces):
+                feed.record_in([output.space.private for output in outputs])
+                feed(planned(ready, [output.name for output in outputs]))
+                make(ready, outputs)
     return out
 
 
-@dataclass
-class HeldOutput:
-    """One output while it is made: its plan, its folder, which this run holds, and the result of ACM for it."""
-
-    name: str  # of its folder, where there are several; else empty
-    plan: Plan
-    space: Workspace
-    consensus: Consensus | None = None
+def make(ready: Prepared, outputs: Sequence[HeldOutput]) -> None:
+    """Make the outputs, which this run holds. Raises the errors of `merge`."""
+    activations = calibrated(ready, outputs)
+    merged = merge_outputs(ready, outputs, activations)
+    finish(ready, outputs, activations, merged)
 
 
-# --- agree ------------------------------------------------------------------------------------------------------------
+# --- stages -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def agreed(ready: Prepared, feed: Feed) -> Iterator[list[HeldOutput]]:
-    """Hold every output folder that is still to be made, once it is sure to be this job's, and begin its log.
+def _merge_stages(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
+    """Make the named stages of a recipe, in their order, and then its output; all is checked before the first."""
+    with Stages(recipe, out, options, feed, FETCHED) as stages:
+        parts: dict[str, Planned] = {}
 
-    Raises all errors of the preparation, LockedError, ResumeError, UsageError, DiskError.
-    """
-    ready.refuse()
-    with contextlib.ExitStack() as stack:
-        outputs = []
-        for name, plan in ready.plans.items():
-            space = stack.enter_context(workspace(ready.folder(name), fresh=ready.options.fresh))
-            if _is_left(ready, name, space):
-                outputs.append(HeldOutput(name, plan, space))
-        if outputs:
-            feed.record_in([output.space.private for output in outputs])
-            feed(_planned(ready, outputs))
-            check_disk(ready.out, ready.bytes_to_write())
-        yield outputs
+        def visit(name: str, ready: Prepared) -> None:
+            if not ready.errors and (left := ready.unfinished()):
+                parts[name] = planned(ready, left)
 
-
-def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
-    """Whether an output is still to be made; its folder is checked to be this job's. Raises ResumeError, UsageError."""
-    plan = ready.plans[name]
-    reread = partial(differing_tensors, plan, ready.inputs, space.journal)
-    if is_finished(space.out):
-        now = ready.identity(name) if ready.measures else ready.known(name)
-        check_content(space.journal, now, space.out, reread, ready.emit)
-        ready.emit(Notice(f"`{printable(str(space.out))}` is finished already"))
-        return False
-    _forget_lost(space)
-    accept = ready.options.accept_environment
-    agree(space.journal, ready.identity(name), reread, accept_environment=accept, emit=ready.emit)
-    space.journal.keep(PlanSize(**plan.size()))
-    space.take_back()
-    return True
+        raise_all(stages.check(visit, reread=True))
+        with holding(out, one_by_one(recipe), fresh=options.fresh) as spaces:
+            if not stages.over:
+                feed.record_in([space.private for space in spaces.values() if not is_finished(space.out)])
+                feed(planned_in_all({name: parts[name] for name in recipe.stages if name in parts}, parts[""]))
+                _make_stages(stages, fresh=options.fresh)
+            with stages.prepared("", held=True) as ready:
+                ready.refuse()
+                if outputs := agreed(ready, spaces):
+                    _note_stages(stages, outputs)
+                    make(ready, outputs)
+    put_away(out, options.keep_stages)
+    return out
 
 
-def _planned(ready: Prepared, outputs: Sequence[HeldOutput]) -> Planned:
-    plans: Mapping[str, Plan] = {output.name: output.plan for output in outputs}
-    recipe, budget = outputs[0].plan.recipe, ready.run.budget
-    phases: list[Phase] = ["calibrate"] if isinstance(ready.calibration, Measurement) else []
-    phases += ["compare"] if recipe.acm else []
-    layers = Counter("" if task.layer is None else str(task.layer) for plan in plans.values() for task in plan.tasks)
-    return Planned(
-        recipe.title,
-        (*phases, "merge", "finish"),
-        str(ready.run.device),
-        torch.get_num_threads(),
-        budget.ram,
-        budget.vram,
-        tensors=sum(len(plan.tasks) for plan in plans.values()),
-        layers={name: layers[name] for name in sorted(layers, key=lambda name: int(name or -1))},
-        about=survey(plans, ready.inputs).as_json(),
-    )
+def _make_stages(stages: Stages, *, fresh: bool) -> None:
+    """Make the stages that are not finished. `fresh`: make all anew."""
+    if fresh:
+        remove_stages(stages.out)
+    for name in stages.recipe.stages:
+        with stages.prepared(name, held=True) as ready:
+            ready.refuse()
+            with holding(stages.folder(name), ready.plans, fresh=False) as spaces:
+                if outputs := agreed(ready, spaces):
+                    make(ready, outputs)
+        stages.made(name)
+
+
+def _note_stages(stages: Stages, outputs: Sequence[HeldOutput]) -> None:
+    """Keep in the journal of each output what its stages were: their folders are gone when it is finished."""
+    for name in stages.recipe.stages:
+        with Journal(stages.folder(name) / PRIVATE, read_only=True) as journal:
+            identity, size = journal.kept(Identity), journal.kept(PlanSize)
+            if identity and size:  # else a damaged journal, of which nothing can be said later
+                made = MadeStage(name, identity.job, identity.inputs, digests_read(size.shards, journal))
+                for output in outputs:
+                    output.space.journal.keep(made, name)
 
 
 # --- calibrate --------------------------------------------------------------------------------------------------------
@@ -180,12 +172,6 @@ def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -
                 digest = digest_of_file(file)
             space.journal.keep(KeptActivations(digest, weights))
     return activations
-
-
-def _forget_lost(space: Workspace) -> None:
-    """Forget kept activations whose file is gone: measuring them again then requires the same environment."""
-    if space.journal.holds(KeptActivations) and not activations_kept(space.private, space.journal):
-        space.journal.forget(KeptActivations)
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------
@@ -242,5 +228,22 @@ def _small_files(
     accepted = output.space.journal.kept(AcceptedEnvironments)
     environments = accepted.environments if accepted else None
     return output_files(
-        output.plan, ready.inputs, activations, found, ready.copied, ready.config, environments, output.consensus
+        output.plan,
+        ready.inputs,
+        activations,
+        found,
+        ready.copied,
+        ready.config,
+        environments,
+        output.consensus,
+        [_facts_of(stage) for stage in ready.position.behind],
     )
+
+
+def _facts_of(stage: Behind) -> StageFacts:
+    """What the lowmem_aim.json of a finished stage says of it. Raises DiskError."""
+    file = stage.folder / PROVENANCE
+    with input_errors(file, DiskError):
+        facts = json.loads(read_file(file, follow=False))
+    told = {key: facts[key] for key in ("recipe", "inputs", "outputs", "calibration", "acm", "kept") if key in facts}
+    return StageFacts(stage.name, told, stage.local)

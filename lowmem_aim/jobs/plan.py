@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, joined, noted, printable, raise_all
+from lowmem_aim.errors import MemoryBudgetError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Event, Notice, silent
-from lowmem_aim.jobs.forecast import Forecast, Requirement, Step
+from lowmem_aim.jobs.forecast import Forecast, Requirement, Step, in_all
 from lowmem_aim.jobs.headers import Headers
-from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
+from lowmem_aim.jobs.stages import Stages
 from lowmem_aim.models.opening import Finder
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.survey import survey
@@ -51,17 +51,21 @@ def plan(
             warnings.append(event.text)
         emit(event)
 
-    for notice in recipe.notices:
+    for notice in (notice for part in recipe.in_order.values() for notice in part.notices):
         noting(Notice(notice, "warning"))
     with contextlib.ExitStack() as stack:
         hub = Headers(stack)
         finder = Finder(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
-        with prepared(recipe, out, options, noting, finder) as ready:
-            try:
-                found = _Estimate(ready, hub).forecast(measure)
-            except LowmemAimError as error:  # without the device, nothing can be told of needs
-                raise_all([*ready.errors, error])
-                raise
+        stages = stack.enter_context(Stages(recipe, out, options, noting, finder))
+        forecasts: dict[str, Forecast] = {}
+
+        def visit(name: str, ready: Prepared) -> None:
+            forecasts[name] = _Estimate(ready, hub).forecast(measure)
+
+        errors = stages.check(visit, reread=False)
+        if "" not in forecasts:  # of an output that cannot be planned, or without the device, nothing can be told
+            raise_all(errors)
+        found = in_all(forecasts, errors)
     return replace(found, warnings=tuple(dict.fromkeys(warnings)))
 
 
@@ -79,14 +83,10 @@ class _Estimate:
         needs = (*self._memory(), self._disk()) if is_left else ()
         self._tell_of_downloads()
         speeds = self._speeds() if measure and is_left and not ready.errors else {}
-        error = joined(ready.errors) if ready.errors else None
         return Forecast(
             survey=surveyed.as_json(),
             device=str(ready.run.device) if is_left else ready.options.device,
             needs=needs,
-            problems=error.problems if error else (),
-            hints=error.hints if error else (),
-            exit_code=error.exit_code if error else 0,
             steps=tuple(self._steps(surveyed.read_bytes, surveyed.write_bytes, speeds)) if speeds else (),
             speeds=speeds,
             notes=tuple(ready.notes),
@@ -121,12 +121,13 @@ class _Estimate:
         """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""
         ready = self.ready
         written, spilled = ready.bytes_to_write(), ready.bytes_to_spill()
-        missing = sum(self.hub.missing.values())
+        stages, missing = ready.position.unmade_bytes, sum(self.hub.missing.values())
         parts = [f"the output {shown(written)}, and {shown(SMALL_FILES_BYTES)} to spare"]
+        parts += [f"until it is finished the stages {shown(stages)}"] if stages else []
         parts += [f"before that hidden states, at most {shown(spilled)}"] if spilled else []
         parts += [f"besides downloads of {shown(missing)}, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(ready.out)).free
-        return Requirement("disk", max(written, spilled) + SMALL_FILES_BYTES, free, ", ".join(parts))
+        return Requirement("disk", stages + max(written, spilled) + SMALL_FILES_BYTES, free, ", ".join(parts))
 
     def _tell_of_downloads(self) -> None:
         missing = [f"{printable(label)} {shown(count)}" for label, count in self.hub.missing.items() if count]
@@ -138,7 +139,7 @@ class _Estimate:
     def _speeds(self) -> dict[str, float]:
         """Bytes, elements of the output and floating-point operations per second, by name."""
         ready, run = self.ready, self.ready.run
-        real = [folder for folder in ready.inputs.folders if not self.hub.stands_in(folder)]
+        real = [folder for folder in ready.inputs.folders if ready.finder.has_weights(folder)]
         files = [file for folder in real for file in sorted(folder.glob("*.safetensors"))]
         first = next(iter(ready.plans.values()))
         merged = [task for task in first.tasks if task.action == "merge"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lowmem_aim.errors import (
@@ -24,8 +25,8 @@ from lowmem_aim.errors import (
     raise_all,
 )
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_IDENTITY, Check, check_certain_memory
-from lowmem_aim.jobs.prepared import Prepared
+from lowmem_aim.jobs.checks import AT_ONCE, LATER, OF_THE_FOLDER, OF_THE_IDENTITY, Check, check_certain_memory
+from lowmem_aim.jobs.prepared import ALONE, Position, Prepared
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.opening import FETCHED, Finder, compared, opened_models
 from lowmem_aim.models.reader import Reader, ReaderNeeded
@@ -45,7 +46,14 @@ from lowmem_aim.system.options import Options, wrong_options
 
 
 @contextlib.contextmanager
-def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Finder = FETCHED) -> Iterator[Prepared]:
+def prepared(
+    recipe: Recipe,
+    out: Path,
+    options: Options,
+    emit: Emit,
+    finder: Finder = FETCHED,
+    position: Position = ALONE,
+) -> Iterator[Prepared]:
     """Open, plan and check everything; the errors of single checks are kept in the result.
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
@@ -54,8 +62,11 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
         raise UsageError(problems, hint="docs/python.md has the options")
     names = list(one_by_one(recipe))
     errors: list[LowmemAimError] = []
-    with noted(errors):
-        _check_output(out, [out / name for name in names])
+    if not position.over:
+        with noted(errors):
+            _check_output(out, [out / name for name in names])
+    if options.keep_stages and not position.stage and not recipe.stages:
+        errors.append(UsageError("`--keep-stages`: the recipe has no named stages", hint="leave it out"))
     errors += _missing_texts(recipe)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
@@ -80,7 +91,18 @@ def prepared(recipe: Recipe, out: Path, options: Options, emit: Emit, finder: Fi
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
         ready = Prepared(
-            recipe, out, options, emit, finder, reader, inputs, plans, errors, notes=list(_local_names(recipe))
+            recipe,
+            out,
+            options,
+            emit,
+            finder,
+            reader,
+            inputs,
+            plans,
+            errors,
+            notes=list(_local_names(recipe)),
+            incomplete=not position.known,
+            position=position,
         )
         _make(AT_ONCE, ready)
         if not errors and not ready.is_settled():
@@ -103,14 +125,19 @@ def sound_recipe(tree: Node, out: Path, before: Sequence[LowmemAimError] = ()) -
         return recipe
     with noted(errors):
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
-    if recipe is not None:
-        errors += _missing_texts(recipe)
-        with (
-            Reader() as reader,
-            opened_models(recipe, "mmap", silent, FETCHED, reader, errors),
-        ):  # beside errors, nothing is downloaded
-            _point_to_comments(recipe, errors)
+    for part in recipe.in_order.values() if recipe else ():
+        look_for_models(part, FETCHED, recipe.stages if recipe else (), errors)
     raise joined(errors)
+
+
+def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], errors: list[LowmemAimError]) -> None:
+    """Add to `errors`, of which there are some, what is wrong with the models and texts of a recipe not prepared.
+
+    `stages` are no models yet. Beside errors, nothing is downloaded.
+    """
+    errors += _missing_texts(recipe)
+    with Reader() as reader, opened_models(recipe, "mmap", silent, replace(finder, unknown=stages), reader, errors):
+        _point_to_comments(recipe, errors)
 
 
 def _check_output(out: Path, folders: list[Path]) -> None:
@@ -136,7 +163,7 @@ def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
 
 def _make(checks: tuple[Check, ...], ready: Prepared) -> None:
     """Make checks one after another, and keep the errors that they raise."""
-    for check in checks:
+    for check in (check for check in checks if not (ready.position.over and check in OF_THE_FOLDER)):
         known = len(ready.errors)
         with noted(ready.errors):
             check(ready)

@@ -50,6 +50,31 @@ class ModelRun:
         return f"forward of {self.length} tokens in {dtype_name(self.dtype)}"
 
 
+@dataclass(frozen=True)
+class Behind:
+    """A named stage that a merge is made of, by itself or further back."""
+
+    name: str
+    folder: Path
+    local: tuple[str, ...]  # labels of models and files that were on this machine
+
+
+@dataclass(frozen=True)
+class Position:
+    """The position of a merge among the stages of its recipe; that of a recipe without stages is the default."""
+
+    stage: str = ""  # its name; "": it makes the output
+    made_of: Mapping[str, str] = field(default_factory=dict)  # name -> digest of the stages that it uses
+    behind: tuple[Behind, ...] = ()  # these stages, and those that they were made of, in their order
+    unmade_bytes: int = 0  # that the stages before it are yet to take of the disk
+    known: bool = True  # nothing is wrong with the stages that it uses
+    held: bool = False  # this run holds the output folder already
+    over: bool = False  # the output that it is a stage of is finished: whatever is left in its folder does not matter
+
+
+ALONE = Position()
+
+
 @dataclass
 class Prepared:
     """A merge that could begin, unless there are `errors`. Nothing has been written."""
@@ -71,6 +96,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
     unread: bool = False  # some texts are on the Hub, and were not fetched
     incomplete: bool = False  # something that tells this job from others could not be had
+    position: Position = ALONE
 
     @functools.cached_property
     def run(self) -> Run:
@@ -84,11 +110,25 @@ class Prepared:
     def identity(self, name: str) -> Identity:
         """The identity of one output's merge, for its journal."""
         plan = self.plans[name]
-        return identity_of_merge(plan, self.inputs, self.copied, self.calibration, self.comparison, self.run.device)
+        return identity_of_merge(
+            plan,
+            self.inputs,
+            self.copied,
+            self.calibration,
+            self.comparison,
+            self.run.device,
+            self.position.made_of,
+            self.finder.planned,
+        )
 
     def known(self, name: str) -> Identity:
         """The part of that identity which is known at once, without torch."""
-        return known_of_merge(self.plans[name], self.inputs, self.copied)
+        made_of, planned = self.position.made_of, self.finder.planned
+        return known_of_merge(self.plans[name], self.inputs, self.copied, made_of, planned)
+
+    def lasting(self, name: str) -> Identity:
+        """The part of that identity which a finished output is compared with; torch only for what was measured."""
+        return self.identity(name) if self.measures else self.known(name)
 
     @property
     def measures(self) -> bool:
@@ -96,8 +136,8 @@ class Prepared:
         return self.recipe.aim is not None or self.recipe.acm is not None
 
     def unfinished(self) -> list[str]:
-        """The names of the outputs that are still to be made."""
-        return [name for name in self.plans if not is_finished(self.folder(name))]
+        """The names of the outputs that are still to be made: none is for an output that is finished."""
+        return [] if self.position.over else [name for name in self.plans if not is_finished(self.folder(name))]
 
     def outline(self) -> Checkpoint:
         """The output as a checkpoint of which only config and headers are there."""

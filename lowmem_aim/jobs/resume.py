@@ -8,7 +8,7 @@ it gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.jobs.differences import differences, most
-from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, sizes_of
+from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, is_moved, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -36,6 +36,7 @@ from lowmem_aim.system.files import input_errors, is_there, read_file
 
 REREAD_ELEMENTS = 1 << 20
 
+RESUME_HINT = "`--fresh` starts over; to resume it, give the same command and inputs as before"
 Reread = Callable[[int], Iterator[str]]  # number of an input -> its tensors that are not what they were
 
 
@@ -109,7 +110,7 @@ def _refuse_differences(
         only = "`--accept-environment` resumes it anyway; " if len(elsewhere) == len(problems) else ""
         raise ResumeError(
             ["the interrupted run in this folder was a different one:", *most(problems)],
-            hint=f"{only}`--fresh` starts over; to resume it, give the same command and inputs as before",
+            hint=f"{only}{RESUME_HINT}",
         )
     return elsewhere
 
@@ -138,7 +139,7 @@ def _changed(
     label = printable(str(new["label"]))
     if old["tensors"] != new["tensors"] or sizes_of(old) != sizes_of(new):
         yield f"`{label}` no longer has the same tensors or files"
-    elif old["files"] != new["files"]:
+    elif is_moved(old, new):
         emit(Notice(f"`{label}` has new or moved files: what was read from it is read again"))
         for name in reread():
             yield f"`{label}` no longer has the same `{printable(name)}`"
@@ -149,8 +150,14 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
     """Yield the tensors of one input that do not give what they gave to an interrupted merge."""
     if inputs.base is not None and inputs.places[number] == inputs.base.place:
         yield from differing_weights(inputs.base, journal)
-    known = digests_read(plan, journal).get(str(number), {})
-    place = inputs.places[number]
+    yield from not_as_read(
+        plan, inputs, digests_read([shard.name for shard in plan.shards], journal).get(str(number), {}), number
+    )
+
+
+def not_as_read(plan: Plan, inputs: Inputs, digests: Mapping[str, str], number: int) -> Iterator[str]:
+    """Yield the tensors of one input that do not give what they gave to a merge: tensor -> digest."""
+    known, place = dict(digests), inputs.places[number]
     stride = Stride(REREAD_ELEMENTS)
     for task in plan.tasks:
         for reader in TensorInputs(task, True, stride).sources:
@@ -161,11 +168,11 @@ def differing_tensors(plan: Plan, inputs: Inputs, journal: Journal, number: int)
                     yield reader.tensor
 
 
-def digests_read(plan: Plan, journal: Journal) -> dict[str, dict[str, str]]:
-    """xxh3-128 of what a merge has read: number of an input -> tensor -> digest."""
+def digests_read(shards: Iterable[str], journal: Journal) -> dict[str, dict[str, str]]:
+    """xxh3-128 of what a merge has read for its shards: number of an input -> tensor -> digest."""
     found: dict[str, dict[str, str]] = {}
-    for shard in plan.shards:
-        for group in journal.groups(shard.name):
+    for shard in shards:
+        for group in journal.groups(shard):
             for number, digests in group.digests.items():
                 found.setdefault(number, {}).update(digests)
     return found

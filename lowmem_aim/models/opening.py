@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +39,9 @@ class Finder:
     find: Callable[[str, Emit, bool], Located] = locate  # a model, or (True) an adapter -> its folder
     has_weights: Callable[[Path], bool] = lambda folder: True  # False: headers and small files only
     fetches: bool = True  # models and texts that are on the Hub are downloaded
+    local: Callable[[str, bool], Located | None] = local_model  # the same, on this machine; None: on the Hub
+    unknown: Collection[str] = ()  # models of which nothing can be known yet: they count as not opened
+    planned: Collection[Path] = ()  # folders of headers of models that are yet to be made here
 
 
 FETCHED = Finder()
@@ -83,7 +86,9 @@ def opened_models(
     For models that cannot be opened it is None, and `errors` gets what is wrong with them. Nothing is downloaded once
     there are errors.
     """
-    references = recipe.references
+    source = recipe.tokenizer_model
+    named = list(dict.fromkeys([*recipe.references, *([source] if source else [])]))
+    references = [reference for reference in recipe.references if parsed(reference).model not in finder.unknown]
     found: dict[str, Checkpoint] = {}
     with contextlib.ExitStack() as stack:
 
@@ -99,19 +104,18 @@ def opened_models(
         elsewhere = []
         for reference in references:
             with noted(errors):
-                if None not in parts_found(reference, told(recipe, local_model)):
+                if None not in parts_found(reference, told(recipe, finder.local)):
                     open_one(reference)
                 else:
                     elsewhere.append(reference)
         for reference in elsewhere:
             if not (errors and finder.fetches):
                 open_one(reference)
-        if (source := recipe.tokenizer_model) and source not in references:
+        if source and source not in recipe.references and parsed(source).model not in finder.unknown:
             with noted(errors):
-                found[source] = _tokenizer_alone(source, recipe, emit)
-            references.append(source)
-        _tell_apart([found[reference] for reference in references if reference in found])
-        yield {reference: found.get(reference) for reference in references}
+                found[source] = _tokenizer_alone(source, recipe, emit, finder)
+        _tell_apart([found[reference] for reference in named if reference in found])
+        yield {reference: found.get(reference) for reference in named}
 
 
 def told(recipe: Recipe, find: Find[M]) -> Find[M]:
@@ -126,11 +130,11 @@ def told(recipe: Recipe, find: Find[M]) -> Find[M]:
     return found
 
 
-def _tokenizer_alone(reference: str, recipe: Recipe, emit: Emit) -> Checkpoint:
+def _tokenizer_alone(reference: str, recipe: Recipe, emit: Emit, finder: Finder) -> Checkpoint:
     """A model, of which only the tokenizer is used: its weights are neither looked at nor downloaded."""
 
     def find(wanted: str, is_adapter: bool) -> Located:
-        return local_model(wanted) or Located(downloaded(wanted, SMALL, emit), wanted)
+        return finder.local(wanted, is_adapter) or Located(downloaded(wanted, SMALL, emit), wanted)
 
     model = told(recipe, find)(parsed(reference).model, False)
     folder = real(model.folder)

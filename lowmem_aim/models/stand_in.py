@@ -1,4 +1,6 @@
-"""Stand-ins for models on the Hugging Face Hub: all that planning reads, without the weights.
+"""Stand-ins for models that are not here: all that planning reads, without the weights.
+
+They are for models on the Hugging Face Hub, and for stages of a recipe before they are made.
 
 A stand-in is a folder that `Checkpoint.open` accepts as the model. Its small files are the model's; its shards have the
 true sizes and headers, and zeros for weights. The zeros are holes and take no disk space, except on filesystems without
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -106,13 +108,30 @@ def _fetch_headers(reference: str, commit: str, sizes: Mapping[str, int], folder
     def fetch(name: str) -> None:
         with hub_errors(reference):
             header = _header(hf_hub_url(repository, name, revision=commit), sizes[name])
-        with disk_errors(folder / name):
-            (folder / name).write_bytes(header)
-            os.truncate(folder / name, sizes[name])
+        _write_sparse(folder / name, header, sizes[name])
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for _ in pool.map(fetch, sizes):  # raises what a thread raised, and starts no more of them
             pass
+
+
+def stand_in_for_output(folder: Path, shards: Iterable[tuple[str, bytes, int]], files: Mapping[str, bytes]) -> None:
+    """Make a stand-in, in a new `folder`, for a model that is yet to be made here.
+
+    `shards`: name, header and bytes in all; `files`: the small files by name. Raises DiskError.
+    """
+    for name, content in files.items():
+        with disk_errors(folder / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    for name, header, size in shards:
+        _write_sparse(folder / name, header, size)
+
+
+def _write_sparse(file: Path, header: bytes, size: int) -> None:
+    with disk_errors(file):
+        file.write_bytes(header)
+        os.truncate(file, size)
 
 
 def _header(url: str, size: int) -> bytes:

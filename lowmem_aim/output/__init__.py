@@ -2,6 +2,7 @@
 
 folder.py           the output folder from outside: what lies where, and what is in the way of a run
 workspace.py        the output folder while a run holds it: locked, filled, published
+stages.py           the folders of named stages, removed or moved once the output is complete
 records.py          the kinds of records that a journal may hold
 journal.py          the journal of a run, in sqlite
 requests.py         requests to a run from another terminal: to pause, to go on

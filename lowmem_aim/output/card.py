@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -25,6 +26,11 @@ def yaml_text(value: Any) -> str:
     """A value as YAML, keys in their order; if a character is invisible or misleading, such characters are escaped."""
     text = str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110))
     return text if is_printable(text) else str(yaml.safe_dump(value, sort_keys=False, width=110))
+
+
+def documents_text(stages: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML: a document for each of its stages, and the last one for the output."""
+    return "---\n".join(yaml_text(document) for document in (*stages, recipe))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -61,13 +67,14 @@ def delta_left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
     )
 
 
-def card_text(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, left: str) -> str:
+def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -> str:
     """The model card as markdown.
 
-    `facts` are those of lowmem_aim.json, `portable` is the recipe as others may run it, `left` is the text of
-    `delta_left`.
+    `facts` are those of lowmem_aim.json, `portable` is the YAML of the recipe as others may run it, `left` is the text
+    of `delta_left`.
     """
-    models = list(dict.fromkeys(item["model"] for item in facts["inputs"]))
+    inputs = _inputs(facts)
+    models = list(dict.fromkeys(item["model"] for item in inputs))
     tags = (
         ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
     )
@@ -82,17 +89,24 @@ def card_text(facts: dict[str, Any], portable: dict[str, Any], recipe: Recipe, l
         )
     if recipe.acm:
         relaxed += _consensus(facts, recipe.acm)
-    rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in facts["inputs"]]
+    rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in inputs]
     rows += [f"| {_inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
     used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
         f"---\n{yaml_text(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}{left}\n"
-        f"## Recipe\n\n{_fenced(yaml_text(portable), 'yaml')}\n\n"
+        f"## Recipe\n\n{_fenced(portable, 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
     )
+
+
+def _inputs(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models that were merged, of all stages: a stage's result is none of them."""
+    stages = facts.get("stages", {})
+    listed = [item for part in (*stages.values(), facts) for item in part["inputs"] if item["model"] not in stages]
+    return [item for place, item in enumerate(listed) if item not in listed[:place]]
 
 
 def _with(recipe: Recipe) -> str:

@@ -29,6 +29,7 @@ from lowmem_aim.units import shown
 PRIVATE = ".lowmem_aim"
 PUBLISHING = "publishing.json"
 STAGING = "staging"
+STAGES = "stages"  # the folder of the recipe's named stages, until the output is finished
 SUMS = "sha256.txt"
 LOG = "run.log"
 FACTS = "run.json"
@@ -63,13 +64,14 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
 def check_private(out: Path) -> None:
     """Raise DiskError for a link, a pipe, a device or a folder in the place of one of this tool's own files in `out`.
 
-    They would be written through to another place, never end, or stop a run at its end. Only staging holds folders.
+    They would be written through to another place, never end, or stop a run at its end. Only staging holds folders, and
+    `stages`.
     """
     private = out / PRIVATE
     with input_errors(private, DiskError):
         if not is_there(private):
             return
-        folders = [place for place in (private, private / STAGING) if is_there(place)]
+        folders = [place for place in (private, private / STAGING, private / STAGES) if is_there(place)]
         odd = [place for place in folders if not stat.S_ISDIR(place.lstat().st_mode)]
         entries = [Path(entry.path) for place in folders if place not in odd for entry in os.scandir(place)]
         for entry in (e for e in entries if e not in folders):
@@ -77,7 +79,7 @@ def check_private(out: Path) -> None:
                 kind = stat.S_IFMT(entry.lstat().st_mode)
             except FileNotFoundError:  # a request that the run has taken meanwhile, or a file under a temporary name
                 continue
-            if kind != stat.S_IFREG and not (kind == stat.S_IFDIR and entry.parent.name == STAGING):
+            if kind != stat.S_IFREG and not (kind == stat.S_IFDIR and entry.parent.name in (STAGING, STAGES)):
                 odd.append(entry)
     if odd:
         what = "is a link, a pipe or a device, or a folder where this tool has a file, or a file where it has a folder"
@@ -127,7 +129,8 @@ def outputs_in(out: Path, kind: type[LowmemAimError] = DiskError) -> list[Path]:
     Raises an error of a `kind` if the folder cannot be looked at.
     """
     with input_errors(out, kind):
-        several = [] if is_folder(out / PRIVATE) else sorted(out.glob(f"omega-*/{PRIVATE}"))
+        of_a_run = is_folder(out / PRIVATE) and not _holds_only_stages(out / PRIVATE)
+        several = [] if of_a_run else sorted(out.glob(f"omega-*/{PRIVATE}"))
     return [private.parent for private in several] or [out]
 
 
@@ -138,6 +141,23 @@ def outputs_of(out: Path) -> list[Path]:
     """
     partial = partial_folder(out)
     return outputs_in(out if os.path.isdir(out) or not os.path.isdir(partial) else partial)
+
+
+def _holds_only_stages(private: Path) -> bool:
+    """Whether a folder holds the stages of a recipe with several omegas, whose outputs lie beside it."""
+    return is_folder(private) and [entry.name for entry in private.iterdir()] == [STAGES]
+
+
+def stage_folder(out: Path, name: str) -> Path:
+    """The folder of a named stage of the recipe whose output is `out`."""
+    return out / PRIVATE / STAGES / name
+
+
+def stages_in(out: Path) -> list[Path]:
+    """The folders of the stages that runs have left in `out`. Raises DiskError if the folder cannot be looked at."""
+    stages = out / PRIVATE / STAGES
+    with input_errors(stages, DiskError):
+        return sorted(place for place in stages.iterdir() if is_folder(place)) if is_folder(stages) else []
 
 
 def check_writable(folder: Path) -> None:
@@ -192,7 +212,9 @@ def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) ->
     """Raise UsageError or DiskError for what is in the way of the output, or of the outputs in it."""
     for folder in folders:
         check_output(folder, inputs)
-    if out not in folders and (os.path.lexists(out / CONFIG) or os.path.lexists(out / PRIVATE)):
+    with input_errors(out, DiskError):
+        taken = os.path.lexists(out / PRIVATE) and not _holds_only_stages(out / PRIVATE)
+    if out not in folders and (taken or os.path.lexists(out / CONFIG)):
         raise UsageError(
             f"the output folder `{printable(str(out))}` holds a merge: each of several omegas needs a folder in it",
             hint="name a new folder",

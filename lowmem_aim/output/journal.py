@@ -121,6 +121,10 @@ class Journal:
         """The record of a kind that has only one; None if it is absent or damaged. Raises DiskError."""
         return next(iter(self._records(kind)), None)
 
+    def all_kept(self, kind: type[R]) -> list[R]:
+        """All records of a kind that are not damaged. Raises DiskError."""
+        return self._records(kind)
+
     def holds(self, *kinds: type[Record]) -> bool:
         """Whether there is a record of any of these kinds. Raises DiskError."""
         query = "SELECT 1 FROM entries WHERE kind = ? LIMIT 1"

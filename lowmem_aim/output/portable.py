@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,26 @@ def _token(row: TokenRow, inputs: Inputs) -> dict[str, Any]:
     return ({"source": source} if source else {}) | ({"force": True} if row.force else {})
 
 
-def how_to_run(plan: Plan, inputs: Inputs) -> str:
-    """Comments for the top of the recipe's file: what has to be filled in, and the command to run it again."""
-    recipe = plan.recipe
-    named = dict(inputs.opened)
-    if recipe.tokenizer_model and inputs.tokenizer:
-        named.setdefault(recipe.tokenizer_model, inputs.tokenizer.owner)
-    local = [label for reference, model in named.items() for label in _local(reference, model)]
-    tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
-    local += [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
+@dataclass(frozen=True)
+class StageFacts:
+    """A named stage of the recipe, as the output that was made of it tells of it."""
+
+    name: str
+    facts: Mapping[str, Any]  # those of its lowmem_aim.json: recipe, inputs, outputs
+    local: Sequence[str]  # labels of models and files that were on this machine
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The document of the recipe that made the stage."""
+        return {"name": self.name, **self.facts["recipe"]}
+
+
+def how_to_run(plan: Plan, inputs: Inputs, of_stages: Sequence[str] = ()) -> str:
+    """Comments for the top of the recipe's file: what has to be filled in, and the command to run it again.
+
+    `of_stages`: labels of what the recipe's named stages were made of, if it was on this machine.
+    """
+    local = [*of_stages, *local_labels(plan.recipe, inputs)]
     flags = f" --seed {plan.seed}" * (plan.seed != 0) + f" --nonfinite {plan.nonfinite}" * (plan.nonfinite != "stop")
     lines = []
     if local:
@@ -91,6 +103,16 @@ def how_to_run(plan: Plan, inputs: Inputs) -> str:
         lines += [f"  {printable(name)}" for name in dict.fromkeys(local)]
     lines.append(f"To merge again: lowmem-aim merge mergekit_config.yml NEW-FOLDER{flags}")
     return "".join(f"# {line}\n" for line in lines)
+
+
+def local_labels(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """The labels of the models and files of a recipe that are on this machine, without the recipe's own stages."""
+    named = dict(inputs.opened)
+    if recipe.tokenizer_model and inputs.tokenizer:
+        named.setdefault(recipe.tokenizer_model, inputs.tokenizer.owner)
+    local = [label for reference, model in named.items() for label in _local(reference, model)]
+    tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
+    return local + [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
 
 
 def _local(reference: str, model: Checkpoint) -> list[str]:

@@ -106,6 +106,18 @@ class KeptComparison(Record):
 
 
 @dataclass(frozen=True)
+class MadeStage(Record):
+    """A named stage of the recipe that an output was made of: what is known of it once its folder is gone."""
+
+    kind = "stage"
+
+    name: str
+    job: Mapping[str, Any]  # see Identity
+    inputs: Sequence[Mapping[str, Any]]
+    digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor -> xxh3-128 of its bytes as read
+
+
+@dataclass(frozen=True)
 class Group(Record):
     """Tensors of one shard that became durable together: numbers `start` to `tensors` - 1, whose bytes end at `end`."""
 

@@ -26,6 +26,7 @@ from lowmem_aim.output.folder import (
     PRIVATE,
     PUBLISHING,
     SEEN,
+    STAGES,
     STAGING,
     SUMS,
     check_output,
@@ -34,6 +35,7 @@ from lowmem_aim.output.folder import (
     is_finished,
     published_before,
     remove_snapshots,
+    stages_in,
 )
 from lowmem_aim.output.journal import NAME as JOURNAL
 from lowmem_aim.output.journal import Journal
@@ -75,10 +77,11 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
+def workspace(out: Path, *, fresh: bool = False, stages: Path | None = None) -> Iterator[Workspace]:
     """Make `out` if need be, and hold it against other runs during this block; a merge then calls `take_back`.
 
-    `fresh` discards what an interrupted run has left. On an exception, what this run made is removed again, unless
+    `fresh` discards what an interrupted run has left. `stages`: the folder with the stages that the output is made of,
+    if that is not `out`; while there are any, all is kept. On an exception, what this run made is removed again, unless
     something is finished that the same command can build on. Raises DiskError, LockedError, UsageError.
     """
     made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
@@ -97,6 +100,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                 _take_back(out)
                 with disk_errors(private):
                     shutil.rmtree(private / STAGING)
+                    shutil.rmtree(private / STAGES, ignore_errors=True)
                     Journal.remove(private)
                     for name in (LOG, FACTS, SEEN):
                         (private / name).unlink(missing_ok=True)
@@ -107,7 +111,7 @@ def workspace(out: Path, *, fresh: bool = False) -> Iterator[Workspace]:
                     yield space
                 finally:
                     keep = True  # also if the journal cannot be asked
-                    keep = finished or journal.holds(*PROGRESS)
+                    keep = finished or journal.holds(*PROGRESS) or bool(stages_in(stages or out))
             if space.sums:  # after the journal is closed: the list has its digest
                 _seal(out, space.sums)
             if space.spent:

@@ -11,6 +11,7 @@ parts.py          the models: whole, by ranges of layers, or in a module
 spelling.py       British and American spellings of a recipe's keys
 relaxations.py    the tables `aim:` and `acm:`
 tokenizers.py     the keys `tokenizer_source`, `tokenizer` and `chat_template`
+stages.py         the named stages of several documents, and their order
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
 starting.py       the text of a recipe to start from

@@ -199,10 +199,10 @@ def _with_assignment(tree: Node, assignment: str) -> Node:
 def _scalar(text: str) -> Any:
     """A flag's value as YAML reads it: a number, true or false, or a text."""
     try:
-        value = parse(text, COMMAND_LINE).value
+        tree = parse(text, COMMAND_LINE)
     except (RecipeError, yaml.YAMLError):
         return text
-    return text if isinstance(value, list | dict) else value
+    return text if isinstance(tree.value, list | dict) or tree.others else tree.value
 
 
 def _omegas(given: Any) -> Any:

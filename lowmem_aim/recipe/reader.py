@@ -6,7 +6,8 @@ flag is reported like a wrong line. `read_recipe` then builds the Recipe from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from lowmem_aim.errors import RecipeError, UsageError, did_you_mean, nearest, printable
 from lowmem_aim.methods.method import Method
@@ -17,6 +18,7 @@ from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Slice
 from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
 from lowmem_aim.recipe.spelling import in_one_spelling
+from lowmem_aim.recipe.stages import in_order, stages_by_name
 from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
 from lowmem_aim.recipe.values import Remark, Values, together
 from lowmem_aim.recipe.words import DTYPES, SHORT_DTYPES
@@ -46,9 +48,10 @@ _EXAMPLE = "a recipe starts with `merge_method: ...`; docs/recipe.md has example
 
 
 class _Reader(Values):
-    def __init__(self, root: Node) -> None:
-        super().__init__()
+    def __init__(self, root: Node, stages: Collection[str] = (), *, named: bool = False) -> None:
+        super().__init__(stages)
         self.root = root
+        self.named = named  # whether a `name` has a meaning
         self.by_flags = root.where == COMMAND_LINE
         self.meant: set[str] = set()  # keys that are there, but misspelled
 
@@ -108,7 +111,7 @@ class _Reader(Values):
         return not self.problems
 
     def _beside(self) -> tuple[str, ...]:
-        return BESIDE_EXPERTS if self._is_mixture() else ()
+        return (*(BESIDE_EXPERTS if self._is_mixture() else ()), *(["name"] if self.named else []))
 
     def _is_mixture(self) -> bool:
         """Whether the recipe asks for a mixture of experts: what else is missing follows from that."""
@@ -221,6 +224,18 @@ def readable_part(root: Node) -> tuple[Recipe | None, RecipeError | None]:
     With an error, the recipe names models that can be looked for and opened, but is not fit for planning; it is None if
     the method or all models could not be read.
     """
-    reader = _Reader(in_one_spelling(root))
-    recipe = reader.recipe()
-    return recipe, reader.error()
+    if not root.others:
+        reader = _Reader(in_one_spelling(root))
+        recipe = reader.recipe()
+        return recipe, reader.error()
+    told = Values()
+    stages = stages_by_name(root, told)
+    readers = {
+        document.where: _Reader(in_one_spelling(document), stages, named=True) for document in (*root.others, root)
+    }
+    recipes = {where: reader.recipe() for where, reader in readers.items()}
+    told.problems += [problem for reader in readers.values() for problem in reader.problems]
+    found = {name: recipe for name, document in stages.items() if (recipe := recipes[document.where])}
+    last = recipes[root.where]
+    order = in_order(found, stages, last if len(found) == len(root.others) else None, told)
+    return replace(last, stages={name: found[name] for name in order}) if last else None, told.error()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import RecipeError, printable
+from lowmem_aim.recipe.references import parsed
 from lowmem_aim.recipe.words import SOURCES, UNION, Normalise, RowSource
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ class Recipe:
     preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
     # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
     sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    # By name, in the order in which they are made: what the recipe, and those further back, take for models.
+    stages: Mapping[str, Recipe] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -170,6 +173,22 @@ class Recipe:
         bases = [part.base.reference for part in self.slices if part.base]
         found = [*([self.base] if self.base else []), *bases, *(model.reference for model in self.models)]
         return list(dict.fromkeys(found))
+
+    @property
+    def in_order(self) -> dict[str, Recipe]:
+        """Every merge in the order in which they are made: the named stages, and last the output, whose name is ""."""
+        return {**self.stages, "": self}
+
+    @property
+    def named(self) -> list[str]:
+        """Every model that is named, each once, without its adapter; the tokenizer's is the last."""
+        found = [*self.references, *([self.tokenizer_model] if self.tokenizer_model else [])]
+        return list(dict.fromkeys(parsed(reference).model for reference in found))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Every adapter that is named, each once."""
+        return list(dict.fromkeys(adapter for name in self.references if (adapter := parsed(name).adapter)))
 
     @property
     def sliced(self) -> bool:

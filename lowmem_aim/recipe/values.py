@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,9 @@ class Remark:
 class Values:
     """A reader of values from nodes that collects what is wrong with them, each problem with its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Collection[str] = ()) -> None:
+        """`stages`: names that stand for other documents of the recipe, where a model is named."""
+        self.stages = stages
         self.problems: list[Remark] = []
         self.notices: list[Remark] = []
         self.preferred: list[str] = []  # paths that are here, and could be Hub ids
@@ -93,14 +95,27 @@ class Values:
         return value.strip()
 
     def model(self, node: Node | None, what: str) -> str | None:
-        """The reference of a model, its paths as seen from the current folder; None as in `text`. See `references`."""
+        """The reference of a model, its paths as seen from the current folder; None as in `text`. See `references`.
+
+        The name of a stage stands for its result, also where an adapter is added to it.
+        """
         long = node is not None and isinstance(node.value, dict)
         hint = f"name a folder or a model on the Hub: `{what}: folder-or-id`"
         text = self._long_form(node, what) if node is not None and long else self.text(node, what, hint)
         if node is None or text is None:
             return None
-        parts = parsed(text, lambda path: _is_folder(path, node.folder)).parts
-        return "+".join(self.placed(node, self._without_idle_revision(node, part), os.path.isdir) for part in parts)
+        model, *adapters = parsed(text, lambda path: path in self.stages or _is_folder(path, node.folder)).parts
+        found = model if model in self.stages else self._placed_model(node, model)
+        if found in self.sought and "/" not in found and (meant := nearest(found, self.stages)):
+            self.problem(
+                node,
+                f"`{what}`: neither a stage nor a folder is named `{printable(found)}`",
+                f"did you mean the stage `{meant}`?",
+            )
+        return "+".join([found, *(self._placed_model(node, part) for part in adapters)])
+
+    def _placed_model(self, node: Node, text: str) -> str:
+        return self.placed(node, self._without_idle_revision(node, text), os.path.isdir)
 
     def _long_form(self, node: Node, what: str) -> str | None:
         """The text of `{model: ..., lora: ..., override_architecture: ...}`, or of one `{path, revision}` by itself."""

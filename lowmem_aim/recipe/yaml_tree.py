@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -38,7 +38,8 @@ class Node:
     value: Any
     where: str
     folder: str = ""  # of the recipe's file, for its relative paths; "": the current folder
-    twice: tuple[tuple[str, str], ...] = ()  # of the root: each key that stands twice in its table, as (key, place)
+    others: tuple[Node, ...] = ()  # at the top: the other documents of the file, which are named stages
+    twice: tuple[tuple[str, str], ...] = ()  # of a root: each key that stands twice in its table, as (key, place)
 
     @property
     def by_flag(self) -> bool:
@@ -61,11 +62,14 @@ class Node:
 
 
 def parse(text: str, source: str, folder: str = "") -> Node:
-    """Parse YAML into a tree. `source` is the name for its lines, `folder` that of its file. Raises RecipeError."""
+    """Parse YAML into a tree. `source` is the name for its lines, `folder` that of its file. Raises RecipeError.
+
+    Of several documents the tree is that of `one_of`; empty ones do not count.
+    """
     if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{source}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST)
     try:
-        root = _Loader(text, source).get_single_node()
+        roots = list(_Loader(text, source).documents())
     except yaml.MarkedYAMLError as error:
         where = _at(source, error.problem_mark) if error.problem_mark else f"{source}:1:1"
         what = printable(error.problem or str(error))
@@ -77,13 +81,19 @@ def parse(text: str, source: str, folder: str = "") -> Node:
         raise RecipeError(f"{where}: not valid YAML: {what}", "remove it, or write it as an escape") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{source}:1:1: not valid YAML: {printable(str(error))}", _SYNTAX) from error
-    if root is None:
-        return Node({}, f"{source}:1:1")
     converter = _Converter(source, folder)
-    tree = converter.convert(root)
+    trees = [converter.document(root) for root in roots]
     if converter.problems:
         raise RecipeError(converter.problems, "write plain values, without tags or objects")
-    return replace(tree, twice=tuple(converter.twice))
+    filled = [tree for tree in trees if tree.value is not None]
+    return one_of(filled or trees) if trees else Node({}, f"{source}:1:1")
+
+
+def one_of(documents: Sequence[Node]) -> Node:
+    """The first document without a `name`, or the last one if all have names, with the other ones in it."""
+    unnamed = [document for document in documents if document.get("name") is None]
+    root = unnamed[0] if unnamed else documents[-1]
+    return replace(root, others=tuple(document for document in documents if document is not root))
 
 
 def tree_of(value: Any, where: str) -> Node:
@@ -124,6 +134,13 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._source, self._nodes, self._depth = source, 0, 0
 
+    def documents(self) -> Iterator[yaml.Node]:
+        """Yield the root of each document."""
+        while self.check_node():
+            root = self.get_node()
+            if root is not None:
+                yield root
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._nodes += 1
         self._depth += 1
@@ -145,6 +162,12 @@ class _Converter:
         self._folder = folder
         self._count = 0
         self._scalars = yaml.SafeLoader("")
+
+    def document(self, root: yaml.Node) -> Node:
+        """The tree of one document."""
+        self.twice = []
+        tree = self.convert(root)
+        return replace(tree, twice=tuple(self.twice))
 
     def convert(self, node: yaml.Node, depth: int = 0) -> Node:
         where = _at(self._source, node.start_mark)
@@ -211,17 +234,29 @@ def _instead(path: Path) -> str:
 
 def load_tree(path: Path) -> Node:
     """Read a recipe file into a tree. Raises RecipeError."""
-    shown = printable(str(path))
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_RECIPE_BYTES + 1)  # /dev/zero has no end
-        return parse(content.decode("utf-8"), shown, os.path.dirname(path))
     except OSError as error:
         what = f"{printable(str(path), LONGEST_PATH)}: cannot be read: {cause(error)}"
         raise RecipeError(f"{what}{_instead(path)}", advice(error) or _RECIPE_FIRST) from error
+    return _decoded(content, printable(str(path)), os.path.dirname(path))
+
+
+def read_tree(stream: BinaryIO, source: str) -> Node:
+    """Read a recipe from a stream, whose relative paths start at the current folder, into a tree. Raises RecipeError.
+
+    `source` is the name for its lines.
+    """
+    return _decoded(stream.read(MAX_RECIPE_BYTES + 1), source, "")
+
+
+def _decoded(content: bytes, source: str, folder: str) -> Node:
+    try:
+        return parse(content.decode("utf-8"), source, folder)
     except UnicodeDecodeError as error:
         if len(content) > MAX_RECIPE_BYTES:  # cut at the limit, perhaps within a letter
             raise RecipeError(
-                f"{shown}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
+                f"{source}: this is not a recipe: it has more than {MAX_RECIPE_BYTES} bytes", _RECIPE_FIRST
             ) from None
-        raise RecipeError(f"{shown}: this is not a recipe: it is not UTF-8 text", _RECIPE_FIRST) from error
+        raise RecipeError(f"{source}: this is not a recipe: it is not UTF-8 text", _RECIPE_FIRST) from error

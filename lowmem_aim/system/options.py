@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 ReadMode = Literal["mmap", "pread"]  # how model files are read
@@ -31,6 +32,7 @@ class Options:
     slice_rows: int | None = None  # rows in work at a time; None: what fits the budget and the processor's cache
     fresh: bool = False  # discard what an interrupted run has left
     accept_environment: bool = False  # resume under other versions or on another device
+    keep_stages: Path | None = None  # move the recipe's finished stages into this folder, or remove them
     command: str = ""  # what to type to resume, for views of the run
 
 
@@ -49,5 +51,7 @@ def wrong_options(options: Options) -> Iterator[str]:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole and (least is None or value >= least)) and not (optional and value is None):
             yield f"`{name}` must be a whole number{f' of at least {least}' if least else ''}, not {value!r:.100}"
+    if not isinstance(options.keep_stages, Path | None):
+        yield f"`keep_stages` must be a path, not {options.keep_stages!r:.100}"
     if not isinstance(options.device, str):
         yield f"`device` must be text, not {options.device!r:.100}"

@@ -25,7 +25,7 @@ import lowmem_aim
 from lowmem_aim.errors import LowmemAimError
 from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
 from lowmem_aim.output import requests
-from lowmem_aim.output.folder import LOG, existing_folder, outputs_in
+from lowmem_aim.output.folder import LOG, existing_folder, outputs_in, stages_in
 from lowmem_aim.system import beginning, interrupts
 from lowmem_aim.system.bugs import note_log
 from lowmem_aim.system.faults import of_the_system
@@ -209,7 +209,7 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
 def _folders(job: Literal["merge", "calibrate"], out: Path) -> list[Path]:
     """The folders in which a run keeps what a later one can build on."""
     with contextlib.suppress(LowmemAimError):  # a name too long, or a folder that cannot be read
-        return [partial_folder(out)] if job == "calibrate" else outputs_in(out)
+        return [partial_folder(out)] if job == "calibrate" else [*outputs_in(out), *stages_in(out)]
     return []
 
 

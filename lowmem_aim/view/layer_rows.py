@@ -64,7 +64,7 @@ def layer_row(run: Progress, width: int) -> Text | None:
     drawn: list[Cell] = []
     for names in cells.layers:
         done, share = _done(run, planned, names), _mean([shares.get(name) for name in names])
-        unknown = "cyan" if "merge" not in run.phases else "green"
+        unknown = "green" if run.merging else "cyan"
         style = Style(color=unknown if share is None else scale.colour(share))
         drawn.append((BLOCKS[min(int(done * len(BLOCKS)), len(BLOCKS) - 1)], style) if done else ("·", "dim"))
     return cells.row("layers", drawn, Text(_figures(run, planned)))
@@ -113,7 +113,7 @@ def _figures(run: Progress, planned: Planned) -> str:
         return f"{_relaxed_by(run)} kept {kept:.0%}"
     layers = [name for name in planned.layers if name]
     whole = sum(_done(run, planned, [name]) >= 1 for name in layers)
-    return f"{whole} of {len(layers)}" if "merge" in run.phases or "merge" not in planned.phases else ""
+    return f"{whole} of {len(layers)}" if run.merging or "merge" not in planned.phases else ""
 
 
 def _relaxed_by(run: Progress) -> str:

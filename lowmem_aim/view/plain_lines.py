@@ -65,10 +65,10 @@ class Lines(Quiet):
         elif isinstance(event, PhaseStarted):
             self._last = now
             self._tell_reused()
-            _print(f"{event.phase}: {_amount(self.progress.phases[event.phase])}")
+            _print(f"{printable(event.label)}: {_amount(self.progress.phases[event.label])}")
         elif isinstance(event, PhaseEnded):
-            seen = self.progress.phases.get(event.phase)
-            _print(f"{event.phase}: done in {clock(now - seen.begun if seen else 0.0)}")
+            seen = self.progress.phases.get(event.label)
+            _print(f"{printable(event.label)}: done in {clock(now - seen.begun if seen else 0.0)}")
         elif isinstance(event, Notice):
             _print(f"{'warning: ' * (event.level == 'warning')}{printable(event.text, 500)}")
         elif isinstance(event, Sampled) and now - self._last >= SECONDS_BETWEEN_LINES:
@@ -77,10 +77,10 @@ class Lines(Quiet):
 
     def _tell_reused(self) -> None:
         """Print which phases were not needed, each once."""
-        for phase in self.progress.planned.phases if self.progress.planned else ():
+        for phase in self.progress.planned.labels if self.progress.planned else ():
             if self.progress.is_reused(phase) and phase not in self._reused:
                 self._reused.add(phase)
-                _print(f"{phase}: reused")
+                _print(f"{printable(phase)}: reused")
 
     def tell(self) -> None:
         """Print the progress now, because the user asks for it (SIGUSR1)."""
@@ -107,7 +107,7 @@ def line_of(run: Progress) -> str:
         state = run.ended.outcome if run.ended else "planning" if not run.phases else "between two phases"
         return f"{state}, {clock(run.now)}"
     left = run.left()
-    parts = [f"{current.phase}: {_amount(current)}"]
+    parts = [f"{printable(current.label)}: {_amount(current)}"]
     parts += ["paused" if run.paused else f"{clock(left)} left" if left is not None else ""]
     if latest:
         rates = [f"{stage} {shown(rate)}/s" for stage in RATES if (rate := run.rate(stage))]

@@ -19,7 +19,11 @@ STARTING_SECONDS = 3.0  # importing torch, opening the models
 
 
 def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of a Survey, as JSON has it."""
+    """The lines of a Survey, as JSON has it; those of the recipe's named stages come first."""
+    for name, stage in survey.get("stages", {}).items():
+        yield f"stage     {printable(name)}"
+        yield from survey_lines(stage)
+        yield ""
     yield f"method    {printable(survey['title'])} ({printable(survey['source'])})"
     if survey["settings"]:
         yield f"          {printable(_listed(survey['settings']), 1000)}"
@@ -93,7 +97,7 @@ def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
         amounts = f"{shown(need['least'])} at least, {shown(need['there'])} available"
         yield f"{need['what']:<10}{amounts}: {verdict} ({need['why']})"
     if forecast["steps"]:
-        parts = [f"{step['phase']} {clock(step['seconds'])}{_slowest(step)}" for step in forecast["steps"]]
+        parts = [f"{printable(step['phase'])} {clock(step['seconds'])}{_slowest(step)}" for step in forecast["steps"]]
         total = STARTING_SECONDS + sum(step["seconds"] for step in forecast["steps"])
         yield f"time      about {clock(total)} on {forecast['device']}: {', '.join(parts)}"
         yield f"          measured: {', '.join(_speed(name, value) for name, value in forecast['speeds'].items())}"

@@ -50,6 +50,7 @@ class PhaseSeen:
     ended: float | None = None
     before: float = 0.0  # seconds of the same phase for other outputs
     marks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))  # (working time, done)
+    label: str = ""  # the phase, with the name of the recipe's stage
 
     def seconds(self, now: float) -> float:
         """Seconds that the phase has taken, `now` seconds after the run began."""
@@ -65,7 +66,7 @@ class Progress:
     starting: float = 0.0  # seconds until then, in which the command was loaded
     first_phase_at: float | None = None  # seconds until the first phase began
     planned: Planned | None = None
-    phases: dict[Phase, PhaseSeen] = field(default_factory=dict)
+    phases: dict[str, PhaseSeen] = field(default_factory=dict)  # by label
     samples: deque[tuple[float, Sampled]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     notices: list[Notice] = field(default_factory=list)
     item: str = ""  # being worked on, or finished last
@@ -93,14 +94,14 @@ class Progress:
                 self.planned = event
             case PhaseStarted():
                 self.first_phase_at = t if self.first_phase_at is None else self.first_phase_at
-                again = self.phases.pop(event.phase, None)
-                seen = PhaseSeen(event.phase, event.total, event.unit, t, event.done)
+                again = self.phases.pop(event.label, None)
+                seen = PhaseSeen(event.phase, event.total, event.unit, t, event.done, label=event.label)
                 seen.before = again.seconds(t) if again else 0.0
                 seen.marks.append((self.working, event.done))
-                self.phases[event.phase] = seen
+                self.phases[event.label] = seen
                 self.item, self.shape = "", ()
             case PhaseEnded():
-                self._end(event.phase, t)
+                self._end(event.label, t)
             case Advanced():
                 self._advance(event.done)
                 self.item, self.shape = event.item or self.item, ()
@@ -119,8 +120,8 @@ class Progress:
             case Worked():
                 pass
 
-    def _end(self, phase: Phase, t: float) -> None:
-        seen = self.phases.get(phase)
+    def _end(self, label: str, t: float) -> None:
+        seen = self.phases.get(label)
         if seen:
             seen.ended, seen.done = t, seen.total
 
@@ -173,6 +174,11 @@ class Progress:
         return seen if seen and seen.ended is None else None
 
     @property
+    def merging(self) -> bool:
+        """Whether a merge has begun, of a stage or of the output."""
+        return any(seen.phase == "merge" for seen in self.phases.values())
+
+    @property
     def latest(self) -> Sampled | None:
         """The last sample; None before the first."""
         return self.samples[-1][1] if self.samples else None
@@ -190,16 +196,16 @@ class Progress:
     def spent(self) -> dict[str, float]:
         """Seconds by part of the run, which add up to `now`: start, plan, the phases, and other for what is between."""
         parts = {"start": self.starting, "plan": self.planning}
-        parts |= dict.fromkeys(self.planned.phases if self.planned else (), 0.0)  # in their order; the reused take none
+        parts |= dict.fromkeys(self.planned.labels if self.planned else (), 0.0)  # in their order; the reused take none
         parts |= {name: seen.seconds(self.now) for name, seen in self.phases.items()}
         return parts | {"other": max(0.0, self.now - sum(parts.values()))}
 
-    def is_reused(self, phase: str) -> bool:
+    def is_reused(self, label: str) -> bool:
         """Whether a planned phase was not needed: one behind it has begun, so what it gives was there already."""
-        planned = list(self.planned.phases) if self.planned else []
-        if phase not in planned or phase in self.phases:
+        planned = list(self.planned.labels) if self.planned else []
+        if label not in planned or label in self.phases:
             return False
-        return any(later in self.phases for later in planned[planned.index(phase) + 1 :])
+        return any(later in self.phases for later in planned[planned.index(label) + 1 :])
 
     def left(self) -> float | None:
         """Seconds until the current phase ends, at the pace of its last part; None if that pace is not known."""

@@ -89,34 +89,38 @@ def _heading(run: Progress, width: int) -> Text:
 
 def _phases(run: Progress, width: int) -> list[Text]:
     """The phases (plan, calibrate, merge, finish), each marked as done, under way or to come."""
-    planned = run.planned.phases if run.planned else ()
+    planned = run.planned.labels if run.planned else ()
     lines = [Text()]
     for name in ["plan", *dict.fromkeys([*planned, *run.phases])]:
-        part = _phase(run, name)
+        part = _phase(run, name, printable(name, 60))
         if lines[-1] and lines[-1].cell_len + 2 + part.cell_len > width:
             lines.append(Text())
         lines[-1].append("  " if lines[-1] else "").append_text(part)
     return lines
 
 
-def _phase(run: Progress, name: str) -> Text:
-    seen = next((seen for phase, seen in run.phases.items() if phase == name), None)
+def _phase(run: Progress, name: str, told: str) -> Text:
+    seen = run.phases.get(name)
     if name == "plan":
         done = run.planned is not None or bool(run.phases)
         return Text(f"✓ plan {clock(run.planning)}", "green") if done else Text("▶ plan", "bold cyan")
     if run.is_reused(name):
-        return Text(f"✓ {name} reused", "green")
+        return Text(f"✓ {told} reused", "green")
     if seen is None:
-        return Text(f"· {name}", "dim")
+        return Text(f"· {told}", "dim")
     if seen.ended is None:
-        return Text(f"▶ {name}", "bold cyan")
-    return Text(f"✓ {name} {clock(seen.seconds(run.now))}", "green")
+        return Text(f"▶ {told}", "bold cyan")
+    return Text(f"✓ {told} {clock(seen.seconds(run.now))}", "green")
 
 
 def _bar(run: Progress, width: int) -> Text:
     current = run.current
     if run.ended:
-        so_far = f"  {current.phase} {_share(current):.0%}, {_amount(current)}" if current and current.total else ""
+        so_far = (
+            f"  {printable(current.label, 60)} {_share(current):.0%}, {_amount(current)}"
+            if current and current.total
+            else ""
+        )
         return Text.assemble((f"{run.ended.outcome:<{LABEL - 2}}", "bold"), so_far)
     if current is None or not current.total:
         label, text = ("", "") if run.phases else ("plan", "checking everything before work")

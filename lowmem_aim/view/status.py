@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,8 +82,11 @@ class Status:
             yield f"{self.blocks}/{self.blocks_total} blocks are calibrated{more}"
 
 
-def status_of(out: Path) -> Status:
-    """The status of the run in `out`. Raises UsageError if no run has been there, DiskError if it cannot be read."""
+def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
+    """The status of the run in `out`; `stages` are the folders of the stages that it is made of.
+
+    Raises UsageError if no run has been there, DiskError if it cannot be read.
+    """
     private = out / PRIVATE
     with input_errors(private, DiskError):
         there = is_folder(private)
@@ -103,6 +106,7 @@ def status_of(out: Path) -> Status:
         owner = owner_of(private / "lock")
         activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
         kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
+        kept = kept or any(map(keeps_something, stages))
         progress = None if finished else _now(private / LOG)
         return Status(
             state="finished" if finished else "running" if running else "interrupted",

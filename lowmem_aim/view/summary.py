@@ -109,7 +109,11 @@ def _outcome(run: Progress) -> str:
     """The outcome of the run and its duration, divided into parts that add up to the whole."""
     whole = _whole_seconds(run.spent(), run.phases)
     told = {name: "reused" if run.is_reused(name) else clock(took) for name, took in whole.items()}
-    parts = [f"{name} {text}" for name, text in told.items() if whole[name] or name in run.phases or text == "reused"]
+    parts = [
+        f"{printable(name, 60)} {text}"
+        for name, text in told.items()
+        if whole[name] or name in run.phases or text == "reused"
+    ]
     earlier = f", {run.earlier} of {run.tensors} tensors by earlier runs" if run.earlier else ""
     outcome = run.ended.outcome if run.ended else "still running"
     when = "in" if outcome == "finished" else "after"
@@ -146,7 +150,7 @@ def _moved(run: Progress, latest: Sampled) -> Iterator[str]:
         ("read", latest.read_bytes, ("calibrate", "compare", "merge")),
         ("written", latest.write_bytes, ("merge",)),
     ):
-        took = sum(seen.seconds(run.now) for phase, seen in run.phases.items() if phase in phases)
+        took = sum(seen.seconds(run.now) for seen in run.phases.values() if seen.phase in phases)
         yield f"{name} {shown(nbytes)} ({shown(nbytes / max(took, 0.001))}/s)"
 
 

@@ -273,7 +273,7 @@ class TestRecipe:
             ("aim: {omega: 0x" + "f" * 100_000 + "}", "is not a valid value: too long"),
             ('"dtyp\\e": 1', "unknown key `dtyp\\x1b`; did you mean `dtype`?"),
             ("x: \0", "not valid YAML"),
-            ("---\nx: 1", "not valid YAML"),
+            ("---\nx: 1", "another document without a `name`"),
             ('aim: {omega: 0.4, calibration: "a\\0.txt"}', "`aim.calibration` must be a file"),
             ("aim: {omega: 0.4, calibration: " + "a" * 9000 + ".safetensors}", "`aim.calibration` must be a file"),
         ],

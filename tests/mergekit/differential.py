@@ -34,6 +34,7 @@ from page import page  # noqa: E402
 from published import differences as differences_of_recipes  # noqa: E402
 from reading_here import read_here  # noqa: E402
 from sentences import sentences  # noqa: E402
+from stages import stages  # noqa: E402
 from tokens import differences as differences_of_tokens  # noqa: E402
 
 from lowmem_aim.jobs.merge import merge  # noqa: E402
@@ -124,6 +125,7 @@ def comparisons(tool: Path, scratch: Path, methods: Sequence[str]) -> Iterator[t
         yield from adapters(scratch / "adapters", python)
         yield from differences_of_tokens(scratch / "tokens", python)
         yield from differences_of_recipes(scratch / "recipes", python)
+        yield from stages(scratch / "stages", python)
     yield from differences(scratch, python, methods)
 
 

@@ -30,7 +30,7 @@ from lowmem_aim.output.folder import PRIVATE, SMALL_FILES_BYTES
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import VERSION, Schema
 from lowmem_aim.recipe.reader import read_recipe
-from lowmem_aim.recipe.yaml_tree import load_tree
+from lowmem_aim.recipe.yaml_tree import load_tree, one_of, tree_of
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system import memory
 from lowmem_aim.system.lock import locked
@@ -141,6 +141,13 @@ def a_run_is_at_work(scene: Scene) -> None:
 @refusal(7, "merge_method: linear then, ties now", quick=True)
 def out_has_another_jobs_interrupted_run(scene: Scene) -> None:
     stop(recipe_of(scene.place.folder, "linear", ("math", "code")), scene.place.out, 9)
+
+
+@refusal(7, "stage `first`: the recipe no longer has it")
+def out_has_the_stages_of_another_recipe(scene: Scene) -> None:
+    stage = {**scene.recipe, "name": "first"}
+    last = {"merge_method": "passthrough", "models": [{"model": "first"}]}
+    stop(read_recipe(one_of([tree_of(stage, "stage"), tree_of(last, "last")])), scene.place.out, 9)
 
 
 @refusal(7, "the calibration of AIM has changed")
@@ -557,6 +564,7 @@ def test_every_check_has_a_case() -> None:
         "check_at_work": "a_run_is_at_work",
         "check_small_files": "a_processors_config_is_no_json",
         "check_layers": "layers_make_no_model",
+        "check_stages": "out_has_the_stages_of_another_recipe",
         "check_begun": "out_has_another_jobs_interrupted_run",
         "check_disk_space": "the_disk_is_full",
         "check_device": "a_device_is_not_there",
