@@ -115,6 +115,20 @@ def differences(work: Path, python: Path, methods: Sequence[str]) -> Iterator[tu
         yield f"bfloat16 {case.name}", error_not_above(ours, tensors_in(folder), models.ours(truth_recipe))
 
 
+def comparisons(tool: Path, scratch: Path, methods: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(what was compared, what is wrong with it): of these methods, or of everything."""
+    python = tool.with_name("python").absolute()
+    if not methods:
+        yield from options(tool)
+        yield from page(scratch / "page", tool)
+        yield from sentences(scratch / "sentences", python)
+        yield from adapters(scratch / "adapters", python)
+        yield from differences_of_tokens(scratch / "tokens", python)
+        yield from differences_of_recipes(scratch / "recipes", python)
+        yield from stages(scratch / "stages", python)
+    yield from differences(scratch, python, methods)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("mergekit-run"), help="mergekit's environment lies in it")
@@ -126,23 +140,18 @@ def main() -> None:
     tool = install_mergekit(work)
     if tool is None:
         sys.exit("mergekit could not be installed")
-    scratch = Path(tempfile.mkdtemp(dir=work))
+    scratch = Path(tempfile.mkdtemp(dir=work.absolute()))
+    made, outside = 0, 0
     try:
-        python = tool.with_name("python").absolute()
-        found: list[tuple[str, str]] = []
-        if not asked.methods:
-            found += [*options(tool), *page(scratch / "page", tool), *sentences(scratch / "sentences", python)]
-            found += [*adapters(scratch / "adapters", python), *differences_of_tokens(scratch / "tokens", python)]
-            found += differences_of_recipes(scratch / "recipes", python)
-            found += stages(scratch / "stages", python)
-        found += differences(scratch, python, asked.methods)
+        for label, problem in comparisons(tool, scratch, asked.methods):
+            made += 1
+            if problem:
+                outside += 1
+                print(f"{label}: {problem}", flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    wrong = [(label, problem) for label, problem in found if problem]
-    for label, problem in wrong:
-        print(f"{label}: {problem}")
-    print(f"{len(found)} comparisons, {len(wrong)} outside their bounds")
-    sys.exit(1 if wrong else 0)
+    print(f"{made} comparisons, {outside} outside their bounds")
+    sys.exit(1 if outside else 0)
 
 
 if __name__ == "__main__":
