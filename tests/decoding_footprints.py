@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def measured(name: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Of one row, and of many."""
+    """Yield the figures of decoding one row, and many."""
     form, experts = FORMATS[name], name == "mxfp4"
     weight = "experts.down_proj" if experts else "x.weight"
     stored = form.store(weight, torch.randn(OF_EXPERTS if experts else SHAPE), torch.Generator()).tensors

@@ -241,7 +241,7 @@ def _small_files(
 
 
 def _facts_of(stage: Behind) -> StageFacts:
-    """What the lowmem_aim.json of a finished stage says of it. Raises DiskError."""
+    """The facts in a finished stage's lowmem_aim.json that its output repeats. Raises DiskError."""
     file = stage.folder / PROVENANCE
     with input_errors(file, DiskError):
         facts = json.loads(read_file(file, follow=False))

@@ -59,7 +59,7 @@ class Change:
 
 @dataclass
 class _Problems:
-    """What is wrong with an adapter's tensors: of each kind the first, and how many there are."""
+    """The problems of an adapter's tensors: of each kind the first, and how many there are."""
 
     found: dict[str, list[str]] = field(default_factory=dict)  # kind -> names
     texts: dict[str, str] = field(default_factory=dict)  # kind -> what is wrong with the first

@@ -85,7 +85,7 @@ class Pickle:
 
 
 def _view(name: str, tensor: Tensor) -> Any:
-    """What two tensors have in common if they are the same elements of one storage."""
+    """The key that two tensors share if they are the same elements of one storage."""
     if not tensor.numel():
         return name
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
@@ -150,7 +150,7 @@ def _cannot_be_mapped(file: Path, why: str) -> ModelError:
 
 
 def _explained(error: Exception, question: Mapping[str, Any]) -> LowmemAimError:
-    """What is told of an error that torch's loader raises: of any class, for whatever it did not expect in a file."""
+    """The message for an error of torch's loader: it raises any class for whatever it did not expect in a file."""
     what = f"`{printable(question.get('open') or question['hand_over'])}`"
     if isinstance(error, LowmemAimError):
         return error

@@ -66,7 +66,7 @@ def _tokenizer(asked: Tokenizer, recipe: Recipe, inputs: Inputs) -> dict[str, An
 
 
 def _token(row: TokenRow, inputs: Inputs) -> dict[str, Any]:
-    """Where a token's row comes from, as mergekit's YAML says it."""
+    """The source of a token's row, as mergekit's YAML says it."""
     source: Any = inputs.opened[row.model].label if row.model else None
     if row.source == "zero":
         source = {"kind": "zero"}

@@ -60,7 +60,7 @@ def chat_template_of(read: Values, root: Node) -> str | None:
 
 
 def _template_problem(text: str) -> str:
-    """What is wrong with the text of a template; empty if it can be parsed."""
+    """The reason why the text of a template cannot be parsed; empty if it can."""
     if len(text) < SHORTEST_TEMPLATE:
         return f"it has fewer than {SHORTEST_TEMPLATE} characters"
     from jinja2 import Environment, TemplateSyntaxError, nodes  # torch brings it

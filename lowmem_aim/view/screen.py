@@ -173,7 +173,7 @@ def _now(run: Progress, width: int) -> Text:
 
 
 def _kept(run: Progress) -> Text:
-    """What a killed run would not have to do again."""
+    """The part of the work that a killed run would not have to do again."""
     if run.snapshot is None:
         return _labelled("kept", Text("nothing yet"))
     made, blocks = run.snapshot
