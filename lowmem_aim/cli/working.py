@@ -82,7 +82,7 @@ def _recipe(command: str, paths: tuple[Path, ...], flags: dict[str, Any]) -> Rec
     else:
         tree = load_tree(paths[0])
     errors = usage.wrong_values()
-    recipe = sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], errors)
+    recipe = sound_recipe(from_flags.applied(tree, flags, errors), paths[-1], options_of(flags), errors)
     return replace(recipe, notices=(*recipe.notices, *flags["notices"]))
 
 
@@ -245,7 +245,7 @@ def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
     from lowmem_aim.recipe import from_flags
 
     errors = usage.wrong_values()
-    recipe = sound_recipe(from_flags.relax_recipe(merged, flags, errors), out, errors)
+    recipe = sound_recipe(from_flags.relax_recipe(merged, flags, errors), out, options_of(flags), errors)
     run(lambda emit: merge(recipe, out, options_of(flags), emit), style, merges=True)
 
 

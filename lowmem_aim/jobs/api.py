@@ -52,7 +52,7 @@ def merge(recipe: AnyRecipe, out: str | Path, options: Options = DEFAULTS, on_ev
     NetworkError, before any work where that is possible; what was finished before an error stays for the next call.
     """
     with _alone():
-        return merge_job.merge(_read(recipe, _path(out)), _path(out), options, _emit(on_event))
+        return merge_job.merge(_read(recipe, _path(out), options), _path(out), options, _emit(on_event))
 
 
 def relax(
@@ -113,7 +113,7 @@ def plan(
     Raises the errors of models that cannot be opened; all else is among `Forecast.problems`.
     """
     with _alone():
-        return plan_job.plan(_read(recipe, _path(out)), _path(out), options, _emit(on_event), measure=measure)
+        return plan_job.plan(_read(recipe, _path(out), options), _path(out), options, _emit(on_event), measure=measure)
 
 
 def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:
@@ -131,8 +131,8 @@ def _path(out: str | Path) -> Path:
     return Path(out)
 
 
-def _read(recipe: AnyRecipe, out: Path) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else sound_recipe(_tree(recipe), out)
+def _read(recipe: AnyRecipe, out: Path, options: Options) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else sound_recipe(_tree(recipe), out, options)
 
 
 def _tree(recipe: Written) -> Node:

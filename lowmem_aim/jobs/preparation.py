@@ -58,8 +58,7 @@ def prepared(
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
-    if problems := list(wrong_options(options)):
-        raise UsageError(problems, hint="docs/python.md has the options")
+    _check_options(options)
     names = list(one_by_one(recipe))
     errors: list[LowmemAimError] = []
     if not position.over:
@@ -114,10 +113,11 @@ def prepared(
         yield ready
 
 
-def sound_recipe(tree: Node, out: Path, before: Sequence[LowmemAimError] = ()) -> Recipe:
+def sound_recipe(tree: Node, out: Path, options: Options, before: Sequence[LowmemAimError] = ()) -> Recipe:
     """The recipe of a tree, if nothing is wrong in it, nor was `before`, with the flags.
 
-    Raises RecipeError with every problem, together with those of the output, the models that it names, and the texts.
+    Raises RecipeError with every problem, together with those of the options, the output, the models that it names, and
+    the texts, and with a budget in which no merge works.
     """
     recipe, wrong = readable_part(tree)
     errors = [*before, *([] if wrong is None else [wrong])]
@@ -127,6 +127,9 @@ def sound_recipe(tree: Node, out: Path, before: Sequence[LowmemAimError] = ()) -
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
     for part in recipe.in_order.values() if recipe else ():
         look_for_models(part, FETCHED, recipe.stages if recipe else (), errors)
+    with noted(errors):
+        _check_options(options)
+        check_certain_memory(options)
     raise joined(errors)
 
 
@@ -138,6 +141,11 @@ def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], err
     errors += _missing_texts(recipe)
     with Reader() as reader, opened_models(recipe, "mmap", silent, replace(finder, unknown=stages), reader, errors):
         _point_to_comments(recipe, errors)
+
+
+def _check_options(options: Options) -> None:
+    if problems := list(wrong_options(options)):
+        raise UsageError(problems, hint="docs/python.md has the options")
 
 
 def _check_output(out: Path, folders: list[Path]) -> None:

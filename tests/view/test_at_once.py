@@ -137,7 +137,11 @@ def test_a_budget_that_no_merge_could_have_is_told_beside_other_problems(place: 
     begun = place.folder / "begun"
     stop(read_recipe(load_tree(Path(right))), begun, 3)
     missing = written(place, "missing.yml", base_model=str(place.folder / "none"))
-    cases = {7: [right, str(begun), "--seed", "1"], 3: [missing, str(place.out)]}
+    cases = {
+        7: [right, str(begun), "--seed", "1"],
+        3: [missing, str(place.out)],
+        2: [missing, str(place.out), "--omega", "1.5"],
+    }
     for (code, _), (found, told) in zip(
         cases.items(), ran(*(["merge", *line, "--ram", "20MB"] for line in cases.values())), strict=True
     ):
