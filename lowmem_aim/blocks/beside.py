@@ -64,8 +64,8 @@ class Beside:
             used, places = torch.unique(ids, return_inverse=True)  # sorted: the file is read forward
             if used.numel() and int(used[-1]) >= weight.shape[0]:
                 raise ModelError(
-                    f"calibration: id {int(used[-1])} is beyond the {weight.shape[0]} rows of `{printable(source)}`",
-                    hint="does the tokenizer belong to this model, and is the block size within its context?",
+                    f"the token id {int(used[-1])} is beyond the {weight.shape[0]} rows of `{printable(source)}`",
+                    hint="does the tokenizer belong to this model, and are the texts within its context?",
                 )
             rows = [self.weights.base.rows(source, start, stop) for start, stop in _runs(used.tolist())]
             table = torch.cat(rows) if rows else torch.empty(0, weight.shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from lowmem_aim.errors import LowmemAimError, printable
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.tensor_store import Stored, TensorStore
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class ForwardFailed(Exception):
@@ -84,6 +87,16 @@ class Call:
             return tuple(map(changed, value)) if type(value) is tuple else change(value)
 
         return Call(tuple(map(changed, self.args)), {key: changed(value) for key, value in self.kwargs.items()})
+
+    def key_of_parts(self) -> Hashable:
+        """A key that two calls share only if their parts are the same; one of stored tensors, by their places."""
+
+        def key(value: Any) -> Hashable:
+            if type(value) is tuple:
+                return tuple(map(key, value))
+            return (type(value), value if type(value) in _PLAIN else id(value))  # 1 is not True
+
+        return (key(self.args), tuple((name, key(value)) for name, value in self.kwargs.items()))
 
     def slots(self) -> list[Stored]:
         """The places of the call's tensors in the store, if they were put there."""

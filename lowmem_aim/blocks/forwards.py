@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class RecordingForward(Forward):
     shared: dict[tuple[Any, ...], Stored]  # masks and rotary tables, which sequences of one length have in common
     calls: list[Call]  # of each block so far; their tensors are in the runner's store
     state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
+    _met: dict[tuple[int, int], tuple[Tensor, Stored]] = field(default_factory=dict)  # by id and version
 
     def block(self, index: int, call: Call) -> Any:
         """Record the call of block `index`, and return its hidden state unchanged.
@@ -67,10 +68,14 @@ class RecordingForward(Forward):
     def _put_away(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        known = self._met.get((id(value), value._version))  # most blocks are given the same mask
+        if known is not None:
+            return known[1]
         # By content, since every forward makes its masks anew; with the strides, since kernels may depend on them.
         key = (value.dtype, value.shape, value.stride(), digest(value.cpu().contiguous()))
         if key not in self.shared:
             self.shared[key] = self.runner.store.put(value)
+        self._met[id(value), value._version] = value, self.shared[key]
         return self.shared[key]
 
 

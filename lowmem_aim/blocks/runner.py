@@ -21,7 +21,7 @@ from lowmem_aim.blocks.beside import Beside
 from lowmem_aim.blocks.calls import Call, Forward, model_code
 from lowmem_aim.blocks.observer import Watch
 from lowmem_aim.blocks.offload import ReadWhileAbsent, Source, Weights
-from lowmem_aim.blocks.shares import BOUNDLESS, SMALLEST_PAGED, Shares, owners, paged, size_of
+from lowmem_aim.blocks.shares import BOUNDLESS, SHORTER, SMALLEST_PAGED, Shares, owners, paged, size_of
 from lowmem_aim.errors import MemoryBudgetError, printable
 from lowmem_aim.events import Emit, Notice, Worked, silent
 from lowmem_aim.models.meta_model import MetaModel
@@ -30,7 +30,7 @@ from lowmem_aim.system.tensor_store import TensorStore
 from lowmem_aim.units import shown
 
 R = TypeVar("R")
-SHORTER = "shorter sequences (`--block-size`) take less; close other programs, or use `--device cpu`"
+LESS = f"{SHORTER}; close other programs, or use `--device cpu`"
 
 
 class BlockRunner:
@@ -148,7 +148,7 @@ class BlockRunner:
                 raise
         self.watch.discard()
         if not self.store.leave_device():
-            raise MemoryBudgetError("calibration ran out of memory for the parts outside the blocks", hint=SHORTER)
+            raise MemoryBudgetError("memory ran out for the parts outside the blocks", hint=LESS)
         return work()
 
     # -- weights that come and go
@@ -173,18 +173,18 @@ class BlockRunner:
             torch.cuda.empty_cache()
         # Hidden states first: a paged module is read again for every sequence, a hidden state once a block.
         if self.store.leave_device():
-            self._emit(Notice("calibration: memory ran short: hidden states leave the device", "warning"))
+            self._emit(Notice("memory ran short: hidden states leave the device", "warning"))
             return
         if self._room == 0:
             raise MemoryBudgetError(
-                f"calibration: one sequence in `{printable(self.blocks[index][0])}` does not fit the memory that is "
+                f"one sequence in `{printable(self.blocks[index][0])}` does not fit the memory that is "
                 "left, even with its modules brought in one by one",
-                hint=SHORTER,
+                hint=LESS,
             )
         path, block = self.blocks[index]
         there = min(self._room, sum(size_of(module) for _, module in owners(path, block)))
         self._room = there // 2 if there > SMALLEST_PAGED else 0
-        self._emit(Notice("calibration: memory ran short: fewer of a block's weights stay in it at a time", "warning"))
+        self._emit(Notice("memory ran short: fewer of a block's weights stay in it at a time", "warning"))
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator[None]:

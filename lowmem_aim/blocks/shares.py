@@ -1,4 +1,4 @@
-"""Memory that calibrating a model takes, and the division of a budget for it. All figures are bytes.
+"""Memory that running a model takes, and the division of a budget for it. All figures are bytes.
 
     fixed      what lies beside the blocks, and the work of one sequence in a block
     weights    a whole block's if they fit; otherwise some modules stay and the others are paged, one at a time
@@ -28,11 +28,12 @@ SLACK_BYTES = 32 << 20
 # Smaller modules are never paged: they take next to nothing, and some are read by their parents without being called.
 SMALLEST_PAGED = 1 << 16
 UNLIMITED = 1 << 62
+SHORTER = "shorter sequences (`--block-size`; of `evaluate`, `--max-length`) take less"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that calibrating one model with given sequences takes, in the dtype of its meta model."""
+    """Bytes that running one model on given sequences takes, in the dtype of its meta model."""
 
     block: int  # the weights of the largest block
     module: int  # the weights of the largest module in any block
@@ -77,7 +78,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Shares:
-    """The parts of a budget that a calibration may use, in bytes."""
+    """The parts of a budget that running a model may use, in bytes."""
 
     weights: int = UNLIMITED  # of a block, at a time
     device_states: int = UNLIMITED  # on a device with memory of its own
@@ -121,7 +122,7 @@ def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
 def _refused(kind: Kind, least: int, used: int, budget: int, needs: Needs) -> LowmemAimError:
     largest = f"(its largest module, `{printable(needs.module_path)}`, takes {shown(needs.module)})"
     what = f"running the model block by block {largest}"
-    return too_small(what, kind, least, used, budget, "shorter sequences (`--block-size`) take less")
+    return too_small(what, kind, least, used, budget, SHORTER)
 
 
 def paged(sizes: Mapping[str, int], room: int, stay: Set[str] = frozenset()) -> set[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_aim.blocks.runner import SHORTER, BlockRunner
+from lowmem_aim.blocks.runner import LESS, BlockRunner
 from lowmem_aim.blocks.shares import BOUNDLESS, Needs, Shares, share_out
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, PhaseEnded, PhaseStarted, silent
@@ -108,8 +108,8 @@ def _as_budget_errors() -> Iterator[None]:
         if not is_allocation_failure(error):
             raise
         raise MemoryBudgetError(
-            f"calibration ran out of memory: {printable(str(error).splitlines()[0] if str(error) else '')}",
-            hint=SHORTER,
+            f"running the model, memory ran out: {printable(str(error).splitlines()[0] if str(error) else '')}",
+            hint=LESS,
         ) from error
 
 

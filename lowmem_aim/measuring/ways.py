@@ -37,27 +37,50 @@ from lowmem_aim.system.tensor_store import Stored
 class Progress:
     """Reports progress once a block, also when a fallback goes through the blocks again."""
 
-    def __init__(self, emit: Emit) -> None:
-        self.emit, self.done = emit, 0
+    def __init__(self, emit: Emit, *, before: float = 0.0, a_block: float = 1.0, what: str = "calibrated") -> None:
+        """`before`: what is done of the phase when the first block begins; `a_block`: what a block adds to that."""
+        self.emit, self._before, self._a_block, self._what = emit, before, a_block, what
+        self._blocks = 0
 
     def found(self, blocks: int, of: int, path: str) -> None:
         """Report the blocks that an earlier run has finished."""
-        self.emit(Notice(f"resuming: {blocks}/{of} blocks are calibrated"))
+        self.emit(Notice(f"resuming: {blocks}/{of} blocks are {self._what}"))
         self.block(blocks - 1, path)
 
     def kept(self, blocks: float) -> None:
         """Report how many blocks a killed run would not have to run again."""
-        self.emit(Snapshot(blocks))
+        self.emit(Snapshot(self._done(blocks)))
 
     def within(self, index: int, share: float) -> None:
         """Report that `share` of block `index` is done."""
-        self.emit(Worked("compute", 0, 0.0, done=index + share))
+        self.emit(Worked("compute", 0, 0.0, done=self._done(index + share)))
 
     def block(self, index: int, path: str) -> None:
         """Report that block `index` is done."""
-        if index >= self.done:
-            self.done = index + 1
-            self.emit(Advanced(self.done, path))
+        if index >= self._blocks:
+            self._blocks = index + 1
+            self.emit(Advanced(self._done(self._blocks), path))
+
+    def _done(self, blocks: float) -> float:
+        return self._before + self._a_block * blocks
+
+
+class Purpose:
+    """The purpose of running all blocks: here, counting the inputs of their modules."""
+
+    counts = True  # whether inputs are counted in the runner's `watch`
+
+    def take(self, runner: BlockRunner, number: int, head_input: Tensor | None) -> None:
+        """Take what the output head is given for sequence `number`: (1, tokens, hidden); None: it was not called.
+
+        If a way turns out to be wrong for the model, the next one gives every sequence again.
+        """
+
+    def finish(self, runner: BlockRunner) -> None:
+        """Finish while the runner is still set up; every sequence was taken."""
+
+
+COUNTING = Purpose()
 
 
 def run_blocks(
@@ -65,8 +88,12 @@ def run_blocks(
     sequences: Sequence[Tensor],
     progress: Progress,
     snapshots: Snapshots | None,
+    purpose: Purpose = COUNTING,
 ) -> BlockRunner:
-    """Run the first way that works for this model; the runner that is returned has the counted means in its `watch`."""
+    """Run the first way that works for this model; the runner that is returned has the counted means in its `watch`.
+
+    Raises ModelError if the model's own forward fails, MemoryBudgetError, DiskError.
+    """
     recorded = partial(_recorded, snapshots=snapshots)
     # The cheapest first: lock-step also holds what all forwards keep alive, paged reads every block once a sequence.
     ways: list[tuple[Callable[..., None], str]] = [
@@ -80,13 +107,14 @@ def run_blocks(
     for way, instead in ways:
         try:
             with runner.set_up():
-                way(runner, sequences, progress)
+                way(runner, sequences, progress, purpose)
+                purpose.finish(runner)
             runner.watch.check("")
             break
         except (Broken, ForwardFailed) as reason:
             if way is _paged:  # an ordinary forward, but for weights that come and go
                 raise _refused(runner, reason) from reason
-            progress.emit(Notice(f"calibration: {_told(reason)}; {instead}", "warning"))
+            progress.emit(Notice(f"{_told(reason)}; {instead}", "warning"))
             if snapshots:
                 snapshots.forget()  # of a way that does not work
                 progress.kept(0)
@@ -110,7 +138,7 @@ def _refused(runner: BlockRunner, reason: Exception) -> Exception:
     label = printable(runner.meta_model.weights.checkpoint.label)
     return ModelError(
         f"transformers cannot run a forward pass of `{label}`: {reason}",
-        hint="do config and weights match, and can this model run on text alone? without `aim:`, no model is run",
+        hint="do config and weights match, and can this model run on text alone? a merge without `aim:` runs no model",
     )
 
 
@@ -118,12 +146,16 @@ def _refused(runner: BlockRunner, reason: Exception) -> Exception:
 
 
 def _recorded(
-    runner: BlockRunner, sequences: Sequence[Tensor], progress: Progress, snapshots: Snapshots | None = None
+    runner: BlockRunner,
+    sequences: Sequence[Tensor],
+    progress: Progress,
+    purpose: Purpose,
+    snapshots: Snapshots | None = None,
 ) -> None:
     """Run the blocks one by one, by the recorder. Raises Broken if the canary shows that the model forbids it."""
     watched = len(sequences)  # the canary comes after them, uncounted
     texts = [*sequences, sequences[0][:CANARY_TOKENS]]
-    so_far = BlockProgress(*_record(runner, texts))
+    so_far = BlockProgress(*_record(runner, texts, purpose.counts))
     states = so_far.states
     if snapshots:
         runner.with_less(partial(snapshots.restore, runner, so_far))
@@ -134,7 +166,7 @@ def _recorded(
                 if so_far.texts <= watched:  # else the recorded copy is a block further, and was compared before
                     expected = canary.call.hidden if canary.index == index else None
                     must_be_same(expected, runner.store.get(states[watched]), path)
-                output = _driven(runner, index, so_far, canary.call, progress)
+                output = _driven(runner, index, so_far, canary.call, progress, purpose.counts)
                 in_the_store = in_store(output, runner)
                 with interrupts.put_off():
                     so_far.outputs.append(in_the_store)
@@ -144,8 +176,11 @@ def _recorded(
                 if snapshots:
                     snapshots.offer(runner, so_far, progress.emit)
         for number in range(len(texts)):
-            forward = runner.with_less(partial(_finished, runner, texts[number], states[number], number < watched))
+            counted = purpose.counts and number < watched
+            forward = runner.with_less(partial(_finished, runner, texts[number], states[number], counted))
             runner.watch.commit()
+            if number < watched:
+                purpose.take(runner, number, forward.head_input)
         must_be_same(canary.head_input, forward.head_input, "the output head")
 
 
@@ -173,10 +208,11 @@ def _driven(
     so_far: BlockProgress,
     canary: Call,
     progress: Progress,
+    counted: bool,
 ) -> Any:
     """Run the states of all sequences that are left through block `index`; return the block's output for `canary`.
 
-    The last sequence is the canary's recorded copy, and is not counted.
+    The last sequence is the canary's recorded copy, and is never counted.
     """
     store, calls, states = runner.store, so_far.calls, so_far.states
 
@@ -184,7 +220,7 @@ def _driven(
         while so_far.texts < len(calls):  # what is done is not done again after a failed allocation
             number = so_far.texts
             call = calls[number][index].from_store(store).having(store.get(states[number]))
-            with runner.watch.counting(number < len(calls) - 1):
+            with runner.watch.counting(counted and number < len(calls) - 1):
                 hidden = hidden_of(runner.run_block(index, call))
             with interrupts.put_off():  # a snapshot has all of this, or nothing
                 store.put(hidden, states[number])
@@ -196,29 +232,31 @@ def _driven(
     return runner.with_block(index, drive)
 
 
-def _record(runner: BlockRunner, texts: Sequence[Tensor]) -> tuple[list[list[Call]], list[Stored]]:
+def _record(runner: BlockRunner, texts: Sequence[Tensor], counted: bool) -> tuple[list[Sequence[Call]], list[Stored]]:
     """Record every text, the last one uncounted; return each text's calls, and each text's first hidden state."""
     shared: dict[tuple[Any, ...], Stored] = {}
-    calls, states = [], []
+    known: dict[Any, Sequence[Call]] = {}  # texts of one length are often called alike: thousands would fill memory
+    calls, states = list[Sequence[Call]](), []
     for number, tokens in enumerate(texts):
-        own, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, number < len(texts) - 1))
+        count = counted and number < len(texts) - 1
+        own, state = runner.with_less(partial(recorded_calls, runner, tokens, shared, count))
         runner.watch.commit()
         states.append(state)
-        calls.append(own)
+        calls.append(known.setdefault(tuple(call.key_of_parts() for call in own), own))
     return calls, states
 
 
 # --- the fallbacks ------------------------------------------------------------------------------------------------
 
 
-def _lock_step(runner: BlockRunner, sequences: Sequence[Tensor], progress: Progress) -> None:
+def _lock_step(runner: BlockRunner, sequences: Sequence[Tensor], progress: Progress, purpose: Purpose) -> None:
     """Run all sequences as suspended forwards, block by block.
 
     Raises Broken if the blocks are not called once each, in order, or keep something from call to call.
     """
     canary = SuspendedForward(runner, sequences[0][:CANARY_TOKENS])
     with contextlib.ExitStack() as stack:
-        runs = [SuspendedForward(runner, tokens, counted=True) for tokens in sequences]
+        runs = [SuspendedForward(runner, tokens, counted=purpose.counts) for tokens in sequences]
         for run in (*runs, canary):
             stack.enter_context(run)
         for index, (path, _) in enumerate(runner.blocks):
@@ -229,6 +267,8 @@ def _lock_step(runner: BlockRunner, sequences: Sequence[Tensor], progress: Progr
     pager = PagedForward(runner)
     runner.forward(canary.tokens, pager)  # the canary by itself: nothing that other sequences leave behind
     must_be_same(pager.head_input, canary.head_input, "the output head")
+    for number, run in enumerate(runs):
+        purpose.take(runner, number, run.head_input)
 
 
 def _stepped(runner: BlockRunner, index: int, left: deque[SuspendedForward]) -> None:
@@ -244,10 +284,12 @@ def _stepped(runner: BlockRunner, index: int, left: deque[SuspendedForward]) -> 
         run.step(output)
 
 
-def _paged(runner: BlockRunner, sequences: Sequence[Tensor], progress: Progress) -> None:
+def _paged(runner: BlockRunner, sequences: Sequence[Tensor], progress: Progress, purpose: Purpose) -> None:
     """Run one ordinary forward a sequence, each block loaded whenever it is called."""
-    for tokens in sequences:
-        with runner.watch.counting(True):
-            runner.forward(tokens, PagedForward(runner))
+    for number, tokens in enumerate(sequences):
+        forward = PagedForward(runner)
+        with runner.watch.counting(purpose.counts):
+            runner.forward(tokens, forward)
+        purpose.take(runner, number, forward.head_input)
     for index, (path, _) in enumerate(runner.blocks):
         progress.block(index, path)
