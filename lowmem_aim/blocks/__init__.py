@@ -7,6 +7,7 @@ calls.py        the calls of blocks, and the object that decides what happens at
 embeddings.py   an embedding's weight of which only the rows asked for are read
 beside.py       the parts beside the blocks: weights loaded, embeddings read by row
 runner.py       a model that hands its blocks and its output head to whoever runs a forward
+head.py         the output head, read a few rows at a time
 forwards.py     forwards that record, end, stop at or load each block
 recorder.py     each block's arguments, recorded in one cheap forward, and the canary's comparison
 """

@@ -14,7 +14,6 @@ from lowmem_aim.errors import LowmemAimError, printable
 from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.tensor_store import Stored, TensorStore
 
-
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 

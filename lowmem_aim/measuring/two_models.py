@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowmem_aim.blocks.calls import Call, ForwardFailed, hidden_of, raised_here
 from lowmem_aim.blocks.forwards import Broken, SuspendedForward, TailForward
+from lowmem_aim.blocks.head import OutputHead
 from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_calls
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.errors import ModelError, printable
@@ -250,7 +251,7 @@ def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
     store = sides[0].runner.store
     counts = [PairCounts(store) for _ in range(texts)]
     longest = max(store.get(state).shape[-2] for state in sides[0].states[:texts])
-    heads = [_Head(side.runner) for side in sides]
+    heads = [OutputHead(side.runner) for side in sides]
     rows = min(head.rows for head in heads)
     step = max(1, min(CHUNK // longest, HEAD_ELEMENTS // max(head.columns for head in heads)))
     for start in range(0, rows, step):
@@ -262,25 +263,3 @@ def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
             ]
             _count(counted, *logits)
     return [counted.mutual_information() for counted in counts]
-
-
-class _Head:
-    """A model's output head, read a few rows at a time."""
-
-    def __init__(self, runner: BlockRunner) -> None:
-        self._runner, head = runner, runner.meta_model.head
-        module = runner.model.get_submodule(head)
-        self._dtype = module.weight.dtype
-        self.rows, self.columns = module.weight.shape
-        self._weight = runner.weights.map.name(f"{head}.weight")
-        self._bias = runner.weights.map.name(f"{head}.bias") if module.bias is not None else None
-
-    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        source = self._runner.weights.base
-        weight = source.rows(self._weight, start, stop)
-        bias = None if self._bias is None else self._here(source.rows(self._bias, start, stop).reshape(-1))
-        return self._here(weight), bias
-
-    def _here(self, stored: Tensor) -> Tensor:
-        # A copy: products on file mappings, at any alignment, may round differently.
-        return stored.to(self._runner.device, self._dtype, copy=True)
