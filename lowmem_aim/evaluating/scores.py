@@ -22,6 +22,7 @@ MAX_BYTES = 10_000_000  # of a file; a recipe with a filter for every tensor has
 _HINT = "docs/evaluation.md describes the file"
 # What an evaluation was made with: scores of other settings are not compared. A hand-written file may lack any.
 SETTINGS = ("seed", "limit", "num_fewshot", "chat_template", "settings")
+CONTROLS = ("uniform", "permuted", "inverted")  # what may take the place of AIM's factors, to judge AIM by
 # The harness' metrics that are no fractions -> their unit, and whether more is better.
 UNITS = {
     "perplexity": ("perplexity", False),
@@ -183,7 +184,8 @@ def _is_table(value: Any) -> bool:
 
 # Key -> what its value must be if it is not null, and in words.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("model", "digest", "method", "control", "parent"), (_is_text, "a text")),
+    **dict.fromkeys(("model", "digest", "method", "parent"), (_is_text, "a text")),
+    "control": (lambda value: value in CONTROLS, f"one of {', '.join(CONTROLS)}"),
     **dict.fromkeys(("aim", "acm", "versions", "settings"), (_is_table, "a table")),
     "models": (_is_texts, "a list of texts"),
     "recipe": (lambda value: isinstance(value, dict | list), "a table"),
