@@ -10,7 +10,7 @@ import sys
 import click
 
 import lowmem_aim
-from lowmem_aim.cli import looking, usage, working
+from lowmem_aim.cli import comparing, looking, usage, working
 from lowmem_aim.system.address_space import check_address_space
 
 WORKING = (
@@ -28,6 +28,7 @@ LOOKING = (
     looking.pause_command,
     looking.resume_command,
     looking.replay_command,
+    comparing.compare_command,
     looking.doctor_command,
     looking.methods_command,
     looking.completion_command,

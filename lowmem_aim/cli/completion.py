@@ -79,6 +79,11 @@ def recipes(context: click.Context, parameter: click.Parameter, incomplete: str)
     return folders(context, parameter, incomplete) + ([] if given else _files(incomplete, ".yml", ".yaml"))
 
 
+def scores(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
+    """Complete files of scores, and the folders that they may be in."""
+    return folders(context, parameter, incomplete) + _files(incomplete, ".json")
+
+
 def texts(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
     """Complete whatever `--calibration` takes: folders, files of texts or activations, `builtin`."""
     files = _files(incomplete, ".jsonl", ".txt", ".safetensors")

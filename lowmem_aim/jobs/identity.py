@@ -14,7 +14,7 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.token_rows import TokenRows
-from lowmem_aim.output.picture import drawn_with
+from lowmem_aim.output.drawing import drawn_with
 from lowmem_aim.output.portable import portable_recipe
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity

@@ -20,6 +20,7 @@ portable.py         the recipe in a form that others can run
 provenance.py       lowmem_aim.json: inputs, outputs, versions
 card.py             the model card
 heatmap.py          how much of the delta is left, by layer and kind of module
+drawing.py          matplotlib apart from the user's settings, files and terminal
 picture.py          the heat map as a PNG
 strays.py           files in a finished output that the run did not write
 verify.py           the list of digests, and the check against it

@@ -58,7 +58,7 @@ def delta_left(recipe: Recipe, kept: Modules, picture: bytes | None) -> str:
     if not picture:
         drawn = _fenced("".join(f"{line}\n" for line in block_map(kept)), "text")
     outside = shares_by({key: part for key, part in kept.items() if not key[0]}, 1)
-    rows = [f"- {_inline(kind)}: {share:.1%}" for kind, share in list(outside.items())[:MOST_KINDS]]
+    rows = [f"- {inline(kind)}: {share:.1%}" for kind, share in list(outside.items())[:MOST_KINDS]]
     parts = [drawn] * any(heat_rows(kept)) + ["Outside the layers:", "\n".join(rows)] * bool(rows)
     return (
         f"\n## How much of the delta is left\n\n{_relaxed_by(recipe)} left {share:.1%} of the merged delta: the sum of "
@@ -85,16 +85,16 @@ def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -
         relaxed = (
             f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
             f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it keeps. "
-            f"Calibration: {_inline(calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
+            f"Calibration: {inline(calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
         )
     if recipe.acm:
         relaxed += _consensus(facts, recipe.acm)
-    rows = [f"| {_inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in inputs]
-    rows += [f"| {_inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
+    rows = [f"| {inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in inputs]
+    rows += [f"| {inline(item['file'])} | output | sha256 `{item['sha256']}` |" for item in facts["outputs"]]
     used = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
         f"---\n{yaml_text(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
-        f"Made with lowmem-aim from {', '.join(_inline(m) for m in models)} "
+        f"Made with lowmem-aim from {', '.join(inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}{left}\n"
         f"## Recipe\n\n{_fenced(portable, 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
@@ -127,7 +127,7 @@ def _consensus(facts: dict[str, Any], acm: Acm) -> str:
         f"\nThen each layer's delta was scaled by Activation-Guided Consensus Merging (ACM, arXiv 2505.14009), theta "
         f"{acm.theta:g}, normalised over {acm.normalise}, by the mutual information between the base's and the "
         f"merged model's outputs for {facts['acm']['tokens']} tokens in {facts['acm']['texts']} texts of "
-        f"{_inline(calibration_label(acm.calibration))}.\n\n"
+        f"{inline(calibration_label(acm.calibration))}.\n\n"
         "| layer | mutual information, nats | share of the delta kept |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
@@ -143,7 +143,7 @@ def _replaced(facts: dict[str, Any]) -> str:
         return ""
     if not facts["nonfinite"]:
         return "\nNo element of a model was NaN or Inf (`--nonfinite base`).\n"
-    rows = [f"| {_inline(i['model'])} | {_inline(i['tensor'])} | {i['elements']} |" for i in facts["nonfinite"]]
+    rows = [f"| {inline(i['model'])} | {inline(i['tensor'])} | {i['elements']} |" for i in facts["nonfinite"]]
     return (
         "\n## Elements that were not finite\n\nThese elements were NaN or Inf, and the base's value is used instead "
         "(`--nonfinite base`): the model contributes nothing there.\n\n| model | tensor | elements |\n|---|---|---|\n"
@@ -156,7 +156,7 @@ def _changes(facts: dict[str, Any]) -> str:
     if "environments" not in facts:
         return ""
     steps = [", ".join(f"{name} {value}" for name, value in step.items()) for step in facts["environments"]]
-    listed = "\n".join(f"- {_inline(step)}" for step in steps)
+    listed = "\n".join(f"- {inline(step)}" for step in steps)
     return f"\nThe run was interrupted and resumed in another environment, which may change the low bits:\n\n{listed}\n"
 
 
@@ -172,6 +172,6 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}{fence}"
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """A name from outside as markdown code, without markup or line breaks of its own."""
     return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"

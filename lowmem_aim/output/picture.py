@@ -1,21 +1,16 @@
-"""The heat map as a PNG, by matplotlib (the extra `[report]`), which is imported only here, and only to draw.
+"""The heat map as a PNG, by matplotlib (the extra `[report]`).
 
 The bytes follow from the figures and from the versions in `drawn_with`: no date, none of the user's settings, and the
-fonts that matplotlib brings along. pyplot is not used, so that no window system is asked and no state is left behind.
+fonts that matplotlib brings along.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from importlib import metadata
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lowmem_aim.output.drawing import DOTS, drawing, drawn_with, png_of
 from lowmem_aim.output.heatmap import (
     MOST_KINDS,
     Modules,
@@ -28,27 +23,15 @@ from lowmem_aim.output.heatmap import (
     scale_of,
     shares_by,
 )
-from lowmem_aim.system.files import cache_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
 
-DOTS = 120  # per inch
 COLUMN, ROW, CHARACTER = 0.16, 0.24, 0.078  # inches
 NARROWEST, WIDEST = 3.0, 24.0  # inches of cells: a thousand layers get three dots each
 NOT_RELAXED = "#e6e6e6"
-
-
-def drawn_with() -> dict[str, str]:
-    """The versions that a picture depends on, found without importing anything; empty if no picture can be drawn."""
-    if find_spec("matplotlib") is None:
-        return {}
-    try:
-        return {name: metadata.version(name) for name in ("matplotlib", "pillow")}
-    except metadata.PackageNotFoundError:
-        return {}
 
 
 def heatmap_png(kept: Modules) -> bytes | None:
@@ -56,44 +39,10 @@ def heatmap_png(kept: Modules) -> bytes | None:
     if not drawn_with() or not any(heat_rows(kept)):
         return None
     try:
-        with _apart():
-            return _drawn(kept)
+        with drawing():
+            return png_of(_figure(kept))
     except Exception:  # whatever it is: hours of merging must not fail for a picture
         return None
-
-
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Keep matplotlib's messages off the terminal, and its files in the project's cache.
-
-    When it is imported, matplotlib looks for fonts and keeps a list of them; so does fontconfig, which matplotlib asks.
-    """
-    cache, logger = str(cache_folder()), logging.getLogger("matplotlib")
-    own = {"XDG_CACHE_HOME": cache, "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR") or os.path.join(cache, "matplotlib")}
-    before, level = {name: os.environ.get(name) for name in own}, logger.level
-    os.environ.update(own)
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _drawn(kept: Modules) -> bytes:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    settings = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    with matplotlib.rc_context(settings):
-        canvas, png = FigureCanvasAgg(_figure(kept)), io.BytesIO()
-        canvas.print_png(png, metadata={"Software": None})
-    return png.getvalue()
 
 
 def _figure(kept: Modules) -> Figure:
@@ -131,9 +80,9 @@ def _label(cells: Axes, bar: Axes, labels: Sequence[str], layers: Sequence[str],
     columns = range(0, len(layers), each)
     cells.set_xlabel("layer", fontproperties=text)
     cells.set_xticks(columns, [layers[column] for column in columns], fontproperties=text)
-    cells.set_yticks(range(len(labels)), labels, fontproperties=names, parse_math=False)  # else `$x_1$` is a formula
+    cells.set_yticks(range(len(labels)), labels, fontproperties=names)
     quarters = [scale.least + (scale.most - scale.least) * part / 4 for part in range(5)]
-    bar.set_yticks(quarters, [f"{share:.1%}" for share in quarters], fontproperties=text, parse_math=False)
+    bar.set_yticks(quarters, [f"{share:.1%}" for share in quarters], fontproperties=text)
 
 
 def _font(name: str) -> FontProperties:

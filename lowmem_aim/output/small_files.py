@@ -14,9 +14,10 @@ from lowmem_aim.models.folder import INDEX
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.card import PICTURE, card_text, delta_left, documents_text, json_bytes
 from lowmem_aim.output.code_keys import without_code
+from lowmem_aim.output.drawing import drawn_with
 from lowmem_aim.output.heatmap import joined
 from lowmem_aim.output.merged import Merged
-from lowmem_aim.output.picture import drawn_with, heatmap_png
+from lowmem_aim.output.picture import heatmap_png
 from lowmem_aim.output.portable import StageFacts, how_to_run, portable_recipe
 from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
 from lowmem_aim.output.token_ids import with_vocabulary

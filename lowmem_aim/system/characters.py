@@ -16,7 +16,7 @@ from collections.abc import Mapping
 STAND_INS = {
     **dict(zip("█▉▊▋▌▍▎▏░│", "#####----|", strict=True)),
     **dict(zip("▁▂▃▄▅▆▇", "_.:-=+*", strict=True)),
-    **dict(zip("✓▶·…", "+>.~", strict=True)),
+    **dict(zip("✓▶·…≈", "+>.~~", strict=True)),
 }
 _HANDLER, _ASCII = "lowmem_aim.stand_ins", "lowmem_aim_ascii"
 

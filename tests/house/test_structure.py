@@ -24,7 +24,7 @@ PACKAGES = [
     "output",
     "measuring merging",
     "view",
-    "jobs",
+    "jobs evaluating",
     "demo",
     "cli",
     "__main__",

@@ -26,7 +26,7 @@ from stopping import stop
 
 from lowmem_aim.errors import ResumeError
 from lowmem_aim.jobs.merge import merge
-from lowmem_aim.output import picture
+from lowmem_aim.output import drawing
 from lowmem_aim.output.heatmap import BLOCKS, MOST_KINDS, DeltaSums, Scale, block_map, by_module, colour_of, heat_rows
 from lowmem_aim.output.picture import heatmap_png
 from lowmem_aim.relaxing.activations import Activations
@@ -43,7 +43,7 @@ def facts_of(out: Path) -> dict[str, Any]:
 
 
 def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
 
 
 def section_of(out: Path) -> str:

@@ -1,0 +1,175 @@
+"""`compare`: scores of models side by side, what merging and AIM have changed, and a report of it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lowmem_aim.cli import completion, usage
+from lowmem_aim.cli.flags import DATA_FLAGS, flags_of
+from lowmem_aim.cli.values import PathType
+from lowmem_aim.errors import UsageError, noted, printable, raise_all
+
+if TYPE_CHECKING:
+    from lowmem_aim.errors import LowmemAimError
+    from lowmem_aim.evaluating.comparison import Comparison
+    from lowmem_aim.evaluating.fronts import Front, Pair
+    from lowmem_aim.view.dashboard import Style
+
+_flag = flags_of("")
+AGAINST = "--against"
+INDENT = 2  # columns, where a line goes on
+
+
+class CompareCommand(usage.Command):
+    """A command whose `--against` takes all words up to the next flag.
+
+    A shell turns `--against experts/*.json` into several words. If the flag took one of them, the others would become
+    models to compare, and the gain would silently be that over another population.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, with the flag repeated before each of its words."""
+        return super().parse_args(ctx, _spread(args))
+
+
+def _spread(words: Sequence[str]) -> list[str]:
+    spread, goes_on = [], False
+    for before, word in itertools.pairwise(["", *words]):
+        goes_on = not word.startswith("-") and (goes_on or before == AGAINST)
+        spread += [AGAINST, word] if goes_on and before != AGAINST else [word]
+    return spread
+
+
+@click.command("compare", cls=CompareCommand)
+@click.argument(
+    "scores", nargs=-1, required=True, metavar="SCORES...", type=PathType(), shell_complete=completion.scores
+)
+@_flag(
+    AGAINST,
+    multiple=True,
+    metavar="SCORES...",
+    type=PathType(),
+    shell_complete=completion.scores,
+    help="Compute the hypervolume gain over these models, usually the experts that were merged. Takes all files up to "
+    "the next flag. [default: no hypervolume gain]",
+)
+@_flag(
+    "--output",
+    "-o",
+    metavar="FOLDER",
+    type=PathType(),
+    shell_complete=completion.folders,
+    help="Write the report into this new folder: the table, pictures, all numbers as CSV and JSON. "
+    "[default: no report]",
+)
+@_flag("--tasks", metavar="TASK,...", default="", help="Compare these tasks, in this order. [default: all]")
+@_flag(
+    "--pair",
+    "pairs",
+    multiple=True,
+    metavar="TASK,TASK",
+    help="Draw and list the Pareto front of these two tasks; repeat the flag for further pairs. "
+    "[default: draw the six pairs with the longest fronts]",
+)
+@_flag(
+    "--sort",
+    default="family",
+    metavar="WHAT",
+    help="Sort the models by family (the unrelaxed merge, then by omega), by name, or the best first by hv (the "
+    "hypervolume gain) or a task. [default: family]",
+)
+@_flag("--force", is_flag=True, help="Compare even models that were evaluated with other settings.")
+@DATA_FLAGS
+def compare_command(
+    scores: tuple[Path, ...],
+    against: tuple[Path, ...],
+    output: Path | None,
+    tasks: str,
+    pairs: tuple[str, ...],
+    sort: str,
+    force: bool,
+    style: Style,
+) -> None:
+    """Compare the scores of models: a table, what is chance, and the hypervolume gain.
+
+    SCORES are the files that `evaluate` makes, or are written by hand. The change of a merge is that against the same
+    merge without AIM or ACM, if its scores are among the files.
+    """
+    import json
+
+    from lowmem_aim.evaluating.comparison import compared, read_all
+    from lowmem_aim.evaluating.fronts import check_pairs, fronts_of
+    from lowmem_aim.evaluating.report import as_json, check_new, write_report
+
+    errors: list[LowmemAimError] = []
+    with noted(errors):
+        _check_installed(["moocore"] * bool(against) + ["matplotlib"] * (output is not None))
+    if output is not None:
+        with noted(errors):
+            check_new(output)
+    with noted(errors):
+        chosen = [_pair(text) for text in pairs]
+    with noted(errors):
+        models, population = read_all(scores, against)
+        found = compared(models, population, tasks=_words(tasks), sort=sort, forced=force)
+        if not errors:
+            check_pairs(chosen, found.tasks)
+    raise_all(errors)
+    fronts = fronts_of(found, chosen)
+    if output is not None:
+        write_report(found, fronts, output)
+    if style == "json":
+        click.echo(json.dumps(as_json(found)))
+    else:
+        _print(found, fronts if chosen else [])
+    if output is not None:
+        click.echo(f"the report is in `{printable(str(output))}`", err=True)
+
+
+def _check_installed(packages: Sequence[str]) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"`compare` needs {' and '.join(missing)} for this", hint="install them: pip install 'lowmem-aim[report]'"
+        )
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _pair(text: str) -> Pair:
+    first, comma, second = (word.strip() for word in text.partition(","))
+    if not (first and comma and second) or "," in second:
+        raise UsageError(f"`--pair {printable(text)}` is not two tasks", hint="write `--pair gsm8k,humaneval`")
+    return first, second
+
+
+def _print(found: Comparison, fronts: Sequence[Front]) -> None:
+    from lowmem_aim.evaluating.table import legend_of, table_lines
+    from lowmem_aim.view.wrapping import columns_of, for_terminal
+
+    width = columns_of(sys.stdout)
+    click.echo("\n".join(table_lines(found, width, _bold if _shows_bold() else str)))
+    told = [*legend_of(found), *found.notes]
+    for front in fronts:
+        first, second = map(printable, front.pair)
+        told.append(f"Pareto front of {first} and {second}: {', '.join(printable(row.name) for row in front.rows)}")
+    click.echo()
+    click.echo(for_terminal(told, INDENT))
+
+
+def _bold(text: str) -> str:
+    return click.style(text, bold=True)
+
+
+def _shows_bold() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
