@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): minutes, most of them for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[data,report,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[data,eval,report,dev]'
 	touch $(STAMP)
 
 demo: install

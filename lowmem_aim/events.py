@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert"]
-Unit = Literal["blocks", "bytes", "files"]
+Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert", "evaluate"]
+Job = Literal["merge", "calibrate", "evaluate"]
+Unit = Literal["blocks", "bytes", "files", "requests"]
 Stage = Literal["read", "compute", "write"]
 Outcome = Literal["finished", "interrupted", "failed"]
 
@@ -20,7 +21,7 @@ Outcome = Literal["finished", "interrupted", "failed"]
 class RunStarted:
     """A command has started, or has resumed what an earlier one left unfinished."""
 
-    job: Literal["merge", "calibrate"]
+    job: Job
     out: str
     command: str  # what to type to resume the run; "" if it was not started from the command line
     version: str

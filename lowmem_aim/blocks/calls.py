@@ -51,8 +51,9 @@ class Forward:
         """Return the output of block `index` for this call."""
         raise NotImplementedError
 
-    def head(self, x: Tensor) -> None:
-        """Take what the output head is given: `x`, (1, tokens, hidden)."""
+    def head(self, x: Tensor) -> Tensor | None:
+        """Take what the output head is given: `x`, (1, tokens, hidden). Returns the head's output, if it is known."""
+        return None
 
 
 @dataclass(frozen=True)

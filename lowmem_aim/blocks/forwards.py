@@ -4,6 +4,7 @@ RecordingForward   records each block's arguments; every block passes its input 
 TailForward        ends a forward, its last block giving a known hidden state
 SuspendedForward   an ordinary forward, in a thread of its own, that stops at each block
 PagedForward       an ordinary forward that loads each block when it is called
+GivenLogits        a forward through no block, whose output head gives known logits
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ class TailForward(Forward):
         self.runner.watch.switch(last and self.counted)
         return (self.state if last else call.hidden).as_subclass(_Handed)
 
-    def head(self, x: Tensor) -> None:
+    def head(self, x: Tensor) -> Tensor | None:
         """Keep the output head's input, (1, tokens, hidden), and count it if inputs count now."""
         self.head_input = x
         self.runner.count_head(x)
+        return None
 
 
 class _Closed(BaseException):
@@ -172,10 +174,11 @@ class SuspendedForward(Forward):
             raise output
         return output
 
-    def head(self, x: Tensor) -> None:
+    def head(self, x: Tensor) -> Tensor | None:
         """Keep the output head's input, (1, tokens, hidden), and count it if inputs count now."""
         self.head_input = x
         self.runner.count_head(x)
+        return None
 
 
 @dataclass
@@ -189,7 +192,23 @@ class PagedForward(Forward):
         """Load block `index`, run it, drop its weights, and return its output."""
         return self.runner.with_block(index, lambda: self.runner.run_block(index, call))
 
-    def head(self, x: Tensor) -> None:
+    def head(self, x: Tensor) -> Tensor | None:
         """Keep the output head's input, (1, tokens, hidden), and count it if inputs count now."""
         self.head_input = x
         self.runner.count_head(x)
+        return None
+
+
+@dataclass
+class GivenLogits(Forward):
+    """A forward that shows what the model does to its logits: its blocks are left out, its output head is not asked."""
+
+    logits: Tensor  # what the output head gives
+
+    def block(self, index: int, call: Call) -> Any:
+        """Pass the block's input on."""
+        return call.hidden.as_subclass(_Handed)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Give the known logits."""
+        return self.logits

@@ -64,15 +64,16 @@ class BlockRunner:
         self._beside = [(path, part) for path, part in self.model.named_modules() if id(part) not in inside]
         self._current = threading.local()  # suspended forwards run in threads of their own
 
-    def forward(self, tokens: Tensor, forward: Forward) -> None:
+    def forward(self, tokens: Tensor, forward: Forward) -> Any:
         """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head.
 
-        Raises ForwardFailed for what the model's code raises; so does `run_block`.
+        Returns what the model gives. Raises ForwardFailed for what the model's code raises; so does `run_block`.
         """
         self._current.now = forward
         with model_code(), self.watch.experts(self._beside):
-            self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+            given = self.model(input_ids=tokens[None].to(self.device), use_cache=False)
         trim()  # else tensors kept from many forwards end up between the holes that those forwards leave
+        return given
 
     def run_block(self, index: int, call: Call) -> Any:
         """Run block `index`, whose weights must be loaded, and return its output.
@@ -206,7 +207,9 @@ class BlockRunner:
         return forward
 
     def _head_stub(self, x: Tensor) -> Tensor:
-        self._current.now.head(x)
+        known: Tensor | None = self._current.now.head(x)
+        if known is not None:
+            return known
         return x.new_zeros(*x.shape[:-1], 1)  # one logit, for what the model does to logits
 
     def count_head(self, x: Tensor) -> None:

@@ -104,8 +104,12 @@ def _rows(rows: TokenRows, inputs: Inputs) -> dict[str, str]:
 
 def identity_of_calibration(measurement: Measurement, device: torch.device) -> Identity:
     """The identity of a calibration that is a job by itself."""
-    job = {CALIBRATION: measurement.digest()}
-    return Identity(job, [_of_input(measurement.base)], _environment(device, True))
+    return identity_on({CALIBRATION: measurement.digest()}, measurement.base, device)
+
+
+def identity_on(job: Mapping[str, Any], model: Checkpoint, device: torch.device) -> Identity:
+    """The identity of a job on one model that is run."""
+    return Identity(job, [_of_input(model)], _environment(device, True))
 
 
 def content_of(identity: Identity) -> dict[str, Any]:

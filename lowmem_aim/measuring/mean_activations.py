@@ -66,7 +66,7 @@ def mean_activations(
     shares = BOUNDLESS if budget is None else shares_for(needs_of(meta_model, sequences), budget, place, spill)
     progress = Progress(emit)
     emit(PhaseStarted("calibrate", len(meta_model.blocks), "blocks"))
-    with torch.no_grad(), _as_budget_errors():
+    with torch.no_grad(), allocations_as_budget_errors():
         runner = run_blocks(
             lambda: BlockRunner(base, meta_model, place, shares, budget, spill, emit), sequences, progress, snapshots
         )
@@ -77,7 +77,7 @@ def mean_activations(
 
 
 def needs_of(meta_model: MetaModel, sequences: Sequence[Sized], beside: int = 0) -> Needs:
-    """The needs of a calibration; `beside` is the number of bytes that something else takes meanwhile.
+    """The needs of running a model on these sequences; `beside`: the bytes that something else takes meanwhile.
 
     Raises ModelError for a model without a list of blocks.
     """
@@ -95,12 +95,12 @@ def shares_for(needs: Needs, budget: Budget, device: torch.device, spill: Path |
     shares = share_out(budget, device, needs)
     if spill is not None:
         needed = shares.spilled(needs.states) + 2 * needs.states - snapshot_bytes(spill)
-        check_disk(spill, needed, "calibration, for hidden states,")
+        check_disk(spill, needed, "running the model, for hidden states,")
     return shares
 
 
 @contextlib.contextmanager
-def _as_budget_errors() -> Iterator[None]:
+def allocations_as_budget_errors() -> Iterator[None]:
     """Raise MemoryBudgetError for an allocation that fails outside the blocks, where nothing can be made smaller."""
     try:
         yield

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import xxhash
-
 from lowmem_aim.merging.slices import TensorInputs
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Replaced
 from lowmem_aim.output.shards import Read
 from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan
+from lowmem_aim.system.tensors import digest_of_digests
 
 Place = tuple[Path, ...]  # the folders of a model, see `Checkpoint.place`
 
@@ -58,9 +57,7 @@ class ReadLog:
         """(label, one xxh3-128 over all tensors of the model that were read, by name), for each model."""
         found = []
         for checkpoint in self._inputs.checkpoints:
-            table = sorted(self._digests.get(checkpoint.place, {}).items())
-            text = "".join(f"{name}\0{value}\n" for name, value in table)
-            found.append((checkpoint.label, xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))))
+            found.append((checkpoint.label, digest_of_digests(self._digests.get(checkpoint.place, {}))))
         return found
 
     def replaced_elements(self, plan: Plan) -> list[Replaced]:

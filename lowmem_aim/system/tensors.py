@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -23,6 +24,12 @@ def digest(data: Tensor) -> str:
     An identity check, no protection against forgery.
     """
     return xxhash.xxh3_128_hexdigest(raw(data))
+
+
+def digest_of_digests(tensors: Mapping[str, str]) -> str:
+    """xxh3-128 over the digests of a model's tensors, given by name, as 32 hex digits."""
+    text = "".join(f"{name}\0{value}\n" for name, value in sorted(tensors.items()))
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def raw(data: Tensor) -> memoryview:

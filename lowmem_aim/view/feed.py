@@ -19,11 +19,22 @@ import traceback
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import lowmem_aim
 from lowmem_aim.errors import LowmemAimError
-from lowmem_aim.events import Emit, Event, Paused, PhaseStarted, Planned, RunEnded, RunStarted, Sampled, Stage, Worked
+from lowmem_aim.events import (
+    Emit,
+    Event,
+    Job,
+    Paused,
+    PhaseStarted,
+    Planned,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Stage,
+    Worked,
+)
 from lowmem_aim.output import requests
 from lowmem_aim.output.folder import LOG, existing_folder, outputs_in, stages_in
 from lowmem_aim.system import beginning, interrupts
@@ -177,7 +188,7 @@ def _sampling(feed: Feed) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command: str = "") -> Iterator[Feed]:
+def reported(job: Job, out: Path, emit: Emit, command: str = "") -> Iterator[Feed]:
     """Report a run: RunStarted before the block, samples during it, and RunEnded after it, whatever happens.
 
     `command` is what to type to resume the run, should it be interrupted.
@@ -206,14 +217,14 @@ def reported(job: Literal["merge", "calibrate"], out: Path, emit: Emit, command:
                     write_facts(private)
 
 
-def _folders(job: Literal["merge", "calibrate"], out: Path) -> list[Path]:
+def _folders(job: Job, out: Path) -> list[Path]:
     """The folders in which a run keeps what a later one can build on."""
     with contextlib.suppress(LowmemAimError):  # a name too long, or a folder that cannot be read
-        return [partial_folder(out)] if job == "calibrate" else [*outputs_in(out), *stages_in(out)]
+        return [partial_folder(out)] if job != "merge" else [*outputs_in(out), *stages_in(out)]
     return []
 
 
-def started(job: Literal["merge", "calibrate"], out: Path, command: str = "") -> RunStarted:
+def started(job: Job, out: Path, command: str = "") -> RunStarted:
     """The event of a run that begins now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return RunStarted(job, str(out), command, lowmem_aim.__version__, os.getpid(), now)

@@ -151,7 +151,7 @@ class Progress:
     def _sample(self, t: float, sample: Sampled) -> None:
         self.samples.append((t, sample))
         current = self.current
-        if current and current.phase in ("calibrate", "compare", "merge") and sample.item:
+        if current and current.phase in ("calibrate", "compare", "merge", "evaluate") and sample.item:
             self._advance(sample.done)
             self.item, self.shape = sample.item, sample.shape
 

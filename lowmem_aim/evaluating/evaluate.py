@@ -1,0 +1,206 @@
+"""`evaluate`: a model's scores on tasks of lm-evaluation-harness, in little memory, into a new scores.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable
+from lowmem_aim.evaluating import tasks
+from lowmem_aim.evaluating.answers import FOLDER, Answers
+from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
+from lowmem_aim.evaluating.origin import digest_of_model, origin_of
+from lowmem_aim.evaluating.scores import Scores, write_scores
+from lowmem_aim.evaluating.tasks import Asked, Loaded
+from lowmem_aim.events import Emit, Notice, Planned, silent
+from lowmem_aim.jobs.identity import identity_on
+from lowmem_aim.jobs.resume import agree, differing_weights
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.hub import locate
+from lowmem_aim.models.opening import opened
+from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.vetted import tokenizer_files
+from lowmem_aim.output.folder import check_output, check_writable
+from lowmem_aim.output.provenance import versions
+from lowmem_aim.output.workspace import Workspace, workspace
+from lowmem_aim.system.files import cache_folder, partial_folder, real
+from lowmem_aim.system.on_demand import torch
+from lowmem_aim.system.options import DEFAULTS, Options, wrong_options
+from lowmem_aim.system.run import Run, start
+from lowmem_aim.system.tensors import dtype_name
+from lowmem_aim.view.feed import Feed, reported
+
+if TYPE_CHECKING:
+    from lowmem_aim.models.meta_model import MetaModel
+
+SPILL_BYTES = 10_000_000_000
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """The way in which the model is run."""
+
+    dtype: str | None = None  # None: as the model is stored
+    max_length: int | None = None  # tokens that are read at a time; None: as many as the model allows
+    spill: int = SPILL_BYTES  # bytes on disk for hidden states, and for snapshots of them
+
+
+def evaluate(
+    model: str,
+    asked: Asked,
+    output: Path,
+    forwards: Forwards | None = None,
+    options: Options = DEFAULTS,
+    emit: Emit = silent,
+) -> Path:
+    """Score a model on the tasks that are asked for, and write the scores to the new file `output`; return `output`.
+
+    Until the file is there, what a killed run resumes from lies in the folder `output`.partial. Raises UsageError,
+    ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError, NetworkError.
+    """
+    with (
+        reported("evaluate", output, emit, options.command) as feed,
+        _opened(model, asked, output, options, feed) as checkpoint,
+    ):
+        _evaluated(checkpoint, asked, output, forwards or Forwards(), options, feed)
+    return output
+
+
+def _evaluated(
+    checkpoint: Checkpoint, asked: Asked, output: Path, forwards: Forwards, options: Options, feed: Feed
+) -> None:
+    tasks.quiet()
+    run = start(options, feed)
+    meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
+    tokenizer = tokenizer_of(checkpoint)
+    loaded = tasks.loaded(asked)
+    digest = digest_of_model(checkpoint, run.emit)
+    with workspace(partial_folder(output), fresh=options.fresh) as space:
+        _agreed(space, checkpoint, asked, forwards, digest, run)
+        feed.record_in([space.private])
+        run.emit(_planned(asked, meta_model, run))
+        key = _key(digest, checkpoint, meta_model, forwards)
+        file = cache_folder() / FOLDER / key if options.use_cache else space.private / FOLDER
+        with Answers(file.with_suffix(".sqlite")) as known:
+            scores = _scores(checkpoint, meta_model, tokenizer, loaded, asked, forwards, known, space, run)
+        _check_new(output)  # again: another run may have made the file meanwhile
+        write_scores(output, scores_of(checkpoint, digest, scores, asked))
+        space.spent = True
+
+
+def _scores(
+    checkpoint: Checkpoint,
+    meta_model: MetaModel,
+    tokenizer: Any,
+    loaded: Loaded,
+    asked: Asked,
+    forwards: Forwards,
+    known: Answers,
+    space: Workspace,
+    run: Run,
+) -> Any:
+    from lowmem_aim.evaluating.harness import scored
+    from lowmem_aim.evaluating.language_model import AskedModel
+    from lowmem_aim.evaluating.likelihoods import BlockwiseModel
+    from lowmem_aim.measuring.snapshots import Snapshots
+
+    snapshots = Snapshots(space.private, space.journal)
+    blockwise = BlockwiseModel(checkpoint, meta_model, run, space.private, snapshots, forwards.spill)
+    ask = partial(blockwise.answers, known=known)
+    return scored(AskedModel(meta_model.model.config, tokenizer, ask, forwards.max_length), loaded, asked)
+
+
+def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked) -> Scores:
+    """What scores.json says: the model, its origin and its scores."""
+    origin = {"parent": None} | origin_of(checkpoint)
+    return Scores(
+        name=checkpoint.label,
+        model=str(checkpoint.folder),
+        digest=digest,
+        scores=scores,
+        versions=versions() | {"lm-eval": tasks.version()},
+        settings={
+            "seed": asked.seed,
+            "limit": asked.limit,
+            "num_fewshot": asked.num_fewshot,
+            "chat_template": asked.chat_template,
+        },
+        **origin,
+    )
+
+
+# --- before work ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(model: str, asked: Asked, output: Path, options: Options, emit: Emit) -> Iterator[Checkpoint]:
+    """Open the model once all that can be checked without torch is right. Raises every error that there is."""
+    errors: list[LowmemAimError] = []
+    with noted(errors):
+        if problems := list(wrong_options(options)):
+            raise UsageError(problems, hint="docs/python.md has the options")
+    with noted(errors):
+        _check_output(output)
+    errors += [*tasks.missing_harness(), *tasks.wrong_requests(asked)]
+    with noted(errors), Reader(options.use_cache) as reader:
+        checkpoint = opened(model, lambda part, is_adapter: locate(part, emit, is_adapter), options.read, reader)
+        try:
+            if set(map(real, checkpoint.place)) & set(real(output).parents):
+                raise UsageError(
+                    f"the output `{printable(str(output))}` lies inside the model", "name a file elsewhere"
+                )
+            if not errors:
+                for text in checkpoint.oddities:
+                    emit(Notice(text, "warning"))
+                yield checkpoint
+                return
+        finally:
+            checkpoint.close()
+    raise joined(errors)
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix != ".json":
+        named = output.with_suffix(".json") if output.name else output / "scores.json"
+        raise UsageError(f"the output `{printable(str(output))}` must end in .json", f"name it `{named}`")
+    _check_new(output)
+    folder = output.absolute().parent
+    if not os.path.isdir(folder):
+        raise UsageError(f"there is no folder `{printable(str(folder))}`", "make that folder first")
+    check_writable(folder)
+    check_output(partial_folder(output), [])
+
+
+def _check_new(output: Path) -> None:
+    if os.path.lexists(output):
+        raise UsageError(f"`{printable(str(output))}` exists already", hint="name a new file, or remove that one")
+
+
+def _agreed(space: Workspace, checkpoint: Checkpoint, asked: Asked, forwards: Forwards, digest: str, run: Run) -> None:
+    """Record what this run is, or check that the interrupted one was the same. Raises ResumeError."""
+    what = {**asdict(asked), "folders": [str(folder) for folder in asked.folders]}
+    job = {"tasks": what, "model": digest, "dtype": forwards.dtype, "max_length": forwards.max_length}
+    reread = partial(differing_weights, checkpoint, space.journal)
+    identity = identity_on(job, checkpoint, run.device)
+    agree(space.journal, identity, reread, accept_environment=run.options.accept_environment, emit=run.emit)
+
+
+def _planned(asked: Asked, meta_model: MetaModel, run: Run) -> Planned:
+    title = ", ".join(asked.names)
+    layers = {str(number): 1 for number in range(len(meta_model.blocks))}
+    ram, vram = run.budget.ram, run.budget.vram
+    return Planned(title, ("evaluate",), str(run.device), torch.get_num_threads(), ram, vram, layers=layers)
+
+
+def _key(digest: str, checkpoint: Checkpoint, meta_model: MetaModel, forwards: Forwards) -> str:
+    """The name of the file with the answers of a model: all that they follow from. 32 hex digits."""
+    files = sorted((name, xxhash.xxh3_128_hexdigest(content)) for name, content in tokenizer_files(checkpoint).items())
+    facts = (digest, sorted(checkpoint.config.items()), files, dtype_name(meta_model.dtype), forwards.max_length)
+    return xxhash.xxh3_128_hexdigest(repr((*facts, tasks.version(), versions())).encode("utf-8", "surrogatepass"))

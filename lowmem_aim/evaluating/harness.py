@@ -1,0 +1,74 @@
+"""lm-evaluation-harness run on a model, and the one number of each task that counts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.evaluating.scores import Score
+from lowmem_aim.evaluating.tasks import Asked, Loaded
+
+
+def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
+    """The score of a model, an `LM` of the harness, on each task. Raises UsageError for a metric that a task lacks."""
+    from lm_eval.evaluator import evaluate
+
+    # `simple_evaluate` would do these, and run git and pip to describe the machine.
+    random.seed(asked.seed)
+    numpy.random.seed(asked.seed)
+    torch.manual_seed(asked.seed)
+    for task in loaded.tasks["tasks"].values():
+        _set_up(task, asked)
+    results = evaluate(
+        lm=model,
+        task_dict=loaded.tasks,
+        limit=asked.limit,
+        apply_chat_template=asked.chat_template,
+        fewshot_as_multiturn=True,
+        log_samples=False,
+    )
+    return {name: _score(name, results, asked) for name in loaded.names}
+
+
+def _set_up(task: Any, asked: Asked) -> None:
+    """Give a task as many solved items as are asked for; one that says none gets none, as in the harness."""
+    own = task.get_config("num_fewshot")
+    if own is None or (asked.num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=asked.num_fewshot or 0)
+    task.set_fewshot_seed(seed=asked.seed)
+
+
+def _score(task: str, results: Mapping[str, Any], asked: Asked) -> Score:
+    table = {**results["results"].get(task, {}), **(results.get("groups") or {}).get(task, {})}
+    values = {key: value for key, value in table.items() if _is_value(key, value)}
+    wanted = asked.metric(task)
+    fitting = [key for key in values if not wanted or wanted in (key, key.partition(",")[0])]
+    if not fitting:
+        there = ", ".join(f"`{printable(key)}`" for key in values) or "none"
+        raise UsageError(f"`{printable(task)}` has no metric `{printable(wanted)}`; it has {there}", "mend `--metric`")
+    key = fitting[0]
+    metric, _, answers = key.partition(",")
+    error = table.get(f"{metric}_stderr,{answers}")
+    stderr = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+    return Score.of_metric(metric, float(values[key]), stderr, _items(task, results))
+
+
+def _is_value(key: str, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "," in key and "_stderr," not in key and number
+
+
+def _items(task: str, results: Mapping[str, Any]) -> int | None:
+    """The number of items that were scored, of a group those of all its tasks."""
+    counts = results.get("n-samples") or {}
+    if task in counts:
+        return int(counts[task]["effective"])
+    below = (results.get("group_subtasks") or {}).get(task, ())
+    parts = [_items(part, results) for part in below]
+    return sum(part for part in parts if part is not None) or None

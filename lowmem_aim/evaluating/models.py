@@ -1,0 +1,42 @@
+"""A model to evaluate: built without weights, and its tokenizer, both from vetted files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.reader import Reader
+from lowmem_aim.models.vetted import tokenizer_files, vetted_folder
+from lowmem_aim.system.tensors import dtype_named
+
+if TYPE_CHECKING:
+    from lowmem_aim.models.meta_model import MetaModel
+
+
+def to_evaluate(checkpoint: Checkpoint, dtype: str | None, use_cache: bool = True) -> MetaModel:
+    """The model without weights, in `dtype` (None: as it is stored).
+
+    Raises ModelError for a model that does not continue texts, or cannot be run block by block.
+    """
+    from lowmem_aim.models.meta_model import load_meta_model
+
+    with Reader(use_cache) as reader:  # under limits: neither can fill the memory of this process, which reads them now
+        reader.roles(checkpoint)
+        reader.encode(checkpoint, ["a"])
+    meta_model = load_meta_model(checkpoint, dtype_named(dtype) if dtype else None)
+    meta_model.require_blocks()
+    if not meta_model.has_head:
+        raise ModelError(
+            f"`{printable(checkpoint.label)}` has no output head: it gives no token a probability",
+            hint="a reward model or an encoder cannot be evaluated on texts",
+        )
+    return meta_model
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer, as transformers' auto class loads it. Raises ModelError for files that lead out of the folder."""
+    from transformers import AutoTokenizer
+
+    with vetted_folder(checkpoint.config, tokenizer_files(checkpoint)) as folder:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,0 +1,223 @@
+"""The harness' tasks: found by name, checked before anything of them runs, and the metric that each is scored by."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
+
+HARNESS = "lm_eval"
+_INSTALL = "`pip install 'lowmem-aim[eval]'`"
+# The metric that a task is known by, where that is not the first of its list; after a comma, the filter of answers.
+USUAL = {
+    "humaneval": "pass@1",
+    "mbpp": "pass_at_1",
+    "mmlu": "acc",
+    "minerva_math": "math_verify",
+    "gsm8k": "exact_match,flexible-extract",
+    "ifeval": "prompt_level_strict_acc",
+}
+BETTER = {"hendrycks_math": "`minerva_math`: `hendrycks_math` scores next to nothing, whatever the model"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The tasks that a user asks for, and how they are to be run."""
+
+    names: tuple[str, ...]
+    folders: tuple[Path, ...] = ()  # of further task files
+    metrics: Mapping[str, str] = field(default_factory=dict)  # task -> the metric that it is scored by
+    limit: float | None = None  # items of each task; below 1: the share of them
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    seed: int = 0
+    allow_code: bool = False  # of the tasks' own files
+
+    def metric(self, task: str) -> str:
+        """The metric that a task is scored by; "": the first of its list."""
+        return self.metrics.get(task) or USUAL.get(task, "")
+
+
+def missing_harness() -> Iterator[UsageError]:
+    """Yield an error if the harness is not installed. Nothing is imported."""
+    if importlib.util.find_spec(HARNESS) is None:
+        yield UsageError("`evaluate` needs lm-evaluation-harness, which is not installed", hint=_INSTALL)
+
+
+def version() -> str:
+    """The version of the harness that is installed."""
+    return importlib.metadata.version(HARNESS)
+
+
+def wrong_requests(asked: Asked) -> Iterator[UsageError]:
+    """Yield an error for each thing that is wrong with what is asked for, as far as that is known at once."""
+    if not asked.names:
+        yield UsageError("no task is named", hint="name them: `--tasks arc_easy,hellaswag`")
+    for folder in asked.folders:
+        if not folder.is_dir():
+            yield UsageError(f"there is no folder `{printable(str(folder))}` of task files", "check `--include-path`")
+    for task in asked.metrics:
+        if task not in asked.names:
+            hint = "give it as `--metric TASK=NAME`, with a task of `--tasks`"
+            yield UsageError(f"`--metric {printable(task)}=...`: this task is not evaluated", hint)
+
+
+def quiet() -> None:
+    """Silence the harness and its libraries, which print while they work: what users need comes as events.
+
+    To be called before any of them is imported.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _quiet_datasets() -> None:
+    logging.getLogger(HARNESS).setLevel(logging.CRITICAL)
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tasks with their items, as the harness takes them."""
+
+    tasks: Any  # the harness' table of tasks and groups
+    names: Sequence[str]  # of those that are scored: what was asked for, and in place of a tag all that have it
+
+
+def loaded(asked: Asked) -> Loaded:
+    """Load the tasks that are asked for. Nothing that came with a task's file is run unless that is allowed.
+
+    Raises UsageError, and NetworkError for items that are not on this machine.
+    """
+    _quiet_datasets()
+    manager = _manager(asked)
+    errors: list[LowmemAimError] = [*_unknown(asked, manager)]
+    entries = [entry for name in asked.names for entry in _below(manager, name)]
+    errors += [*_codes(asked, entries), *_kinds(entries)]
+    raise_all(errors)
+    try:
+        found = manager.load(list(asked.names))
+    except Exception as error:  # whatever datasets, or the file of a task, raises
+        raise _not_loaded(error) from error
+    names = [part for name in asked.names for part in _scored(manager, name)]
+    return Loaded(found, names)
+
+
+def _scored(manager: Any, name: str) -> list[str]:
+    entry = manager.task_index[name]
+    return sorted(entry.tags) if entry.kind.name == "TAG" else [name]
+
+
+def _manager(asked: Asked) -> Any:
+    """The harness' index of tasks: of the user's folders alone where they have all, since its own take seconds."""
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(folder) for folder in asked.folders]
+    own = TaskManager(include_path=folders or None, include_defaults=False) if folders else None
+    if own is not None and all(name in own.task_index for name in asked.names):
+        return own
+    return TaskManager(include_path=folders or None)
+
+
+def _unknown(asked: Asked, manager: Any) -> Iterator[UsageError]:
+    for name in asked.names:
+        if name not in manager.task_index:
+            near = did_you_mean(name, manager.all_tasks)
+            yield UsageError(
+                f"there is no task `{printable(name)}`{near}",
+                hint="`lm_eval ls tasks` lists the harness' own; `--include-path DIR` adds yours",
+            )
+
+
+def _below(manager: Any, name: str) -> Iterator[Any]:
+    """Yield the harness' entries of a task, or of all tasks of a group or tag."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    parts = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else sorted(entry.tags)
+    if entry.kind.name in ("GROUP", "TAG"):
+        for part in parts if isinstance(parts, list) else []:
+            yield from _below(manager, part if isinstance(part, str) else str(part.get("task", "")))
+    else:
+        yield entry
+
+
+def _codes(asked: Asked, entries: Sequence[Any]) -> Iterator[UsageError]:
+    """Yield an error for task files of the user's that bring code along, unless that is allowed."""
+    own = {folder.resolve() for folder in asked.folders}
+    for entry in () if asked.allow_code else entries:
+        path = entry.yaml_path and Path(entry.yaml_path).resolve()
+        if path is None or own.isdisjoint(path.parents):
+            continue
+        if codes := sorted(set(_codes_in(path, set()))):
+            what = ", ".join(f"`{printable(name)}`" for name in codes[:3])
+            yield UsageError(
+                f"the task `{printable(entry.name)}` in `{printable(str(path))}` runs code of its own: {what}",
+                hint="`--allow-task-code`, if you trust these files",
+            )
+
+
+def _codes_in(path: Path, seen: set[Path]) -> Iterator[str]:
+    """Yield the names of functions and classes that a task's file, or one that it includes, has run."""
+    if path in seen:
+        return
+    seen.add(path)
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"the task file `{printable(str(path))}` cannot be read: {printable(str(error))}") from error
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode) and node.tag.startswith("!"):
+            yield str(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+            if node is root:
+                yield from _codes_named(node, path, seen)
+
+
+def _codes_named(root: yaml.MappingNode, path: Path, seen: set[Path]) -> Iterator[str]:
+    """Yield the class that a task is of, and what runs in the files that it includes."""
+    for key, value in root.value:
+        if key.value == "class":
+            yield str(value.value)
+        if key.value == "include":
+            files = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
+            for file in files:
+                yield from _codes_in((path.parent / file).resolve(), seen)
+
+
+def _kinds(entries: Sequence[Any]) -> Iterator[UsageError]:
+    """Yield an error for each task that asks for more than log-likelihoods."""
+    for entry in entries:
+        kind = (entry.cfg or {}).get("output_type", "generate_until")
+        if kind not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling"):
+            yield UsageError(
+                f"the task `{printable(entry.name)}` lets the model write (`{printable(str(kind))}`), and only "
+                "tasks that score given texts can be evaluated so far",
+                hint="leave it out of `--tasks`",
+            )
+
+
+def _not_loaded(error: Exception) -> LowmemAimError:
+    """The error for tasks whose items could not be loaded."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = f"the tasks cannot be loaded: {printable(said, 500)}"
+    if isinstance(error, ConnectionError) or "offline" in said.lower() or "couldn't reach" in said.lower():
+        return NetworkError(text, hint="run the same command once with a network: the items then stay on this machine")
+    return UsageError(text, hint="are the task's file and its data whole?")
