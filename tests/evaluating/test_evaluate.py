@@ -1,0 +1,137 @@
+"""`evaluate`: the command, from local task files to scores.json; what it refuses, all at once and before work."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from lowmem_aim.evaluating import tasks
+from lowmem_aim.evaluating.scores import read_scores
+from lowmem_aim.system.files import cache_folder
+
+ITEMS = [{"q": f"{a} + {b} =", "choices": [str(a + b), str(a + b + 1)], "label": 0} for a in range(4) for b in range(5)]
+TEXTS = [{"text": "one two three " * n} for n in (1, 4, 20)]
+CHOICE = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/items.jsonl}}
+test_split: test
+fewshot_split: test
+num_fewshot: 1
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+FLOW = """
+task: flow
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/texts.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
+"""
+CODED = CHOICE.replace("task: sums", "task: coded").replace('"{{q}}"', "!function code.text")
+WRITES = CHOICE.replace("task: sums", "task: writes").replace("multiple_choice", "generate_until")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model `model`, and task files in `tasks`."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.build("llama", folder / "model")
+    own = folder / "tasks"
+    own.mkdir()
+    for name, rows in (("items", ITEMS), ("texts", TEXTS)):
+        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in (("sums", CHOICE), ("flow", FLOW), ("coded", CODED), ("writes", WRITES)):
+        (own / f"{name}.yaml").write_text(text.replace("FOLDER", str(own)))
+    (own / "included.yaml").write_text("include: coded.yaml\ntask: included\n")
+    (own / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\ndef text(doc): return doc['q']\n")
+    return folder
+
+
+def line(place: Path, out: Path, *more: str, names: str = "sums,flow") -> tuple[str, ...]:
+    return ("evaluate", str(place / "model"), "--tasks", names, "--include-path", str(place / "tasks"), "-o", str(out), *more)
+
+
+def test_scores_are_written_and_known_again(place: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "scores.json"
+    done = run(*line(place, out))
+    assert (done.code, done.out) == (0, f"{out}\n"), done.err
+    scores = read_scores(out)
+    assert (scores.name, scores.method, scores.relaxed) == ("model", None, False)
+    assert scores.settings == {"seed": 1234, "limit": None, "num_fewshot": None, "chat_template": False}
+    sums, flow = scores.scores["sums"], scores.scores["flow"]
+    assert (sums.metric, sums.n, sums.unit, 0 <= sums.value <= 1) == ("acc", len(ITEMS), "", True)
+    assert sums.stderr
+    assert (flow.metric, flow.n, flow.stderr, flow.in_volume) == ("word_perplexity", len(TEXTS), None, False)
+    assert not out.with_name("scores.json.partial").exists()
+    (kept,) = (cache_folder() / "answers").iterdir()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    again = run(*line(place, tmp_path / "again.json", "--ram", "1GB", "--json"))
+    events = [json.loads(text) for text in again.out.splitlines()]
+    begun = [event for event in events if event["event"] == "phase_started"]
+    assert begun
+    assert all(event["done"] == event["total"] for event in begun)
+    assert read_scores(tmp_path / "again.json").scores == scores.scores
+
+
+def test_another_metric_can_be_asked_for(place: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "scores.json"
+    assert run(*line(place, out, "--metric", "sums=acc_norm", "--limit", "6", names="sums")).code == 0
+    assert (read_scores(out).scores["sums"].metric, read_scores(out).scores["sums"].n) == ("acc_norm", 6)
+    refused = run(*line(place, tmp_path / "other.json", "--metric", "sums=f1", names="sums"))
+    assert (refused.code, "`acc,none`" in refused.err) == (2, True), refused.err
+
+
+def test_what_is_wrong_is_told_at_once_and_before_work(place: Path, tmp_path: Path, run: Any) -> None:
+    taken = tmp_path / "taken.json"
+    taken.write_text("{}")
+    told = run("evaluate", str(place / "none"), "--tasks", "sums", "--include-path", str(place / "no"), "-o", str(taken))
+    assert told.code == 2
+    for part in ("taken.json` exists already", "no folder of tasks", "there is no model folder"):
+        assert part.split("of tasks")[0].strip() in told.err, told.err
+    assert taken.read_text() == "{}"
+    unknown = run(*line(place, tmp_path / "out.json", names="sums,flwo"))
+    assert (unknown.code, "did you mean `flow`" in unknown.err) == (2, True), unknown.err
+    assert run(*line(place, tmp_path / "out.txt")).code == 2
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_code_of_a_task_file_runs_only_if_that_is_allowed(place: Path, tmp_path: Path, run: Any) -> None:
+    for name in ("coded", "included"):
+        refused = run(*line(place, tmp_path / "out.json", names=name))
+        assert (refused.code, "code.text" in refused.err, "--allow-task-code" in refused.err) == (2, True, True)
+    assert not (place / "ran").exists()
+    assert run(*line(place, tmp_path / "out.json", "--allow-task-code", names="coded")).code == 0
+    assert (place / "ran").exists()
+
+
+def test_a_task_that_lets_the_model_write_is_refused(place: Path, tmp_path: Path, run: Any) -> None:
+    refused = run(*line(place, tmp_path / "out.json", names="sums,writes"))
+    assert (refused.code, "`writes`" in refused.err) == (2, True), refused.err
+
+
+def test_without_the_harness_the_extra_is_named(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "HARNESS", "no_such_package")
+    refused = run(*line(place, tmp_path / "out.json"))
+    assert (refused.code, "lowmem-aim[eval]" in refused.err) == (2, True)
+
+
+def test_another_evaluation_is_not_resumed(place: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "scores.json"
+    small = run(*line(place, out, "--no-cache", "--ram", "1MB"))
+    assert small.code == 5, small.err
+    assert "--max-length" in small.err
+    assert not list(tmp_path.iterdir())
