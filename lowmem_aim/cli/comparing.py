@@ -58,8 +58,8 @@ def _spread(words: Sequence[str]) -> list[str]:
     metavar="SCORES...",
     type=PathType(),
     shell_complete=completion.scores,
-    help="Compute the hypervolume gain over these models, usually the experts that were merged. Takes all files up to "
-    "the next flag. [default: no hypervolume gain]",
+    help="Compute the hypervolume gain over these models, usually the experts that were merged. The flag takes all "
+    "files up to the next flag. [default: no hypervolume gain]",
 )
 @_flag(
     "--output",
@@ -98,10 +98,11 @@ def compare_command(
     force: bool,
     style: Style,
 ) -> None:
-    """Compare the scores of models: a table, what is chance, and the hypervolume gain.
+    """Compare the scores of models, and what AIM changed.
 
-    SCORES are the files that `evaluate` makes, or are written by hand. The change of a merge is that against the same
-    merge without AIM or ACM, if its scores are among the files.
+    SCORES are files that `evaluate` made or that were written by hand (docs/evaluation.md). Each merge with AIM or ACM
+    is compared with the same merge without, if its scores are among the files. Differences of less than two standard
+    errors are marked.
     """
     import json
 
@@ -154,7 +155,8 @@ def _pair(text: str) -> Pair:
 
 
 def _print(found: Comparison, fronts: Sequence[Front]) -> None:
-    from lowmem_aim.evaluating.table import legend_of, table_lines
+    from lowmem_aim.evaluating.columns import legend_of
+    from lowmem_aim.evaluating.table import table_lines
     from lowmem_aim.view.wrapping import columns_of, for_terminal
 
     width = columns_of(sys.stdout)

@@ -7,7 +7,8 @@ hypervolume.py   the hypervolume gain: what a model adds to a population, over a
 gains.py         the gains of several models, and how far chance moves them
 comparison.py    models compared: changes against parents, what of them is chance, gains
 fronts.py        Pareto fronts of pairs of tasks
-table.py         a comparison as a table, for a terminal of any width and for markdown
+columns.py       the columns of a comparison's table, and what their marks mean
+table.py         the table as text: for a terminal of any width, and in markdown
 plots.py         a comparison as pictures, readable in grey
 report.py        a comparison as files: markdown, CSV, JSON and pictures, in a new folder
 """

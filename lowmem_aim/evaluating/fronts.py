@@ -10,6 +10,8 @@ from lowmem_aim.errors import UsageError, did_you_mean, printable
 from lowmem_aim.evaluating.comparison import Comparison, Row
 
 MOST_PAIRS = 6  # that are drawn unasked: pictures of more are not looked at
+MOST_ASKED = 24  # that can be asked for: a picture of some hundred panels is larger than matplotlib draws
+MOST_TASKS = 20  # whose pairs are looked at unasked
 
 Pair = tuple[str, str]
 
@@ -44,11 +46,11 @@ def _dominates(other: Sequence[float], own: Sequence[float]) -> bool:
 
 
 def fronts_of(found: Comparison, pairs: Sequence[Pair] = ()) -> list[Front]:
-    """The fronts of these pairs, or without any, of the six pairs whose fronts are the longest.
+    """The fronts of these pairs, or without any, of the six pairs (of the first 20 tasks) with the longest fronts.
 
     A long front is a choice between models; on a short one, a single model is best on both tasks.
     """
-    fronts = [front_of(found, pair) for pair in pairs or itertools.combinations(found.tasks, 2)]
+    fronts = [front_of(found, pair) for pair in pairs or itertools.combinations(found.tasks[:MOST_TASKS], 2)]
     if pairs:
         return fronts
     kept = sorted(fronts, key=lambda front: -front.corners)[:MOST_PAIRS]
@@ -56,7 +58,7 @@ def fronts_of(found: Comparison, pairs: Sequence[Pair] = ()) -> list[Front]:
 
 
 def check_pairs(pairs: Sequence[Pair], tasks: Sequence[str]) -> None:
-    """Raise UsageError for pairs of tasks that are not compared, or of a task with itself."""
+    """Raise UsageError for pairs of tasks that are not compared, of a task with itself, and too many of them."""
     problems = [
         f"`--pair {printable(','.join(pair))}`: there is no task `{printable(task)}`{did_you_mean(task, tasks)}"
         for pair in pairs
@@ -64,5 +66,7 @@ def check_pairs(pairs: Sequence[Pair], tasks: Sequence[str]) -> None:
         if task not in tasks
     ]
     problems += [f"`--pair {printable(','.join(pair))}` is one task twice" for pair in pairs if pair[0] == pair[1]]
+    if len(pairs) > MOST_ASKED:
+        problems.append(f"`--pair` is given {len(pairs)} times, and a picture has at most {MOST_ASKED} panels")
     if problems:
         raise UsageError(problems, hint=f"the tasks are {', '.join(map(printable, tasks))}")

@@ -26,6 +26,7 @@ ACROSS = 3  # panels
 LINE = 0.18  # inches of a line of text below the panels
 LONGEST = 48  # characters of a name
 SMALL = 7  # points of the smallest letters
+MOST_PANELS = 23  # tasks drawn over omega: hundreds are more than matplotlib draws
 MOST_NUMBERED = 12  # points of a panel; of more, only those of the front and the population have their number
 ASIDE = 0.012  # of omega, between the bars of AIM and its controls
 
@@ -148,23 +149,24 @@ def _draw_front(found: Comparison, front: Front, panel: Axes) -> None:
 
 def omega_figure(found: Comparison, curve: Curve) -> Figure:
     """Draw the HV gain and every score over omega, of AIM and its controls; bars are one standard error each way."""
-    rows = {row.name: row for row in found.every}
+    rows, tasks = {row.name: row for row in found.every}, found.tasks[:MOST_PANELS]
     has_gains = all(rows[model.name].gain for line in curve.lines.values() for _, model in line)
-    figure, panels = _panels(len(found.tasks) + has_gains, 2)
+    figure, panels = _panels(len(tasks) + has_gains, 2)
     for number, (control, line) in enumerate(curve.lines.items()):
         omegas = [omega + ASIDE * (number - (len(curve.lines) - 1) / 2) for omega, _ in line]
         if has_gains:
             gains = [gain for _, model in line if (gain := rows[model.name].gain)]
             _draw_line(panels[0], control, omegas, [(gain.value, gain.stderr) for gain in gains])
-        for task, panel in zip(found.tasks, panels[has_gains:], strict=True):
+        for task, panel in zip(tasks, panels[has_gains:], strict=True):
             scores = [model.scores[task] for _, model in line]
             _draw_line(panel, control, omegas, [_drawn_score(score) for score in scores])
-    labels = ["HV gain"] * has_gains + [_label(task, found.score_of(task)) for task in found.tasks]
+    labels = ["HV gain"] * has_gains + [_label(task, found.score_of(task)) for task in tasks]
     for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel("omega", fontsize=SMALL + 1)
         panel.set_ylabel(label, fontsize=SMALL + 1)
     _legend(figure, panels[0], {control or "AIM": _LINES[control] for control in curve.lines}, 1.75)
     about = f"{printable(curve.name, LONGEST)}; omega 1 changes nothing; bars: one standard error each way"
+    about += f"; the first {len(tasks)} of {len(found.tasks)} tasks" * (len(tasks) < len(found.tasks))
     figure.text(0.5, LINE * 0.75 / figure.get_figheight(), about, fontsize=SMALL + 1, ha="center", va="center")
     return figure
 

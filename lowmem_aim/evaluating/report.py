@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.evaluating.columns import legend_of
 from lowmem_aim.evaluating.comparison import Change, Comparison, Row
 from lowmem_aim.evaluating.families import curves_of, omega_of
 from lowmem_aim.evaluating.fronts import Front
 from lowmem_aim.evaluating.plots import omega_figure, pareto_figure
-from lowmem_aim.evaluating.table import legend_of, markdown_rows
+from lowmem_aim.evaluating.table import markdown_rows
 from lowmem_aim.output.card import inline
 from lowmem_aim.output.drawing import drawing, png_of, svg_of
 from lowmem_aim.output.folder import check_writable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from fractions import Fraction
 
@@ -52,6 +53,8 @@ def test_no_gain_is_zero_and_not_the_root_of_a_rounding_error() -> None:
         population = [[draw.random() for _ in range(6)] for _ in range(5)]
         worse = [value * draw.choice([1.0, 0.999]) for value in population[2]]
         assert hv_gain(worse, population) == 0.0
+        same = [math.nextafter(value, 2.0) for value in population[2]]
+        assert hv_gain(same, population) == 0.0, "143 / 500 and 0.286 differ in their last bit"
 
 
 def test_a_small_gain_is_right_in_every_digit_that_is_printed() -> None:

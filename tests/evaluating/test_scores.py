@@ -119,7 +119,7 @@ def test_keys_of_later_versions_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_page_tells_every_key_and_no_other() -> None:
-    section = PAGE.read_text().partition("## scores.json\n")[2].partition("\n## ")[0]
+    section = PAGE.read_text().partition("## Files of scores\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([^`]+)`", section, re.M)
     score = EVALUATED.as_json()["scores"]["own"]
     assert rows == [*EVALUATED.as_json(), *score]
