@@ -17,7 +17,6 @@ from lowmem_aim.evaluating.language_model import AskedModel
 from lowmem_aim.evaluating.likelihoods import BlockwiseModel
 from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
 from lowmem_aim.events import Emit, silent
-from lowmem_aim.measuring.snapshots import Snapshots
 from lowmem_aim.models.opening import open_model
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.system.options import DEFAULTS, Options
@@ -75,8 +74,7 @@ def ours(
             checkpoint,
             meta_model,
             start(options, emit),
-            space.private,
-            Snapshots(space.private, space.journal),
+            space,
             spill,
         )
         asked = AskedModel(

@@ -4,6 +4,7 @@ main.py            the entry point: errors and signals as messages and exit code
 commands.py        the program: all commands as one group
 working.py         the commands that work: on recipes, models and activations
 looking.py         the commands that look: at runs, methods and the machine
+evaluating.py      the command that evaluates a model
 comparing.py       the command that compares: scores of models, and a report of them
 flags.py           the flags that several commands share, in the groups of their help
 values.py          the types of their values: sizes, numbers in a range, paths

@@ -105,7 +105,7 @@ def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> No
 
         raise joined(errors)
     asked = _asked(flags)
-    from lowmem_aim.evaluating.evaluate import SPILL_BYTES, Forwards, evaluate
+    from lowmem_aim.jobs.evaluate import SPILL_BYTES, Forwards, evaluate
 
     spill = SPILL_BYTES if flags["spill"] is None else flags["spill"]
     forwards = Forwards(flags["dtype"], flags["max_length"], spill)

@@ -1,14 +1,23 @@
-"""Scores of models on tasks: files of scores, and what a merge has gained or lost.
+"""Scores of models on tasks: log-likelihoods block by block, files of scores, and their comparison.
 
-scores.py        scores.json: what a model scored on each task, and what model it is; read, checked and written
-comparable.py    whether models can be compared: other names, the same tasks, the same settings
-families.py      merges that differ in their relaxation alone: parents, their order, curves over omega
-hypervolume.py   the hypervolume gain: what a model adds to a population, over all tasks at once
-gains.py         the gains of several models, and how far chance moves them
-comparison.py    models compared: changes against parents, what of them is chance, gains
-fronts.py        Pareto fronts of pairs of tasks
-columns.py       the columns of a comparison's table, and what their marks mean
-table.py         the table as text: for a terminal of any width, and in markdown
-plots.py         a comparison as pictures, readable in grey
-report.py        a comparison as files: markdown, CSV, JSON and pictures, in a new folder
+questions.py      log-likelihood questions as token ids, and the forwards that answer them
+answers.py        answers that a model has given, kept for the next run
+scoring.py        continuations scored from what the output head is given, without its logits in memory
+likelihoods.py    log-likelihoods from a model of which one block at a time is in memory
+language_model.py the model as the harness asks it: texts in, log-likelihoods out
+tasks.py          the harness' tasks: found by name, and checked before anything of them runs
+harness.py        the harness run on a model, and the one number of each task that counts
+models.py         a model to evaluate: built without weights, and its tokenizer
+origin.py         the origin of a model: what it is, and of a merge, what was merged and how
+scores.py         scores.json: what a model scored on each task, and what model it is; read, checked and written
+comparable.py     whether models can be compared: other names, the same tasks, the same settings
+families.py       merges that differ in their relaxation alone: parents, their order, curves over omega
+hypervolume.py    the hypervolume gain: what a model adds to a population, over all tasks at once
+gains.py          the gains of several models, and how far chance moves them
+comparison.py     models compared: changes against parents, what of them is chance, gains
+fronts.py         Pareto fronts of pairs of tasks
+columns.py        the columns of a comparison's table, and what their marks mean
+table.py          the table as text: for a terminal of any width, and in markdown
+plots.py          a comparison as pictures, readable in grey
+report.py         a comparison as files: markdown, CSV, JSON and pictures, in a new folder
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,6 +22,8 @@ from lowmem_aim.measuring.snapshots import Snapshots
 from lowmem_aim.measuring.ways import Progress, run_blocks
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.meta_model import MetaModel
+from lowmem_aim.output.records import KeptAnswers
+from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.system.run import Run
 
 # Of the disk that a round may take, its hidden states get a part: the last snapshot of them and the next lie beside.
@@ -38,8 +39,7 @@ class BlockwiseModel:
     checkpoint: Checkpoint
     meta_model: MetaModel  # in the forward's dtype
     run: Run
-    folder: Path  # for hidden states, and snapshots of them
-    snapshots: Snapshots
+    space: Workspace  # for hidden states, and snapshots of them
     spill: int  # bytes that a round may take there
 
     def answers(self, questions: Sequence[Question], known: Answers) -> list[Answer]:
@@ -51,8 +51,8 @@ class BlockwiseModel:
         found = known.kept(keys)
         left = readings_of(questions, (number for number, key in enumerate(keys) if key not in found))
         asked = sum(len(reading.questions) for reading in left)
-        self.run.emit(PhaseStarted("evaluate", len(questions), "requests", len(questions) - asked))
         done = len(questions) - asked
+        self.run.emit(PhaseStarted("evaluate", len(questions), "requests", done))
         for some in rounds_of(left, self._tokens_of_a_round(left), MOST_SEQUENCES):
             numbers = [number for reading in some for number in reading.questions]
             answers = self._round(
@@ -64,9 +64,10 @@ class BlockwiseModel:
             )
             new = {keys[number]: [a.log_likelihood, a.greedy] for number, a in zip(numbers, answers, strict=True)}
             known.keep(new.items())
-            self.snapshots.forget()
             found |= new
             done += len(numbers)
+            self.space.journal.keep(KeptAnswers(done, len(questions)))
+            self.space.forget_calibration()
         self.run.emit(PhaseEnded("evaluate"))
         return [Answer(float(found[key][0]), bool(found[key][1])) for key in keys]
 
@@ -79,16 +80,18 @@ class BlockwiseModel:
 
     def _round(self, readings: Sequence[Reading], questions: Sequence[Question], progress: Progress) -> list[Answer]:
         sequences = [torch.tensor(reading.tokens, dtype=torch.int64) for reading in readings]
-        run, place = self.run, torch.device(self.run.device)
+        run, place, folder = self.run, torch.device(self.run.device), self.space.private
         needs = needs_of(self.meta_model, sequences, beside=WORK_BYTES + SEQUENCE_BYTES * len(sequences))
-        shares = shares_for(needs, run.budget, place, self.folder)
+        shares = shares_for(needs, run.budget, place, folder)
         scoring = Scoring([[questions[number] for number in reading.questions] for reading in readings])
         with torch.no_grad(), allocations_as_budget_errors():
             run_blocks(
-                lambda: BlockRunner(self.checkpoint, self.meta_model, place, shares, run.budget, self.folder, run.emit),
+                lambda: BlockRunner(
+                    self.checkpoint, self.meta_model, place, shares, run.budget, self.space.private, run.emit
+                ),
                 sequences,
                 progress,
-                self.snapshots,
+                Snapshots(self.space.private, self.space.journal),
                 scoring,
             )
         self.checkpoint.check_unchanged()  # a change between reading and computing would count

@@ -44,7 +44,7 @@ def digest_of_model(checkpoint: Checkpoint, emit: Emit) -> str:
 
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `Scores` says of a merge: method, models, recipe, aim, acm, control, parent. Empty for other models.
+    """The fields of `Scores` that say how a merge was made, from `method` to `parent`. Empty for other models.
 
     Raises ModelError for a lowmem_aim.json that is no JSON.
     """

@@ -35,6 +35,7 @@ LOG = "run.log"
 FACTS = "run.json"
 SEEN = "inputs.json"  # the inputs of a finished output as they were when they were last read
 ACTIVATIONS = "activations.safetensors"
+ANSWERS = "answers.sqlite"  # of an evaluation that keeps nothing in the cache
 SNAPSHOTS = "calibration-*.bin"
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
 SMALL_FILES_BYTES = 50_000_000

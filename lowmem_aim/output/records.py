@@ -106,6 +106,16 @@ class KeptComparison(Record):
 
 
 @dataclass(frozen=True)
+class KeptAnswers(Record):
+    """The answered requests of an evaluation; their answers lie in the cache, or in a file beside the journal."""
+
+    kind = "answers"
+
+    answered: int
+    of: int
+
+
+@dataclass(frozen=True)
 class MadeStage(Record):
     """A named stage of the recipe that an output was made of: what is known of it once its folder is gone."""
 
@@ -134,4 +144,4 @@ class Group(Record):
 
 
 # The kinds that a later run can build on. If a run's folder has none of them, nothing is lost with it.
-PROGRESS: tuple[type[Record], ...] = (CalibrationSnapshot, KeptActivations, KeptComparison, Group)
+PROGRESS: tuple[type[Record], ...] = (CalibrationSnapshot, KeptActivations, KeptComparison, KeptAnswers, Group)

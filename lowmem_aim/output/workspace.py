@@ -21,6 +21,7 @@ from pathlib import Path
 from lowmem_aim.errors import DiskError, LockedError, MemoryBudgetError, ModelError, printable
 from lowmem_aim.output.folder import (
     ACTIVATIONS,
+    ANSWERS,
     FACTS,
     LOG,
     PRIVATE,
@@ -102,7 +103,7 @@ def workspace(out: Path, *, fresh: bool = False, stages: Path | None = None) -> 
                     shutil.rmtree(private / STAGING)
                     shutil.rmtree(private / STAGES, ignore_errors=True)
                     Journal.remove(private)
-                    for name in (LOG, FACTS, SEEN):
+                    for name in (ANSWERS, LOG, FACTS, SEEN):
                         (private / name).unlink(missing_ok=True)
                 remove_snapshots(private)
             with Journal(private, read_only=finished) as journal:
@@ -146,7 +147,7 @@ def _clear(private: Path) -> None:
     _remove_half_written(private)
     with contextlib.suppress(OSError):
         Journal.remove(private)
-        for name in (ACTIVATIONS, PUBLISHING, LOG, FACTS, SEEN, REQUEST, OWNER, "lock"):
+        for name in (ACTIVATIONS, ANSWERS, PUBLISHING, LOG, FACTS, SEEN, REQUEST, OWNER, "lock"):
             (private / name).unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, check_private, is_finished
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, KeptComparison, PlanSize
+from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, KeptAnswers, KeptComparison, PlanSize
 from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import input_errors, is_folder
 from lowmem_aim.system.lock import Owner, is_held, owner_of
@@ -45,6 +45,9 @@ class Status:
     kept: bool = False  # the next run can build on something
     command: str = ""  # that resumes the run, or starts it again, from the log of the last one
     texts: int = 0  # that have passed one block more than `blocks`, and are kept too
+    answered: int = 0  # requests of an evaluation, and kept for the next run
+    job: str = ""  # of the last run, from its log
+    asked: int = 0  # requests of an evaluation; 0 if none is known
     holds: str = ""  # what the finished file of a calibration holds
 
     def as_json(self) -> dict[str, Any]:
@@ -63,6 +66,10 @@ class Status:
         on_disk = [f"on the disk: {line}" for line in self._done()]
         return [self._at_work(), *([self.now] if self.now else []), *on_disk]
 
+    @property
+    def _run_for(self) -> str:
+        return "calibrated" if self.job != "evaluate" else "evaluated"
+
     def _at_work(self) -> str:
         if self.stopped:
             return f"stopped: {self.owner}; `fg` in its terminal continues it, or `kill -CONT {self.pid}`"
@@ -75,11 +82,13 @@ class Status:
             share = self.bytes / self.bytes_total if self.bytes_total else 0.0
             sizes = f"{share:.0%}, {shown(self.bytes)} of {shown(self.bytes_total)}"
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
+        if self.asked:
+            yield f"{self.answered}/{self.asked} requests are answered"
         if self.activations:
             yield "activations are measured"
         elif self.blocks or self.texts:
             more = f", and {self.texts} texts of the next" if self.texts else ""
-            yield f"{self.blocks}/{self.blocks_total} blocks are calibrated{more}"
+            yield f"{self.blocks}/{self.blocks_total} blocks are {self._run_for}{more}"
 
 
 def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
@@ -106,7 +115,8 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
         owner = owner_of(private / "lock")
         activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
         kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
-        kept = kept or any(map(keeps_something, stages))
+        answers = journal.kept(KeptAnswers)
+        kept = kept or answers is not None or any(map(keeps_something, stages))
         progress = None if finished else _now(private / LOG)
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
@@ -124,6 +134,9 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
             stopped=running and owner is not None and _is_stopped(owner),
             pid=owner.pid if owner and running else 0,
             kept=kept,
+            answered=answers.answered if answers else 0,
+            asked=answers.of if answers else 0,
+            job=progress.started.job if progress and progress.started else "",
             command=progress.started.command if progress and progress.started else "",
         )
 

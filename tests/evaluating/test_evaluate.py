@@ -55,12 +55,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("sums", CHOICE), ("flow", FLOW), ("coded", CODED), ("writes", WRITES)):
         (own / f"{name}.yaml").write_text(text.replace("FOLDER", str(own)))
     (own / "included.yaml").write_text("include: coded.yaml\ntask: included\n")
-    (own / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\ndef text(doc): return doc['q']\n")
+    (own / "code.py").write_text(
+        f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\ndef text(doc): return doc['q']\n"
+    )
     return folder
 
 
 def line(place: Path, out: Path, *more: str, names: str = "sums,flow") -> tuple[str, ...]:
-    return ("evaluate", str(place / "model"), "--tasks", names, "--include-path", str(place / "tasks"), "-o", str(out), *more)
+    return (
+        "evaluate",
+        str(place / "model"),
+        "--tasks",
+        names,
+        "--include-path",
+        str(place / "tasks"),
+        "-o",
+        str(out),
+        *more,
+    )
 
 
 def test_scores_are_written_and_known_again(place: Path, tmp_path: Path, run: Any) -> None:
@@ -69,7 +81,7 @@ def test_scores_are_written_and_known_again(place: Path, tmp_path: Path, run: An
     assert (done.code, done.out) == (0, f"{out}\n"), done.err
     scores = read_scores(out)
     assert (scores.name, scores.method, scores.relaxed) == ("model", None, False)
-    assert scores.settings == {"seed": 1234, "limit": None, "num_fewshot": None, "chat_template": False}
+    assert scores.settings == {"seed": 1234, "limit": None, "num_fewshot": None, "chat_template": False, "settings": {}}
     sums, flow = scores.scores["sums"], scores.scores["flow"]
     assert (sums.metric, sums.n, sums.unit, 0 <= sums.value <= 1) == ("acc", len(ITEMS), "", True)
     assert sums.stderr
@@ -96,7 +108,9 @@ def test_another_metric_can_be_asked_for(place: Path, tmp_path: Path, run: Any) 
 def test_what_is_wrong_is_told_at_once_and_before_work(place: Path, tmp_path: Path, run: Any) -> None:
     taken = tmp_path / "taken.json"
     taken.write_text("{}")
-    told = run("evaluate", str(place / "none"), "--tasks", "sums", "--include-path", str(place / "no"), "-o", str(taken))
+    told = run(
+        "evaluate", str(place / "none"), "--tasks", "sums", "--include-path", str(place / "no"), "-o", str(taken)
+    )
     assert told.code == 2
     for part in ("taken.json` exists already", "no folder of tasks", "there is no model folder"):
         assert part.split("of tasks")[0].strip() in told.err, told.err
@@ -129,7 +143,7 @@ def test_without_the_harness_the_extra_is_named(
     assert (refused.code, "lowmem-aim[eval]" in refused.err) == (2, True)
 
 
-def test_another_evaluation_is_not_resumed(place: Path, tmp_path: Path, run: Any) -> None:
+def test_a_budget_that_is_too_small_leaves_nothing_behind(place: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "scores.json"
     small = run(*line(place, out, "--no-cache", "--ram", "1MB"))
     assert small.code == 5, small.err

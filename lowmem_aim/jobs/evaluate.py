@@ -1,4 +1,4 @@
-"""`evaluate`: a model's scores on tasks of lm-evaluation-harness, in little memory, into a new scores.json."""
+"""The scores of a model on tasks of lm-evaluation-harness, from its questions to a scores.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.vetted import tokenizer_files
-from lowmem_aim.output.folder import check_output, check_writable
+from lowmem_aim.output.folder import ANSWERS, check_output, check_writable
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.workspace import Workspace, workspace
 from lowmem_aim.system.files import cache_folder, partial_folder, real
@@ -87,11 +87,11 @@ def _evaluated(
         feed.record_in([space.private])
         run.emit(_planned(asked, meta_model, run))
         key = _key(digest, checkpoint, meta_model, forwards)
-        file = cache_folder() / FOLDER / key if options.use_cache else space.private / FOLDER
-        with Answers(file.with_suffix(".sqlite")) as known:
+        file = cache_folder() / FOLDER / f"{key}.sqlite" if options.use_cache else space.private / ANSWERS
+        with Answers(file) as known:
             scores = _scores(checkpoint, meta_model, tokenizer, loaded, asked, forwards, known, space, run)
         _check_new(output)  # again: another run may have made the file meanwhile
-        write_scores(output, scores_of(checkpoint, digest, scores, asked))
+        write_scores(output, scores_of(checkpoint, digest, scores, asked, forwards))
         space.spent = True
 
 
@@ -109,16 +109,14 @@ def _scores(
     from lowmem_aim.evaluating.harness import scored
     from lowmem_aim.evaluating.language_model import AskedModel
     from lowmem_aim.evaluating.likelihoods import BlockwiseModel
-    from lowmem_aim.measuring.snapshots import Snapshots
 
-    snapshots = Snapshots(space.private, space.journal)
-    blockwise = BlockwiseModel(checkpoint, meta_model, run, space.private, snapshots, forwards.spill)
+    blockwise = BlockwiseModel(checkpoint, meta_model, run, space, forwards.spill)
     ask = partial(blockwise.answers, known=known)
     return scored(AskedModel(meta_model.model.config, tokenizer, ask, forwards.max_length), loaded, asked)
 
 
-def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked) -> Scores:
-    """What scores.json says: the model, its origin and its scores."""
+def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked, forwards: Forwards) -> Scores:
+    """The content of scores.json: the model, its origin and its scores."""
     origin = {"parent": None} | origin_of(checkpoint)
     return Scores(
         name=checkpoint.label,
@@ -131,6 +129,7 @@ def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked) ->
             "limit": asked.limit,
             "num_fewshot": asked.num_fewshot,
             "chat_template": asked.chat_template,
+            "settings": {"max_length": forwards.max_length} if forwards.max_length else {},
         },
         **origin,
     )
