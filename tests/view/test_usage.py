@@ -188,7 +188,7 @@ class TestSeveralWrongFlags:
     def test_a_number_of_values_that_fits_no_experts_has_no_consequences(self, place: Place) -> None:
         done = place.merge("--weight", "1", "--weight", "2", "--weight", "3", method="task_arithmetic")
         assert (done.code, done.err.count("error: ")) == (2, 1)
-        assert "--weight: 3 values for 2 expert(s)" in done.err
+        assert "--weight: 3 values for 2 experts" in done.err
 
 
 class TestHelp:
