@@ -112,7 +112,7 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(models: Path, 
     tiny.build("llama", models / "wide", hidden_size=64)
     done = run("init", "--base", "base", "--expert", "wide", "--expert", "./nowhere")
     assert done.code == 3
-    assert f"no model folder `./nowhere`; looked in `{models}`" in done.err
+    assert f"no model folder `./nowhere` (looked in `{models}`)" in done.err
     assert run("init", "--base", "base", "--expert", "wide").code == 3
     assert "did you mean `dare_ties`" in run("init", "dare_tie", "--base", "base", "--expert", "math").err
     assert not list(models.rglob("*.yml"))
