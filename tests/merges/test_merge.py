@@ -287,7 +287,10 @@ class TestFailure:
                 *("--expert", llama / "code", "--expert", broken),
             )
             assert done.code == 3
-            assert "`model.layers.1.mlp.up_proj.weight` of `broken` holds 3 values that cannot be merged (NaN, Inf" in done.err
+            assert (
+                "`model.layers.1.mlp.up_proj.weight` of `broken` holds 3 values that cannot be merged (NaN, Inf"
+                in done.err
+            )
             assert not (tmp_path / "out").exists()
 
     def test_a_float64_weight_beyond_float32_is_named(self, llama: Path, tmp_path: Path, run: Run) -> None:

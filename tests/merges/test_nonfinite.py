@@ -175,7 +175,9 @@ def test_the_bases_own_end_the_merge_all_the_same(models: Path) -> None:
     with_holes(models / "holed" / "base", float("nan"), {UP: (slice(4, 5), slice(0, 2))})
     with pytest.raises(ModelError) as caught:
         merge(job(models / "holed"), models / "out", TAKE_BASE)
-    assert caught.value.problems == (f"`{UP}` of `base` holds 2 values that cannot be merged (NaN, Inf, or beyond float32)",)
+    assert caught.value.problems == (
+        f"`{UP}` of `base` holds 2 values that cannot be merged (NaN, Inf, or beyond float32)",
+    )
     assert "--nonfinite" not in caught.value.hint
 
 
