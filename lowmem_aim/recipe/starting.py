@@ -47,7 +47,7 @@ class Start:
 
     @property
     def tokenizer(self) -> str:
-        """The tokenizer source that a recipe has if tokens are matched: without a base, no model's tokens count more."""
+        """The tokenizer source of a recipe that matches tokens: without a base, no model's tokens count more."""
         return "union" if self.base is None else "base"
 
     def table(self) -> dict[str, Any]:

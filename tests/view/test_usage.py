@@ -28,7 +28,7 @@ ARGUMENTS = {  # that are enough for a command to be understood
     "completion": ["bash"],
 }
 NEEDED = {
-    "merge": "the argument `[RECIPE] OUT`",
+    "merge": "the argument `OUT`",
     "relax": "the argument `MERGED`",
     "calibrate": "the argument `BASE`",
     "status": "the argument `OUT`",
@@ -79,10 +79,13 @@ class TestWords:
     @pytest.mark.parametrize("name", COMMANDS)
     def test_what_is_missing(self, run: Run, name: str) -> None:
         if name in NEEDED:
-            refused(run(name), f"error: {NEEDED[name]} is missing", f"hint: see `lowmem-aim {name} --help`")
+            refused(run(name), f"error: {NEEDED[name]} is missing", f"; see `lowmem-aim {name} --help`")
 
     def test_a_flag_that_is_missing(self, run: Run) -> None:
-        refused(run("calibrate", "base"), "the flag `--output` / `-o` is missing")
+        done = run("calibrate", "base")
+        refused(done, "the flag `--output` / `-o` is missing", "hint: write `lowmem-aim calibrate BASE --output FILE`;")
+        refused(run("relax", "a", "b"), "hint: write `lowmem-aim relax MERGED OUT --base MODEL`;")
+        refused(run("merge"), "hint: write `lowmem-aim merge [RECIPE] OUT`;")
 
     @pytest.mark.parametrize(
         ("words", "message"),
