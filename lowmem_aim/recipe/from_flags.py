@@ -16,6 +16,7 @@ from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.spelling import OF_PARAMETERS, in_one_spelling
 from lowmem_aim.recipe.values import Values
+from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
 from lowmem_aim.units import counted
 
@@ -32,6 +33,7 @@ AIM_FLAGS = {
     "tied": "tied",
     "calibration_dtype": "dtype",
 }
+_OF_TEXTS = ("samples", "block_size", "calibration_seed", "pack", "calibration_dtype")
 ACM_FLAGS = {
     "theta": "theta",
     "normalise": "normalise",
@@ -243,8 +245,15 @@ def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
         return tree
     if aim is not None and not isinstance(aim.value, dict):
         return tree  # the recipe's reader reports it
-    table = empty_recipe() if aim is None else aim
-    return tree.with_item("aim", _aim_table(table, given))
+    table = _aim_table(empty_recipe() if aim is None else aim, given)
+    texts = table.get("calibration")
+    idle = [flag for flag in _OF_TEXTS if flag in given]
+    measured = texts is not None and isinstance(texts.value, str) and is_activations_file(texts.value)
+    if idle and measured and tree.switched_on("acm") is None:
+        flag = idle[0].replace("_", "-")
+        text = f"--{flag} has no meaning with a file of activations, which are measured already"
+        raise RecipeError(text, hint="leave it out, or calibrate on texts")
+    return tree.with_item("aim", table)
 
 
 def _given_aim(flags: dict[str, Any]) -> dict[str, Any]:

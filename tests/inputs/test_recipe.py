@@ -339,12 +339,21 @@ class TestFlags:
             read_recipe(applied(parse(GOOD, "recipe.yml"), {"omega": 1.5}))
         with pytest.raises(RecipeError, match=r"--density: `density` must lie in \[0, 1\]"):
             read_recipe(applied(parse(GOOD, "recipe.yml"), {"density": ("-1",)}))
+        with pytest.raises(RecipeError, match="--dtype: `dtype` must be one of"):
+            read_recipe(applied(parse(GOOD, "recipe.yml"), {"dtype": "fp16"}))
         with pytest.raises(RecipeError, match="NAME=VALUE"):
             applied(parse(GOOD, "recipe.yml"), {"parameter": ("lambda",)})
 
     def test_calibration_flags_need_aim(self) -> None:
         with pytest.raises(RecipeError, match=r"--calibration has no meaning without AIM"):
             applied(empty_recipe(), {"calibration": "builtin"})
+
+    def test_flags_of_texts_need_texts(self) -> None:
+        given = {"omega": 0.4, "calibration": "activations.safetensors"}
+        with pytest.raises(RecipeError, match="--block-size has no meaning with a file of activations"):
+            applied(empty_recipe(), {**given, "block_size": 64})
+        assert applied(empty_recipe(), {**given, "block_size": 64, "calibration": "texts.jsonl"}).get("aim")
+        assert applied(empty_recipe().with_item("acm", empty_recipe()), {**given, "samples": 9}).get("aim")
 
 
 def test_bounds_on_one_side_are_named() -> None:
