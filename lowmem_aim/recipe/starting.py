@@ -149,7 +149,8 @@ def why(method: Method, name: str) -> str:
         return _why_weight(method)
     if name == "density":
         which = "the largest" if method.name.startswith(("ties", "breadcrumbs")) else "drawn at random"
-        return f"the share of each expert's changes that is kept, {which}; the smaller, the less experts interfere"
+        share = f"the share of each expert's changes that is kept, {which}"
+        return f"{share}; the smaller it is, the less the experts interfere"
     if name == "t" and method.name == "nearswap":
         return "where base and expert differ by less than this, in units of the weights, the expert's value is taken"
     if name == "t":
