@@ -33,3 +33,8 @@ def clock(seconds: float) -> str:
     if hours >= 24:
         return f"{hours // 24} d {hours % 24:02}:{minute:02}"
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things as text: `1 expert`, `3 experts`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

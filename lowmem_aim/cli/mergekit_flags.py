@@ -29,7 +29,7 @@ SWITCHES = {
     "--multi-gpu": "a merge runs on one GPU",
     "--async-write": _OVERLAPPING,
     "--copy-tokenizer": "the tokenizer is always copied",
-    "--clone-tensors": "every tensor of the output is written by itself",
+    "--clone-tensors": "every tensor of the output is written separately",
     "--write-model-card": "the output always has a model card",
     "--safe-serialization": "the output is always safetensors",
     "--unsafe-truncate-embeddings": "embeddings are never cut",

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -147,7 +147,20 @@ def explained(error: click.ClickException) -> UsageError:
         steps = {flag: step for flag in foreign if (step := mergekit_flags.instead_of(flag))}
         problems = [f"`{command}` has no flag `{printable(flag)}`, which is mergekit's" for flag in steps]
         return UsageError(problems, [*steps.values()])
-    return UsageError(_what(error, command), hint=f"see `{command} --help`")
+    hint = f"see `{command} --help`"
+    if context and isinstance(error, click.MissingParameter):
+        hint = f"write `{command} {' '.join(_needed(context))}`; {hint}"
+    return UsageError(_what(error, command), hint=hint)
+
+
+def _needed(context: click.Context) -> Iterator[str]:
+    """Yield the arguments and flags that a command cannot do without, as its usage line would have them."""
+    for param in context.command.get_params(context):
+        name = param.make_metavar(context)
+        if isinstance(param, click.Option) and param.required:
+            yield f"{param.opts[0]} {name}"
+        elif isinstance(param, click.Argument):
+            yield name
 
 
 def _what(error: click.ClickException, command: str) -> str:
@@ -159,7 +172,7 @@ def _what(error: click.ClickException, command: str) -> str:
         return f"`{command}` has no flag `{printable(error.option_name)}`{near}"
     if isinstance(error, click.BadParameter) and error.param:
         kind = "flag" if isinstance(error.param, click.Option) else "argument"
-        name = _quoted(error.param.get_error_hint(error.ctx))
+        name = re.sub(r"\[\w+\] ", "", _quoted(error.param.get_error_hint(error.ctx)))  # `[RECIPE] OUT`
         missing = isinstance(error, click.MissingParameter)
         return f"the {kind} {name} is missing" if missing else f"{name}: {_quoted(error.message)}"
     if extra := re.match(r"Got unexpected extra arguments? \((.*)\)", error.format_message()):

@@ -325,7 +325,7 @@ def convert_command(folder: str, new: Path, in_memory: bool, style: Style) -> No
 @_flag(
     "--tiny",
     is_flag=True,
-    help="Train models of a million parameters, the only kind today: for scripts that are to keep to these when larger "
+    help="Train models of a million parameters, the only kind today: for scripts that should keep these when larger "
     "models become the default.",
 )
 @_flag("--models", "only_models", is_flag=True, help="Only make models to try merges on; this takes half a minute.")

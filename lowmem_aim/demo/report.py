@@ -29,11 +29,13 @@ ANSWERS = 2  # of each skill, shown at the end
 
 def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
     """Do everything that `lowmem-aim demo FOLDER` does. Raises UsageError if `folder` is not the demo's."""
+    echo("the whole demo takes some four minutes on two cores, most of them for training; later runs reuse the models")
     models = _made(folder, settings, echo)
-    echo("")
+    echo(f"\n$ cd {quoted(folder)}")
     merged, factor = _merge(folder, models, echo)
     questions = {skill: evaluation(skill, QUESTIONS, settings.seed) for skill in SKILLS}
     rows = {"base": models.base, **{f"expert: {skill}": name for skill, name in models.experts.items()}, **merged}
+    echo(f"\nasking {len(rows)} models {QUESTIONS} questions of each skill")
     scores = {label: accuracies(folder / name, questions) for label, name in rows.items()}
     echo("")
     echo(table(scores))

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, ModelError, UsageError, noted, printable, raise_all
+from lowmem_aim.errors import (
+    LowmemAimError,
+    MemoryBudgetError,
+    ModelError,
+    NoSuchModel,
+    UsageError,
+    noted,
+    printable,
+    raise_all,
+)
 from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -99,7 +108,10 @@ def _checked(folder: str, new: Path) -> tuple[Path, list[PickledWeights]]:
     with noted(errors):
         _check_new(new)
     with noted(errors):
-        model = local_model(folder)
+        try:
+            model = local_model(folder)
+        except NoSuchModel as error:  # whose hint speaks of the Hub, where nothing is looked for here
+            raise NoSuchModel(error.problems, "check the path") from error
         if model is None:
             raise ModelError(
                 f"there is no folder `{printable(folder)}`",
@@ -107,7 +119,8 @@ def _checked(folder: str, new: Path) -> tuple[Path, list[PickledWeights]]:
             )
         source = real(model.folder)
         with noted(errors):
-            check_output(new, [source])
+            if not os.path.lexists(new):  # else that is told
+                check_output(new, [source])
             check_output(partial_folder(new), [])
         check_links(source)
         found = pickled_weights(source)

@@ -104,7 +104,7 @@ def _checked(start: Start, emit: Emit) -> Start:
         found = _find_all(start, headers, emit)
         if found is None:
             return start
-        starts = [start, *([replace(start, by_text=True)] if start.base else [])]
+        starts = [start, replace(start, by_text=True)]
         errors: list[ModelError] = []
         for tried in starts:
             told: list[Event] = []

@@ -123,11 +123,11 @@ class _Estimate:
         written, spilled = ready.bytes_to_write(), ready.bytes_to_spill()
         stages, missing = ready.position.unmade_bytes, sum(self.hub.missing.values())
         parts = [f"the output {shown(written)}, and {shown(SMALL_FILES_BYTES)} to spare"]
-        parts += [f"until it is finished the stages {shown(stages)}"] if stages else []
-        parts += [f"before that hidden states, at most {shown(spilled)}"] if spilled else []
-        parts += [f"besides downloads of {shown(missing)}, in the Hub's cache"] if missing else []
+        parts += [f"the stages {shown(stages)}, until it is finished"] if stages else []
+        parts += [f"hidden states before that, at most {shown(spilled)}"] if spilled else []
+        parts += [f"downloads of {shown(missing)} besides, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(ready.out)).free
-        return Requirement("disk", stages + max(written, spilled) + SMALL_FILES_BYTES, free, ", ".join(parts))
+        return Requirement("disk", stages + max(written, spilled) + SMALL_FILES_BYTES, free, "; ".join(parts))
 
     def _tell_of_downloads(self) -> None:
         missing = [f"{printable(label)} {shown(count)}" for label, count in self.hub.missing.items() if count]

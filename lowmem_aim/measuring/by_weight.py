@@ -15,6 +15,7 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.tensors import dtype_name
+from lowmem_aim.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +120,7 @@ def outside_decoder(meta_model: MetaModel) -> list[str]:
 
 def left_as_merged(names: Sequence[str], why: str) -> str:
     """A sentence about tensors that AIM does not relax, with their number."""
-    return f"AIM leaves {len(names)} weight(s) such as `{printable(names[0])}` as merged: {why}"
+    return f"AIM leaves {counted(len(names), 'weight')} such as `{printable(names[0])}` as merged: {why}"
 
 
 def _tokens_digest(sequences: Sequence[Tensor]) -> str:

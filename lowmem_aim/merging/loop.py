@@ -41,6 +41,7 @@ from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
 from lowmem_aim.system.memory import give_back_at_once
 from lowmem_aim.system.run import Run
+from lowmem_aim.units import counted
 
 R = TypeVar("R")
 
@@ -71,7 +72,7 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
     replaced = reads.replaced_elements(targets[0].plan)
     for label, counts in itertools.groupby(replaced, key=lambda found: found.label):
         count = sum(found.elements for found in counts)
-        what = f"{count} element(s) of `{printable(label)}` are NaN or Inf and got the base's value"
+        what = f"NaN or Inf in {counted(count, 'element')} of `{printable(label)}`: the base's value is used there"
         run.emit(Notice(what, "warning"))
     models = reads.model_digests()
     return [target.merged(models, replaced) for target in targets]

@@ -187,7 +187,7 @@ def _most_elements(room: int, taken: Callable[[int], int]) -> int:
 
 
 def _refused(kind: Kind, least: int, used: int, budget: int) -> LowmemAimError:
-    return too_small("this merge", kind, least, used, budget, "fewer models at a time take less")
+    return too_small("this merge", kind, least, used, budget, "merging fewer models at a time takes less")
 
 
 # --- what the plan's tensors take -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from lowmem_aim.system.memory import is_allocation_failure
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import NonFinite
 from lowmem_aim.system.tensors import raw
-from lowmem_aim.units import shown
+from lowmem_aim.units import counted, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -312,8 +312,8 @@ class TensorInputs:
     def _refuse(self) -> None:
         counts = {reader: count for reader in self._strict if (count := self._bad_values(reader))}
         problems = [
-            f"`{printable(self.task.name)}` of `{printable(reader.checkpoint.label)}` holds {count} value(s) that are "
-            "NaN or Inf, or beyond float32"
+            f"`{printable(self.task.name)}` of `{printable(reader.checkpoint.label)}` holds {counted(count, 'value')} "
+            "that cannot be merged (NaN, Inf, or beyond float32)"
             for reader, count in counts.items()
         ]
         hint = "a broken download or a diverged fine-tune: get this model again"

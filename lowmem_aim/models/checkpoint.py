@@ -23,7 +23,7 @@ from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, rais
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.adapter_config import refuse_as_model
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
-from lowmem_aim.models.folder import INDEX, SINGLE, check_links, tensors_in_folder
+from lowmem_aim.models.folder import INDEX, SINGLE, check_is_model, check_links, tensors_in_folder
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.links import is_inside
 from lowmem_aim.models.quantisation import refuse_quantised
@@ -67,6 +67,7 @@ def model_in(folder: Path) -> ModelFolder:
         resolved = real(folder)
         check_links(resolved)
         refuse_as_model(resolved, (SINGLE, INDEX))
+        check_is_model(resolved)
         errors: list[LowmemAimError] = []
         with noted(errors):
             config = config_of(resolved)

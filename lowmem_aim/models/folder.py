@@ -26,11 +26,26 @@ _CONVERT = "`lowmem-aim convert FOLDER NEW` makes safetensors of it once, in a p
 SINGLE = "model.safetensors"
 ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # of a LoRA adapter, as PEFT saves it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subfolder of a model folder that transformers reads
+MOST_NAMED = 4  # models in a folder's subfolders that are named
 MOST_PROBLEMS = 20  # of one kind, in one file, that are told
 READABLE = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what we or transformers may open
 # What is read beside the shards.
 READ = (CONFIG, INDEX, "adapter_config.json", "README.md", *READ_BY_LOADERS, *OF_TOKENIZERS)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_is_model(folder: Path) -> None:
+    """Raise ModelError for a folder with neither a config nor weights: this is one problem, not two.
+
+    The hint names the models in its subfolders. Raises OSError for a folder that cannot be listed.
+    """
+    entries = sorted(folder.iterdir())
+    if any(fits(entry.name, (CONFIG, "*.safetensors", INDEX, *PICKLES)) for entry in entries):
+        return
+    inside = [f"`{printable(str(entry))}`" for entry in entries if is_file(entry / CONFIG)]
+    listed = ", ".join(inside[:MOST_NAMED]) + f" and {len(inside) - MOST_NAMED} more" * (len(inside) > MOST_NAMED)
+    hint = f"name one of the models in it: {listed}" if inside else "name the folder that holds config.json"
+    raise ModelError(f"`{printable(str(folder))}` is not a model folder: it has no {CONFIG} and no weights", hint)
 
 
 def check_links(folder: Path) -> None:

@@ -58,7 +58,7 @@ def check_output(out: Path, inputs: Sequence[Path]) -> None:
             first = f"`{printable(min(strange))}`" + f" and {len(strange) - 1} more" * (len(strange) > 1)
             raise UsageError(
                 f"the output folder `{shown}` is not empty: {first}",
-                hint="name a new folder, or empty this one; beside an interrupted run, move these files away",
+                hint="name a new folder, or move what is in this one elsewhere",
             )
 
 

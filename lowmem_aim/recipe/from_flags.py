@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -15,7 +16,9 @@ from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.spelling import OF_PARAMETERS, in_one_spelling
 from lowmem_aim.recipe.values import Values
+from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node, parse
+from lowmem_aim.units import counted
 
 # Flag -> key of the table.
 AIM_FLAGS = {
@@ -30,6 +33,7 @@ AIM_FLAGS = {
     "tied": "tied",
     "calibration_dtype": "dtype",
 }
+_OF_TEXTS = ("samples", "block_size", "calibration_seed", "pack", "calibration_dtype")
 ACM_FLAGS = {
     "theta": "theta",
     "normalise": "normalise",
@@ -164,8 +168,8 @@ def _with_values(tree: Node, name: str, values: Sequence[str], wrong: list[Lowme
     counts_base = method is not None and method.base == "listed"
     is_expert = [counts_base or not _is_base(model, base) for model in models.value]
     if len(values) not in (1, sum(is_expert)):
-        text = f"--{name}: {len(values)} values for {sum(is_expert)} expert(s)"
-        wrong.append(RecipeError(text, hint="give one, or one for each"))
+        text = f"--{name}: {len(values)} values for {counted(sum(is_expert), 'expert')}"
+        wrong.append(RecipeError(text, hint="give one value for all, or one for each"))
         values = values[:1]
     rest = list(values) * (sum(is_expert) if len(values) == 1 else 1)
     edited = [
@@ -187,13 +191,28 @@ def _with_parameter(table: Node, name: str, text: str) -> Node:
 
 
 def _with_assignment(tree: Node, assignment: str) -> Node:
-    """The tree with the parameter of a text such as `lambda=0.5`. Raises RecipeError for another text."""
+    """The tree with the parameter of a text such as `lambda=0.5`, for all models. Raises RecipeError otherwise."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise RecipeError(f"--parameter: `{printable(assignment)}` is not NAME=VALUE", "such as `-p lambda=0.5`")
+    name, where = OF_PARAMETERS.get(name, name), f"--parameter {printable(name)}"
+    for key in ("models", "slices", "modules"):
+        if (listed := tree.get(key)) is not None:
+            tree = tree.with_item(key, _without_own(listed, name))
     parameters = tree.get("parameters") or empty_recipe()
-    value = Node(_scalar(text), f"--parameter {printable(name)}")
-    return tree.with_item("parameters", parameters.with_item(OF_PARAMETERS.get(name, name), value))
+    return tree.with_item("parameters", parameters.with_item(name, Node(_scalar(text), where)))
+
+
+def _without_own(node: Node, name: str) -> Node:
+    """The models, slices or modules of a recipe, none with a value of its own for a parameter: it would win."""
+    if isinstance(node.value, list):
+        return replace(node, value=[_without_own(item, name) for item in node.value])
+    if not isinstance(node.value, dict):
+        return node
+    inner = {key: _without_own(value, name) for key, value in node.value.items() if key != "parameters"}
+    if (own := node.value.get("parameters")) is not None:
+        inner["parameters"] = own if own.get(name) is None else own.with_item(name, Node(None, own.where))
+    return replace(node, value=inner)
 
 
 def _scalar(text: str) -> Any:
@@ -226,8 +245,15 @@ def _with_aim(tree: Node, flags: dict[str, Any]) -> Node:
         return tree
     if aim is not None and not isinstance(aim.value, dict):
         return tree  # the recipe's reader reports it
-    table = empty_recipe() if aim is None else aim
-    return tree.with_item("aim", _aim_table(table, given))
+    table = _aim_table(empty_recipe() if aim is None else aim, given)
+    texts = table.get("calibration")
+    idle = [flag for flag in _OF_TEXTS if flag in given]
+    measured = texts is not None and isinstance(texts.value, str) and is_activations_file(texts.value)
+    if idle and measured and tree.switched_on("acm") is None:
+        flag = idle[0].replace("_", "-")
+        text = f"--{flag} has no meaning with a file of activations, which are measured already"
+        raise RecipeError(text, hint="leave it out, or calibrate on texts")
+    return tree.with_item("aim", table)
 
 
 def _given_aim(flags: dict[str, Any]) -> dict[str, Any]:

@@ -163,7 +163,9 @@ class _Reader(Values):
             if node is not None and value is not None:
                 if value not in DTYPES:
                     allowed, near = ", ".join(DTYPES), did_you_mean(value, DTYPES, SHORT_DTYPES)
-                    text = f"`{key}` must be one of {allowed}, not `{printable(value)}`{near}"
+                    text = (
+                        f"`{'dtype' if node.by_flag else key}` must be one of {allowed}, not `{printable(value)}`{near}"
+                    )
                     self.problem(node, text, "leave it out to keep the models' own dtype")
                 chosen = value
         return chosen

@@ -216,9 +216,9 @@ class Recipe:
         return " + ".join([self.method.name, *(["AIM"] if self.aim else []), *(["ACM"] if self.acm else [])])
 
     def looked(self, path: str) -> str:
-        """The end of a message about a path that was found nowhere: `; looked in ...`; empty for a whole path."""
+        """The end of a message about a path that was found nowhere: ` (looked in ...)`; empty for a whole path."""
         places = " and ".join(f"`{printable(place, 4096)}`" for place in self.sought.get(path, ()))
-        return f"; looked in {places}" if places else ""
+        return f" (looked in {places})" if places else ""
 
     def resolve(self, tensor: str, t: float, part: Slice, own_names: Sequence[str]) -> dict[str, Any]:
         """The method's parameters for one tensor of a slice at depth `t` in [0, 1], by recipe name.

@@ -45,12 +45,17 @@ class Start:
     omega: float | None = None
     by_text: bool = False
 
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer source of a recipe that matches tokens: without a base, no model's tokens count more."""
+        return "union" if self.base is None else "base"
+
     def table(self) -> dict[str, Any]:
         """The recipe as a mapping."""
         own, whole = starting_values(self.method, len(self.experts))
         models = [{"model": expert} | ({"parameters": own} if own else {}) for expert in self.experts]
         table: dict[str, Any] = {"merge_method": self.method.name, "base_model": self.base, "models": models}
-        table |= {"parameters": whole or None, "tokenizer_source": "base" if self.by_text else None}
+        table |= {"parameters": whole or None, "tokenizer_source": self.tokenizer if self.by_text else None}
         table["aim"] = None if self.omega is None else {"omega": self.omega, "calibration": BUILTIN}
         return {key: value for key, value in table.items() if value is not None}
 
@@ -98,14 +103,14 @@ class Start:
         first = "the base" if self.base is not None else "the first model"
         yield from _comment(f"what the output is stored in; without this line, each tensor as in {first}")
         yield "# dtype: bfloat16"
-        if self.base is None:
-            return
         yield ""
         if self.by_text:
             yield from _comment("the models' vocabularies differ: tokens are matched by their text")
         else:
-            yield from _comment("for experts whose tokens differ from the base's: match tokens by their text")
-        yield f"{'' if self.by_text else '# '}tokenizer_source: base"
+            yield from _comment("for models whose tokens differ: match tokens by their text")
+        yield f"{'' if self.by_text else '# '}tokenizer_source: {self.tokenizer}"
+        if self.base is None:
+            return
         yield ""
         off = "" if self.omega is not None else "# "
         yield from _comment(
@@ -144,7 +149,8 @@ def why(method: Method, name: str) -> str:
         return _why_weight(method)
     if name == "density":
         which = "the largest" if method.name.startswith(("ties", "breadcrumbs")) else "drawn at random"
-        return f"the share of each expert's changes that is kept, {which}; the smaller, the less experts interfere"
+        share = f"the share of each expert's changes that is kept, {which}"
+        return f"{share}; the smaller it is, the less the experts interfere"
     if name == "t" and method.name == "nearswap":
         return "where base and expert differ by less than this, in units of the weights, the expert's value is taken"
     if name == "t":

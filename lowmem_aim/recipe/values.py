@@ -112,6 +112,7 @@ class Values:
                 f"`{what}`: neither a stage nor a folder is named `{printable(found)}`",
                 f"did you mean the stage `{meant}`?",
             )
+            found = meant  # so that the stage counts as used, and no folder of the wrong name is looked for
         return "+".join([found, *(self._placed_model(node, part) for part in adapters)])
 
     def _placed_model(self, node: Node, text: str) -> str:

@@ -53,10 +53,10 @@ def _blocks(run: Progress, width: int, keys: bool) -> Iterator[Block]:
     if run.ended and run.ended.problems:
         yield Block(95, [Text(f"{'':{LABEL}}{line}") for line in _problems(run.ended.problems, width - LABEL)])
     if run.current and run.current.phase == "calibrate" and not run.ended:
-        yield Block(55, [_kept(run)])
+        yield Block(55, [_saved(run)])
     if run.item and not run.ended:
         yield Block(70, [_now(run, width)])
-    if run.latest and not run.ended:
+    if run.latest and run.phases and not run.ended:
         yield from (Block(50, [_rate(run, stage, width)]) for stage in STAGES)
     if run.latest:
         yield from _memory(run, run.latest, width)
@@ -123,7 +123,8 @@ def _bar(run: Progress, width: int) -> Text:
         )
         return Text.assemble((f"{run.ended.outcome:<{LABEL - 2}}", "bold"), so_far)
     if current is None or not current.total:
-        label, text = ("", "") if run.phases else ("plan", "checking everything before work")
+        paused = ", then paused" * run.paused  # what is checked is not worth keeping half done
+        label, text = ("", "") if run.phases else ("plan", f"checking everything before work{paused}")
         return _labelled(label, Text(text), "bold")
     left = run.left()
     eta = "paused" if run.paused else f"{clock(left)} left" if left is not None else ""
@@ -172,12 +173,12 @@ def _now(run: Progress, width: int) -> Text:
     return _labelled("now", _two_ends(Text(item), right, width - LABEL, "dim"))
 
 
-def _kept(run: Progress) -> Text:
+def _saved(run: Progress) -> Text:
     """The part of the work that a killed run would not have to do again."""
     if run.snapshot is None:
-        return _labelled("kept", Text("nothing yet"))
+        return _labelled("saved", Text("nothing yet; q and Ctrl-C save first"))
     made, blocks = run.snapshot
-    return _labelled("kept", Text(f"{blocks:.1f} blocks, {clock(run.now - made)} ago"))
+    return _labelled("saved", Text(f"{blocks:.1f} blocks, {clock(run.now - made)} ago"))
 
 
 def _rate(run: Progress, stage: Stage, width: int) -> Text:

@@ -26,6 +26,7 @@ from lowmem_aim.measuring.mean_activations import mean_activations
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.meta_model import find_blocks, load_meta_model
 from lowmem_aim.system.options import Options
+from lowmem_aim.units import counted
 
 QUICK = Options(use_cache=False)
 
@@ -156,7 +157,7 @@ def test_weights_that_text_does_not_reach_are_told_with_their_number_by_plan_and
     notes = [note for note in forecast.notes if "AIM leaves" in note]
     told = [event.text for event in events if isinstance(event, Notice) and "AIM leaves" in event.text]
     for text in (*notes, *told):
-        assert f"AIM leaves {len(unseen)} weight(s)" in text
+        assert f"AIM leaves {counted(len(unseen), 'weight')}" in text
     assert (len(notes), len(told)) == (1, 1)
 
 

@@ -134,6 +134,14 @@ class TestFolders:
         (tmp_path / "config.json").write_text("{}")
         self.refused(tmp_path, "has neither model.safetensors nor")
 
+    def test_a_folder_of_models_is_one_problem_and_the_hint_names_them(self, llama: Path, tmp_path: Path) -> None:
+        for name in ("base", "math"):
+            (tmp_path / name).symlink_to(llama / name)
+        with pytest.raises(ModelError) as caught:
+            Checkpoint.open(tmp_path)
+        assert caught.value.problems == (f"`{tmp_path}` is not a model folder: it has no config.json and no weights",)
+        assert caught.value.hint == f"name one of the models in it: `{tmp_path / 'base'}`, `{tmp_path / 'math'}`"
+
     def test_all_broken_shards_are_listed_at_once(self, folder: Path) -> None:
         os.truncate(folder / "x-1.safetensors", 40)
         (folder / "x-2.safetensors").unlink()

@@ -393,10 +393,19 @@ class TestFolders:
         assert done.code == 2
         assert f"`{place.new}` exists already" in done.err
         assert list(place.new.iterdir()) == []
+        (place.new / "a.txt").touch()
+        assert place.convert().err.count("error: ") == 1
+        (place.new / "a.txt").unlink()
         place.new.rmdir()
         done = place.run("convert", place.folder, place.folder / "new")
         assert done.code == 2
         assert "lies inside an input model" in done.err
+
+    def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(self, place: Place) -> None:
+        done = place.run("convert", place.folder.parent / "nowhere", place.new)
+        assert done.code == 3
+        assert "there is no model folder" in done.err
+        assert "Hub" not in done.err
 
     def test_nothing_to_convert(self, place: Place, llama: Path) -> None:
         place.refused(3, "has neither pytorch_model.bin, nor its shards, nor adapter_model.bin")

@@ -80,7 +80,7 @@ def test_what_is_nowhere_is_an_error_that_says_where_it_was_looked_for(folders: 
     for command in ("plan", "merge"):
         done = run(command, "../there/r.yml", "out")
         assert done.code == 3
-        looked = f"; looked in `{here}` and `{there}`"
+        looked = f" (looked in `{here}` and `{there}`)"
         assert f"there is no model folder `./nowhere`{looked}" in done.err
         assert f"there is no calibration file `nothing.txt`{looked}" in done.err
     write(there / "r.yml", aim={"calibration": "nothing.txt"})
@@ -94,7 +94,7 @@ def test_flags_and_mappings_have_the_current_folder_alone(folders: tuple[Path, P
     here, there = folders
     done = run("merge", "../there/r.yml", "out", "--base", "./base")
     assert done.code == 3
-    assert f"there is no model folder `./base`; looked in `{here}`\n" in done.err
+    assert f"there is no model folder `./base` (looked in `{here}`)\n" in done.err
     table = yaml.safe_load((there / "r.yml").read_text())
     assert read_recipe(table).base == "./base"
     listed = [{"model": "./base"}, *table["models"]]  # the base, however it is written, is no expert

@@ -322,17 +322,38 @@ class TestFlags:
         assert (recipe.aim.omega, recipe.aim.calibration) == (Setting(0.9), "texts.jsonl")
         assert (recipe.method.name, recipe.dtype, recipe.base) == ("dare_ties", "float16", "./base")
 
+    @pytest.mark.parametrize("listed", ["models", "slices", "modules"])
+    def test_a_parameter_given_as_a_flag_counts_for_all_models(self, listed: str) -> None:
+        """Values of models, slices and modules, which win over the recipe's own, do not win over the flag."""
+        models = "models: [{model: x, parameters: {weight: 1, density: 0.5}}, {model: y, parameters: {weight: 2}}]"
+        ranged = models.replace("models:", "sources:").replace("parameters", "layer_range: [0, 2], parameters")
+        slices = f"slices: [{{{ranged}, parameters: {{density: 0.6}}}}]"
+        modules = f"modules: {{all: {{{slices}, parameters: {{density: 0.7}}}}}}"
+        text = {"models": models, "slices": slices, "modules": modules}[listed]
+        tree = parse(f"merge_method: ties\nbase_model: b\n{text}\n", "recipe.yml")
+        found = resolved(read_recipe(applied(tree, {"parameter": ("density=0.25",)})), "w", 0)
+        assert (found["weight"], found["density"]) == ((1.0, 2.0), (0.25, 0.25))
+
     def test_a_wrong_flag_is_named(self) -> None:
         with pytest.raises(RecipeError, match=r"--omega: `aim.omega` must lie in \[0, 1\]"):
             read_recipe(applied(parse(GOOD, "recipe.yml"), {"omega": 1.5}))
         with pytest.raises(RecipeError, match=r"--density: `density` must lie in \[0, 1\]"):
             read_recipe(applied(parse(GOOD, "recipe.yml"), {"density": ("-1",)}))
+        with pytest.raises(RecipeError, match="--dtype: `dtype` must be one of"):
+            read_recipe(applied(parse(GOOD, "recipe.yml"), {"dtype": "fp16"}))
         with pytest.raises(RecipeError, match="NAME=VALUE"):
             applied(parse(GOOD, "recipe.yml"), {"parameter": ("lambda",)})
 
     def test_calibration_flags_need_aim(self) -> None:
         with pytest.raises(RecipeError, match=r"--calibration has no meaning without AIM"):
             applied(empty_recipe(), {"calibration": "builtin"})
+
+    def test_flags_of_texts_need_texts(self) -> None:
+        given = {"omega": 0.4, "calibration": "activations.safetensors"}
+        with pytest.raises(RecipeError, match="--block-size has no meaning with a file of activations"):
+            applied(empty_recipe(), {**given, "block_size": 64})
+        assert applied(empty_recipe(), {**given, "block_size": 64, "calibration": "texts.jsonl"}).get("aim")
+        assert applied(empty_recipe().with_item("acm", empty_recipe()), {**given, "samples": 9}).get("aim")
 
 
 def test_bounds_on_one_side_are_named() -> None:

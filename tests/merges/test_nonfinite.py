@@ -154,7 +154,7 @@ def test_the_card_and_a_warning_tell_what_was_replaced(models: Path) -> None:
     card = (out / "README.md").read_text()
     assert all(f"| `math` | `{name}` | {count} |" in card for name, count in COUNTS.items())
     warnings = [event.text for event in events if isinstance(event, Notice) and event.level == "warning"]
-    assert warnings == ["284 element(s) of `math` are NaN or Inf and got the base's value"]
+    assert warnings == ["NaN or Inf in 284 elements of `math`: the base's value is used there"]
 
 
 def test_the_counts_outlive_interruptions(models: Path, each_tensor: None) -> None:
@@ -175,7 +175,9 @@ def test_the_bases_own_end_the_merge_all_the_same(models: Path) -> None:
     with_holes(models / "holed" / "base", float("nan"), {UP: (slice(4, 5), slice(0, 2))})
     with pytest.raises(ModelError) as caught:
         merge(job(models / "holed"), models / "out", TAKE_BASE)
-    assert caught.value.problems == (f"`{UP}` of `base` holds 2 value(s) that are NaN or Inf, or beyond float32",)
+    assert caught.value.problems == (
+        f"`{UP}` of `base` holds 2 values that cannot be merged (NaN, Inf, or beyond float32)",
+    )
     assert "--nonfinite" not in caught.value.hint
 
 
@@ -183,7 +185,7 @@ def test_the_default_stops_and_names_the_flag(models: Path, run: Run) -> None:
     flags = ("--method", "ties", "--base", models / "holed/base", "--expert", models / "holed/math")
     done = run("merge", models / "out", *flags)
     assert done.code == 3
-    assert "of `math` holds 264 value(s) that are NaN or Inf" in done.err
+    assert "of `math` holds 264 values that cannot be merged" in done.err
     assert "`--nonfinite base`" in done.err
     assert run("merge", models / "out", *flags, "--nonfinite", "base").code == 0
 

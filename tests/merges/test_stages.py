@@ -471,6 +471,7 @@ def test_names_circles_and_unused_stages_are_told_at_once_with_their_lines(llama
     assert "has several omegas: only the output may" in told([several, linear("a")])[0]
     problems = told([linear(math, name="second"), linear("secnd"), linear("second", name="third")])
     assert problems[0].endswith(": `model`: neither a stage nor a folder is named `secnd`")
+    assert not [problem for problem in problems if "nothing uses the stage `second`" in problem]
     assert len(told([{**linear("a", name="a"), "dtype": "float23"}, {"merge_method": "liner"}])) == 4
 
 

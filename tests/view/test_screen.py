@@ -101,6 +101,13 @@ def test_what_matters_most_stays_in_a_short_window(height: int, recorded: list[T
         assert "now " in text
 
 
+def test_a_pause_shows_while_everything_is_checked(recorded: list[Timed]) -> None:
+    progress = at(recorded, MOMENTS["plan"])
+    assert "then paused" not in drawn(progress, 60, 20)
+    progress.see(3.1, Paused(True))
+    assert "checking everything before work, then paused" in drawn(progress, 60, 20)
+
+
 def test_colour_adds_nothing_to_the_text(recorded: list[Timed]) -> None:
     progress = at(recorded, MOMENTS["merge"])
     told = {}

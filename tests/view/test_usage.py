@@ -28,7 +28,7 @@ ARGUMENTS = {  # that are enough for a command to be understood
     "completion": ["bash"],
 }
 NEEDED = {
-    "merge": "the argument `[RECIPE] OUT`",
+    "merge": "the argument `OUT`",
     "relax": "the argument `MERGED`",
     "calibrate": "the argument `BASE`",
     "status": "the argument `OUT`",
@@ -79,10 +79,13 @@ class TestWords:
     @pytest.mark.parametrize("name", COMMANDS)
     def test_what_is_missing(self, run: Run, name: str) -> None:
         if name in NEEDED:
-            refused(run(name), f"error: {NEEDED[name]} is missing", f"hint: see `lowmem-aim {name} --help`")
+            refused(run(name), f"error: {NEEDED[name]} is missing", f"; see `lowmem-aim {name} --help`")
 
     def test_a_flag_that_is_missing(self, run: Run) -> None:
-        refused(run("calibrate", "base"), "the flag `--output` / `-o` is missing")
+        done = run("calibrate", "base")
+        refused(done, "the flag `--output` / `-o` is missing", "hint: write `lowmem-aim calibrate BASE --output FILE`;")
+        refused(run("relax", "a", "b"), "hint: write `lowmem-aim relax MERGED OUT --base MODEL`;")
+        refused(run("merge"), "hint: write `lowmem-aim merge [RECIPE] OUT`;")
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -188,7 +191,7 @@ class TestSeveralWrongFlags:
     def test_a_number_of_values_that_fits_no_experts_has_no_consequences(self, place: Place) -> None:
         done = place.merge("--weight", "1", "--weight", "2", "--weight", "3", method="task_arithmetic")
         assert (done.code, done.err.count("error: ")) == (2, 1)
-        assert "--weight: 3 values for 2 expert(s)" in done.err
+        assert "--weight: 3 values for 2 experts" in done.err
 
 
 class TestHelp:
