@@ -112,8 +112,10 @@ def patterns(recipe: Recipe, inputs: Inputs) -> list[tuple[Checkpoint, int]]:
 
 def _patterns(part: Slice, recipe: Recipe, inputs: Inputs) -> Iterator[tuple[Checkpoint, int]]:
     first = part.entries if recipe.builds_on_base else part.experts
-    entry = next(entry for entry in (*first, *part.entries) if entry.reference in inputs.opened)
-    yield from ((inputs.opened[entry.reference], layer) for layer in _layers(entry))
+    for entry in (*first, *part.entries):
+        if entry.reference in inputs.opened:  # none is, where all models of a slice are wrong: that is told elsewhere
+            yield from ((inputs.opened[entry.reference], layer) for layer in _layers(entry))
+            return
 
 
 def _layers(entry: ModelEntry) -> range:

@@ -12,7 +12,7 @@ import references as ref
 import tiny
 import torch
 import yaml
-from conftest import Place, Run
+from conftest import Place, Ran, Run
 from long_cases import others_long
 from merge_cases import digests, tensors_in
 from stopping import stop
@@ -248,6 +248,19 @@ def test_a_model_is_looked_for_although_its_layers_are_wrong(place: Place) -> No
     (place.folder / "recipe.yml").write_text(yaml.safe_dump(table))
     done = place.run("merge", place.folder / "recipe.yml", place.out)
     place.refused(done, 2, "`layer_range` must be", "there is no model folder", "did you mean `union`?")
+
+
+def test_a_slice_of_which_no_model_is_there_is_told_in_one_line(llama: Path, place: Place) -> None:
+    def run(command: str, second: Path) -> Ran:
+        listed = [{"sources": [source(model, 0, 2)]} for model in (llama / "math", second)]
+        (place.folder / "recipe.yml").write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": listed}))
+        return place.run(command, place.folder / "recipe.yml", place.out)
+
+    assert run("plan", llama / "math").code == 0  # the cache then knows the first model, which is compared at once
+    for command in ("plan", "merge"):
+        done = run(command, place.folder / "nowhere")
+        place.refused(done, 3, "there is no model folder")
+        assert done.err.count("error: ") == 1
 
 
 def test_layers_that_make_no_model_are_refused_before_work(tmp_path: Path) -> None:
