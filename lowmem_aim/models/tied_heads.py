@@ -75,6 +75,6 @@ def _tied_models(inputs: Inputs) -> Iterator[tuple[Checkpoint, Mapping[str, str]
     """Yield each tied model, and its pairs of head and embedding."""
     for model in dict.fromkeys(inputs.checkpoints):
         if isinstance(model, UntiedCheckpoint):
-            yield model.tied, model.pairs
+            yield model.model, model.pairs
         else:
             yield model, inputs.roles.tied
