@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from workers import Result
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 OUTCOMES = {
@@ -20,15 +20,6 @@ OUTCOMES = {
 }
 _BEST_FIRST = list(OUTCOMES)
 _ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| (.*) \|$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of one model type, and what was said of it."""
-
-    model_type: str
-    outcome: str  # one of OUTCOMES
-    text: str
 
 
 def documented() -> dict[str, Result]:
