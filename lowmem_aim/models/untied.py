@@ -57,6 +57,15 @@ class UntiedCheckpoint(WrappingCheckpoint):
         return self.model.whole_bytes(self._stored[name])
 
 
+def as_tied(checkpoint: Checkpoint) -> UntiedCheckpoint | None:
+    """The tied model that a checkpoint, or one that it reads from, shows as untied; None if there is none."""
+    while isinstance(checkpoint, WrappingCheckpoint):
+        if isinstance(checkpoint, UntiedCheckpoint):
+            return checkpoint
+        checkpoint = checkpoint.model
+    return None
+
+
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model with a head of its own: the key is false, in tables within it too."""
     tables = {key: value for key, value in config.items() if isinstance(value, Mapping)}
