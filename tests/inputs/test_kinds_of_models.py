@@ -14,7 +14,7 @@ from long_cases import others_long
 from merge_cases import tensors_in
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-PICTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "mistral3", "llava", "gemma3")
+PICTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "mistral3", "llava", "gemma3", "idefics3")
 ENCODERS: dict[str, Any] = {
     "bert": AutoModel,
     "roberta": AutoModelForMaskedLM,
@@ -74,7 +74,7 @@ def test_vision_language_models_merge_whole_and_load(kind: str, tmp_path: Path, 
     loads(AutoModelForImageTextToText, tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", others_long(PICTURES, ("qwen2_5_vl",)))
+@pytest.mark.parametrize("kind", others_long(PICTURES, ("idefics3",)))
 def test_aim_relaxes_their_language_part_and_tells_of_the_rest(
     kind: str, tmp_path: Path, texts: Path, run: Run
 ) -> None:
