@@ -22,7 +22,8 @@ def with_picture(model: Any) -> dict[str, Tensor]:
         picture = {"pixel_values": torch.randn(16, width), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     else:
         size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        picture = {"pixel_values": torch.randn(1, 3, size, size)}
+        pictures = (1, 1) if vision.model_type.startswith("idefics3") else (1,)  # (texts, pictures of each) or (texts,)
+        picture = {"pixel_values": torch.randn(*pictures, 3, size, size)}
         if vision.model_type == "pixtral":
             picture["image_sizes"] = torch.tensor([[size, size]])
     features = model.get_image_features(**picture)

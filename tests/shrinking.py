@@ -84,6 +84,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"head_dim": 16, "n_groups": 2},
     "ministral": _ALL_ALIKE,
+    "idefics3": {"vision_config": {"patch_size": 8}},
     "mistral3": {"vision_config": {"patch_size": 8}},
     "nemotron": _ALL_ALIKE,
     "qwen2_vl": {"text_config": _ROPE},

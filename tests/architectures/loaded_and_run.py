@@ -65,7 +65,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
     "hybrid": (AutoModelForCausalLM, "qwen3_next jamba bamba falcon_h1 mamba2 lfm2"),
     "vision": (
         AutoModelForImageTextToText,
-        "qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 mistral3 llava gemma3 paligemma internvl aya_vision",
+        "qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 mistral3 llava gemma3 paligemma internvl aya_vision idefics3",
     ),
     "encoder": (AutoModelForMaskedLM, "bert roberta deberta-v2 distilbert modernbert"),
     "seq2seq": (AutoModelForSeq2SeqLM, "t5 bart"),

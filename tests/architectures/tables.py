@@ -64,6 +64,9 @@ causal language models of transformers {version} is built tiny with random weigh
 ties and AIM in float32, and every tensor is compared with a plain computation: the whole model in memory, hooks on its
 modules, then the formulas.
 
+A merge without AIM and ACM runs no model. `make test-loading` merges 47 models of all kinds, vision-language models and
+encoders among them: each result is loaded by transformers, compared and run.
+
 {summary}.
 
 {meanings}
