@@ -30,6 +30,16 @@ class RenamedCheckpoint(WrappingCheckpoint):
         tensors |= {name: _info(name, parts, model, reference) for name, parts in pieces.items()}
         super().__init__(model, tensors, model.config)
 
+    @property
+    def numel(self) -> int:
+        """The number of parameters."""
+        return self.model.numel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as the model has them."""
+        return self.model.nbytes
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop, as `Checkpoint.rows`."""
         parts = [self.model.rows(tensor, first, end) for tensor, first, end in self._cut(name, start, stop)]

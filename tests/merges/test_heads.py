@@ -20,7 +20,9 @@ from stopping import SHARDS, stop
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from vocabularies import add_tokens
 
+from lowmem_aim.errors import ModelError
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.jobs.plan import plan
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import tree_of
 from lowmem_aim.relaxing.activations import Activations
@@ -222,6 +224,11 @@ def test_a_text_model_beside_a_vision_language_model_counts_as_any_other(
     merge(job, tmp_path / "out", SHARDS)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
+    survey = plan(job, tmp_path / "new", measure=False).survey
+    assert [(model["tied"], model["parameters"]) for model in survey["models"]] == [
+        (tied, sum(value.numel() for value in tensors_in(folder).values()))
+        for tied, folder in ((base_tied, start), (expert_tied, expert))
+    ]
     base, other = _with_plain_names(start), _with_plain_names(expert)
     found = _with_plain_names(tmp_path / "out")
     assert found.keys() == base.keys()
@@ -274,3 +281,12 @@ class TestStoredHeads:
     def test_one_that_differs_is_refused_beside_untied_models_too(self, place: Place) -> None:
         tiny.edit_config(place.folder / "math", tie_word_embeddings=True)
         self.refused(place, "math")
+
+    def test_one_that_differs_is_refused_beside_an_untied_vision_language_model(self, tmp_path: Path) -> None:
+        base = pictured("llava", tmp_path / "base")
+        text = text_model("llava", tmp_path / "text", tied=True)
+        tiny.edit_tensors(text, lambda t: t.update({HEAD: t[EMBEDDING] + 1}))
+        table = {"merge_method": "linear", "base_model": str(base), "models": [{"model": str(text)}]}
+        job = read_recipe(tree_of(table | {"parameters": {"weight": 1.0}}, "recipe"))
+        with pytest.raises(ModelError, match=f"`text`: `{HEAD}` should be tied to `{EMBEDDING}`"):
+            merge(job, tmp_path / "out")
