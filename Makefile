@@ -5,14 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-long test-crash test-mergekit test-quantised test-architectures test-memory \
-	bench gpu-check same-bytes format clean
+.PHONY: install demo lint type test test-long test-crash test-mergekit test-quantised test-architectures test-loading \
+	test-memory bench gpu-check same-bytes format clean
 
 install: $(STAMP)
 
 # A developer's own file of defaults must reach no test and no measurement.
-test test-long test-crash test-mergekit test-quantised test-architectures test-memory bench gpu-check same-bytes: \
-	export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
+test test-long test-crash test-mergekit test-quantised test-architectures test-loading test-memory bench gpu-check \
+	same-bytes: export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): minutes, most of them for torch"
@@ -70,6 +70,11 @@ test-quantised: install
 # Some ten minutes: AIM on every architecture of transformers against a plain computation; writes docs/architectures.md.
 test-architectures: install
 	$(BIN)/python tests/architectures/all_causal_models.py
+
+# Two minutes: merges of dense, mixture, hybrid, vision-language and encoder models, killed and resumed in the smallest
+# budget, loaded by transformers and run.
+test-loading: install
+	$(BIN)/python tests/architectures/loaded_and_run.py
 
 # Some 45 minutes: every method with the smallest budget that is accepted, and with others; its table of peaks.
 test-memory: install

@@ -1,4 +1,4 @@
-"""Tiny configs of every causal language model that the installed transformers has."""
+"""Tiny configs of the models that the installed transformers has, above all of every causal language model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 3, 32, 48, 4, 2, 8
+IMAGE_TOKEN = 260  # stands for a part of a picture
 
 # Sizes by the names that configs have for them; a config takes those that it knows.
 _NAMES: Mapping[int, str] = {
@@ -17,7 +18,7 @@ _NAMES: Mapping[int, str] = {
     "num_encoder_layers num_decoder_layers",
     HIDDEN: "hidden_size n_embd d_model dim emb_dim attention_hidden_size lru_width embedding_dim embed_dim "
     "word_embed_proj_dim embedding_size output_hidden_size backbone_hidden_size input_embedding_size "
-    "output_embedding_size attention_dim",
+    "output_embedding_size attention_dim out_hidden_size projection_dim image_size",
     INNER: "intermediate_size n_inner ffn_dim ffn_hidden_size dff d_inner decoder_ffn_dim encoder_ffn_dim dim_ff "
     "feed_forward_size mlp_dim intermediate_size_mlp dense_intermediate_size",
     24: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
@@ -25,7 +26,7 @@ _NAMES: Mapping[int, str] = {
     HEADS: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
     "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
     "linear_num_heads linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts "
-    "qk_rope_head_dim index_topk index_n_heads mamba_dt_rank time_step_rank rotary_dim",
+    "qk_rope_head_dim index_topk index_n_heads mamba_dt_rank time_step_rank rotary_dim mm_tokens_per_image",
     KV_HEADS: "num_key_value_heads swa_num_key_value_heads num_kv_heads num_query_groups linear_num_key_heads "
     "num_experts_per_tok num_experts_per_token moe_k moe_topk n_group topk_group",
     HEAD_DIM: "head_dim v_head_dim qk_nope_head_dim kv_lora_rank attention_head_dim linear_head_dim "
@@ -38,16 +39,20 @@ _NAMES: Mapping[int, str] = {
     tiny.VOCAB: "vocab_size vocab_size_per_layer_input decoder_vocab_size",
     256: "bos_token_id",
     257: "eos_token_id",
+    IMAGE_TOKEN: "image_token_id image_token_index",
     1: "first_k_dense_replace pad_token_id",  # within the positions, too: some embed padding there
 }
 _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 
 # What no common rule gives.
 _MAMBA: Mapping[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_ROPE: Mapping[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
+}
 _ATTENTIONS = ("sliding_attention", "full_attention")
 _ALL_ALIKE: Mapping[str, Any] = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
 _OWN: Mapping[str, Mapping[str, Any]] = {
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "granitemoehybrid": _MAMBA,
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": 8.0},
@@ -59,6 +64,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in _ATTENTIONS},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"num_experts": 4, "num_experts_per_tok": 2, "num_expert_group": 1, "topk_group": 1},
     "xmod": {"default_language": "en_XX"},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": HEADS, "n_shared_experts": 1},
@@ -78,7 +84,12 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"head_dim": 16, "n_groups": 2},
     "ministral": _ALL_ALIKE,
+    "idefics3": {"vision_config": {"patch_size": 8}},
+    "mistral3": {"vision_config": {"patch_size": 8}},
     "nemotron": _ALL_ALIKE,
+    "qwen2_vl": {"text_config": _ROPE},
+    "qwen2_5_vl": {"text_config": _ROPE, "vision_config": {"fullatt_block_indexes": [1], "window_size": 112}},
+    "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [1]}},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh", "local"]},
     "roc_bert": {
         "pronunciation_vocab_size": tiny.VOCAB,
@@ -113,7 +124,13 @@ def model_types() -> list[str]:
 def shrunk_config(model_type: str) -> Any:
     """A config of this type for a model of a few thousand parameters. Raises whatever transformers raises."""
     whole = AutoConfig.for_model(model_type).to_dict()
-    return AutoConfig.for_model(model_type, **(_shrunk(whole) | _OWN.get(model_type, {})))
+    return AutoConfig.for_model(model_type, **_with(_shrunk(whole), _OWN.get(model_type, {})))
+
+
+def _with(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with keys of its own, in the tables within it too."""
+    inner = {key: _with(table[key], value) for key, value in own.items() if isinstance(table.get(key), Mapping)}
+    return {**table, **own, **inner}
 
 
 def _shrunk(table: Mapping[str, Any]) -> dict[str, Any]:

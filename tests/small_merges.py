@@ -96,7 +96,6 @@ def loaded(folder: Path) -> Any:
 
 def merge(folder: Path, on_event: Any) -> dict[str, Tensor]:
     """Merge the experts with ties and AIM."""
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     recipe = {
         "merge_method": "ties",
         "base_model": str(folder / "base"),
@@ -104,10 +103,17 @@ def merge(folder: Path, on_event: Any) -> dict[str, Tensor]:
             {"model": str(folder / f"expert-{i}"), "parameters": {"weight": plain.WEIGHT, "density": plain.DENSITY}}
             for i in range(len(SCALES))
         ],
-        "aim": {"omega": plain.OMEGA, "calibration": str(folder / "texts.jsonl"), "pack": False, "dtype": "float32"},
+        "aim": {"omega": plain.OMEGA, "calibration": texts_in(folder), "pack": False, "dtype": "float32"},
     }
     options = Options(use_cache=False)
     return tensors_in(lowmem_aim.merge(recipe, folder / "merged", options, on_event))
+
+
+def texts_in(folder: Path) -> str:
+    """The path of a file in `folder` with the texts."""
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(file)
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:

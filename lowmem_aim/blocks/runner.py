@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowmem_aim.blocks.beside import Beside
 from lowmem_aim.blocks.calls import Call, Forward, model_code
@@ -192,6 +193,7 @@ class BlockRunner:
         """Make the model runnable during this block, and undo every change at its end. Raises ModelError, DiskError."""
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.store)
+            undo.enter_context(_saying(self.device))
             undo.enter_context(Beside(self.meta_model, self.weights, self.watch, self.device).placed())
             for index, (_, block) in enumerate(self.blocks):
                 self._forwards.append(block.forward)
@@ -216,6 +218,23 @@ class BlockRunner:
         """Count the output head's input, (1, tokens, hidden), if inputs count now."""
         head = self.model.get_submodule(self.meta_model.head)
         self.watch.count(f"{self.meta_model.head}.weight", head.weight, x)
+
+
+@contextlib.contextmanager
+def _saying(device: torch.device) -> Iterator[None]:
+    """Let transformers' models say that they are on `device`, not where their first, absent weight is.
+
+    Idefics 3 moves the embedded tokens to where it says it is.
+    """
+    before = vars(PreTrainedModel).get("device")
+    PreTrainedModel.device = property(lambda model: device)
+    try:
+        yield
+    finally:
+        if before is None:
+            del PreTrainedModel.device
+        else:  # of another runner, around this one
+            PreTrainedModel.device = before
 
 
 def _override(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from lowmem_aim.events import Emit, Notice
 from lowmem_aim.measuring.texts import token_sequences
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.reader import Reader
-from lowmem_aim.models.untied import UntiedCheckpoint
+from lowmem_aim.models.untied import as_tied
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_activations_file
@@ -156,7 +156,7 @@ def calibration_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Ca
     """
     if is_activations_file(aim.calibration):
         found = Activations.load(Path(aim.calibration).expanduser())
-        return GivenActivations(aim, base, replace(found, tied={}) if isinstance(base, UntiedCheckpoint) else found)
+        return GivenActivations(aim, base, replace(found, tied={}) if as_tied(base) else found)
     return measurement_of(aim, base, reader, emit)
 
 

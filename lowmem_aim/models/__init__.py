@@ -15,10 +15,12 @@ packed_scaled.py      FP8 and INT8: small numbers with a scale for each tensor, 
 packed_mxfp4.py       MXFP4 experts of gpt-oss
 packed_nf4.py         four-bit weights of bitsandbytes
 packed_int.py         GPTQ and AWQ
+in_steps.py           whole tensors whose rows are computed as they are read, some rows at a time
 quantised.py          a quantised model, read as its decoded weights
 matching.py           names of tensors that are known by another prefix
 adapter.py            a LoRA adapter on disk, its config and header checked
 changes.py            the changes of a base's tensors by an adapter
+wrapping.py           a checkpoint that reads from another one
 adapted.py            a checkpoint with an adapter: its tensors changed row by row
 vetted.py             what transformers is given of a model folder: vetted copies of its small files
 transformers_config.py  the config as transformers' class reads it

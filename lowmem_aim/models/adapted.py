@@ -24,6 +24,8 @@ from lowmem_aim.models.adapter_config import ADAPTER_CONFIG
 from lowmem_aim.models.changes import Change, Renamed, changes_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
+from lowmem_aim.models.in_steps import step_bytes, steps, whole_tensor, whole_tensor_bytes
+from lowmem_aim.models.wrapping import WrappingCheckpoint
 from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.files import input_errors
 from lowmem_aim.system.on_demand import torch
@@ -32,20 +34,18 @@ from lowmem_aim.system.tensors import digest, empty_apart
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEP_ELEMENTS = 1 << 18  # of a whole tensor, computed at a time
 # Tensors whose right factors are held: one is in its last pass over the rows, and the next in its first.
 IN_WORK = 2
 
 
-class AdaptedCheckpoint(Checkpoint):
-    """A checkpoint with an adapter. Closing it closes the checkpoint that it was made of."""
+class AdaptedCheckpoint(WrappingCheckpoint):
+    """A checkpoint with an adapter: `model` is its base."""
 
     def __init__(self, base: Checkpoint, adapter: Adapter, renamed: Renamed) -> None:
         """Match the adapter with its base, see `changes_of`. Raises ModelError with everything that does not fit."""
-        self._base, self._adapter = base, adapter
-        self._changes = changes_of(adapter, base, renamed)
+        self._adapter, self._changes = adapter, changes_of(adapter, base, renamed)
         label, tensors = f"{base.label}+{adapter.label}", dict(_tensors(base, self._changes))
-        super().__init__(base.folder, label, base.config, tensors, base.read, base.oddities)
+        super().__init__(base, tensors, base.config, label)
         with input_errors(adapter.file):
             self.stored.note([adapter.file])  # its own files are the adapter's
         self._lock = threading.RLock()
@@ -55,17 +55,17 @@ class AdaptedCheckpoint(Checkpoint):
     @property
     def place(self) -> tuple[Path, ...]:
         """The folders of the base and of the adapter."""
-        return (*self._base.place, self._adapter.folder)
+        return (*self.model.place, self._adapter.folder)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels of the base and of the adapter."""
-        return (*self._base.labels, self._adapter.label)
+        return (*self.model.labels, self._adapter.label)
 
     @property
     def files(self) -> list[Path]:
         """The files that hold tensors: the base's shards, and the adapter's file."""
-        return [*self._base.files, self._adapter.file]
+        return [*self.model.files, self._adapter.file]
 
     @property
     def adapter(self) -> str:
@@ -82,7 +82,7 @@ class AdaptedCheckpoint(Checkpoint):
         """Rows start:stop with the adapter's change, as `Checkpoint.rows`: float32 where the adapter changes them."""
         change = self._changes.get(name)
         if change is None:
-            return self._base.rows(name, start, stop)
+            return self.model.rows(name, start, stop)
         stored = self._before(change, name, start, stop)
         return self._changed(name, change, stored, start) if change.rank else stored
 
@@ -90,18 +90,14 @@ class AdaptedCheckpoint(Checkpoint):
         """A whole tensor in its own shape and dtype. Raises ModelError if a file has changed."""
         change = self._changes.get(name)
         if change is None:
-            return self._base.tensor(name)
+            return self.model.tensor(name)
         if not change.rank:
-            return super().tensor(name)
-        info = self.tensors[name]
-        whole = empty_apart(info.matrix, torch.float32)
-        for start, stop in _steps(info):
-            whole[start:stop] = self.rows(name, start, stop)
-        return whole.view(info.shape)
+            return Checkpoint.tensor(self, name)  # the adapter's copy
+        return whole_tensor(self.tensors[name], lambda start, stop: self.rows(name, start, stop))
 
     def _before(self, change: Change, name: str, start: int, stop: int) -> Tensor:
         """The rows without the change: the base's, or those of the adapter's copy."""
-        return self.stored.rows(change.stored, start, stop) if change.is_copy else self._base.rows(name, start, stop)
+        return self.stored.rows(change.stored, start, stop) if change.is_copy else self.model.rows(name, start, stop)
 
     def _changed(self, name: str, change: Change, stored: Tensor, start: int) -> Tensor:
         left, right = self._left(change, start, start + len(stored)), self._right_of(name, change)
@@ -155,7 +151,7 @@ class AdaptedCheckpoint(Checkpoint):
                 assert change.magnitude is not None
                 info, right = self.tensors[name], self._right_of(name, change)
                 totals = torch.zeros(info.matrix[1], dtype=torch.float64)
-                for start, stop in _steps(info):
+                for start, stop in steps(info):
                     stored, left = self._before(change, name, start, stop), self._left(change, start, stop)
                     add_column_squares(with_low_rank(stored, left, right, change.scaling), totals)
                 magnitudes = self.stored.elements(change.magnitude, 0, change.magnitude.numel).to(torch.float64)
@@ -164,21 +160,21 @@ class AdaptedCheckpoint(Checkpoint):
 
     def repeats(self, head: str, embedding: str) -> bool:
         """Whether a head repeats its embedding: where only the embedding is changed, the tied head changes with it."""
-        return super().repeats(head, embedding) if head in self._changes else self._base.repeats(head, embedding)
+        return super().repeats(head, embedding) if head in self._changes else self.model.repeats(head, embedding)
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon, those of the adapter too."""
         wanted = list(names)
         changes = [change for name in wanted if (change := self._changes.get(name))]
         self.stored.expect(part for change in changes for part in change.parts)
-        self._base.expect(name for name in wanted if name not in self._changes or not self._changes[name].is_copy)
+        self.model.expect(name for name in wanted if name not in self._changes or not self._changes[name].is_copy)
 
     # -- memory
 
     @property
     def footprint(self) -> Footprint:
         """Bytes that reading takes besides the rows that it gives: factors, and float32 rows on the way."""
-        own, below = footprint_of_low_rank(), self._base.footprint
+        own, below = footprint_of_low_rank(), self.model.footprint
         ranks = [(change.rank, *self.tensors[name].matrix) for name, change in self._changes.items() if change.rank]
         left = max((-(-rank // max(columns, 1)) for rank, _, columns in ranks), default=0)
         right = sorted((rank * columns for rank, _, columns in ranks), reverse=True)[:IN_WORK] or [0]
@@ -197,20 +193,20 @@ class AdaptedCheckpoint(Checkpoint):
         turned = [name for name, change in self._changes.items() if change.turned and change.magnitude]
         factors = sum(2 * DOUBLE * self.tensors[name].matrix[1] for name in turned)
         widest = max((self.tensors[name].matrix[1] for name in turned), default=0)
-        return factors + max(STEP_ELEMENTS, widest) * (element + FLOAT) * bool(turned)
+        return factors + step_bytes(widest, element) * bool(turned)
 
     def whole_bytes(self, name: str) -> int:
         """Bytes of RAM that reading a whole tensor takes, the result among them."""
         change, info = self._changes.get(name), self.tensors[name]
         if change is None:
-            return self._base.whole_bytes(name)
+            return self.model.whole_bytes(name)
         if not change.rank:
-            return super().whole_bytes(name)
-        return FLOAT * info.numel + max(STEP_ELEMENTS, info.matrix[1]) * (self.footprint.element + FLOAT)
+            return Checkpoint.whole_bytes(self, name)  # of the adapter's copy
+        return whole_tensor_bytes(info, self.footprint.element)
 
     def warm_up(self) -> None:
         """Compile the loops that reading needs."""
-        self._base.warm_up()
+        self.model.warm_up()
         one = torch.ones(1, 1)
         for dtype in {self._before_dtype(name, change) for name, change in self._changes.items() if change.rank}:
             with_low_rank(one.to(dtype), one, one, 1.0)
@@ -219,7 +215,7 @@ class AdaptedCheckpoint(Checkpoint):
             add_column_squares(one, torch.zeros(1, dtype=torch.float64))
 
     def _before_dtype(self, name: str, change: Change) -> torch.dtype:
-        return (change.stored if change.is_copy else self._base.tensors[name]).dtype.torch
+        return (change.stored if change.is_copy else self.model.tensors[name]).dtype.torch
 
     # -- files
 
@@ -228,7 +224,7 @@ class AdaptedCheckpoint(Checkpoint):
         own = self._adapter.tensors.values()
         facts = [(info.name, info.dtype.name, info.shape, info.begin) for info in own]
         samples = [self._sample_of(info) for info in own]
-        parts = (self._base.fingerprint(), self._adapter.config, self.stored.identity(self._adapter.file), facts)
+        parts = (self.model.fingerprint(), self._adapter.config, self.stored.identity(self._adapter.file), facts)
         return xxhash.xxh3_128_hexdigest(repr((*parts, samples)).encode("utf-8", "surrogatepass"))
 
     def _sample_of(self, info: TensorInfo) -> str:
@@ -239,18 +235,18 @@ class AdaptedCheckpoint(Checkpoint):
         """Size, times and inode as they are now of the base's shards and of the adapter's files. Raises ModelError."""
         own = [self._adapter.file, self._adapter.folder / ADAPTER_CONFIG]
         with input_errors(self._adapter.folder):
-            return self._base.stats() | {f"+{file.name}": file.stat() for file in own}
+            return self.model.stats() | {f"+{file.name}": file.stat() for file in own}
 
     def check_unchanged(self) -> None:
         """Raise ModelError if a file of base or adapter has changed since it was opened."""
-        self._base.check_unchanged()
         super().check_unchanged()
+        self.stored.check_unchanged()
 
     def close(self) -> None:
         """Close all files of base and adapter."""
         self._right.clear()
-        self._base.close()
         super().close()
+        self.stored.close()
 
 
 def _tensors(base: Checkpoint, changes: Mapping[str, Change]) -> Iterator[tuple[str, TensorInfo]]:
@@ -264,10 +260,3 @@ def _tensors(base: Checkpoint, changes: Mapping[str, Change]) -> Iterator[tuple[
             yield name, replace(change.stored, name=name, dtype=DTYPES["F32"], kept_as=kept_as)
         elif change is not None:
             yield name, replace(change.stored, name=name, kept_as=kept_as)
-
-
-def _steps(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop), in rows, of the parts of a whole tensor."""
-    rows, columns = info.matrix
-    step = max(1, STEP_ELEMENTS // max(columns, 1))
-    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))

@@ -39,8 +39,7 @@ transformers.utils.logging.set_verbosity_error()  # what users need comes as a N
 # In every forward pass of this project and its tests: torch's fused attention if the model has it, and experts one by
 # one in Python, the only form that shows the inputs of each expert.
 ATTENTION, EXPERTS = "sdpa", "eager"
-# transformers' classes of models that continue a text, and further ones, whose tensors can be merged. The first whose
-# weights a checkpoint holds is the checkpoint's.
+# transformers' classes of models that continue a text, and further ones, whose tensors can be merged.
 _DECODERS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
 _CLASSES: tuple[Any, ...] = (*_DECODERS, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel)
 
@@ -111,12 +110,18 @@ def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) ->
     config = config_of_transformers(checkpoint.config, checkpoint.label)
     fitting = [kind for kind in _CLASSES if type(config) in kind._model_mapping] or [AutoModelForCausalLM]
     errors: list[ModelError] = []
+    found: list[MetaModel] = []
     for kind in fitting:
         try:
-            return _of_class(kind, config, checkpoint, dtype)
+            found.append(_of_class(kind, config, checkpoint, dtype))
         except ModelError as error:
             errors.append(error)
-    raise errors[0]
+        if found and not found[-1].weights.unused:
+            return found[-1]
+    if not found:
+        raise errors[0]
+    # Some classes are parts of others: a Qwen 3.5 is a model of text, too, that has no place for its vision tower.
+    return min(found, key=lambda model: len(model.weights.unused))
 
 
 def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> MetaModel:
@@ -125,7 +130,7 @@ def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype
     _require_weights(model, weights, checkpoint)
     head, buffers = _path_of(model, _head_of(model)), frozenset(_buffers(model, weights))
     return MetaModel(
-        continues_text=kind in _DECODERS,
+        continues_text=kind in _DECODERS and not getattr(model.config, "is_encoder_decoder", False),
         model=model,
         dtype=dtype,
         blocks=find_blocks(model),
@@ -334,6 +339,7 @@ def _buffers(model: Any, weights: ParameterNames) -> Iterator[str]:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
     ignored += [re.compile(r"rotary_emb\.inv_freq$"), re.compile(r"(^|\.)position_ids$"), re.compile(r"masked_bias$")]
     for name in weights.unused:
-        leftover = any(p.search(name) for p in ignored) and not name.endswith("weight")
+        is_weight = name.endswith("weight") or name.removesuffix("bias") + "weight" in weights.unused
+        leftover = any(p.search(name) for p in ignored) and not is_weight
         if leftover or name in names or f"{prefix}{name}" in names or name.removeprefix(prefix) in names:
             yield name

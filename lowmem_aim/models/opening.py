@@ -173,14 +173,13 @@ def compared(
         raise unknown
     if unlike:  # that their tensors differ follows from it
         inputs = inputs.without(unlike)
+    inputs = with_own_heads(inputs, reader, emit)
     for other in inputs.others:
         try:
             inputs = _in_the_references_names(other, inputs, reader, emit)
         except ModelError as error:
             errors.append(error)
             inputs = inputs.without({other})
-    with noted(errors):
-        inputs = with_own_heads(inputs, reader, emit)
     with noted(errors):
         find_rows(inputs, recipe, {**opened, **inputs.opened}, reader, emit)
         inputs.matched = True

@@ -20,7 +20,8 @@ from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.checkpoint import Checkpoint, ModelFolder, model_in
 from lowmem_aim.models.folder import in_file_order
 from lowmem_aim.models.headers import TensorInfo
-from lowmem_aim.models.packed import FLOAT, Finder, Packed
+from lowmem_aim.models.in_steps import whole_tensor, whole_tensor_bytes
+from lowmem_aim.models.packed import Finder, Packed
 from lowmem_aim.models.packed_int import awq, empty_biases, gptq
 from lowmem_aim.models.packed_mxfp4 import mxfp4
 from lowmem_aim.models.packed_nf4 import four_bit
@@ -35,14 +36,11 @@ from lowmem_aim.models.quantisation import (
 )
 from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.files import input_errors
-from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import ReadMode
-from lowmem_aim.system.tensors import empty_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEP_ELEMENTS = 1 << 18  # of a whole tensor, decoded at a time
 IN_WORK = 2  # tensors that are decoded at the same time: one in its last pass over the rows, the next in its first
 
 FORMATS: Mapping[str, tuple[Finder, ...]] = {  # by the name of a config's `quant_method`
@@ -128,13 +126,7 @@ class QuantisedCheckpoint(Checkpoint):
         packed = self._packed.get(name)
         if packed is None:
             return super().tensor(name)
-        rows, columns = packed.info.matrix
-        whole = empty_apart((rows, columns), torch.float32)
-        step = max(1, STEP_ELEMENTS // max(columns, 1))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            whole[start:stop] = packed.rows(self.stored, start, stop)
-        return whole.view(packed.info.shape)
+        return whole_tensor(packed.info, lambda start, stop: packed.rows(self.stored, start, stop))
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon, by the parts that they are decoded from."""
@@ -155,9 +147,7 @@ class QuantisedCheckpoint(Checkpoint):
         packed = self._packed.get(name)
         if packed is None:
             return super().whole_bytes(name)
-        rows, columns = packed.info.matrix
-        step = max(STEP_ELEMENTS, columns)
-        return FLOAT * rows * columns + step * (packed.element_bytes + FLOAT) + packed.held_bytes
+        return whole_tensor_bytes(packed.info, packed.element_bytes) + packed.held_bytes
 
     def warm_up(self) -> None:
         """Decode a row of each kind, so that torch has loaded what that needs."""

@@ -4,60 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.correspondence import Piece, Pieces
 from lowmem_aim.models.headers import TensorInfo
+from lowmem_aim.models.wrapping import WrappingCheckpoint
 from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensors import empty_apart
 
 if TYPE_CHECKING:
-    import os
-
     from torch import Tensor
 
 
-class RenamedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are those of another one, whole or in pieces. Whoever opened that one closes it."""
+class RenamedCheckpoint(WrappingCheckpoint):
+    """A checkpoint whose tensors are those of another one, whole or in pieces."""
 
     def __init__(self, model: Checkpoint, pieces: Pieces, reference: Checkpoint) -> None:
         """Give the tensors in `pieces` the names, and where they are cut the shapes, that they have in `reference`."""
-        self._model, self._pieces = model, pieces
+        self._pieces = pieces
         used = {piece.tensor for parts in pieces.values() for piece in parts}
         tensors = {name: info for name, info in model.tensors.items() if name not in used}
         tensors |= {name: _info(name, parts, model, reference) for name, parts in pieces.items()}
-        super().__init__(model.folder, model.label, model.config, tensors, model.read, model.oddities)
-        self.stored = model.stored
+        super().__init__(model, tensors, model.config)
 
     @property
-    def place(self) -> tuple[Path, ...]:
-        """The folders that the model is read from."""
-        return self._model.place
+    def numel(self) -> int:
+        """The number of parameters."""
+        return self.model.numel
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """The label of each folder in `place`."""
-        return self._model.labels
-
-    @property
-    def adapter(self) -> str:
-        """The adapter in it, in a few words; "" if it has none."""
-        return self._model.adapter
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold its tensors."""
-        return self._model.files
-
-    # -- reading
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as the model has them."""
+        return self.model.nbytes
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop, as `Checkpoint.rows`."""
-        parts = [self._model.rows(tensor, first, end) for tensor, first, end in self._cut(name, start, stop)]
+        parts = [self.model.rows(tensor, first, end) for tensor, first, end in self._cut(name, start, stop)]
         if len(parts) == 1:
             return parts[0].view(stop - start, self.tensors[name].matrix[1])
         rows = torch.empty(stop - start, self.tensors[name].matrix[1], dtype=self.tensors[name].dtype.torch)
@@ -72,11 +57,11 @@ class RenamedCheckpoint(Checkpoint):
         info, cuts = self.tensors[name], list(self._cut(name, 0, self.tensors[name].matrix[0]))
         if len(cuts) == 1:
             tensor, first, end = cuts[0]
-            if (first, end) == (0, self._model.tensors[tensor].matrix[0]):
-                return self._model.tensor(tensor).view(info.shape)
+            if (first, end) == (0, self.model.tensors[tensor].matrix[0]):
+                return self.model.tensor(tensor).view(info.shape)
         whole, place = empty_apart(info.matrix, info.dtype.torch), 0
         for tensor, first, end in cuts:
-            whole[place : place + end - first] = self._model.rows(tensor, first, end)
+            whole[place : place + end - first] = self.model.rows(tensor, first, end)
             place += end - first
         return whole.view(info.shape)
 
@@ -94,19 +79,17 @@ class RenamedCheckpoint(Checkpoint):
     def repeats(self, head: str, embedding: str) -> bool:
         """Whether a stored head that is tied to its embedding is the embedding once more. Raises ModelError."""
         names = [self._pieces[name][0].tensor if name in self._pieces else name for name in (head, embedding)]
-        return self._model.repeats(names[0], names[1])
+        return self.model.repeats(names[0], names[1])
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce tensors that are read soon."""
         wanted = [piece.tensor for name in names for piece in self._pieces.get(name) or (Piece(name, 0, 0),)]
-        self._model.expect(dict.fromkeys(wanted))
-
-    # -- memory and files
+        self.model.expect(dict.fromkeys(wanted))
 
     @property
     def footprint(self) -> Footprint:
         """Bytes that reading takes besides the rows that it gives."""
-        below = self._model.footprint
+        below = self.model.footprint
         largest = max((info.dtype.itemsize for info in self.tensors.values()), default=0)
         return replace(below, element=below.element + largest)  # pieces beside the rows that are put together of them
 
@@ -114,29 +97,10 @@ class RenamedCheckpoint(Checkpoint):
         """Bytes of RAM that reading a whole tensor takes, the result among them."""
         parts = self._pieces.get(name)
         if parts is None:
-            return self._model.whole_bytes(name)
-        below = max(self._model.whole_bytes(piece.tensor) for piece in parts)
+            return self.model.whole_bytes(name)
+        below = max(self.model.whole_bytes(piece.tensor) for piece in parts)
         info = self.tensors[name]
         return below + info.numel * info.dtype.itemsize
-
-    def warm_up(self) -> None:
-        """Load and compile whatever reading needs."""
-        self._model.warm_up()
-
-    def fingerprint(self) -> str:
-        """A cheap identity of the files as they are on disk, as `Checkpoint.fingerprint`."""
-        return self._model.fingerprint()
-
-    def stats(self) -> dict[str, os.stat_result]:
-        """Shard's name -> size, times and inode as they are now. Raises ModelError."""
-        return self._model.stats()
-
-    def check_unchanged(self) -> None:
-        """Raise ModelError if a file has changed since it was opened."""
-        self._model.check_unchanged()
-
-    def close(self) -> None:
-        """Do nothing: the checkpoint that it was made of is closed by whoever opened it."""
 
 
 def _info(name: str, parts: tuple[Piece, ...], model: Checkpoint, reference: Checkpoint) -> TensorInfo:

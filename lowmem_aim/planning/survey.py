@@ -11,7 +11,7 @@ from typing import Any
 from lowmem_aim.errors import printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.models.untied import UntiedCheckpoint
+from lowmem_aim.models.untied import as_tied
 from lowmem_aim.models.vocabulary import vocabulary_rows
 from lowmem_aim.planning.layers import layer_count
 from lowmem_aim.planning.tasks import Plan, Task
@@ -108,7 +108,7 @@ def _models(inputs: Inputs, missing: Mapping[str, int]) -> Iterator[Model]:
             dtypes=tuple(sorted({info.output_dtype.name for info in checkpoint})),
             layers=layer_count(checkpoint.config),
             vocabulary=vocabulary_rows(inputs.roles, checkpoint),
-            tied=bool(inputs.roles.tied) or isinstance(checkpoint, UntiedCheckpoint),
+            tied=bool(inputs.roles.tied) or as_tied(checkpoint) is not None,
             licence=_licence(checkpoint),
             missing_bytes=sum(missing.get(label, 0) for label in checkpoint.labels),
             adapter=checkpoint.adapter,

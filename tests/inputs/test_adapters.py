@@ -19,7 +19,7 @@ from torch import Tensor
 from lowmem_aim.errors import ModelError
 from lowmem_aim.events import silent
 from lowmem_aim.methods import kernels
-from lowmem_aim.models import adapted
+from lowmem_aim.models import in_steps
 from lowmem_aim.models.adapter_config import adapter_config_of
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import locate
@@ -207,7 +207,7 @@ def test_any_rows_are_the_rows_of_the_whole(
     whole = read(gpt2, everything)
     if not loops:
         monkeypatch.setattr(kernels, "usable", lambda tensors: False)
-    monkeypatch.setattr(adapted, "STEP_ELEMENTS", 100)
+    monkeypatch.setattr(in_steps, "STEP_ELEMENTS", 100)
     with reading(gpt2, everything, mode) as model:
         for name, value in whole.items():
             rows, columns = model.tensors[name].matrix

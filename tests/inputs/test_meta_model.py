@@ -123,6 +123,20 @@ def test_buffers_of_today_and_of_old_checkpoints(models: Callable[..., Path], tm
     assert meta_model.embeddings == {"wte.weight", "wpe.weight"}
 
 
+def test_a_bias_of_a_part_that_transformers_leaves_out_is_no_buffer(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    layer = "model.layers.61"  # DeepSeek's last predicts a token more
+
+    def longer(tensors: dict[str, Tensor]) -> None:
+        tensors |= {f"{layer}.enorm.weight": torch.ones(32), f"{layer}.enorm.bias": torch.ones(32)}
+        tensors |= {f"{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+
+    meta_model = skeleton_of(copy(models("deepseek_v3"), tmp_path / "longer", longer))
+    assert {name for name in meta_model.buffers if name.startswith(layer)} == {f"{layer}.self_attn.rotary_emb.inv_freq"}
+    assert meta_model.optional == {f"{layer}.enorm.weight", f"{layer}.enorm.bias"}
+
+
 def test_a_base_models_checkpoint_has_no_head(models: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny.perturbed(models("llama"), tmp_path / "base", scale=0)
     tiny.rename(folder, lambda name: None if name.startswith("lm_head") else name.removeprefix("model."))

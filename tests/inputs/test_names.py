@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from beside import pictured, text_model
 from conftest import Run
 from merge_cases import digests, tensors_in
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.correspondence import Piece
@@ -72,7 +73,7 @@ def stack(folder: Path) -> None:
 def test_a_text_model_merges_with_the_language_part_of_a_vision_language_model(
     kind: str, tmp_path: Path, run: Run
 ) -> None:
-    base, text = pictured(kind, tmp_path)
+    base, text = pictured(kind, tmp_path / "pictures"), text_model(kind, tmp_path / "text")
     done = merge(run, tmp_path / "out", base, text)
     found, start, expert = tensors_in(tmp_path / "out"), tensors_in(base), tensors_in(text)
     assert found.keys() == start.keys()
@@ -94,33 +95,12 @@ def test_a_text_model_merges_with_the_language_part_of_a_vision_language_model(
 def test_the_language_part_of_a_vision_language_model_merges_into_a_text_model(
     kind: str, tmp_path: Path, run: Run
 ) -> None:
-    pictures, text = pictured(kind, tmp_path)
+    pictures, text = pictured(kind, tmp_path / "pictures"), text_model(kind, tmp_path / "text")
     merge(run, tmp_path / "out", text, pictures)
     found, start, expert = tensors_in(tmp_path / "out"), tensors_in(text), tensors_in(pictures)
     for name, value in found.items():
         expected = (start[name].double() + expert[f"language_model.{name}"].double()) / 2
         assert (value.double() - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max())), name
-
-
-def pictured(kind: str, folder: Path) -> tuple[Path, Path]:
-    """A random vision-language model, and a text model of the same sizes as its language part."""
-    vision = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
-    vision |= {"image_size": 16, "patch_size": 4}
-    of_text = {"llava": ("llama", {"model_type": "llama"}), "qwen2_vl": ("qwen2", {})}
-    name, own = of_text[kind]
-    if kind == "qwen2_vl":
-        vision = {"depth": 2, "hidden_size": 32, "embed_dim": 32, "num_heads": 4, "patch_size": 4}
-        own = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}}
-    else:
-        vision["model_type"] = "clip_vision_model"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, text_config={**tiny.COMMON, **own}, vision_config=vision)
-        model = AutoModelForImageTextToText.from_config(config)
-        tiny.spread(model)
-    model.save_pretrained(folder / "pictures")
-    tiny.tokenizer().save_pretrained(folder / "pictures")
-    return folder / "pictures", tiny.build(name, folder / "text", seed=1, tie_word_embeddings=False)
 
 
 def test_names_that_nobody_knows_are_told_in_one_line(llama: Path, tmp_path: Path, run: Run) -> None:

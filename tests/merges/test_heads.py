@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from beside import pictured, text_model
 from calibrating import activations_of
 from conftest import Place
-from merge_cases import tensors_in
-from transformers import AutoModelForCausalLM
+from long_cases import others_long
+from merge_cases import digests, tensors_in
+from stopping import SHARDS, stop
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from vocabularies import add_tokens
 
+from lowmem_aim.errors import ModelError
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.jobs.plan import plan
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import tree_of
 from lowmem_aim.relaxing.activations import Activations
@@ -91,6 +96,19 @@ def test_the_plan_and_the_merge_say_that_the_output_is_untied(place: Place) -> N
         (tied, sum(value.numel() for value in tensors_in(place.folder / name).values()))
         for name, tied in (("base", True), ("math", False))
     ]
+
+
+def test_an_untied_merge_is_resumed_to_the_same_bytes(place: Place, each_tensor: None) -> None:
+    tie(place.folder / "base")
+    models = [{"model": str(place.folder / name), "parameters": {"weight": 0.5, "density": 0.5}} for name in MODELS[1:]]
+    table = {"merge_method": "ties", "base_model": str(place.folder / "base"), "models": models}
+    job = read_recipe(tree_of(table, "recipe"))
+    merge(job, place.folder / "whole", SHARDS)
+    for tensors in (1, 11, 9):  # the embedding, and the head that is read from it, lie on both sides
+        stop(job, place.out, tensors)
+        assert not (place.out / "config.json").exists()
+    merge(job, place.out, SHARDS)
+    assert digests(place.out) == digests(place.folder / "whole")
 
 
 def test_models_that_are_all_tied_stay_tied(place: Place) -> None:
@@ -179,6 +197,57 @@ def test_relaxing_an_untied_model_towards_a_tied_base(place: Place) -> None:
     assert not found[HEAD].equal(math[HEAD])
 
 
+Made = tuple[Callable[..., Path], bool]  # a model, and whether its head is tied
+BESIDE: dict[str, tuple[Made, Made]] = {  # base and expert
+    "pictures tied, text not": ((pictured, True), (text_model, False)),
+    "pictures not, text tied": ((pictured, False), (text_model, True)),
+    "text tied, pictures not": ((text_model, True), (pictured, False)),
+    "text not, pictures tied": ((text_model, False), (pictured, True)),
+    "pictures tied, pictures not": ((pictured, True), (pictured, False)),
+}
+
+
+@pytest.mark.parametrize("kind", others_long(("llava", "qwen2_vl", "gemma3"), ("llava",)))
+@pytest.mark.parametrize("case", others_long(BESIDE, ("pictures tied, text not", "text tied, pictures not")))
+def test_a_text_model_beside_a_vision_language_model_counts_as_any_other(
+    case: str, kind: str, tmp_path: Path, each_tensor: None
+) -> None:
+    """Their heads have other names. Killed and resumed, the output has the same bytes."""
+    (make_base, base_tied), (make_expert, expert_tied) = BESIDE[case]
+    start = make_base(kind, tmp_path / "base", tied=base_tied)
+    expert = tiny.perturbed(make_expert(kind, tmp_path / "made", tied=expert_tied), tmp_path / "expert")
+    models = [{"model": str(expert), "parameters": {"weight": 0.5}}]
+    table = {"merge_method": "task_arithmetic", "base_model": str(start), "models": models}
+    job = read_recipe(tree_of(table, "recipe"))
+    merge(job, tmp_path / "whole", SHARDS)
+    stop(job, tmp_path / "out", 13)
+    merge(job, tmp_path / "out", SHARDS)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+    survey = plan(job, tmp_path / "new", measure=False).survey
+    assert [(model["tied"], model["parameters"]) for model in survey["models"]] == [
+        (tied, sum(value.numel() for value in tensors_in(folder).values()))
+        for tied, folder in ((base_tied, start), (expert_tied, expert))
+    ]
+    base, other = _with_plain_names(start), _with_plain_names(expert)
+    found = _with_plain_names(tmp_path / "out")
+    assert found.keys() == base.keys()
+    assert found[HEAD].shape == found[EMBEDDING].shape
+    assert not found[HEAD].equal(found[EMBEDDING])
+    for name, value in found.items():
+        assert near(value, (base[name] + other[name]) / 2 if name in other else base[name]), name
+    auto = AutoModelForCausalLM if make_base is text_model else AutoModelForImageTextToText
+    model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.get_output_embeddings().weight.double().equal(found[HEAD])
+
+
+def _with_plain_names(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model in float64, those of a language part named as in a text model, a tied head among them."""
+    tensors = {n.removeprefix("language_model."): value.double() for n, value in tensors_in(folder).items()}
+    return {HEAD: tensors[EMBEDDING], **tensors}
+
+
 class TestStoredHeads:
     """Under a config that says tied."""
 
@@ -212,3 +281,12 @@ class TestStoredHeads:
     def test_one_that_differs_is_refused_beside_untied_models_too(self, place: Place) -> None:
         tiny.edit_config(place.folder / "math", tie_word_embeddings=True)
         self.refused(place, "math")
+
+    def test_one_that_differs_is_refused_beside_an_untied_vision_language_model(self, tmp_path: Path) -> None:
+        base = pictured("llava", tmp_path / "base")
+        text = text_model("llava", tmp_path / "text", tied=True)
+        tiny.edit_tensors(text, lambda t: t.update({HEAD: t[EMBEDDING] + 1}))
+        table = {"merge_method": "linear", "base_model": str(base), "models": [{"model": str(text)}]}
+        job = read_recipe(tree_of(table | {"parameters": {"weight": 1.0}}, "recipe"))
+        with pytest.raises(ModelError, match=f"`text`: `{HEAD}` should be tied to `{EMBEDDING}`"):
+            merge(job, tmp_path / "out")
