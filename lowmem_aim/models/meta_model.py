@@ -31,6 +31,7 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
 from lowmem_aim.models.roles import TensorRoles
+from lowmem_aim.models.sections import divisions
 from lowmem_aim.models.transformers_config import config_of_transformers, short
 from lowmem_aim.system.memory import is_allocation_failure
 
@@ -70,8 +71,18 @@ class MetaModel:
         layers, after = _stack(self.model, self.blocks, self.weights)
         part = self.model.get_submodule(self.head) if self.head else nn.Module()
         head = frozenset(self.weights.name(f"{self.head}.{name}") for name, _ in part.named_parameters())
+        lists = {path.rpartition(".")[0] for path, _ in self.blocks}
+        found = divisions(self.model, self.weights, self.decoder, self.head, lists.pop() if len(lists) == 1 else "")
         return TensorRoles(
-            self.tied, self.vocabulary, self.buffers, self.inputs_first, layers, after, head, self.optional - head
+            tied=self.tied,
+            vocabulary=self.vocabulary,
+            buffers=self.buffers,
+            inputs_first=self.inputs_first,
+            layers=layers,
+            after_layers=after,
+            head=head,
+            optional=self.optional - head,
+            divisions=found,
         )
 
     def require_blocks(self) -> None:
@@ -111,12 +122,22 @@ def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) ->
     config = config_of_transformers(checkpoint.config, checkpoint.label)
     fitting = [kind for kind in _CLASSES if type(config) in kind._model_mapping] or [AutoModelForCausalLM]
     errors: list[ModelError] = []
+    found: list[MetaModel] = []
     for kind in fitting:
+        if found and (kind not in _DECODERS or not _passed_over(found[0])):
+            break
         try:
-            return _of_class(kind, config, checkpoint, dtype)
+            found.append(_of_class(kind, config, checkpoint, dtype))
         except ModelError as error:
             errors.append(error)
-    raise errors[0]
+    if not found:
+        raise errors[0]
+    return min(found, key=_passed_over)
+
+
+def _passed_over(found: MetaModel) -> int:
+    """The number of tensors that the model has no place for: Llama 4's class for text has no vision tower."""
+    return len(found.weights.unused - found.buffers)
 
 
 def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> MetaModel:
