@@ -98,14 +98,14 @@ def _section(name: str, parameters: Mapping[str, str], blocks: str, model: Any) 
         return Section(name, None, frozenset(parameters))
     order = list(parameters)
     end = max(order.index(stored) for stored in inside)
-    outside = [(place, stored) for place, stored in enumerate(order) if stored not in inside]
-    return Section(
-        name,
-        prefixes.pop(),
-        frozenset(stored for place, stored in outside if place < end),
-        frozenset(stored for place, stored in outside if place > end),
-        _table(model, chosen),
-    )
+    outside = frozenset(parameters) - frozenset(inside)
+    after = frozenset(stored for stored in outside if _is_after(parameters[stored], order.index(stored) > end))
+    return Section(name, prefixes.pop(), outside - after, after, _table(model, chosen))
+
+
+def _is_after(parameter: str, listed_after: bool) -> bool:
+    """Whether a parameter outside the layers acts after them; the order in which models list their parts may differ."""
+    return "post" in parameter or (listed_after and "embedding" not in parameter)
 
 
 def _prefix(stored: str, parameter: str) -> str:

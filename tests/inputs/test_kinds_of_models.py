@@ -11,53 +11,8 @@ import torch
 from conftest import Run
 from long_cases import others_long
 from merge_cases import tensors_in
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-)
-
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-_IMAGES = {**_TOWER, "image_size": 16, "patch_size": 4}
-_QWEN = {"depth": 2, "hidden_size": 32, "embed_dim": 32, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2}
-_ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}}
-# Vision-language models: the settings of their text and vision parts.
-PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "qwen2_vl": (_ROPE, _QWEN),
-    "qwen2_5_vl": (_ROPE, {**_QWEN, "out_hidden_size": 32, "intermediate_size": 48, "fullatt_block_indexes": [1]}),
-    "mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **_IMAGES, "head_dim": 8}),
-    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **_IMAGES}),
-    "gemma3": ({"head_dim": 8, "sliding_window": 8}, _IMAGES),
-}
-ENCODERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "bert": (AutoModel, {}),
-    "roberta": (AutoModelForMaskedLM, {"pad_token_id": 1}),
-    "deberta-v2": (AutoModelForMaskedLM, {}),
-    "t5": (AutoModelForSeq2SeqLM, {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
-    "siglip_vision_model": (AutoModel, {"image_size": 16, "patch_size": 4}),
-}
-
-
-def pictured(kind: str, folder: Path) -> Path:
-    """A random vision-language model in `folder`."""
-    text, vision = PICTURES[kind]
-    return saved(
-        AutoModelForImageTextToText,
-        AutoConfig.for_model(kind, text_config={**tiny.COMMON, **text}, vision_config=vision),
-        folder,
-    )
-
-
-def saved(kind: Any, config: Any, folder: Path) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = kind.from_config(config)
-        tiny.spread(model)
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+from pictures import ENCODERS, PICTURES, TOWER, pictured, saved
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 
 def merged(base: Path, run: Run, *more: object) -> dict[str, torch.Tensor]:
@@ -123,7 +78,7 @@ def test_encoders_merge_without_aim_and_are_refused_with_it(kind: str, tmp_path:
     auto, changes = ENCODERS[kind]
     sizes = {key: value for key, value in tiny.COMMON.items() if kind != "t5" or key == "vocab_size"}
     sizes = {} if "vision" in kind else sizes
-    base = saved(auto, AutoConfig.for_model(kind, **{**_TOWER, **sizes, **changes}), tmp_path / "base")
+    base = saved(auto, AutoConfig.for_model(kind, **{**TOWER, **sizes, **changes}), tmp_path / "base")
     merged(base, run)
     loads(auto, tmp_path / "out")
     if kind == "roberta":
