@@ -211,8 +211,8 @@ BROKEN = {
         [("`t` must be a finite number, not `2x`", "methods slerp"), ("`slerp` takes exactly 1", "methods slerp")],
     ),
     "modules": Broken(
-        "merge_method: linear\n^modules: {text: {models: []}, vision: {models: []}}\n",
-        [("several modules are not supported: `text`, `vision`", "list the models under `models`")],
+        "merge_method: linear\nmodules: {text: {^models: []}, vision: {^models: []}}\n",
+        [("`models` must be a list with at least one model", "list the models to merge")],
     ),
     "a module that is none": Broken(
         "merge_method: linear\n^modules: [a]\n", [("`modules` must be a table of tables", "modules: {default:")]
