@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ transformers.utils.logging.set_verbosity_error()  # what users need comes as a N
 # In every forward pass of this project and its tests: torch's fused attention if the model has it, and experts one by
 # one in Python, the only form that shows the inputs of each expert.
 ATTENTION, EXPERTS = "sdpa", "eager"
-# transformers' classes of models that continue a text, and further ones, whose tensors can be merged. The first whose
-# weights a checkpoint holds is the checkpoint's.
+# transformers' classes of models that continue a text, and further ones, whose tensors can be merged. Of those whose
+# weights a checkpoint holds, the checkpoint's is the one that leaves the fewest of its tensors, or else the first.
 _DECODERS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
 _CLASSES: tuple[Any, ...] = (*_DECODERS, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel)
 
@@ -124,10 +125,10 @@ def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) ->
     errors: list[ModelError] = []
     found: list[MetaModel] = []
     for kind in fitting:
-        if found and (kind not in _DECODERS or not _passed_over(found[0])):
+        if found and (kind is AutoModel or not _passed_over(found[0])):
             break
         try:
-            found.append(_of_class(kind, config, checkpoint, dtype))
+            found.append(_of_class(kind, deepcopy(config), checkpoint, dtype))  # BART's decoder alone would change it
         except ModelError as error:
             errors.append(error)
     if not found:
@@ -136,7 +137,7 @@ def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) ->
 
 
 def _passed_over(found: MetaModel) -> int:
-    """The number of tensors that the model has no place for: Llama 4's class for text has no vision tower."""
+    """The number of tensors that the model has no place for: some classes for text alone pass over a whole tower."""
     return len(found.weights.unused - found.buffers)
 
 

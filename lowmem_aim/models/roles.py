@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+TEXT = "text_decoder"  # the section of a vision-language model that continues text
+
 
 @dataclass(frozen=True)
 class Section:
@@ -41,6 +43,11 @@ class TensorRoles:
     head: frozenset[str] = frozenset()  # the output head's weight and bias
     optional: frozenset[str] = frozenset()  # the model loads without them: it has no place for them, or makes its own
     divisions: tuple[tuple[Section, ...], ...] = ()  # ways to divide a model with several lists: see `models.sections`
+
+    @property
+    def text(self) -> Section | None:
+        """The section that continues text, of a model that has others."""
+        return next((section for sections in self.divisions for section in sections if section.name == TEXT), None)
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> TensorRoles:

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lowmem_aim.models.parameter_names import ParameterNames
-from lowmem_aim.models.roles import Section
+from lowmem_aim.models.roles import TEXT, Section
 
-TEXT, PROJECTOR, SHARED, DEFAULT = "text_decoder", "multi_modal_projector", "shared", "default"
+PROJECTOR, SHARED, DEFAULT = "multi_modal_projector", "shared", "default"
 _NAMES = {"visual": "vision_tower"}  # Qwen's name of its tower -> mergekit's
 _JOINTS = ("projector", "merger", "connector", "aligner", "adaptor")  # in the name of what joins a tower to the text
 _HALVES = ("encoder", "decoder")
@@ -60,8 +60,8 @@ def _list_of(parameter: str) -> str:
 
 def _parts(model: Any, decoder: str, head: str, lists: Iterable[str]) -> Named | None:
     """What names the part that a parameter is in; None if the model has no parts."""
-    if all(any(half in path.split(".") for path in lists) for half in _HALVES):
-        return lambda name: next((step for step in name.split(".") if step in _HALVES), SHARED)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return lambda name: next((step for step in name.split(".") if step.endswith(_HALVES)), SHARED)
     text = tuple(f"{path}." for path in (decoder, head) if path)
     towers = {_root(path, decoder) for path in lists if not f"{path}.".startswith(text) and not _is_joint(path)}
     if not decoder or not towers:

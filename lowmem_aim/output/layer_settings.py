@@ -7,6 +7,7 @@ numbers of some layers (`mlp_only_layers`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lowmem_aim.errors import ModelError, printable
@@ -34,29 +35,26 @@ def restacked(
     read = settings(reference)
     changed = dict(config)
     for place in _places(config, section):
-
-        def of(model: Checkpoint, place: str = place) -> dict[str, Any]:
-            return _at(model.config, place)
-
-        def as_read(model: Checkpoint, place: str = place) -> dict[str, Any]:
-            return _at(settings(model), place)
-
         table = dict((config.get(place) or {}) if place else config)
-        halves = {key: value for key, value in read.items() if key in OTHER_LAYERS and not place}
-        counts = _counts(section, table, _at(read, place))
+        known = _at(read, place)
+        counts = _counts(section, table, known)
         if not counts:
             what = f"the config of `{printable(reference.label)}` does not say how many layers"
             raise ModelError(f"{what} `{printable(section.name)}` has", hint="list whole models under `models`")
-        # One that is not written may follow the other: T5's decoder has as many layers as its encoder.
-        table = _table(
-            {**halves, **dict.fromkeys(counts, _at(read, place).get(counts[0], 0)), **table},
-            layers,
-            counts,
-            of,
-            as_read,
-        )
+        # What is not written may follow from what changes: T5's decoder has as many layers as its encoder.
+        table = {key: known[key] for key in (*counts, *OTHER_LAYERS) if key in known} | table
+        of, as_read = partial(_table_of, place=place), partial(_table_as_read, settings=settings, place=place)
+        table = _table(table, layers, counts, of, as_read)
         changed = {**changed, place: table} if place else table
     return changed
+
+
+def _table_of(model: Checkpoint, *, place: str) -> dict[str, Any]:
+    return _at(model.config, place)
+
+
+def _table_as_read(model: Checkpoint, *, settings: Settings, place: str) -> dict[str, Any]:
+    return _at(settings(model), place)
 
 
 def _places(config: Mapping[str, Any], section: Section) -> list[str]:

@@ -14,8 +14,9 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.headers import TensorInfo
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.token_rows import TokenRows
+from lowmem_aim.planning.layers import layer_count, layer_of
 from lowmem_aim.planning.modules import Portion, check_ranges, layers_of, portions
-from lowmem_aim.planning.stacks import Depths, Stack, is_of_text
+from lowmem_aim.planning.stacks import Depths, Stack, is_counted
 from lowmem_aim.recipe.recipe import ModelEntry, Recipe, Slice
 
 if TYPE_CHECKING:
@@ -82,10 +83,10 @@ def matches(recipe: Recipe, inputs: Inputs) -> Iterator[Match]:
 
 
 def _of_whole_models(portion: Portion, depths: Depths, inputs: Inputs) -> Iterator[Match]:
-    part, stack = next(iter(portion.slices), None), Stack("")
+    part, stack, layers = next(iter(portion.slices), None), Stack(""), layer_count(inputs.reference.config)
     for name in _names(portion, inputs):
-        place = _Place(part, *depths.place(name))
-        yield _match(name, inputs.reference, place, stack, inputs)
+        layer = layer_of(name, layers) if is_counted(name, inputs.roles) else None
+        yield _match(name, inputs.reference, _Place(part, depths.at(name), layer), stack, inputs)
 
 
 def _of_slices(portion: Portion, recipe: Recipe, inputs: Inputs) -> Iterator[Match]:
@@ -102,14 +103,13 @@ def _of_slices(portion: Portion, recipe: Recipe, inputs: Inputs) -> Iterator[Mat
 
 
 def _of_layers(portion: Portion, recipe: Recipe, inputs: Inputs) -> Iterator[Match]:
-    stack, counted = portion.stack, is_of_text(portion.stack, inputs.roles)
-    layer = 0
+    stack, layer = portion.stack, 0
     for part in portion.slices:
         taken = list(_patterns(part, recipe, inputs)) if stack.prefix else []
         for index, (model, own) in enumerate(taken):
             t = index / (len(taken) - 1) if len(taken) > 1 else 1.0
-            place = _Place(part, t, layer if counted else None, index)
             for name in stack.names(model, own):
+                place = _Place(part, t, layer if is_counted(name, inputs.roles) else None, index)
                 yield _match(stack.at(name, layer), model, place, stack, inputs, own)
             layer += 1
 

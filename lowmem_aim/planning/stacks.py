@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.roles import TensorRoles
-from lowmem_aim.planning.layers import depth, layer_count, layer_of
+from lowmem_aim.planning.layers import depth, layer_count
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,16 @@ def count_in(stack: Stack, model: Checkpoint, roles: TensorRoles) -> int:
     return (layer_count(model.config) if is_of_text(stack, roles) else 0) or stack.count(model)
 
 
+def is_counted(tensor: str, roles: TensorRoles) -> bool:
+    """Whether a tensor's layer is one of those that are shown and relaxed: not that of a tower beside the text."""
+    return roles.text is None or roles.text.holds(tensor)
+
+
 @dataclass(frozen=True)
 class Depths:
     """The depths of a model's tensors in its lists of layers."""
 
-    counts: Mapping[Stack, int]  # layers
-    text: str  # the prefix of the text's list; "": it is not known
+    counts: Mapping[Stack, int]  # layers; empty: the lists are not known
     layers: int  # as the config says
 
     @classmethod
@@ -80,20 +84,14 @@ class Depths:
         """The depths in a model that has these roles."""
         prefixes = [roles.layers, *(section.layers for sections in roles.divisions for section in sections)]
         stacks = [Stack(prefix) for prefix in dict.fromkeys(prefixes) if prefix]
-        counts = {stack: count_in(stack, model, roles) for stack in stacks}
-        return cls(counts, roles.layers, layer_count(model.config))
+        return cls({stack: count_in(stack, model, roles) for stack in stacks}, layer_count(model.config))
 
-    def place(self, tensor: str) -> tuple[float, int | None]:
-        """(place on gradients in [0, 1], number of the layer), the latter for layers of the text alone.
-
-        Tensors outside the layers have 0 and None.
-        """
-        if not self.text:
-            return depth(tensor, self.layers), layer_of(tensor, self.layers)
+    def at(self, tensor: str) -> float:
+        """A tensor's place on gradients, in [0, 1]: 0 outside the layers, as in mergekit."""
+        if not self.counts:
+            return depth(tensor, self.layers)
         for stack, count in self.counts.items():
             layer = stack.layer(tensor)
             if layer is not None:
-                inside = layer < count
-                t = layer / (count - 1) if inside and count > 1 else 0.0
-                return t, layer if inside and stack.prefix == self.text else None
-        return 0.0, None
+                return layer / (count - 1) if layer < count > 1 else 0.0
+        return 0.0

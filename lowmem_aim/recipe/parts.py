@@ -61,8 +61,8 @@ class Parts:
         found: list[Slice] = []
         complete = True  # each module is checked, whatever is wrong with the others
         for name, table in tables.items():
-            self.complete = True
-            self.read.check_keys(table, ("models", "slices", "parameters"), {}, ignoring=True)
+            self.meant = self.read.check_keys(table, ("models", "slices", "parameters"), {}, ignoring=True)
+            self.complete = not self.meant
             self.module = Module(name, settings_of(self.read, table, self.method), table.where)
             found += self._slices(table, self._ways(table)[:1] == ["slices"])
             complete &= self.complete
@@ -136,7 +136,7 @@ class Parts:
             hint = "list the models to merge: `models: [{model: folder-or-id}, ...]`"
             if node is not None:
                 self.read.problem(node, "`models` must be a list with at least one model", hint)
-            elif "models" not in self.meant:
+            elif not {"models", "slices"} & set(self.meant):
                 hint = "add `--expert` for each model to merge" if self.by_flags else hint
                 self.read.problem(table, "no models are listed", hint)
             return None
