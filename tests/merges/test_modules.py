@@ -390,3 +390,28 @@ def test_what_is_wrong_in_each_module_is_told_at_once(llama: Path) -> None:
     told = ["`models` and `slices` exclude each other", "at least one model", "two rising", "needs a `weight`"]
     for text in told:
         assert any(text in problem for problem in caught.value.problems), (text, caught.value.problems)
+
+
+def test_a_text_model_with_several_lists_of_layers_is_one_module_or_its_lists(tmp_path: Path) -> None:
+    base = tiny.build("xlm", tmp_path / "base", emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=128)
+    other = tiny.perturbed(base, tmp_path / "other")
+    whole = {"default": models(tmp_path, "other")}
+    theirs, ours = tensors_in(other), tensors_in(base)
+    found = tensors_in(merge(recipe("passthrough", whole, base_model=str(base)), tmp_path / "whole"))
+    assert all(torch.equal(found[name], theirs[name]) for name in found)
+    lists = {"transformer.attentions": models(tmp_path, "base"), "default": models(tmp_path, "other")}
+    found = tensors_in(merge(recipe("passthrough", lists), tmp_path / "lists"))
+    assert torch.equal(found["transformer.attentions.1.q_lin.weight"], ours["transformer.attentions.1.q_lin.weight"])
+    assert torch.equal(found["transformer.embeddings.weight"], theirs["transformer.embeddings.weight"])
+
+
+def test_a_model_is_of_the_class_that_has_a_place_for_all_of_its_tensors(
+    family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # With an embedding of its own, the decoder alone is a model too, in whose class the encoder has no place.
+    base = tiny.perturbed(family("bart") / "base", tmp_path / "base")
+    shared = {f"model.{part}.embed_tokens.weight": "model.shared.weight" for part in ("encoder", "decoder")}
+    tiny.edit_tensors(base, lambda tensors: tensors.update({to: tensors[name].clone() for to, name in shared.items()}))
+    modules = {part: models(tmp_path, "base") for part in PARTS["bart"]}
+    found = tensors_in(merge(recipe("passthrough", modules), tmp_path / "out"))
+    assert found.keys() == tensors_in(base).keys()
