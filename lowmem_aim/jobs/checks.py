@@ -27,6 +27,7 @@ from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.layer_settings import restacked
 from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActivations, KeptComparison, Record
 from lowmem_aim.output.tokenizer_files import with_tokenizer
+from lowmem_aim.planning.modules import portions
 from lowmem_aim.planning.sources import patterns
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import PILE, is_here
@@ -63,8 +64,11 @@ def check_layers(ready: Prepared) -> None:
     """Make the config of the output; if its layers are chosen, check that they make a model. Raises ModelError."""
     recipe, inputs = ready.recipe, ready.inputs
     ready.config = inputs.reference.config
+    for portion in portions(recipe, inputs) if recipe.sliced else ():
+        if portion.sliced and portion.section.layers:
+            layers = patterns(portion, recipe, inputs)
+            ready.config = restacked(ready.config, inputs.reference, portion.section, layers, ready.reader.settings)
     if recipe.sliced:
-        ready.config = restacked(inputs.reference, patterns(recipe, inputs), ready.reader.settings)
         ready.reader.roles(ready.outline())
 
 

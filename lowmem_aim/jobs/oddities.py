@@ -23,7 +23,7 @@ def tell_oddities(ready: Prepared) -> None:
 def _idle_filters(plan: Plan) -> Iterator[str]:
     recipe, merged = plan.recipe, [task for task in plan.tasks if task.action == "merge"]
     names = {name for task in merged for name in (task.name, *(source.tensor for source in task.experts))}
-    tables: list[Mapping[str, Setting]] = [recipe.parameters, *([recipe.module.parameters] if recipe.module else [])]
+    tables: list[Mapping[str, Setting]] = [recipe.parameters, *(module.parameters for module in recipe.modules)]
     tables += [part.parameters for part in recipe.slices]
     tables += [model.parameters for model in recipe.models]
     tables += [{"aim.omega": recipe.aim.omega}] if recipe.aim else []

@@ -106,13 +106,14 @@ def tell_unseen(meta_model: MetaModel, means: Mapping[str, Tensor], emit: Emit) 
 
 def outside_decoder(meta_model: MetaModel) -> list[str]:
     """Tensors that AIM would relax but for their place: text reaches no vision tower, and no reward model's score."""
-    weights, inside = meta_model.weights, f"{meta_model.decoder}."
-    base = f"{meta_model.model.base_model_prefix}."
+    model, weights = meta_model.model, meta_model.weights
+    inside, head = f"{meta_model.decoder}.", f"{meta_model.head}."
+    # What is beside the base model (a head and its transformation) is called after it. Llama 4 has no base model.
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     reached = {
         name
-        for parameter, _ in meta_model.model.named_parameters(remove_duplicate=False)
-        # What is beside the base model (a head and its transformation) is called after it.
-        if inside == "." or parameter.startswith(inside) or not parameter.startswith(base)
+        for parameter, _ in model.named_parameters(remove_duplicate=False)
+        if inside == "." or parameter.startswith((inside, head)) or not parameter.startswith(base)
         for name in weights.sources(parameter)
     }
     return sorted(scaled_weights(meta_model) - reached)

@@ -24,6 +24,7 @@ from lowmem_aim.models.meta_model import MetaModel, load_meta_model
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.records import Group, KeptComparison
 from lowmem_aim.output.workspace import Workspace
+from lowmem_aim.planning.modules import text_slices
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Acm, Aim
 from lowmem_aim.recipe.words import is_activations_file
@@ -118,7 +119,8 @@ class Comparison:
         needs = needs_of_comparison(meta_model, texts, plan, self.merging_bytes)
         shares = shares_for(needs, run.budget, run.device, space.private)
         merged_meta_model = load_meta_model(outline, meta_model.dtype)
-        chosen = [layer for part in plan.recipe.slices if part.base for layer in part.base.layers or ()]
+        parts = text_slices(plan.recipe, inputs)
+        chosen = [layer for part in parts if part.base for layer in part.base.layers or ()]
         layers = chosen or range(len(meta_model.blocks))
         with merged(space.private) as weights:
             base_runner, merged_runner = (

@@ -26,6 +26,7 @@ vetted.py             what transformers is given of a model folder: vetted copie
 transformers_config.py  the config as transformers' class reads it
 parameter_names.py    a checkpoint's tensor names <-> transformers' parameter names
 meta_model.py         transformers' model of a checkpoint, without weights
+sections.py           the sections of a model with several lists of layers, by mergekit's names
 roles.py              the special roles of tensors, as far as merging needs them
 vocabulary_files.py   the tokens in a tokenizer's files, read as JSON or text
 tokenizer_union.py    one tokenizer made of several, on the JSON alone

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.parameter_names import ParameterNames, float_bytes
 from lowmem_aim.models.roles import TensorRoles
+from lowmem_aim.models.sections import divisions
 from lowmem_aim.models.transformers_config import config_of_transformers, short
 from lowmem_aim.system.memory import is_allocation_failure
 
@@ -39,7 +41,8 @@ transformers.utils.logging.set_verbosity_error()  # what users need comes as a N
 # In every forward pass of this project and its tests: torch's fused attention if the model has it, and experts one by
 # one in Python, the only form that shows the inputs of each expert.
 ATTENTION, EXPERTS = "sdpa", "eager"
-# transformers' classes of models that continue a text, and further ones, whose tensors can be merged.
+# transformers' classes of models that continue a text, and further ones, whose tensors can be merged. Of those whose
+# weights a checkpoint holds, the checkpoint's is the one that leaves the fewest of its tensors, or else the first.
 _DECODERS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
 _CLASSES: tuple[Any, ...] = (*_DECODERS, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel)
 
@@ -69,8 +72,18 @@ class MetaModel:
         layers, after = _stack(self.model, self.blocks, self.weights)
         part = self.model.get_submodule(self.head) if self.head else nn.Module()
         head = frozenset(self.weights.name(f"{self.head}.{name}") for name, _ in part.named_parameters())
+        lists = {path.rpartition(".")[0] for path, _ in self.blocks}
+        found = divisions(self.model, self.weights, self.decoder, self.head, lists.pop() if len(lists) == 1 else "")
         return TensorRoles(
-            self.tied, self.vocabulary, self.buffers, self.inputs_first, layers, after, head, self.optional - head
+            tied=self.tied,
+            vocabulary=self.vocabulary,
+            buffers=self.buffers,
+            inputs_first=self.inputs_first,
+            layers=layers,
+            after_layers=after,
+            head=head,
+            optional=self.optional - head,
+            divisions=found,
         )
 
     def require_blocks(self) -> None:
@@ -112,16 +125,20 @@ def load_meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) ->
     errors: list[ModelError] = []
     found: list[MetaModel] = []
     for kind in fitting:
+        if found and (kind is AutoModel or not _passed_over(found[0])):
+            break
         try:
-            found.append(_of_class(kind, config, checkpoint, dtype))
+            found.append(_of_class(kind, deepcopy(config), checkpoint, dtype))  # BART's decoder alone would change it
         except ModelError as error:
             errors.append(error)
-        if found and not found[-1].weights.unused:
-            return found[-1]
     if not found:
         raise errors[0]
-    # Some classes are parts of others: a Qwen 3.5 is a model of text, too, that has no place for its vision tower.
-    return min(found, key=lambda model: len(model.weights.unused))
+    return min(found, key=_passed_over)
+
+
+def _passed_over(found: MetaModel) -> int:
+    """The number of tensors that the model has no place for: some classes for text alone pass over a whole tower."""
+    return len(found.weights.unused - found.buffers)
 
 
 def _of_class(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> MetaModel:

@@ -15,7 +15,7 @@ from typing import Any
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.config import LAYERS, SIZES
+from lowmem_aim.models.config import LAYERS, OTHER_LAYERS, SIZES
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.reader import Reader, ReaderNeeded
 from lowmem_aim.models.roles import TensorRoles
@@ -157,7 +157,7 @@ def _relevant(table: Mapping[str, Any], before: str = "", *, sliced: bool = Fals
         in_rope = "rope" in before
         if isinstance(value, Mapping):
             yield from _relevant(value, f"{before}{key}.", sliced=sliced)
-        elif sliced and (key in LAYERS or isinstance(value, list)):
+        elif sliced and (key in (*LAYERS, *OTHER_LAYERS) or isinstance(value, list)):
             continue  # what each layer is shows in its tensors
         elif _WITHOUT_MEANING.fullmatch(key) is None and (
             in_rope or _MUST_AGREE.fullmatch(key) or _SHOULD_AGREE.fullmatch(key)

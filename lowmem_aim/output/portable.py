@@ -130,14 +130,22 @@ def calibration_label(calibration: str) -> str:
 
 
 def _parts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """The models of the recipe as it lists them: whole, in slices, or in a module."""
-    parts: dict[str, Any] = {"slices": [_slice(part, recipe, inputs) for part in recipe.slices]}
-    if not recipe.sliced:
-        parts = {"models": [_model(entry, inputs) for entry in recipe.slices[0].experts]}
-    if recipe.module is None:
-        return parts
-    parts |= {"parameters": _settings(recipe.module.parameters)} if recipe.module.parameters else {}
-    return {"modules": {recipe.module.name: parts}}
+    """The models of the recipe as it lists them: whole, in slices, or either in each of its modules."""
+    if not recipe.modules:
+        return _listed(recipe.slices, recipe, inputs)
+    modules = {}
+    for module in recipe.modules:
+        parts = _listed([part for part in recipe.slices if part.module == module], recipe, inputs)
+        parts |= {"parameters": _settings(module.parameters)} if module.parameters else {}
+        modules[module.name] = parts
+    return {"modules": modules}
+
+
+def _listed(parts: Sequence[Slice], recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The models of the recipe, or of a module of it."""
+    if parts[0].sliced:
+        return {"slices": [_slice(part, recipe, inputs) for part in parts]}
+    return {"models": [_model(entry, inputs) for entry in parts[0].experts]}
 
 
 def _slice(part: Slice, recipe: Recipe, inputs: Inputs) -> dict[str, Any]:

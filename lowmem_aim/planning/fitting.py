@@ -9,6 +9,7 @@ from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Notice
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.planning.modules import portions, unnamed
 from lowmem_aim.planning.sources import Match, Source, matches
 from lowmem_aim.recipe.recipe import Recipe
 
@@ -18,7 +19,7 @@ def check_sources(recipe: Recipe, inputs: Inputs, emit: Emit) -> None:
 
     Raises ModelError with the tensors that cannot be merged, of each model those of one kind as one problem, and the
     errors of `matches`. Tensors of whole models that the reference lacks are a warning; those that a model lacks and
-    can do without are told.
+    can do without, and modules that the recipe does not name, are told.
     """
     found: dict[tuple[Checkpoint, str], list[_Problem]] = {}
     carried: dict[Checkpoint, dict[str, Checkpoint]] = {}  # model -> tensor that it lacks -> whose it is in the output
@@ -31,6 +32,10 @@ def check_sources(recipe: Recipe, inputs: Inputs, emit: Emit) -> None:
             if problem := _problem(source, match, known):
                 alike = found.setdefault((source.checkpoint, problem.kind), [])
                 alike += [problem] * (problem not in alike)
+    for portion in unnamed(portions(recipe, inputs)):
+        label = printable(inputs.reference.label)
+        what = f"the recipe does not name the module `{printable(portion.section.name)}`"
+        emit(Notice(f"{what}: the output has that of `{label}`, as it is"))
     for model, names in carried.items():
         _tell_of_carried(model, names, emit)
     if not recipe.sliced:

@@ -26,9 +26,12 @@ def layer_of(tensor: str, layers: int) -> int | None:
 def kind_of(tensor: str, layer: int | None) -> str:
     """The module's name within its layer, with `*` for the numbers of experts: `self_attn.q_proj`.
 
-    Outside the layers it is the last part of the name.
+    Outside the layers it is the last part of the name; in other lists of layers, as a vision tower has, it begins with
+    the list: `blocks.*.attn.qkv`.
     """
     name = tensor.removesuffix(".weight")
+    if layer is None and (listed := re.search(r"[^.]+\.\d+\..*", name)):
+        return ".".join("*" if part.isdecimal() else part for part in listed[0].split("."))
     if layer is None:
         return ".".join(name.split(".")[-2:] if name.endswith(".bias") else name.split(".")[-1:])
     inside = name.partition(f".{layer}.")[2] if not name.startswith(f"{layer}.") else name.partition(".")[2]

@@ -70,7 +70,7 @@ def _task(match: Match, recipe: Recipe) -> Task:
     if match.buffer or not info.dtype.is_floating_point or info.numel == 0:
         return Task(match.name, info.shape, info.dtype, "copy", {}, (match.model,), layer=match.layer)
     dtype = BY_NAME[recipe.dtype] if recipe.dtype else info.output_dtype
-    if match.lacking:
+    if match.lacking or match.part is None:
         experts, filling = (match.model,), match.filling
         return Task(match.name, match.shape, dtype, "copy", {}, experts, filling=filling, layer=match.layer)
     return Task(

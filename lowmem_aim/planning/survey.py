@@ -14,8 +14,9 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.untied import as_tied
 from lowmem_aim.models.vocabulary import vocabulary_rows
 from lowmem_aim.planning.layers import layer_count
+from lowmem_aim.planning.modules import portions, unnamed
 from lowmem_aim.planning.tasks import Plan, Task
-from lowmem_aim.recipe.recipe import Acm, Aim
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 
 LARGEST_CARD = 1_000_000  # bytes; a README.md beyond this is an error
 _LICENCE = re.compile(r"^license:\s*(\S[^\n]{0,100})$", re.MULTILINE)
@@ -91,7 +92,7 @@ def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int]
         aim=_aim(recipe.aim, names) if recipe.aim else None,
         acm=_acm(recipe.acm) if recipe.acm else None,
         kinds=tuple(_kinds(tasks, common)),
-        left_out=_left_out(tasks, inputs),
+        left_out=_left_out(tasks, recipe, inputs),
         shards=len(first.shards),
         read_bytes=_read_bytes(tasks, with_base=inputs.base is not None and (recipe.builds_on_base or recipe.relaxed)),
         write_bytes=sum(plan.output_bytes for plan in plans.values()),
@@ -194,11 +195,14 @@ def _acm(acm: Acm) -> dict[str, Any]:
     return {key: getattr(acm, key) for key in ("theta", "normalise", "calibration", "samples")}
 
 
-def _left_out(tasks: Sequence[Task], inputs: Inputs) -> dict[str, tuple[str, ...]]:
+def _left_out(tasks: Sequence[Task], recipe: Recipe, inputs: Inputs) -> dict[str, tuple[str, ...]]:
     """The reason why tensors are copied or left out -> their names."""
     reasons: dict[str, list[str]] = {}
+    left = unnamed(portions(recipe, inputs))
     for task in tasks:
-        if task.action == "copy":
+        if any(portion.section.holds(task.name) for portion in left):
+            reasons.setdefault("copied: the recipe does not name their module", []).append(task.name)
+        elif task.action == "copy":
             reasons.setdefault(_why_copied(task, inputs), []).append(task.name)
     if inputs.dropped:
         reasons["left out: tied, it repeats its embedding"] = sorted(inputs.dropped)

@@ -7,7 +7,7 @@ yaml_tree.py      YAML as a tree that keeps file, line and column
 places.py         the places that relative paths lead to
 values.py         the values in the tree, checked one by one
 parameters.py     the `parameters` of a recipe, a module, a slice or a model
-parts.py          the models: whole, by ranges of layers, or in a module
+parts.py          the models: whole, by ranges of layers, or either in each of several modules
 spelling.py       British and American spellings of a recipe's keys
 relaxations.py    the tables `aim:` and `acm:`
 tokenizers.py     the keys `tokenizer_source`, `tokenizer` and `chat_template`

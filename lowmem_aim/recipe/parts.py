@@ -1,4 +1,4 @@
-"""The models of a recipe: whole under `models`, by ranges of layers under `slices`, or either under `modules`."""
+"""The models of a recipe: whole under `models`, by ranges of layers under `slices`, or either in each of `modules`."""
 
 from __future__ import annotations
 
@@ -30,54 +30,60 @@ class Parts:
     by_flags: bool  # the recipe comes from the command line
     meant: Collection[str] = ()  # keys that are there, but misspelled
     complete: bool = True  # nothing is missing of what is listed
-    module: Module | None = None
+    module: Module | None = None  # that is being read
 
     def slices(self) -> tuple[Slice, ...]:
-        """The recipe's slices without what is wrong in them, and `module`."""
-        given = [key for key in WAYS if (node := self.root.get(key)) and node.value]
+        """The recipe's slices, those of all its modules one after another, without what is wrong in them."""
+        given = self._ways(self.root)
+        if given[:1] == ["modules"]:
+            return self._modules(self.root.value["modules"])
+        return self._slices(self.root, given[:1] == ["slices"])
+
+    def _ways(self, table: Node) -> list[str]:
+        """The keys under which the recipe, or a module of it, lists its models; that there are several is told."""
+        given = [key for key in WAYS if (node := table.get(key)) and node.value]
         if len(given) > 1:
             self.complete = False
             text = f"{' and '.join(f'`{key}`' for key in given)} exclude each other"
             hint = "list whole models under `models`, or ranges of layers under `slices`"
-            self.read.problem(self.root.value[given[1]], text, hint)
-        if given[:1] == ["modules"]:
-            return self._module(self.root.value["modules"])
-        return self._slices(self.root, self.given, given[:1] == ["slices"])
+            self.read.problem(table.value[given[1]], text, hint)
+        return given
 
-    def _module(self, node: Node) -> tuple[Slice, ...]:
-        """The slices of the one module; several are refused."""
-        self.complete = False
-        if not isinstance(node.value, dict) or not all(isinstance(item.value, dict) for item in node.value.values()):
+    def _modules(self, node: Node) -> tuple[Slice, ...]:
+        """The slices of all modules."""
+        tables = node.value
+        if not isinstance(tables, dict) or not all(isinstance(item.value, dict) for item in tables.values()):
+            self.complete = False
             self.read.problem(
                 node, "`modules` must be a table of tables", "such as `modules: {default: {models: ...}}`"
             )
-        elif len(node.value) > 1:
-            names = ", ".join(f"`{printable(name, 40)}`" for name in node.value)
-            hint = "list the models under `models`: every part of them is merged"
-            self.read.problem(node, f"several modules are not supported: {names}", hint)
-        elif node.value:
-            [(name, table)] = node.value.items()
-            self.read.check_keys(table, ("models", "slices", "parameters"), {}, ignoring=True)
-            self.module = Module(name, settings_of(self.read, table, self.method))
-            self.complete = True
-            return self._slices(table, {**self.given, **self.module.parameters}, table.get("slices") is not None)
-        return ()
+            return ()
+        found: list[Slice] = []
+        complete = True  # each module is checked, whatever is wrong with the others
+        for name, table in tables.items():
+            self.meant = self.read.check_keys(table, ("models", "slices", "parameters"), {}, ignoring=True)
+            self.complete = not self.meant
+            self.module = Module(name, settings_of(self.read, table, self.method), table.where)
+            found += self._slices(table, self._ways(table)[:1] == ["slices"])
+            complete &= self.complete
+        self.module, self.complete = None, complete
+        return tuple(found)
 
-    def _slices(self, table: Node, outer: Mapping[str, Setting], sliced: bool) -> tuple[Slice, ...]:
-        """The slices of the recipe, or of its module; `outer`: all parameters that stand above them."""
+    def _slices(self, table: Node, sliced: bool) -> tuple[Slice, ...]:
+        """The slices of the recipe, or of the module that is being read."""
         if not sliced:
             entries = self._entries(table.get("models"), table)
-            return (self._slice(entries, None, {}, table, outer),) if entries is not None else ()
+            return (self._slice(entries, None, {}, table),) if entries is not None else ()
         listed = table.value["slices"]
         if not isinstance(listed.value, list) or not listed.value:
             self.complete = False
             self.read.problem(listed, "`slices` must be a list with at least one slice", _SLICE_HINT)
             return ()
-        found = [part for node in listed.value if (part := self._sliced(node, outer))]
+        found = [part for node in listed.value if (part := self._sliced(node))]
         self.complete &= len(found) == len(listed.value)
         return tuple(found)
 
-    def _sliced(self, node: Node, outer: Mapping[str, Setting]) -> Slice | None:
+    def _sliced(self, node: Node) -> Slice | None:
         """One of `slices`; None after a problem with all of it."""
         sources = node.get("sources")
         if not isinstance(node.value, dict) or sources is None or not isinstance(sources.value, list):
@@ -97,7 +103,7 @@ class Parts:
             told = ", ".join(f"{entry.layers.start} to {entry.layers.stop}" for entry in entries if entry.layers)
             text = f"the sources of a slice must have the same number of layers; here they take {told}"
             self.read.problem(node, text, "`layer_range: [0, 16]` takes the layers 0 to 15")
-        return self._slice(entries, base, settings_of(self.read, node, self.method), node, outer) if entries else None
+        return self._slice(entries, base, settings_of(self.read, node, self.method), node) if entries else None
 
     def _slice(
         self,
@@ -105,7 +111,6 @@ class Parts:
         own_base: str | None,
         parameters: Mapping[str, Setting],
         node: Node,
-        outer: Mapping[str, Setting],
     ) -> Slice:
         """A slice of these models, some of which may be the base; checked if all of the recipe could be read."""
         base = own_base or self.base
@@ -118,10 +123,10 @@ class Parts:
                 experts = [entry for entry in entries if entry not in listed]
             elif self.method.base == "averaged" and not listed:
                 experts = [of_base, *entries]
-        part = Slice(tuple(experts), of_base, parameters, node.where)
+        part = Slice(tuple(experts), of_base, parameters, node.where, self.module)
         if self.complete and self.method:
             self._check_count(part, self.method, node)
-            self._check_required(part, self.method, outer, node)
+            self._check_required(part, self.method, node)
         return part
 
     def _entries(self, node: Node | None, table: Node) -> list[ModelEntry] | None:
@@ -131,7 +136,7 @@ class Parts:
             hint = "list the models to merge: `models: [{model: folder-or-id}, ...]`"
             if node is not None:
                 self.read.problem(node, "`models` must be a list with at least one model", hint)
-            elif "models" not in self.meant:
+            elif not {"models", "slices"} & set(self.meant):
                 hint = "add `--expert` for each model to merge" if self.by_flags else hint
                 self.read.problem(table, "no models are listed", hint)
             return None
@@ -164,7 +169,8 @@ class Parts:
             return None
         ends = [end.value for end in node.value] if isinstance(node.value, list) else []
         whole = [int(end) for end in ends if type(end) is int or (type(end) is float and end.is_integer())]
-        if len(ends) != 2 or len(whole) != 2 or not 0 <= whole[0] < whole[1]:
+        none = whole == [0, 0] and self.module is not None  # all that a module without layers has
+        if len(ends) != 2 or len(whole) != 2 or not (none or 0 <= whole[0] < whole[1]):
             self.read.problem(node, "`layer_range` must be two rising whole numbers: the first layer and the end", hint)
             return None
         return range(*whole)
@@ -180,11 +186,12 @@ class Parts:
             exact = method.fewest == method.most
             fewest = f"{method.fewest} model{'s' * (method.fewest != 1)}"
             besides = " besides the base" if part.base and method.builds_on(part.base.reference) else ""
-            whole = "" if node is self.root else " in each slice"
+            whole = " in each slice" if node.get("sources") else " in each module" if self.module else ""
             text = f"`{method.name}` takes {'exactly' if exact else 'at least'} {fewest}{besides}{whole}, not {count}"
             self.read.problem(node, text, f"`lowmem-aim methods {method.name}` says what it merges")
 
-    def _check_required(self, part: Slice, method: Method, outer: Mapping[str, Setting], node: Node) -> None:
+    def _check_required(self, part: Slice, method: Method, node: Node) -> None:
+        outer = {*self.given, *(self.module.parameters if self.module else ())}
         for name, parameter in method.parameters.items():
             if not parameter.required or name in part.parameters or name in outer:
                 continue

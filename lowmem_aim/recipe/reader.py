@@ -89,7 +89,6 @@ class _Reader(Values):
             aim,
             acm,
             self.root.where,
-            parts.module,
             tuple(together(self.notices)),
             tuple(dict.fromkeys(self.preferred)),
             self.sought,

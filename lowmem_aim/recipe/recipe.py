@@ -60,26 +60,36 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
+class Module:
+    """An entry of a recipe's `modules`: a section of the model, and the parameters for all of its slices."""
+
+    name: str
+    parameters: Mapping[str, Setting]
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Slice:
-    """Layers of the output that are made of the same models; a recipe that lists `models` has one, with all layers."""
+    """Layers of the output, or of a module of it, that are made of the same models.
+
+    Where `models` are listed, there is one slice, with all layers.
+    """
 
     experts: tuple[ModelEntry, ...]
     base: ModelEntry | None
     parameters: Mapping[str, Setting]
     where: str
+    module: Module | None = None  # None: the recipe has no `modules`
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
         """The base, if there is one, and the experts."""
         return (self.base, *self.experts) if self.base else self.experts
 
-
-@dataclass(frozen=True)
-class Module:
-    """The one entry of a recipe's `modules`: the name that it has there, and the parameters for all of its slices."""
-
-    name: str
-    parameters: Mapping[str, Setting]
+    @property
+    def sliced(self) -> bool:
+        """Whether the recipe says which layers of the models are taken."""
+        return any(model.layers is not None for model in self.experts)
 
 
 @dataclass(frozen=True)
@@ -154,13 +164,18 @@ class Recipe:
     aim: Aim | None
     acm: Acm | None
     where: str
-    module: Module | None = None
     notices: tuple[str, ...] = field(default=(), compare=False)
     preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
     # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
     sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
     # By name, in the order in which they are made: what the recipe, and those further back, take for models.
     stages: Mapping[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that the recipe names, in its order; none if it has no `modules`."""
+        found = {part.module.name: part.module for part in self.slices if part.module}
+        return tuple(found.values())
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -192,8 +207,8 @@ class Recipe:
 
     @property
     def sliced(self) -> bool:
-        """Whether the recipe says which layers of the models are taken."""
-        return any(model.layers is not None for model in self.models)
+        """Whether the recipe says of any slice which layers of the models are taken."""
+        return any(part.sliced for part in self.slices)
 
     @property
     def builds_on_base(self) -> bool:
@@ -228,7 +243,7 @@ class Recipe:
         `own_names`. Raises RecipeError if a required one has none.
         """
         resolved: dict[str, Any] = {}
-        outer = (part.parameters, self.module.parameters if self.module else {}, self.parameters)
+        outer = (part.parameters, part.module.parameters if part.module else {}, self.parameters)
         for name, parameter in self.method.parameters.items():
             if parameter.per_expert:
                 resolved[name] = tuple(

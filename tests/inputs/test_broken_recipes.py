@@ -211,8 +211,22 @@ BROKEN = {
         [("`t` must be a finite number, not `2x`", "methods slerp"), ("`slerp` takes exactly 1", "methods slerp")],
     ),
     "modules": Broken(
-        "merge_method: linear\n^modules: {text: {models: []}, vision: {models: []}}\n",
-        [("several modules are not supported: `text`, `vision`", "list the models under `models`")],
+        "merge_method: linear\nmodules: {text: {^models: []}, vision: {^models: []}}\n",
+        [("`models` must be a list with at least one model", "list the models to merge")],
+    ),
+    "slips in modules": Broken(
+        "merge_method: linear\nmodules:\n  text: {^modles: [{model: a}]}\n  vision: {^slces: [{model: a}]}\n"
+        "  rest: {models: [{model: a}], ^parametrs: {weight: 1}}\n",
+        [
+            ("unknown key `modles`; did you mean `models`?", "models, slices, parameters"),
+            ("unknown key `slces`; did you mean `slices`?", "models, slices, parameters"),
+            ("unknown key `parametrs`; did you mean `parameters`?", "models, slices, parameters"),
+        ],
+    ),
+    "what a module lists twice": Broken(
+        "merge_method: passthrough\nmodules:\n  text:\n    models: [{model: a}]\n"
+        "    ^slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
+        [("`models` and `slices` exclude each other", "ranges of layers under `slices`")],
     ),
     "a module that is none": Broken(
         "merge_method: linear\n^modules: [a]\n", [("`modules` must be a table of tables", "modules: {default:")]

@@ -29,6 +29,7 @@ from against_peft import adapters  # noqa: E402
 from cases import Case, cases, defaults  # noqa: E402
 from comparing import error_not_above, same_expectation, same_tensors, tensors_in  # noqa: E402
 from contenders import install_mergekit  # noqa: E402
+from modules import modules  # noqa: E402
 from options import options  # noqa: E402
 from page import page  # noqa: E402
 from published import differences as differences_of_recipes  # noqa: E402
@@ -126,6 +127,7 @@ def comparisons(tool: Path, scratch: Path, methods: Sequence[str]) -> Iterator[t
         yield from differences_of_tokens(scratch / "tokens", python)
         yield from differences_of_recipes(scratch / "recipes", python)
         yield from stages(scratch / "stages", python)
+        yield from modules(scratch / "modules", python)
     yield from differences(scratch, python, methods)
 
 
