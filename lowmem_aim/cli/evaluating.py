@@ -91,10 +91,10 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
 )
 @JOB_FLAGS
 def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> None:
-    """Score MODEL on tasks of lm-evaluation-harness, one block of it in memory at a time.
+    """Score MODEL on benchmarks, one of its blocks at a time.
 
-    Tasks that score given texts are evaluated within `--ram` and `--vram`, whatever the model's size. The same command
-    resumes an interrupted run.
+    The tasks are those of lm-evaluation-harness. Tasks that score given texts are evaluated within `--ram` and
+    `--vram`, whatever the model's size. The same command resumes an interrupted run.
     """
     from lowmem_aim.system.files import partial_folder
 

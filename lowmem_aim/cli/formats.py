@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 # Whoever starts commands for a model sets one of these, by the Hub's convention; see `_by_agent`.
 AGENT_VARIABLES = ("AI_AGENT", "AGENT")
-RUNS = {"merge", "plan", "relax", "calibrate", "verify", "convert"}  # the commands that take the file's format
+RUNS = {
+    "merge",
+    "plan",
+    "relax",
+    "calibrate",
+    "evaluate",
+    "verify",
+    "convert",
+}  # the commands that take the file's format
 
 
 class _State:

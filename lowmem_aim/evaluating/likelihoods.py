@@ -81,17 +81,16 @@ class BlockwiseModel:
     def _round(self, readings: Sequence[Reading], questions: Sequence[Question], progress: Progress) -> list[Answer]:
         sequences = [torch.tensor(reading.tokens, dtype=torch.int64) for reading in readings]
         run, place, folder = self.run, torch.device(self.run.device), self.space.private
+        self.checkpoint.warm_up()  # before the budget is divided
         needs = needs_of(self.meta_model, sequences, beside=WORK_BYTES + SEQUENCE_BYTES * len(sequences))
         shares = shares_for(needs, run.budget, place, folder)
         scoring = Scoring([[questions[number] for number in reading.questions] for reading in readings])
         with torch.no_grad(), allocations_as_budget_errors():
             run_blocks(
-                lambda: BlockRunner(
-                    self.checkpoint, self.meta_model, place, shares, run.budget, self.space.private, run.emit
-                ),
+                lambda: BlockRunner(self.checkpoint, self.meta_model, place, shares, run.budget, folder, run.emit),
                 sequences,
                 progress,
-                Snapshots(self.space.private, self.space.journal),
+                Snapshots(folder, self.space.journal),
                 scoring,
             )
         self.checkpoint.check_unchanged()  # a change between reading and computing would count

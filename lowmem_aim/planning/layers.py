@@ -30,8 +30,8 @@ def kind_of(tensor: str, layer: int | None) -> str:
     the list: `blocks.*.attn.qkv`.
     """
     name = tensor.removesuffix(".weight")
-    if layer is None and (listed := re.search(r"[^.]+\.\d+\..*", name)):
-        return ".".join("*" if part.isdecimal() else part for part in listed[0].split("."))
+    if layer is None and (listed := re.search(r"(?:^|\.)([^.]+\.\d+\..*)", name, re.S)):  # anchored: names may be long
+        return ".".join("*" if part.isdecimal() else part for part in listed[1].split("."))
     if layer is None:
         return ".".join(name.split(".")[-2:] if name.endswith(".bias") else name.split(".")[-1:])
     inside = name.partition(f".{layer}.")[2] if not name.startswith(f"{layer}.") else name.partition(".")[2]

@@ -447,7 +447,7 @@ def test_too_little_disk_for_hidden_states_shows_before_work(
     with Checkpoint.open(llama / "base") as base:
         needs = Needs.of(load_meta_model(base), TEXTS)
     tight = needs.work + needs.beside + shares.SLACK_BYTES + needs.block
-    with pytest.raises(DiskError, match="calibration, for hidden states, needs"):
+    with pytest.raises(DiskError, match="running the model, for hidden states, needs"):
         measured(llama / "base", budget=Budget(tight), spill=tmp_path)
     assert not reads
 

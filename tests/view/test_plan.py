@@ -191,7 +191,7 @@ class TestItsVerdictIsTheMerges:
         states = (disk["least"] - SMALL_FILES_BYTES) // 3
         real, free = shutil.disk_usage, [SMALL_FILES_BYTES + 3 * states // 2]
         monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
-        assert "calibration, for hidden states, needs" in self.same(run, recipe, tmp_path / "out", 4)
+        assert "running the model, for hidden states, needs" in self.same(run, recipe, tmp_path / "out", 4)
         free[0] = SMALL_FILES_BYTES + 5 * states // 2
         assert run("plan", recipe, tmp_path / "out", "--no-measure").code == 0
         assert run("merge", recipe, tmp_path / "out").code == 0

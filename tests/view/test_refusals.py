@@ -521,7 +521,7 @@ def the_disk_is_full(scene: Scene) -> None:
     scene.patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
 
 
-@refusal(4, "calibration, for hidden states, needs")
+@refusal(4, "running the model, for hidden states, needs")
 def the_disk_has_no_room_for_hidden_states(scene: Scene) -> None:
     scene.aim("builtin", samples=8, block_size=128)
     scene.recipe["dtype"] = "bfloat16"
