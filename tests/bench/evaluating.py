@@ -29,7 +29,7 @@ test_split: test
 output_type: loglikelihood
 doc_to_text: context
 doc_to_target: continuation
-metric_list: [{metric: perplexity}]
+metric_list: [{metric: acc}]
 """
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     peaks = [max(cost.anonymous for cost in costs) / 1e9 for costs in runs.values()]
     print(f"wall: {ours:.0f} s against {harness:.0f} s, {ours / harness:.2f} times")
     print(f"peak anonymous memory: {peaks[0]:.2f} GB (allowed: {RAM}) against {peaks[1]:.2f} GB")
-    print(f"perplexity: {found['ours']['scores']['requests']['value']} against {found['harness']}")
+    print(f"accuracy: {found['ours']['scores']['requests']['value']} against {found['harness']}")
 
 
 def _save_task(folder: Path, model: Path, requests: int) -> None:

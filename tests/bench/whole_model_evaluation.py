@@ -1,4 +1,4 @@
-"""The perplexity of the task `requests` by the harness itself, the whole model in memory: MODEL TASKS OUT.json."""
+"""The accuracy on the task `requests` by the harness itself, the whole model in memory: MODEL TASKS OUT.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     model, tasks, out = sys.argv[1:]
     loaded = TaskManager(include_path=tasks, include_defaults=False).load(["requests"])
     found = evaluate(lm=HFLM(model, device="cpu", dtype="bfloat16", batch_size=1), task_dict=loaded, log_samples=False)
-    Path(out).write_text(json.dumps(found["results"]["requests"]["perplexity,none"]))
+    Path(out).write_text(json.dumps(found["results"]["requests"]["acc,none"]))
 
 
 main()
