@@ -233,3 +233,23 @@ def aim(base: Tensor, merged: Tensor, means: Tensor, omega: float) -> Tensor:
     """means broadcastable against the weight."""
     share = means.double() / means.double().max() if means.max() > 0 else torch.zeros_like(means.double())
     return base.double() + (merged.double() - base.double()) * (1 - share * (1 - omega))
+
+
+def control(
+    means: Tensor,  # of one module, any shape
+    omega: float,
+    kind: str,
+    order: list[int],  # of the channels, for `permuted`
+) -> Tensor:  # the same shape, float64
+    """The factors that a control puts in the place of AIM's."""
+    flat = means.double().flatten()
+    share = flat / flat.max() if flat.max() > 0 else torch.zeros_like(flat)
+    factors = 1 - share * (1 - omega)
+    if kind == "uniform":
+        factors = torch.full_like(factors, float(factors.mean()))
+    elif kind == "permuted":
+        factors = factors[order]
+    elif flat.max() > 0:
+        rest = float((1 - share).mean())
+        factors = 1 - (min(1.0, float((1 - factors).mean()) / rest) if rest else 1.0) * (1 - share)
+    return factors.reshape(means.shape)

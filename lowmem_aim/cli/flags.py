@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from lowmem_aim.cli import completion, formats
 from lowmem_aim.cli.usage import Choice, Flag, command_line
 from lowmem_aim.cli.values import PathType, SizeType
-from lowmem_aim.recipe.words import DTYPES, SCALINGS
+from lowmem_aim.recipe.words import CONTROLS, DTYPES, SCALINGS
 from lowmem_aim.system.defaults_file import FORMATS, read_defaults
 from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
 
@@ -166,6 +166,14 @@ AIM_FLAGS = _options(
         metavar="PART",
         help="Leave weights with PART in their names out of AIM; repeat the flag for each part. [default: none]",
     ),
+    _aim(
+        "--control",
+        metavar="WHAT",
+        shell_complete=completion.words(*CONTROLS),
+        help="Make a control to judge AIM by, not a model to use: uniform, permuted or inverted factors in place of "
+        "AIM's. [default: none]",
+    ),
+    _aim("--control-seed", type=int, help="Draw the order of permuted factors with this seed. [default: 0]"),
     _aim(
         "--tied",
         type=Choice(["relax", "keep"]),

@@ -10,36 +10,37 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 import yaml
 
 from lowmem_aim.demo.models import CALIBRATION, Echo, Models
 from lowmem_aim.errors import LowmemAimError
-from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.relaxing.activations import Activations
-from lowmem_aim.relaxing.aim import shrinkage
 
 OMEGA = 0.4  # the AIM authors' default
 DENSITY = 0.5
 ACTIVATIONS = "activations.safetensors"
 
 
-def write_recipe(folder: Path, name: str, models: Models, *, aim: bool, scale: float = 1.0) -> str:
-    """Write a TIES recipe to `folder`, with paths relative to it; returns the file's name. `scale` is its lambda."""
-    recipe = {
+def write_recipe(folder: Path, name: str, models: Models, *, aim: bool, control: str = "") -> str:
+    """Write a TIES recipe to `folder`, with paths relative to it; returns the file's name.
+
+    `control`: what takes the place of AIM's factors; "": AIM itself.
+    """
+    recipe: dict[str, Any] = {
         "merge_method": "ties",
         "base_model": f"./{models.base}",
         "models": [
             {"model": f"./{expert}", "parameters": {"weight": 1.0, "density": DENSITY}}
             for expert in models.experts.values()
         ],
-        "parameters": {"lambda": scale},
         "dtype": "float32",
         "tokenizer_source": "base",
     }
     if aim:
-        recipe["aim"] = {"omega": OMEGA, "calibration": f"./{ACTIVATIONS}"}
+        own = {"control": control} if control else {}
+        recipe["aim"] = {"omega": OMEGA, "calibration": f"./{ACTIVATIONS}", **own}
     (folder / name).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return name
 
@@ -71,19 +72,6 @@ def command(folder: Path, arguments: Sequence[str], echo: Echo) -> None:
     if done.returncode != 0:
         command = f"lowmem-aim {shlex.join(arguments)}"
         raise LowmemAimError(f"`{command}` failed: {done.stderr.strip()}", hint="run that command by itself to see why")
-
-
-def mean_factor(folder: Path, models: Models) -> float:
-    """The mean factor by which AIM multiplies the delta, over all elements of the model."""
-    activations = Activations.load(folder / ACTIVATIONS)
-    with Checkpoint.open(folder / models.base) as base:
-        kept, elements = 0.0, 0
-        for info in base:
-            elements += info.numel
-            means = activations.means.get(info.name)
-            factor = torch.ones(()) if means is None else 1.0 - shrinkage(means, OMEGA)
-            kept += float(factor.double().mean()) * info.numel
-    return kept / elements
 
 
 def peak(folder: Path) -> float:

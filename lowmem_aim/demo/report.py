@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_aim.demo.evaluate import accuracies, answer, load
-from lowmem_aim.demo.merges import OMEGA, calibrate, mean_factor, merge, peak, write_recipe
+from lowmem_aim.demo.merges import OMEGA, calibrate, merge, peak, write_recipe
 from lowmem_aim.demo.models import Echo, Models, make
 from lowmem_aim.demo.settings import Settings
 from lowmem_aim.demo.skills import SKILLS, Example, evaluation
@@ -25,6 +25,11 @@ QUESTIONS = 400  # of each skill
 AIM_RECIPE = "ties-aim.yml"
 WIDTH = 100  # columns of the text
 ANSWERS = 2  # of each skill, shown at the end
+CONTROL = "uniform"
+_OF_THE_TABLE = (
+    f"Exactly right answers to {QUESTIONS} held-out questions per skill, in percent. The control takes back as much of "
+    "each tensor's delta as AIM, from all channels alike: a gain that it has as well is not AIM's."
+)
 
 
 def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
@@ -32,7 +37,7 @@ def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
     echo("the whole demo takes some four minutes on two cores, most of them for training; later runs reuse the models")
     models = _made(folder, settings, echo)
     echo(f"\n$ cd {quoted(folder)}")
-    merged, factor = _merge(folder, models, echo)
+    merged = _merge(folder, models, echo)
     questions = {skill: evaluation(skill, QUESTIONS, settings.seed) for skill in SKILLS}
     rows = {"base": models.base, **{f"expert: {skill}": name for skill, name in models.experts.items()}, **merged}
     echo(f"\nasking {len(rows)} models {QUESTIONS} questions of each skill")
@@ -40,7 +45,7 @@ def show(folder: Path, settings: Settings, echo: Echo, program: str) -> None:
     echo("")
     echo(table(scores))
     plain, aim, _ = (scores[label] for label in merged)
-    for text in (_of_the_table(factor), what_can_be_told(plain, aim, QUESTIONS), _of_small_models(folder)):
+    for text in (_OF_THE_TABLE, what_can_be_told(plain, aim, QUESTIONS), _of_small_models(folder)):
         echo(textwrap.fill(text, min(columns_of(sys.stdout) or WIDTH, WIDTH)))
     echo("")
     _answer(folder / "merged-aim", questions, echo)
@@ -73,13 +78,6 @@ def _next(folder: Path, models: Models, echo: Echo, program: str) -> None:
     echo(f"    {program} merge {recipe} {out}")
 
 
-def _of_the_table(factor: float) -> str:
-    return (
-        f"Exactly right answers to {QUESTIONS} held-out questions per skill, in percent. AIM keeps {factor:.1%} of the "
-        "delta on average; the control keeps the same share of every element."
-    )
-
-
 def what_can_be_told(plain: Mapping[str, float], aim: Mapping[str, float], questions: int) -> str:
     """Whether two rows of the table differ by more than chance, by two standard errors, counting each row by itself.
 
@@ -104,17 +102,16 @@ def _of_small_models(folder: Path) -> str:
     )
 
 
-def _merge(folder: Path, models: Models, echo: Echo) -> tuple[dict[str, str], float]:
-    """(label -> folder of each merge, AIM's mean factor)."""
+def _merge(folder: Path, models: Models, echo: Echo) -> dict[str, str]:
+    """Make the merges; returns label -> folder of each."""
     calibrate(folder, models, echo)
-    factor = mean_factor(folder, models)
     plain = write_recipe(folder, "ties.yml", models, aim=False)
     aim = write_recipe(folder, AIM_RECIPE, models, aim=True)
-    control = write_recipe(folder, "ties-control.yml", models, aim=False, scale=factor)
+    control = write_recipe(folder, "ties-control.yml", models, aim=True, control=CONTROL)
     for recipe, out in ((plain, "merged"), (aim, "merged-aim"), (control, "merged-control")):
         merge(folder, recipe, out, echo)
-    labels = ("merge (ties)", f"merge + AIM (omega {OMEGA:g})", f"control: merge, delta x {factor:.3f}")
-    return dict(zip(labels, ("merged", "merged-aim", "merged-control"), strict=True)), factor
+    labels = ("merge (ties)", f"merge + AIM (omega {OMEGA:g})", f"control of AIM ({CONTROL})")
+    return dict(zip(labels, ("merged", "merged-aim", "merged-control"), strict=True))
 
 
 def table(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_aim.errors import UsageError, printable
-from lowmem_aim.evaluating.scores import CONTROLS, Scores
+from lowmem_aim.evaluating.scores import Scores
+from lowmem_aim.recipe.words import CONTROLS
 
 _OF_A_POINT = ("omega", "control", "control_seed")  # keys of `aim` that points of one curve may differ in
 

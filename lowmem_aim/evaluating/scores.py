@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem_aim.errors import ModelError, UsageError, did_you_mean, printable
 from lowmem_aim.models.config import load_json
+from lowmem_aim.recipe.words import CONTROLS
 from lowmem_aim.system.files import write_file
 
 SCHEMA = 1
@@ -22,7 +23,6 @@ MAX_BYTES = 10_000_000  # of a file; a recipe with a filter for every tensor has
 _HINT = "docs/evaluation.md describes the file"
 # What an evaluation was made with: scores of other settings are not compared. A hand-written file may lack any.
 SETTINGS = ("seed", "limit", "num_fewshot", "chat_template", "settings")
-CONTROLS = ("uniform", "permuted", "inverted")  # what may take the place of AIM's factors, to judge AIM by
 # The harness' metrics that are no fractions -> their unit, and whether more is better.
 UNITS = {
     "perplexity": ("perplexity", False),

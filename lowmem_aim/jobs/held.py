@@ -26,12 +26,13 @@ from lowmem_aim.system.on_demand import torch
 
 @dataclass
 class HeldOutput:
-    """One output while it is made: its plan, its folder, which this run holds, and the result of ACM for it."""
+    """One output while it is made: its plan, its folder, which this run holds, and what its relaxations have found."""
 
     name: str  # of its folder, where there are several; else empty
     plan: Plan
     space: Workspace
-    consensus: Consensus | None = None
+    consensus: Consensus | None = None  # of ACM
+    weaker: Sequence[str] = ()  # the weights of which a control takes back less than AIM would
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from lowmem_aim.relaxing.relaxation import (
 from lowmem_aim.system.files import input_errors, read_file
 from lowmem_aim.system.options import DEFAULTS, Options
 from lowmem_aim.system.run import Run
+from lowmem_aim.units import counted
 from lowmem_aim.view.feed import Feed, reported
 
 
@@ -197,7 +198,12 @@ def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | 
     """AIM and then ACM, as the recipe asks for them; ACM is measured here, on the merged model as AIM leaves it."""
     inputs, aim, relaxation = ready.inputs, output.plan.recipe.aim, Relaxation()
     if ready.calibration and activations and aim:
-        relaxation = relaxation.then(ByChannel(aim, activations, ready.calibration.base))
+        by_channel = ByChannel(aim, activations, ready.calibration.base)
+        output.weaker = by_channel.weaker(output.plan.tasks)
+        if output.weaker:
+            what = f"{counted(len(output.weaker), 'weight')}, such as `{printable(output.weaker[0])}`"
+            ready.run.emit(Notice(f"{aim.title}: it takes back less than AIM in {what}"))
+        relaxation = relaxation.then(by_channel)
     if ready.comparison:
         merged = partial(MergedWeights, output.plan, inputs, relaxation)
         output.consensus = ready.comparison.consensus(
@@ -236,6 +242,7 @@ def _small_files(
         ready.config,
         environments,
         output.consensus,
+        output.weaker,
         [_facts_of(stage) for stage in ready.position.behind],
     )
 
@@ -245,5 +252,5 @@ def _facts_of(stage: Behind) -> StageFacts:
     file = stage.folder / PROVENANCE
     with input_errors(file, DiskError):
         facts = json.loads(read_file(file, follow=False))
-    told = {key: facts[key] for key in ("recipe", "inputs", "outputs", "calibration", "acm", "kept") if key in facts}
-    return StageFacts(stage.name, told, stage.local)
+    keys = ("recipe", "inputs", "outputs", "calibration", "acm", "control", "kept")
+    return StageFacts(stage.name, {key: facts[key] for key in keys if key in facts}, stage.local)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NO_EXPERT = -1  # the position of draws that belong to no expert
 SPAN = 1 << 32  # the counter's low word; its high word goes into the keys
 SIGNED_TOP = SPAN >> 1  # draws are signed: [-2^31, 2^31)
 
@@ -35,7 +36,10 @@ def keep_mask(
 
 
 def draws_of(*, seed: int, name: str, position: int, start: int, count: int, device: torch.device) -> Tensor:
-    """(count,) int32 uniform draws for the elements start ... start + count - 1; arguments as in `keep_mask`."""
+    """(count,) int32 uniform draws for the elements start ... start + count - 1; arguments as in `keep_mask`.
+
+    `position` may also be NO_EXPERT.
+    """
     parts = []
     while count > 0:  # a piece ends where the counter's low word wraps
         low = start % SPAN

@@ -17,7 +17,9 @@ from lowmem_aim.errors import printable
 from lowmem_aim.output.heatmap import MOST_KINDS, Modules, block_map, heat_rows, joined, shares_by
 from lowmem_aim.output.portable import calibration_label
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
+from lowmem_aim.recipe.words import PERMUTED
 from lowmem_aim.relaxing.delta_sampler import SAMPLED_ELEMENTS
+from lowmem_aim.units import counted
 
 PICTURE = "delta-kept.png"
 
@@ -75,18 +77,12 @@ def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -
     """
     inputs = _inputs(facts)
     models = list(dict.fromkeys(item["model"] for item in inputs))
-    tags = (
-        ["merge", "lowmem-aim", recipe.method.name] + (["aim"] if recipe.aim else []) + (["acm"] if recipe.acm else [])
-    )
+    tags = ["merge", "lowmem-aim", recipe.method.name]
+    tags += ["aim-control" if recipe.aim.control else "aim"] if recipe.aim else []
+    tags += ["acm"] if recipe.acm else []
     named = [part.partition("@")[0] for model in models for part in model.split("+")]  # adapters too
     front = {"base_model": list(dict.fromkeys(named)), "library_name": "transformers", "tags": tags}
-    relaxed = ""
-    if recipe.aim:
-        relaxed = (
-            f"\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
-            f"{_omega(recipe.aim)}: the more active an input channel of the base, the less of the delta it keeps. "
-            f"Calibration: {inline(calibration_label(recipe.aim.calibration))}, {_tokens(facts)}.\n"
-        )
+    relaxed = _by_channel(facts, recipe.aim) if recipe.aim else ""
     if recipe.acm:
         relaxed += _consensus(facts, recipe.acm)
     rows = [f"| {inline(item['model'])} | input | xxh3-128 `{item['xxh3_128']}` |" for item in inputs]
@@ -95,7 +91,8 @@ def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -
     return (
         f"---\n{yaml_text(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(inline(m) for m in models)} "
-        f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n{relaxed}{left}\n"
+        f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n"
+        f"{_warning(recipe)}{relaxed}{left}\n"
         f"## Recipe\n\n{_fenced(portable, 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
@@ -110,11 +107,47 @@ def _inputs(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with(recipe: Recipe) -> str:
-    return f" with {_relaxed_by(recipe)}" if recipe.aim or recipe.acm else ""
+    return f" with {_relaxed_by(recipe)}" if recipe.relaxed else ""
 
 
 def _relaxed_by(recipe: Recipe) -> str:
-    return " and ".join(name for name, table in (("AIM", recipe.aim), ("ACM", recipe.acm)) if table)
+    return " and ".join(recipe.relaxations)
+
+
+def _warning(recipe: Recipe) -> str:
+    """A paragraph that says so if the model, or a stage that it was made of, is a control."""
+    stages = [name for name, merge in recipe.in_order.items() if merge.aim and merge.aim.control]
+    if not stages:
+        return ""
+    what = "it" if "" in stages else f"its stage {inline(stages[0])}"
+    return (
+        f"\n**This is not a model to use:** {what} is a control, made to judge AIM by. A gain that a control has as "
+        "well is not due to AIM's choice of channels.\n"
+    )
+
+
+def _by_channel(facts: dict[str, Any], aim: Aim) -> str:
+    """The paragraph on AIM, or on its control."""
+    measured = f"Calibration: {inline(calibration_label(aim.calibration))}, {_tokens(facts)}."
+    if not aim.control:
+        return (
+            "\nThe merged delta was relaxed by Activation-Informed Merging (AIM, arXiv 2502.02421) with "
+            f"{_omega(aim)}: the more active an input channel of the base, the less of the delta it keeps. {measured}\n"
+        )
+    weaker = facts["control"]["weaker_than_aim"]
+    told = f" In {counted(len(weaker), 'weight')} this takes back less than AIM." if weaker else ""
+    return (
+        "\nThe merged delta was relaxed by other factors in the place of those of Activation-Informed Merging (AIM, "
+        f"arXiv 2502.02421) with {_omega(aim)}. Control {inline(aim.control)}: {_of_control(aim)}.{told} {measured}\n"
+    )
+
+
+def _of_control(aim: Aim) -> str:
+    return {
+        "uniform": "all channels of a weight have the mean of AIM's factors",
+        PERMUTED: f"the channels of a weight have AIM's factors in a random order, drawn with seed {aim.control_seed}",
+        "inverted": "the less active an input channel of the base, the less of the delta it keeps, with AIM's mean",
+    }[aim.control]
 
 
 def _consensus(facts: dict[str, Any], acm: Acm) -> str:

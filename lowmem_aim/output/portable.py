@@ -43,7 +43,7 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     if recipe.chat_template:
         portable["chat_template"] = recipe.chat_template
     if recipe.aim:
-        aim = {key: _plain(value) for key, value in vars(recipe.aim).items() if value not in ("", ())}
+        aim = {key: _plain(value) for key, value in recipe.aim.keys.items()}
         omega, calibration = _setting(recipe.aim.omega), calibration_label(recipe.aim.calibration)
         portable["aim"] = aim | {"omega": omega, "calibration": calibration}
     if recipe.acm:

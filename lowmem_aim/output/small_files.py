@@ -37,13 +37,15 @@ def output_files(
     config: Mapping[str, Any],
     environments: Sequence[Mapping[str, str]] | None = None,
     consensus: Consensus | None = None,
+    weaker: Sequence[str] = (),
     stages: Sequence[StageFacts] = (),
 ) -> dict[str, bytes]:
     """Every small file of the output by name, config.json last. `copied` is from `copied.copied_files`; `config` is the
     reference's, or from `layer_settings.restacked`.
 
-    `environments` are versions and devices, if there was more than one on the way to this output; `stages` are the
-    recipe's named stages that it was made of, those further back included.
+    `environments` are versions and devices, if there was more than one on the way to this output; `weaker` are the
+    weights of which a control of AIM takes back less than AIM would; `stages` are the recipe's named stages that it was
+    made of, those further back included.
     """
     files = dict(copied)
     if len(plan.shards) > 1:
@@ -58,6 +60,8 @@ def output_files(
             for group, m in consensus.information.items()
         }
         facts["acm"] = {"texts": consensus.texts, "tokens": consensus.tokens, "groups": groups}
+    if plan.recipe.aim and plan.recipe.aim.control:
+        facts["control"] = {"name": plan.recipe.aim.control, "weaker_than_aim": list(weaker)}
     kept = kept_by_module(plan, merged)
     if joined(kept.values()).before:
         facts["kept"] = kept_shares(kept)

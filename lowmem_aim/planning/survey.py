@@ -188,6 +188,7 @@ def _aim(aim: Aim, outputs: Sequence[str]) -> dict[str, Any]:
         "calibration": aim.calibration,
         "samples": aim.samples,
         "block_size": aim.block_size,
+        **{key: value for key, value in aim.keys.items() if key in ("control", "control_seed")},
     }
 
 

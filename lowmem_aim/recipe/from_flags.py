@@ -25,6 +25,8 @@ AIM_FLAGS = {
     "omega": "omega",
     "scaling": "scaling",
     "exclude": "exclude",
+    "control": "control",
+    "control_seed": "control_seed",
     "calibration": "calibration",
     "samples": "samples",
     "block_size": "block_size",
@@ -33,6 +35,7 @@ AIM_FLAGS = {
     "tied": "tied",
     "calibration_dtype": "dtype",
 }
+_OF_AIM = ("omega", "scaling", "exclude", "control", "control_seed", "tied")  # and not of ACM too
 _OF_TEXTS = ("samples", "block_size", "calibration_seed", "pack", "calibration_dtype")
 ACM_FLAGS = {
     "theta": "theta",
@@ -90,8 +93,9 @@ def relax_recipe(merged: str, flags: dict[str, Any], errors: list[LowmemAimError
     tree = empty_recipe().with_item("merge_method", Node("passthrough", COMMAND_LINE)).with_item("models", models)
     for way in ways:
         tree = tree.with_item(way, empty_recipe())
-    if "aim" not in ways and (own := [flag for flag in ("omega", "scaling", "exclude", "tied") if flags.get(flag)]):
-        error = RecipeError(f"--{own[0]} has no meaning without AIM", hint="`--with both` applies AIM and then ACM")
+    if "aim" not in ways and (own := [flag for flag in _OF_AIM if flags.get(flag) not in (None, ())]):
+        flag = own[0].replace("_", "-")
+        error = RecipeError(f"--{flag} has no meaning without AIM", hint="`--with both` applies AIM and then ACM")
         if errors is None:
             raise error
         errors.append(error)

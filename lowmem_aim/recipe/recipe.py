@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import RecipeError, printable
 from lowmem_aim.recipe.references import parsed
-from lowmem_aim.recipe.words import SOURCES, UNION, Normalise, RowSource
+from lowmem_aim.recipe.words import PERMUTED, SOURCES, UNION, Normalise, RowSource
 
 if TYPE_CHECKING:
     from lowmem_aim.methods.method import Method, Parameter  # torch
@@ -99,6 +99,8 @@ class Aim:
     omega: Setting = Setting(DEFAULT_OMEGA)
     omegas: tuple[float, ...] = ()  # several: an output for each, see `one_by_one`; `omega` then says nothing
     scaling: str = "identity"
+    control: str = ""  # one of CONTROLS, in place of AIM's factors; "": AIM itself
+    control_seed: int = 0  # of `permuted`
     exclude: tuple[str, ...] = ()  # parts of the names of weights that are not relaxed
     calibration: str = ""
     samples: int = 256
@@ -107,6 +109,17 @@ class Aim:
     pack: bool = True
     tied: str = "relax"
     dtype: str = ""  # of the calibration's forward; "": the checkpoint's
+
+    @property
+    def title(self) -> str:
+        """The name of what relaxes the merge: `AIM`, or `AIM control (uniform)`."""
+        return f"AIM control ({self.control})" if self.control else "AIM"
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of the table that say something, with their values: those of portable recipes and identities."""
+        idle = () if self.control == PERMUTED else ("control_seed",)
+        return {key: value for key, value in vars(self).items() if value not in ("", ()) and key not in idle}
 
     def omega_at(self, tensor: str, t: float) -> float:
         """The omega for a tensor at depth `t` in [0, 1]; the default if no filter matches."""
@@ -228,7 +241,12 @@ class Recipe:
     @property
     def title(self) -> str:
         """The method's name and its relaxations: `ties + AIM + ACM`."""
-        return " + ".join([self.method.name, *(["AIM"] if self.aim else []), *(["ACM"] if self.acm else [])])
+        return " + ".join([self.method.name, *self.relaxations])
+
+    @property
+    def relaxations(self) -> list[str]:
+        """The titles of what changes the merge: AIM or its control, and ACM."""
+        return [*([self.aim.title] if self.aim else []), *(["ACM"] if self.acm else [])]
 
     def looked(self, path: str) -> str:
         """The end of a message about a path that was found nowhere: ` (looked in ...)`; empty for a whole path."""

@@ -10,14 +10,18 @@ from typing import Any
 from lowmem_aim.errors import did_you_mean, printable
 from lowmem_aim.methods.method import Parameter
 from lowmem_aim.recipe.recipe import DEFAULT_OMEGA, Acm, Aim, Setting
-from lowmem_aim.recipe.values import Values, no_name
-from lowmem_aim.recipe.words import BUILTIN, DTYPES, NORMALISATIONS, SCALINGS, SHORT_DTYPES
+from lowmem_aim.recipe.values import Remark, Values, no_name
+from lowmem_aim.recipe.words import BUILTIN, CONTROLS, DTYPES, NORMALISATIONS, PERMUTED, SCALINGS, SHORT_DTYPES
 from lowmem_aim.recipe.yaml_tree import Node
 
-AIM_KEYS = ("omega", "scaling", "exclude", "calibration", "samples", "block_size", "seed", "pack", "tied", "dtype")
+AIM_KEYS = (
+    *("omega", "scaling", "exclude", "control", "control_seed", "calibration", "samples", "block_size", "seed"),
+    *("pack", "tied", "dtype"),
+)
 ACM_KEYS = ("theta", "normalise", "calibration", "samples", "dtype")
 _WORDS: dict[str, tuple[str, ...]] = {
     "scaling": SCALINGS,
+    "control": CONTROLS,
     "tied": ("relax", "keep"),
     "dtype": DTYPES,
     "normalise": NORMALISATIONS,
@@ -37,7 +41,24 @@ def aim_table(read: Values, node: Node) -> Aim:
     }
     if isinstance(checked.get("omega"), tuple):
         checked["omegas"] = checked.pop("omega")
+    if "control_seed" in keys and _draws_nothing(keys.get("control")):
+        _tell_idle_seed(read, keys["control_seed"])
+        del checked["control_seed"]
     return Aim(**{key: value for key, value in checked.items() if value is not None})
+
+
+def _draws_nothing(control: Node | None) -> bool:
+    """Whether there is no control, or one that is not drawn; one that is misspelled may be meant to be."""
+    return control is None or (control.value in CONTROLS and control.value != PERMUTED)
+
+
+def _tell_idle_seed(read: Values, node: Node) -> None:
+    """Tell of a `control_seed` that nothing is drawn with: a notice or, of a flag, a problem."""
+    text = f"`aim.control_seed` has no meaning without `control: {PERMUTED}`, the only one that is drawn"
+    if node.by_flag:
+        read.problem(node, text, f"add `--control {PERMUTED}`, or leave it out")
+    else:
+        read.notices.append(Remark(node.where, text))
 
 
 def acm_table(read: Values, node: Node, aim: Aim | None) -> Acm:
@@ -110,7 +131,7 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
         ),
         "samples": (whole and value > 0, "a whole number above 0"),
         "block_size": (whole and value >= 16, "a whole number, 16 or more"),
-        "seed": (whole and 0 <= value < 1 << 32, "a whole number in [0, 2^32)"),
+        **dict.fromkeys(("seed", "control_seed"), (whole and 0 <= value < 1 << 32, "a whole number in [0, 2^32)")),
         "pack": (isinstance(value, bool), "true or false"),
     }
     right, what = correct[key]

@@ -30,16 +30,25 @@ def shrinkage(
     scaling: str = "identity",  # one of SCALINGS
 ) -> Tensor:  # the same shape, float32 in [0, 1 - omega]
     """s of the formula for each channel; 0 in a module whose statistics are all zero. Each fused expert is a module."""
+    return (shares_of(means, scaling) * (1.0 - omega)).to(torch.float32)
+
+
+def shares_of(means: Tensor, scaling: str) -> Tensor:  # the same shape, float64 in [0, 1]
+    """f(a_j / max_k a_k) of each channel: 1 for the most active of a module; 0 where all statistics are zero."""
     means = means.to(torch.float64)  # so that s is rounded once, at the end
     inner = tuple(range(1, means.ndim)) if means.ndim == 3 else tuple(range(means.ndim))
     top = means.amax(dim=inner, keepdim=True)
-    shares = torch.where(top == 0.0, 0.0, _SCALINGS[scaling](means / top.masked_fill(top == 0.0, 1.0)))
-    return (shares * (1.0 - omega)).to(torch.float32)
+    return torch.where(top == 0.0, 0.0, _SCALINGS[scaling](means / top.masked_fill(top == 0.0, 1.0)))
+
+
+def by_module(channels: Tensor) -> Tensor:  # (modules, channels of one)
+    """A number of each channel, shaped as `means` of `shrinkage`, with a row for each module."""
+    return channels.reshape(channels.shape[0] if channels.ndim == 3 else 1, -1)
 
 
 def _rank(shares: Tensor) -> Tensor:
     """The place of each channel within its module, from 0 to 1; equal values keep the order in which they stand."""
-    modules = shares.reshape(shares.shape[0] if shares.ndim == 3 else 1, -1)
+    modules = by_module(shares)
     order = modules.argsort(dim=-1, stable=True)
     last = modules.shape[-1] - 1
     places = torch.linspace(0, last, last + 1, dtype=torch.float64) / last if last else torch.ones(1)

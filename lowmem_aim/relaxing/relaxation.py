@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from lowmem_aim.planning.tasks import Task
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.relaxing.aim import relax, shrinkage, shrinkage_rows
+from lowmem_aim.relaxing.controls import controlled, falls_short
 from lowmem_aim.system.on_demand import torch
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class ByChannel:
-    """AIM: each weight's delta shrinks by input channel (arXiv 2502.02421)."""
+    """AIM: each weight's delta shrinks by input channel (arXiv 2502.02421). Or a control of AIM, see `controls`."""
 
     aim: Aim
     activations: Activations  # of `base`
@@ -74,7 +75,11 @@ class ByChannel:
         name = self._statistic(task)
         if name is None:
             return None
-        shrink = shrinkage(self.activations.means[name], task.omega, self.aim.scaling)
+        means, aim = self.activations.means[name], self.aim
+        if aim.control:
+            shrink = controlled(means, task.omega, aim, task.name)
+        else:
+            shrink = shrinkage(means, task.omega, aim.scaling)
 
         def relaxed(merged: Tensor, rows: Rows) -> Tensor:
             first = rows.start // merged.shape[1]
@@ -83,6 +88,12 @@ class ByChannel:
             return relax(merged, rows.stored_base, part.to(merged.device))
 
         return relaxed
+
+    def weaker(self, tasks: Iterable[Task]) -> list[str]:
+        """The names of the weights of which a control takes back less than AIM would."""
+        means, merged = self.activations.means, [task for task in tasks if task.action == "merge"]
+        found = [(task, name) for task in merged if (name := self._statistic(task)) is not None]
+        return [task.name for task, name in found if falls_short(means[name], task.omega, self.aim)]
 
     def check_base(self, task: Task, digest: str | None) -> None:
         """Raise ModelError unless the activations were measured on the base's tensor that has this digest."""

@@ -117,6 +117,6 @@ def _figures(run: Progress, planned: Planned) -> str:
 
 
 def _relaxed_by(run: Progress) -> str:
-    title = run.planned.title if run.planned else ""
-    named = " + ".join(name for name in ("AIM", "ACM") if name in title)
+    _, *relaxations = run.planned.title.split(" + ") if run.planned else [""]
+    named = " + ".join(title.partition(" (")[0] for title in relaxations)
     return named or ("relaxing" if run.kept else "")

@@ -29,6 +29,7 @@ def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
         yield f"          {printable(_listed(survey['settings']), 1000)}"
     if aim := survey["aim"]:
         yield f"AIM       omega {_listed(aim['omega'])}, scaling {aim['scaling']}, {_texts(aim)}"
+        yield from _control_lines(aim)
     if acm := survey["acm"]:
         yield f"ACM       theta {acm['theta']:g}, normalised by {acm['normalise']}, {_texts(acm)}"
     for model in survey["models"]:
@@ -41,6 +42,12 @@ def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
     outputs = f", {len(survey['outputs'])} outputs" if survey["outputs"] else ""
     read, write = shown(survey["read_bytes"]), shown(survey["write_bytes"])
     yield f"bytes     in all {read} to read (more if memory is tight), {write} to write{files}{outputs}"
+
+
+def _control_lines(aim: Mapping[str, Any]) -> Iterator[str]:
+    if control := aim.get("control"):
+        seed = f" (seed {aim['control_seed']})" if "control_seed" in aim else ""
+        yield f"control   {control}{seed} factors in place of AIM's: to judge AIM by, not a model to use"
 
 
 def _listed(values: Any) -> str:

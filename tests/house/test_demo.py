@@ -18,14 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_aim.demo.evaluate import exact_matches
-from lowmem_aim.demo.merges import OMEGA, mean_factor, write_recipe
+from lowmem_aim.demo.merges import write_recipe
 from lowmem_aim.demo.models import MODELS, make
-from lowmem_aim.demo.report import AIM_RECIPE, show_models, table, what_can_be_told
+from lowmem_aim.demo.report import AIM_RECIPE, CONTROL, show_models, table, what_can_be_told
 from lowmem_aim.demo.skills import SKILLS, draw, evaluation, is_held_out, mixture
 from lowmem_aim.demo.tokenizer import build_tokenizer
 from lowmem_aim.demo.train import IGNORED, as_batch, expert_shares
 from lowmem_aim.errors import UsageError
-from lowmem_aim.relaxing.activations import Activations
 
 
 class TestSkills:
@@ -143,18 +142,6 @@ def test_the_evaluation_counts_whole_right_answers() -> None:
     assert exact_matches(_Knowing(torch.zeros_like(labels), len(tokenizer)), tokenizer, examples) == 0
 
 
-def test_the_mean_factor_is_that_of_all_elements(copy: Path) -> None:
-    sizes, factors = 0, 0.0
-    tensors = {k: v for f in (copy / MODELS.base).glob("*.safetensors") for k, v in load_file(f).items()}
-    means = {name: torch.rand(1, value.shape[1]) for name, value in tensors.items() if "proj" in name}
-    Activations(means).save(copy / "activations.safetensors")
-    for name, value in tensors.items():
-        share = means[name] / means[name].max() if name in means else torch.zeros(1)
-        factors += float((1 - share * (1 - OMEGA)).double().expand_as(value).sum())
-        sizes += value.numel()
-    assert mean_factor(copy, MODELS) == pytest.approx(factors / sizes, rel=1e-6)
-
-
 def test_its_recipes_merge_from_wherever_one_is(
     copy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,9 +149,14 @@ def test_its_recipes_merge_from_wherever_one_is(
     texts = ("--calibration", "copy/calibration.jsonl", "--no-pack")
     assert run("calibrate", "copy/base", "-o", "copy/activations.safetensors", *texts).code == 0
     write_recipe(copy, AIM_RECIPE, MODELS, aim=True)
-    done = run("merge", f"copy/{AIM_RECIPE}", "out", "--omega", "0.2")
-    assert done.code == 0, done.err
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    write_recipe(copy, "ties-control.yml", MODELS, aim=True, control=CONTROL)
+    for recipe, out in ((AIM_RECIPE, "out"), ("ties-control.yml", "control")):
+        done = run("merge", f"copy/{recipe}", out, "--omega", "0.2")
+        assert done.code == 0, done.err
+        AutoModelForCausalLM.from_pretrained(tmp_path / out)
+    aim, control = (json.loads((tmp_path / out / "lowmem_aim.json").read_text()) for out in ("out", "control"))
+    assert control["control"]["name"] == CONTROL
+    assert control["kept"]["delta"] == pytest.approx(aim["kept"]["delta"], abs=0.02) != 1.0
 
 
 def test_it_ends_with_commands_that_run_where_the_user_is(

@@ -119,8 +119,12 @@ def test_colour_adds_nothing_to_the_text(recorded: list[Timed]) -> None:
     assert re.sub(r"\x1b\[[0-9;]*m", "", told["truecolor"]) == told[None]
 
 
-def test_layers_are_coloured_by_what_is_kept() -> None:
-    run = seen([(0.0, STARTED), (0.0, PLANNED), (0.0, PhaseStarted("merge", 100, "bytes"))])
+@pytest.mark.parametrize(
+    ("title", "named"),
+    [(PLANNED.title, "AIM"), ("ties + AIM control (uniform) + ACM", "AIM control + ACM"), ("linear", "relaxing")],
+)
+def test_layers_are_coloured_by_what_is_kept(title: str, named: str) -> None:
+    run = seen([(0.0, STARTED), (0.0, replace(PLANNED, title=title)), (0.0, PhaseStarted("merge", 100, "bytes"))])
     for layer, after in ((0, 1.0), (1, 9.0)):
         for number in range(PLANNED.layers[str(layer)]):
             run.see(1.0, tensor(f"{layer}.{number}", layer, 10.0, (10.0, after)))
@@ -129,7 +133,7 @@ def test_layers_are_coloured_by_what_is_kept() -> None:
     [strip] = [line for line in picture.split("\n") if line.plain.startswith("layers")]
     colours = {segment.style.color.name for segment in strip.render(console) if segment.style and segment.style.color}
     assert len(colours & {name for name in colours if name.startswith("#")}) == 2
-    assert "AIM kept 37%" in strip.plain
+    assert strip.plain.endswith(f"  {named} kept 37%")
 
 
 def started(*events: Event) -> Progress:
