@@ -71,6 +71,14 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
     help="Read at most this many tokens at a time. [default: as many as the model allows]",
 )
 @_forwards(
+    "--batch-size",
+    metavar="NUMBER",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Write this many texts at a time, in tasks that let the model write.",
+)
+@_forwards(
     "--spill",
     metavar="SIZE",
     type=SizeType(),
@@ -93,7 +101,8 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
 def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> None:
     """Score MODEL on tasks of lm-evaluation-harness, one block of it in memory at a time.
 
-    Tasks that score given texts are evaluated within `--ram` and `--vram`, whatever the model's size. The same command
+    Tasks that score given texts are evaluated within `--ram` and `--vram`, whatever the model's size. For tasks that
+    let the model write, it is loaded whole, and what does not fit is read from disk again and again. The same command
     resumes an interrupted run.
     """
     from lowmem_aim.system.files import partial_folder
@@ -108,7 +117,7 @@ def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> No
     from lowmem_aim.jobs.evaluate import SPILL_BYTES, Forwards, evaluate
 
     spill = SPILL_BYTES if flags["spill"] is None else flags["spill"]
-    forwards = Forwards(flags["dtype"], flags["max_length"], spill)
+    forwards = Forwards(flags["dtype"], flags["max_length"], spill, flags["batch_size"])
     run(lambda emit: evaluate(model, asked, output, forwards, options_of(flags), emit), style)
 
 

@@ -26,6 +26,8 @@ USUAL = {
     "gsm8k": "exact_match,flexible-extract",
     "ifeval": "prompt_level_strict_acc",
 }
+WRITES = "generate_until"  # the harness' name for tasks that let the model write
+KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", WRITES)
 BETTER = {"hendrycks_math": "`minerva_math`: `hendrycks_math` scores next to nothing, whatever the model"}
 
 
@@ -45,6 +47,13 @@ class Asked:
     def metric(self, task: str) -> str:
         """The metric that a task is scored by; "": the first of its list."""
         return self.metrics.get(task) or USUAL.get(task, "")
+
+
+def better(asked: Asked) -> Iterator[str]:
+    """Yield what is to be known of tasks that there is a better one for."""
+    for name, text in BETTER.items():
+        if any(task == name or task.startswith(f"{name}_") for task in asked.names):
+            yield f"consider {text}"
 
 
 def missing_harness() -> Iterator[UsageError]:
@@ -112,6 +121,8 @@ def loaded(asked: Asked) -> Loaded:
     except Exception as error:  # whatever datasets, or the file of a task, raises
         raise _not_loaded(error) from error
     names = [part for name in asked.names for part in _scored(manager, name)]
+    # Those that let the model write come last, since it is loaded whole for them.
+    found["tasks"] = dict(sorted(found["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
     return Loaded(found, names)
 
 
@@ -203,13 +214,17 @@ def _codes_named(root: yaml.MappingNode, path: Path, seen: set[Path]) -> Iterato
 
 
 def _kinds(entries: Sequence[Any]) -> Iterator[UsageError]:
-    """Yield an error for each task that asks for more than log-likelihoods."""
+    """Yield an error for each task that asks for what cannot be answered."""
     for entry in entries:
         kind = (entry.cfg or {}).get("output_type", "generate_until")
-        if kind not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling"):
+        if kind not in KINDS:
             yield UsageError(
-                f"the task `{printable(entry.name)}` lets the model write (`{printable(str(kind))}`), and only "
-                "tasks that score given texts can be evaluated so far",
+                f"the task `{printable(entry.name)}` asks for `{printable(str(kind))}`, which cannot be evaluated",
+                hint="leave it out of `--tasks`",
+            )
+        if (entry.cfg or {}).get("unsafe_code"):
+            yield UsageError(
+                f"the task `{printable(entry.name)}` runs the programs that the model writes, which cannot be done yet",
                 hint="leave it out of `--tasks`",
             )
 
