@@ -58,6 +58,11 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
 @_tasks("--chat-template", is_flag=True, help="Put each item into the model's chat template.")
 @_tasks("--seed", type=int, default=1234, show_default=True, help="Draw the solved items with this seed.")
 @_tasks("--allow-task-code", is_flag=True, help="Run Python code that the tasks in --include-path name.")
+@_tasks(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Run the programs that the model writes, each in a process of its own.",
+)
 @_forwards(
     "--dtype",
     metavar="DTYPE",
@@ -141,4 +146,5 @@ def _asked(flags: dict[str, Any]) -> Asked:
         chat_template=flags["chat_template"],
         seed=flags["seed"],
         allow_code=flags["allow_task_code"],
+        allow_execution=flags["allow_code_execution"],
     )

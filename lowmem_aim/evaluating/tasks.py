@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
+from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewhere
 
 HARNESS = "lm_eval"
 _INSTALL = "`pip install 'lowmem-aim[eval]'`"
@@ -43,6 +44,7 @@ class Asked:
     chat_template: bool = False
     seed: int = 0
     allow_code: bool = False  # of the tasks' own files
+    allow_execution: bool = False  # of programs that the model writes
 
     def metric(self, task: str) -> str:
         """The metric that a task is scored by; "": the first of its list."""
@@ -114,12 +116,14 @@ def loaded(asked: Asked) -> Loaded:
     manager = _manager(asked)
     errors: list[LowmemAimError] = [*_unknown(asked, manager)]
     entries = [entry for name in asked.names for entry in _below(manager, name)]
-    errors += [*_codes(asked, entries), *_kinds(entries)]
+    errors += [*_codes(asked, entries), *_kinds(asked, entries)]
     raise_all(errors)
     try:
-        found = manager.load(list(asked.names))
+        with instead_of_code_eval():
+            found = manager.load(list(asked.names))
     except Exception as error:  # whatever datasets, or the file of a task, raises
         raise _not_loaded(error) from error
+    raise_all([*runs_elsewhere(found["tasks"])])
     names = [part for name in asked.names for part in _scored(manager, name)]
     # Those that let the model write come last, since it is loaded whole for them.
     found["tasks"] = dict(sorted(found["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
@@ -213,8 +217,8 @@ def _codes_named(root: yaml.MappingNode, path: Path, seen: set[Path]) -> Iterato
                 yield from _codes_in((path.parent / file).resolve(), seen)
 
 
-def _kinds(entries: Sequence[Any]) -> Iterator[UsageError]:
-    """Yield an error for each task that asks for what cannot be answered."""
+def _kinds(asked: Asked, entries: Sequence[Any]) -> Iterator[UsageError]:
+    """Yield an error for each task that asks for what cannot be answered, or for what is not allowed."""
     for entry in entries:
         kind = (entry.cfg or {}).get("output_type", "generate_until")
         if kind not in KINDS:
@@ -222,10 +226,10 @@ def _kinds(entries: Sequence[Any]) -> Iterator[UsageError]:
                 f"the task `{printable(entry.name)}` asks for `{printable(str(kind))}`, which cannot be evaluated",
                 hint="leave it out of `--tasks`",
             )
-        if (entry.cfg or {}).get("unsafe_code"):
+        if (entry.cfg or {}).get("unsafe_code") and not asked.allow_execution:
             yield UsageError(
-                f"the task `{printable(entry.name)}` runs the programs that the model writes, which cannot be done yet",
-                hint="leave it out of `--tasks`",
+                f"the task `{printable(entry.name)}` runs the programs that the model writes",
+                hint="`--allow-code-execution`, if this machine may run them; docs/evaluation.md has the limits",
             )
 
 

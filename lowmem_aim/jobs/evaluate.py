@@ -15,6 +15,7 @@ import xxhash
 from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable, raise_all
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.answers import FOLDER, Answers
+from lowmem_aim.evaluating.code_scoring import require_processes
 from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
 from lowmem_aim.evaluating.origin import digest_of_model, origin_of
 from lowmem_aim.evaluating.scores import Scores, write_scores
@@ -146,6 +147,8 @@ def _check_writing(
     with noted(errors):
         generation_config(checkpoint)
     raise_all(errors)
+    if any(task.runs for task in writes) and (network := require_processes()):
+        run.emit(Notice(f"programs that the model writes can use the network here: {network}", "warning"))
     room = sum(room_of(run.budget, torch.device(run.device)).values())
     run.emit(Notice(costs(writes, checkpoint.nbytes, room, forwards.batch_size)))
 

@@ -57,14 +57,31 @@ metric_list: [{metric: exact_match}]
 """
 LONG = "include: writes.yaml\ntask: long\ngeneration_kwargs: {until: ['.'], max_gen_toks: 500}\n"
 RUNS = "include: writes.yaml\ntask: runs\nunsafe_code: true\n"
-# The harness' own file, with its filters and its metric, on items that are here.
+# The harness' own files, with their filters and metrics, on items that are here.
+OWN = Path(lm_eval.__file__).parent / "tasks"
 GSM8K = f"""
-include: {Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"}
+include: {OWN / "gsm8k" / "gsm8k.yaml"}
 dataset_path: json
 dataset_name: null
 dataset_kwargs: {{data_files: {{test: FOLDER/sums.jsonl, train: FOLDER/sums.jsonl}}}}
 num_fewshot: 0
 """
+HUMANEVAL = f"""
+include: {OWN / "humaneval" / "humaneval.yaml"}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: FOLDER/functions.jsonl}}}}
+"""
+MBPP = f"""
+include: {OWN / "mbpp" / "mbpp.yaml"}
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{test: FOLDER/problems.jsonl}}}}
+"""
+FUNCTIONS = [
+    {"prompt": f"def f{n}(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3", "entry_point": f"f{n}"}
+    for n in range(2)
+]
+PROBLEMS = [{"task_id": n, "text": "Say 1.", "code": "", "test_list": ["assert f() == 1"] * 3} for n in range(2)]
 SUMS = [{"question": f"{a} and 2?", "answer": f"It is\n#### {a + 2}"} for a in range(3)]
 
 
@@ -75,9 +92,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build("llama", folder / "model")
     own = folder / "tasks"
     own.mkdir()
-    for name, rows in (("items", ITEMS), ("texts", TEXTS), ("sums", SUMS)):
-        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    texts = {"sums": CHOICE, "flow": FLOW, "coded": CODED, "writes": WRITES, "long": LONG, "runs": RUNS, "gsm8k": GSM8K}
+    rows = {"items": ITEMS, "texts": TEXTS, "sums": SUMS, "functions": FUNCTIONS, "problems": PROBLEMS}
+    for name, some in rows.items():
+        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    texts = {"sums": CHOICE, "flow": FLOW, "coded": CODED, "writes": WRITES, "long": LONG, "runs": RUNS}
+    texts |= {"gsm8k": GSM8K, "humaneval": HUMANEVAL, "mbpp": MBPP}
     for name, text in texts.items():
         (own / f"{name}.yaml").write_text(text.replace("FOLDER", str(own)))
     (own / "included.yaml").write_text("include: coded.yaml\ntask: included\n")
@@ -191,7 +210,7 @@ def test_gsm8k_is_scored_by_the_last_number(
 
 
 def test_what_the_model_cannot_write_is_refused_before_work(place: Path, tmp_path: Path, run: Any) -> None:
-    for name, part in (("long", "up to 500 tokens"), ("runs", "runs the programs")):
+    for name, part in (("long", "up to 500 tokens"), ("runs", "`--allow-code-execution`")):
         refused = run(*line(place, tmp_path / "out.json", names=f"sums,{name}"))
         assert (refused.code, f"`{name}`" in refused.err, part in refused.err) == (2, True, True), refused.err
     adapter = adapters.write(
@@ -200,6 +219,25 @@ def test_what_the_model_cannot_write_is_refused_before_work(place: Path, tmp_pat
     own = line(place, tmp_path / "out.json", names="writes")
     refused = run(own[0], f"{place / 'model'}+{adapter}", *own[2:])
     assert (refused.code, "comes with an adapter" in refused.err) == (3, True), refused.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_programs_that_the_model_writes_are_run_if_that_is_allowed(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"humaneval": ["    return a + b", "    return a - b"], "mbpp": ["def f(): return 1", "?"]}
+    allowed = ("--allow-task-code", "--max-length", "2000")
+    for name, written in texts.items():
+        monkeypatch.setattr(WritingModel, "texts", lambda self, requests, known, written=written: written)
+        refused = run(*line(place, tmp_path / "out.json", *allowed, names=name))
+        assert (refused.code, f"`{name}` runs the programs" in refused.err) == (2, True), refused.err
+        out = tmp_path / f"{name}.json"
+        done = run(*line(place, out, *allowed, "--allow-code-execution", names=name))
+        assert done.code == 0, done.err
+        score = read_scores(out).scores[name]
+        assert (score.metric, score.value, score.n) == (tasks.USUAL[name], 0.5, 2)
+    elsewhere = run(*line(place, tmp_path / "out.json", "--allow-code-execution", names="runs"))
+    assert (elsewhere.code, "in a way of its own" in elsewhere.err) == (2, True), elsewhere.err
     assert not list(tmp_path.glob("out*"))
 
 
