@@ -130,7 +130,7 @@ def _one_of(n: int, passed: Sequence[bool]) -> float:
 @contextlib.contextmanager
 def instead_of_code_eval() -> Iterator[None]:
     """Give tasks that are loaded in this block ours when they ask the library `evaluate` for `code_eval`."""
-    import evaluate  # type: ignore[import-untyped]
+    import evaluate
 
     load = evaluate.load
 

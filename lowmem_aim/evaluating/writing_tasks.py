@@ -55,8 +55,8 @@ def too_long(tasks: Sequence[WritingTask], max_length: int) -> Iterator[UsageErr
             )
 
 
-def costs(tasks: Sequence[WritingTask], weights: int, room: int, batch: int) -> str:
-    """The cost of the tasks at most, for people: `weights` bytes, of which `room` bytes fit the memory."""
+def costs(tasks: Sequence[WritingTask], stored: int, weights: int, room: int, batch: int) -> str:
+    """The cost of the tasks at most, for people: `weights` bytes in memory, where `room` is, `stored` on disk."""
     names = ", ".join(f"`{printable(task.name)}`" for task in tasks)
     texts = sum(task.texts for task in tasks)
     tokens = sum(task.texts * task.tokens for task in tasks)
@@ -64,7 +64,7 @@ def costs(tasks: Sequence[WritingTask], weights: int, room: int, batch: int) -> 
         f"{names}: here the model writes ({counted(texts, 'text')}, {tokens} tokens at most), and for that it is loaded"
         " whole: `--ram` and `--vram` decide where its weights lie, but are not kept to"
     )
-    again = max(0, weights - room)
+    again = max(0, round(stored * (1 - room / weights)))
     if again:
         steps = sum(math.ceil(task.texts / batch) * task.tokens for task in tasks)
         told += f"; {shown(again)} of them do not fit and are read from disk for each token, "

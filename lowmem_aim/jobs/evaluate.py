@@ -150,7 +150,8 @@ def _check_writing(
     if any(task.runs for task in writes) and (network := require_processes()):
         run.emit(Notice(f"programs that the model writes can use the network here: {network}", "warning"))
     room = sum(room_of(run.budget, torch.device(run.device)).values())
-    run.emit(Notice(costs(writes, checkpoint.nbytes, room, forwards.batch_size)))
+    weights = checkpoint.numel * meta_model.dtype.itemsize
+    run.emit(Notice(costs(writes, checkpoint.nbytes, weights, room, forwards.batch_size)))
 
 
 def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked, forwards: Forwards) -> Scores:

@@ -9,6 +9,7 @@ from typing import Any
 
 import adapters
 import lm_eval
+import nltk
 import pytest
 import tiny
 
@@ -77,6 +78,11 @@ dataset_path: json
 dataset_name: null
 dataset_kwargs: {{data_files: {{test: FOLDER/problems.jsonl}}}}
 """
+IFEVAL = f"""
+include: {OWN / "ifeval" / "ifeval.yaml"}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: FOLDER/items.jsonl}}}}
+"""
 FUNCTIONS = [
     {"prompt": f"def f{n}(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3", "entry_point": f"f{n}"}
     for n in range(2)
@@ -96,7 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, some in rows.items():
         (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     texts = {"sums": CHOICE, "flow": FLOW, "coded": CODED, "writes": WRITES, "long": LONG, "runs": RUNS}
-    texts |= {"gsm8k": GSM8K, "humaneval": HUMANEVAL, "mbpp": MBPP}
+    texts |= {"gsm8k": GSM8K, "humaneval": HUMANEVAL, "mbpp": MBPP, "ifeval": IFEVAL}
     for name, text in texts.items():
         (own / f"{name}.yaml").write_text(text.replace("FOLDER", str(own)))
     (own / "included.yaml").write_text("include: coded.yaml\ntask: included\n")
@@ -239,6 +245,16 @@ def test_programs_that_the_model_writes_are_run_if_that_is_allowed(
     elsewhere = run(*line(place, tmp_path / "out.json", "--allow-code-execution", names="runs"))
     assert (elsewhere.code, "in a way of its own" in elsewhere.err) == (2, True), elsewhere.err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_words_that_a_task_would_fetch_are_missed_before_work(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: print("no network"))
+    refused = run(*line(place, tmp_path / "out.json", "--allow-task-code", "--max-length", "4000", names="ifeval"))
+    assert (refused.code, "`punkt_tab`" in refused.err, refused.out) == (9, True, ""), refused.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_better_task_is_proposed() -> None:
