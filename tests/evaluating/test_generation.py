@@ -8,7 +8,9 @@ from typing import Any
 
 import asking
 import pytest
+import quantising
 import tiny
+import torch
 from lm_eval.api.instance import Instance
 from long_cases import others_long
 from transformers import PreTrainedModel
@@ -16,7 +18,10 @@ from transformers import PreTrainedModel
 from lowmem_aim.errors import ModelError
 from lowmem_aim.evaluating import generation
 from lowmem_aim.evaluating.generation import Request
+from lowmem_aim.evaluating.whole_model import cannot_write, room_of
 from lowmem_aim.events import Advanced, Event, PhaseStarted
+from lowmem_aim.models.opening import open_model
+from lowmem_aim.system.memory import Budget, anonymous_bytes
 from lowmem_aim.system.options import Options
 
 GREEDY = {"until": ["z", "  "], "max_gen_toks": 12, "do_sample": False}
@@ -136,3 +141,20 @@ def test_a_wrong_generation_config_is_the_models_error(llama: Path, tmp_path: Pa
         (folder / "generation_config.json").write_text(content)
         with pytest.raises(ModelError, match="generation_config"):
             asking.written(folder, tmp_path / "work", REQUESTS[-1:])
+
+
+def test_weights_get_most_of_each_budget_and_the_device_first() -> None:
+    used = anonymous_bytes()
+    both = room_of(Budget(used + 2 * 10**9, 10**9), torch.device("cuda", 1))
+    assert list(both) == [1, "cpu"]
+    assert 0.6e9 < both[1] < 0.9e9
+    assert 1e9 < both["cpu"] < 1.8e9
+    assert list(room_of(Budget(used), torch.device("cpu"))) == ["cpu"]
+
+
+def test_a_model_whose_tensors_are_not_plainly_in_its_folder_is_refused(llama: Path, tmp_path: Path) -> None:
+    whole = tiny.build("llama", tmp_path / "whole", dtype=torch.bfloat16)
+    quantising.quantised(quantising.FORMATS["fp8 with one scale"], whole, tmp_path / "quantised")
+    with open_model(llama, "plain") as plain, open_model(tmp_path / "quantised", "packed") as packed:
+        assert not list(cannot_write(plain))
+        assert ["quantised" in str(error) for error in cannot_write(packed)] == [True]
