@@ -104,7 +104,7 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
 )
 @JOB_FLAGS
 def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> None:
-    """Score MODEL on tasks of lm-evaluation-harness, one block of it in memory at a time.
+    """Score MODEL on tasks of lm-evaluation-harness, block by block.
 
     Tasks that score given texts are evaluated within `--ram` and `--vram`, whatever the model's size. For tasks that
     let the model write, it is loaded whole, and what does not fit is read from disk again and again. The same command

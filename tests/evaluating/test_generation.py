@@ -24,7 +24,7 @@ from lowmem_aim.models.opening import open_model
 from lowmem_aim.system.memory import Budget, anonymous_bytes
 from lowmem_aim.system.options import Options
 
-GREEDY = {"until": ["z", "  "], "max_gen_toks": 12, "do_sample": False}
+GREEDY = {"until": ["z", "  "], "max_gen_toks": 6, "do_sample": False}
 SHORT = {"until": [], "max_gen_toks": 3}
 DRAWN = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
 CONTEXTS = ("one two", "a", "three four five " * 20, "six")  # the third is longer than what the model reads
