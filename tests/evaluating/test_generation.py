@@ -42,7 +42,7 @@ def test_texts_are_the_harness_own_in_memory_and_from_disk(architecture: str, tm
     folder = tiny.build(architecture, tmp_path / "model")
     asked = [Instance("generate_until", {}, request, number) for number, request in enumerate(REQUESTS)]
     expected = asking.harness(folder).generate_until(asked, disable_tqdm=True)
-    assert len(set(expected)) >= 4
+    assert len(set(expected)) >= 3  # the limits of both settings are met, and an end of the text
     assert asking.written(folder, tmp_path / "memory", REQUESTS) == expected
     assert asking.written(folder, tmp_path / "disk", REQUESTS, options=NOTHING) == expected
     assert not list((tmp_path / "disk").rglob("offload"))
