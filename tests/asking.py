@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lowmem_aim.evaluating.answers import Answers
+from lowmem_aim.evaluating.generation import Request, WritingModel
 from lowmem_aim.evaluating.language_model import AskedModel
 from lowmem_aim.evaluating.likelihoods import BlockwiseModel
 from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
@@ -78,9 +79,29 @@ def ours(
             spill,
         )
         asked = AskedModel(
-            meta_model.model.config, tokenizer_of(checkpoint), lambda q: model.answers(q, known), max_length
+            meta_model.model.config, tokenizer_of(checkpoint), lambda q: model.answers(q, known), max_length=max_length
         )
         return {kind: getattr(asked, kind)(some) for kind, some in requests.items()}
+
+
+def written(
+    folder: Path,
+    work: Path,
+    requests: Sequence[Request],
+    *,
+    batch: int = 1,
+    options: Options = DEFAULTS,
+    emit: Emit = silent,
+) -> list[str]:
+    """What our model writes; what it leaves to resume from is in the folder `work`, and `work`.sqlite."""
+    with (
+        open_model(folder, "model") as checkpoint,
+        workspace(work) as space,
+        Answers(work.with_suffix(".sqlite")) as known,
+    ):
+        meta_model, tokenizer = to_evaluate(checkpoint, "float32"), tokenizer_of(checkpoint)
+        run = start(options, emit)
+        return WritingModel(checkpoint, meta_model, tokenizer, run, space, None, batch, 0).texts(requests, known)
 
 
 def compared(

@@ -58,6 +58,11 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
 @_tasks("--chat-template", is_flag=True, help="Put each item into the model's chat template.")
 @_tasks("--seed", type=int, default=1234, show_default=True, help="Draw the solved items with this seed.")
 @_tasks("--allow-task-code", is_flag=True, help="Run Python code that the tasks in --include-path name.")
+@_tasks(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Run the programs that the model writes, each in a process of its own.",
+)
 @_forwards(
     "--dtype",
     metavar="DTYPE",
@@ -69,6 +74,14 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
     metavar="TOKENS",
     type=click.IntRange(1),
     help="Read at most this many tokens at a time. [default: as many as the model allows]",
+)
+@_forwards(
+    "--batch-size",
+    metavar="NUMBER",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Write this many texts at a time, in tasks that let the model write.",
 )
 @_forwards(
     "--spill",
@@ -94,7 +107,8 @@ def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> No
     """Score MODEL on benchmarks, one of its blocks at a time.
 
     The tasks are those of lm-evaluation-harness. Tasks that score given texts are evaluated within `--ram` and
-    `--vram`, whatever the model's size. The same command resumes an interrupted run.
+    `--vram`, whatever the model's size. For tasks that let the model write, it is loaded whole, and what does not fit
+    is read from disk again and again. The same command resumes an interrupted run.
     """
     from lowmem_aim.system.files import partial_folder
 
@@ -108,7 +122,7 @@ def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> No
     from lowmem_aim.jobs.evaluate import SPILL_BYTES, Forwards, evaluate
 
     spill = SPILL_BYTES if flags["spill"] is None else flags["spill"]
-    forwards = Forwards(flags["dtype"], flags["max_length"], spill)
+    forwards = Forwards(flags["dtype"], flags["max_length"], spill, flags["batch_size"])
     run(lambda emit: evaluate(model, asked, output, forwards, options_of(flags), emit), style)
 
 
@@ -132,4 +146,5 @@ def _asked(flags: dict[str, Any]) -> Asked:
         chat_template=flags["chat_template"],
         seed=flags["seed"],
         allow_code=flags["allow_task_code"],
+        allow_execution=flags["allow_code_execution"],
     )

@@ -4,8 +4,14 @@ questions.py      log-likelihood questions as token ids, and the forwards that a
 answers.py        answers that a model has given, kept for the next run
 scoring.py        continuations scored from what the output head is given, without its logits in memory
 likelihoods.py    log-likelihoods from a model of which one block at a time is in memory
-language_model.py the model as the harness asks it: texts in, log-likelihoods out
+whole_model.py    a model loaded whole, to write texts: spread over the device, RAM and disk
+generation.py     texts that a model writes, kept batch by batch
+language_model.py the model as the harness asks it: texts in, log-likelihoods or texts out
+code_program.py   the program of a child process that runs one program which a model has written
+code_scoring.py   programs that a model has written, each tried in a child process, and pass@k
+task_code.py      code that the files of tasks bring along: found without running any of it
 tasks.py          the harness' tasks: found by name, and checked before anything of them runs
+writing_tasks.py  tasks that let the model write: how much at most, and what that costs
 harness.py        the harness run on a model, and the one number of each task that counts
 models.py         a model to evaluate: built without weights, and its tokenizer
 origin.py         the origin of a model: what it is, and of a merge, what was merged and how

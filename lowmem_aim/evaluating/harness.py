@@ -32,6 +32,7 @@ def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
         apply_chat_template=asked.chat_template,
         fewshot_as_multiturn=True,
         log_samples=False,
+        confirm_run_unsafe_code=asked.allow_execution,
     )
     return {name: _score(name, results, asked) for name in loaded.names}
 

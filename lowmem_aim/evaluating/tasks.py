@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
+from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewhere
+from lowmem_aim.evaluating.task_code import codes
 
 HARNESS = "lm_eval"
 _INSTALL = "`pip install 'lowmem-aim[eval]'`"
@@ -26,6 +28,8 @@ USUAL = {
     "gsm8k": "exact_match,flexible-extract",
     "ifeval": "prompt_level_strict_acc",
 }
+WRITES = "generate_until"  # the harness' name for tasks that let the model write
+KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", WRITES)
 BETTER = {"hendrycks_math": "`minerva_math`: `hendrycks_math` scores next to nothing, whatever the model"}
 
 
@@ -41,10 +45,18 @@ class Asked:
     chat_template: bool = False
     seed: int = 0
     allow_code: bool = False  # of the tasks' own files
+    allow_execution: bool = False  # of programs that the model writes
 
     def metric(self, task: str) -> str:
         """The metric that a task is scored by; "": the first of its list."""
         return self.metrics.get(task) or USUAL.get(task, "")
+
+
+def better(asked: Asked) -> Iterator[str]:
+    """Yield what is to be known of tasks that there is a better one for."""
+    for name, text in BETTER.items():
+        if any(task == name or task.startswith(f"{name}_") for task in asked.names):
+            yield f"consider {text}"
 
 
 def missing_harness() -> Iterator[UsageError]:
@@ -105,13 +117,18 @@ def loaded(asked: Asked) -> Loaded:
     manager = _manager(asked)
     errors: list[LowmemAimError] = [*_unknown(asked, manager)]
     entries = [entry for name in asked.names for entry in _below(manager, name)]
-    errors += [*_codes(asked, entries), *_kinds(entries)]
+    errors += [*([] if asked.allow_code else codes(asked.folders, entries)), *_kinds(asked, entries)]
     raise_all(errors)
     try:
-        found = manager.load(list(asked.names))
+        # What is printed is for people (nltk's downloads), and standard output is for data.
+        with instead_of_code_eval(), contextlib.redirect_stdout(io.StringIO()):
+            found = manager.load(list(asked.names))
     except Exception as error:  # whatever datasets, or the file of a task, raises
         raise _not_loaded(error) from error
+    raise_all([*runs_elsewhere(found["tasks"]), *_lacking(found["tasks"])])
     names = [part for name in asked.names for part in _scored(manager, name)]
+    # Those that let the model write come last, since it is loaded whole for them.
+    found["tasks"] = dict(sorted(found["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
     return Loaded(found, names)
 
 
@@ -154,64 +171,45 @@ def _below(manager: Any, name: str) -> Iterator[Any]:
         yield entry
 
 
-def _codes(asked: Asked, entries: Sequence[Any]) -> Iterator[UsageError]:
-    """Yield an error for task files of the user's that bring code along, unless that is allowed."""
-    own = {folder.resolve() for folder in asked.folders}
-    for entry in () if asked.allow_code else entries:
-        path = entry.yaml_path and Path(entry.yaml_path).resolve()
-        if path is None or own.isdisjoint(path.parents):
-            continue
-        if codes := sorted(set(_codes_in(path, set()))):
-            what = ", ".join(f"`{printable(name)}`" for name in codes[:3])
-            yield UsageError(
-                f"the task `{printable(entry.name)}` in `{printable(str(path))}` runs code of its own: {what}",
-                hint="`--allow-task-code`, if you trust these files",
-            )
-
-
-def _codes_in(path: Path, seen: set[Path]) -> Iterator[str]:
-    """Yield the names of functions and classes that a task's file, or one that it includes, has run."""
-    if path in seen:
-        return
-    seen.add(path)
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"the task file `{printable(str(path))}` cannot be read: {printable(str(error))}") from error
-    nodes = [root]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.ScalarNode) and node.tag.startswith("!"):
-            yield str(node.value)
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            nodes += [value for _, value in node.value]
-            if node is root:
-                yield from _codes_named(node, path, seen)
-
-
-def _codes_named(root: yaml.MappingNode, path: Path, seen: set[Path]) -> Iterator[str]:
-    """Yield the class that a task is of, and what runs in the files that it includes."""
-    for key, value in root.value:
-        if key.value == "class":
-            yield str(value.value)
-        if key.value == "include":
-            files = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
-            for file in files:
-                yield from _codes_in((path.parent / file).resolve(), seen)
-
-
-def _kinds(entries: Sequence[Any]) -> Iterator[UsageError]:
-    """Yield an error for each task that asks for more than log-likelihoods."""
+def _kinds(asked: Asked, entries: Sequence[Any]) -> Iterator[UsageError]:
+    """Yield an error for each task that asks for what cannot be answered, or for what is not allowed."""
     for entry in entries:
         kind = (entry.cfg or {}).get("output_type", "generate_until")
-        if kind not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling"):
+        if kind not in KINDS:
             yield UsageError(
-                f"the task `{printable(entry.name)}` lets the model write (`{printable(str(kind))}`), and only "
-                "tasks that score given texts can be evaluated so far",
+                f"the task `{printable(entry.name)}` asks for `{printable(str(kind))}`, which cannot be evaluated",
                 hint="leave it out of `--tasks`",
             )
+        if (entry.cfg or {}).get("unsafe_code") and not asked.allow_execution:
+            yield UsageError(
+                f"the task `{printable(entry.name)}` runs the programs that the model writes",
+                hint="`--allow-code-execution`, if this machine may run them; docs/evaluation.md has the limits",
+            )
+
+
+def _lacking(found: Mapping[str, Any]) -> Iterator[NetworkError]:
+    """Yield an error for each task that splits sentences by data of nltk which is not there, and cannot be fetched.
+
+    Such a task asks for the data when it is loaded, and goes on without it until it scores the first answer.
+    """
+    for name, task in found.items():
+        scored_by = getattr(task.config, "process_results", None)
+        if "ifeval" in str(getattr(scored_by, "__module__", "")) and not _has_punkt():
+            yield NetworkError(
+                f"the task `{printable(name)}` needs nltk's `punkt_tab`, which is not on this machine and cannot be "
+                "downloaded now",
+                hint="`python -m nltk.downloader punkt_tab`, once, with a network",
+            )
+
+
+def _has_punkt() -> bool:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
 
 
 def _not_loaded(error: Exception) -> LowmemAimError:

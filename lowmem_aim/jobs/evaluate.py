@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable
+from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable, raise_all
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.answers import FOLDER, Answers
+from lowmem_aim.evaluating.code_scoring import require_processes
 from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
 from lowmem_aim.evaluating.origin import digest_of_model, origin_of
 from lowmem_aim.evaluating.scores import Scores, write_scores
 from lowmem_aim.evaluating.tasks import Asked, Loaded
+from lowmem_aim.evaluating.writing_tasks import costs, too_long, writing_tasks
 from lowmem_aim.events import Emit, Notice, Planned, silent
 from lowmem_aim.jobs.identity import identity_on
 from lowmem_aim.jobs.resume import agree, differing_weights
@@ -50,6 +52,7 @@ class Forwards:
     dtype: str | None = None  # None: as the model is stored
     max_length: int | None = None  # tokens that are read at a time; None: as many as the model allows
     spill: int = SPILL_BYTES  # bytes on disk for hidden states, and for snapshots of them
+    batch_size: int = 1  # texts that the model writes at a time
 
 
 def evaluate(
@@ -78,9 +81,12 @@ def _evaluated(
 ) -> None:
     tasks.quiet()
     run = start(options, feed)
+    for text in tasks.better(asked):
+        run.emit(Notice(text))
     meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
     tokenizer = tokenizer_of(checkpoint)
     loaded = tasks.loaded(asked)
+    _check_writing(checkpoint, meta_model, tokenizer, loaded, asked, forwards, run)
     digest = digest_of_model(checkpoint, run.emit)
     with workspace(partial_folder(output), fresh=options.fresh) as space:
         _agreed(space, checkpoint, asked, forwards, digest, run)
@@ -106,13 +112,46 @@ def _scores(
     space: Workspace,
     run: Run,
 ) -> Any:
+    from lowmem_aim.evaluating.generation import WritingModel
     from lowmem_aim.evaluating.harness import scored
     from lowmem_aim.evaluating.language_model import AskedModel
     from lowmem_aim.evaluating.likelihoods import BlockwiseModel
 
     blockwise = BlockwiseModel(checkpoint, meta_model, run, space, forwards.spill)
-    ask = partial(blockwise.answers, known=known)
-    return scored(AskedModel(meta_model.model.config, tokenizer, ask, forwards.max_length), loaded, asked)
+    writing = WritingModel(
+        checkpoint, meta_model, tokenizer, run, space, forwards.max_length, forwards.batch_size, asked.seed
+    )
+    ask, write = partial(blockwise.answers, known=known), partial(writing.texts, known=known)
+    return scored(AskedModel(meta_model.model.config, tokenizer, ask, write, forwards.max_length), loaded, asked)
+
+
+def _check_writing(
+    checkpoint: Checkpoint,
+    meta_model: MetaModel,
+    tokenizer: Any,
+    loaded: Loaded,
+    asked: Asked,
+    forwards: Forwards,
+    run: Run,
+) -> None:
+    """Say what the tasks cost that let the model write. Raises ModelError, UsageError if it cannot."""
+    from lm_eval.models.utils import resolve_max_length
+
+    from lowmem_aim.evaluating.whole_model import cannot_write, generation_config, room_of
+
+    writes = writing_tasks(loaded, asked)
+    if not writes:
+        return
+    length = forwards.max_length or resolve_max_length(meta_model.model.config, tokenizer)
+    errors: list[LowmemAimError] = [*cannot_write(checkpoint), *too_long(writes, length)]
+    with noted(errors):
+        generation_config(checkpoint)
+    raise_all(errors)
+    if any(task.runs for task in writes) and (network := require_processes()):
+        run.emit(Notice(f"programs that the model writes can use the network here: {network}", "warning"))
+    room = sum(room_of(run.budget, torch.device(run.device)).values())
+    weights = checkpoint.numel * meta_model.dtype.itemsize
+    run.emit(Notice(costs(writes, checkpoint.nbytes, weights, room, forwards.batch_size)))
 
 
 def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked, forwards: Forwards) -> Scores:

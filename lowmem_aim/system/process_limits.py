@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -76,3 +77,23 @@ def leave_network() -> str:
         if library.unshare(flags) == 0:
             return ""
     return os.strerror(ctypes.get_errno())
+
+
+def limit_for_good(memory_bytes: int, file_bytes: int, seconds: int) -> None:
+    """Allow this process, and those that it starts, each so much memory, files of this size and processor time.
+
+    Nothing in the process can lift these limits again. Systems may not have some of them.
+    """
+    import resource
+
+    limits = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, most in limits.items():
+        _, hard = resource.getrlimit(kind)
+        wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (wanted, wanted))

@@ -7,11 +7,16 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import adapters
+import lm_eval
+import nltk
 import pytest
 import tiny
 
 from lowmem_aim.evaluating import tasks
+from lowmem_aim.evaluating.generation import WritingModel
 from lowmem_aim.evaluating.scores import read_scores
+from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.system.files import cache_folder
 
 ITEMS = [{"q": f"{a} + {b} =", "choices": [str(a + b), str(a + b + 1)], "label": 0} for a in range(4) for b in range(5)]
@@ -40,7 +45,50 @@ doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}]
 """
 CODED = CHOICE.replace("task: sums", "task: coded").replace('"{{q}}"', "!function code.text")
-WRITES = CHOICE.replace("task: sums", "task: writes").replace("multiple_choice", "generate_until")
+WRITES = """
+task: writes
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/items.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+LONG = "include: writes.yaml\ntask: long\ngeneration_kwargs: {until: ['.'], max_gen_toks: 500}\n"
+RUNS = "include: writes.yaml\ntask: runs\nunsafe_code: true\n"
+# The harness' own files, with their filters and metrics, on items that are here.
+OWN = Path(lm_eval.__file__).parent / "tasks"
+GSM8K = f"""
+include: {OWN / "gsm8k" / "gsm8k.yaml"}
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{test: FOLDER/sums.jsonl, train: FOLDER/sums.jsonl}}}}
+num_fewshot: 0
+"""
+HUMANEVAL = f"""
+include: {OWN / "humaneval" / "humaneval.yaml"}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: FOLDER/functions.jsonl}}}}
+"""
+MBPP = f"""
+include: {OWN / "mbpp" / "mbpp.yaml"}
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{test: FOLDER/problems.jsonl}}}}
+"""
+IFEVAL = f"""
+include: {OWN / "ifeval" / "ifeval.yaml"}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: FOLDER/items.jsonl}}}}
+"""
+FUNCTIONS = [
+    {"prompt": f"def f{n}(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3", "entry_point": f"f{n}"}
+    for n in range(2)
+]
+PROBLEMS = [{"task_id": n, "text": "Say 1.", "code": "", "test_list": ["assert f() == 1"] * 3} for n in range(2)]
+SUMS = [{"question": f"{a} and 2?", "answer": f"It is\n#### {a + 2}"} for a in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +98,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build("llama", folder / "model")
     own = folder / "tasks"
     own.mkdir()
-    for name, rows in (("items", ITEMS), ("texts", TEXTS)):
-        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, text in (("sums", CHOICE), ("flow", FLOW), ("coded", CODED), ("writes", WRITES)):
+    rows = {"items": ITEMS, "texts": TEXTS, "sums": SUMS, "functions": FUNCTIONS, "problems": PROBLEMS}
+    for name, some in rows.items():
+        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    texts = {"sums": CHOICE, "flow": FLOW, "coded": CODED, "writes": WRITES, "long": LONG, "runs": RUNS}
+    texts |= {"gsm8k": GSM8K, "humaneval": HUMANEVAL, "mbpp": MBPP, "ifeval": IFEVAL}
+    for name, text in texts.items():
         (own / f"{name}.yaml").write_text(text.replace("FOLDER", str(own)))
     (own / "included.yaml").write_text("include: coded.yaml\ntask: included\n")
     (own / "code.py").write_text(
@@ -133,9 +184,85 @@ def test_code_of_a_task_file_runs_only_if_that_is_allowed(place: Path, tmp_path:
     assert (place / "ran").exists()
 
 
-def test_a_task_that_lets_the_model_write_is_refused(place: Path, tmp_path: Path, run: Any) -> None:
-    refused = run(*line(place, tmp_path / "out.json", names="sums,writes"))
-    assert (refused.code, "`writes`" in refused.err) == (2, True), refused.err
+def test_a_task_lets_the_model_write_and_is_told_of_before_work(place: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "scores.json"
+    done = run(*line(place, out, "--limit", "3", "--ram", "1MB", "--batch-size", "2", names="writes"))
+    assert done.code == 0, done.err
+    told = next(text for text in done.err.splitlines() if text.startswith("`writes`"))
+    for part in ("3 texts, 12 tokens at most", "not kept to", "are read from disk for each token"):
+        assert part in told
+    assert done.err.index(told) < done.err.index("evaluate: 0 of 3")
+    score = read_scores(out).scores["writes"]
+    assert (score.metric, score.n, 0 <= score.value <= 1) == ("exact_match", 3, True)
+
+
+def test_the_model_writes_last(place: Path, tmp_path: Path, run: Any) -> None:
+    done = run(*line(place, tmp_path / "scores.json", "--limit", "3", "--json", names="writes,sums"))
+    assert done.code == 0, done.out
+    events = [json.loads(text) for text in done.out.splitlines()]
+    totals = [event["total"] for event in events if event["event"] == "phase_started" and event["phase"] == "evaluate"]
+    assert totals == [6, 3]
+
+
+def test_gsm8k_is_scored_by_the_last_number(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["so 9, or 2", "#### 3", "5"]  # as answers to 0, 1 and 2 and 2: only the second is strict
+    monkeypatch.setattr(WritingModel, "texts", lambda self, requests, known: texts)
+    out = tmp_path / "scores.json"
+    assert run(*line(place, out, "--max-length", "400", names="gsm8k")).code == 0
+    assert read_scores(out).scores["gsm8k"].value == pytest.approx(2 / 3)
+    strict = tmp_path / "strict.json"
+    named = ("--metric", "gsm8k=exact_match,strict-match", "--max-length", "400")
+    assert run(*line(place, strict, *named, names="gsm8k")).code == 0
+    assert read_scores(strict).scores["gsm8k"].value == pytest.approx(1 / 3)
+
+
+def test_what_the_model_cannot_write_is_refused_before_work(place: Path, tmp_path: Path, run: Any) -> None:
+    for name, part in (("long", "up to 500 tokens"), ("runs", "`--allow-code-execution`")):
+        refused = run(*line(place, tmp_path / "out.json", names=f"sums,{name}"))
+        assert (refused.code, f"`{name}`" in refused.err, part in refused.err) == (2, True, True), refused.err
+    adapter = adapters.write(
+        tmp_path / "adapter", adapters.factors(adapters.shapes_of(place / "model", "q_proj.weight"))
+    )
+    own = line(place, tmp_path / "out.json", names="writes")
+    refused = run(own[0], f"{place / 'model'}+{adapter}", *own[2:])
+    assert (refused.code, "comes with an adapter" in refused.err) == (3, True), refused.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_programs_that_the_model_writes_are_run_if_that_is_allowed(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"humaneval": ["    return a + b", "    return a - b"], "mbpp": ["def f(): return 1", "?"]}
+    allowed = ("--allow-task-code", "--max-length", "2000")
+    for name, written in texts.items():
+        monkeypatch.setattr(WritingModel, "texts", lambda self, requests, known, written=written: written)
+        refused = run(*line(place, tmp_path / "out.json", *allowed, names=name))
+        assert (refused.code, f"`{name}` runs the programs" in refused.err) == (2, True), refused.err
+        out = tmp_path / f"{name}.json"
+        done = run(*line(place, out, *allowed, "--allow-code-execution", names=name))
+        assert done.code == 0, done.err
+        score = read_scores(out).scores[name]
+        assert (score.metric, score.value, score.n) == (tasks.USUAL[name], 0.5, 2)
+    elsewhere = run(*line(place, tmp_path / "out.json", "--allow-code-execution", names="runs"))
+    assert (elsewhere.code, "in a way of its own" in elsewhere.err) == (2, True), elsewhere.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_words_that_a_task_would_fetch_are_missed_before_work(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: print("no network"))
+    refused = run(*line(place, tmp_path / "out.json", "--allow-task-code", "--max-length", "4000", names="ifeval"))
+    assert (refused.code, "`punkt_tab`" in refused.err, refused.out) == (9, True, ""), refused.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_better_task_is_proposed() -> None:
+    (text,) = tasks.better(Asked(names=("hendrycks_math_algebra", "sums")))
+    assert "`minerva_math`" in text
 
 
 def test_without_the_harness_the_extra_is_named(

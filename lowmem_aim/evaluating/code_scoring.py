@@ -1,0 +1,157 @@
+"""Programs that a model has written, tried in processes of their own; and `code_eval`, which the harness asks for.
+
+The library `evaluate` would download `code_eval` as code, which then runs the programs in the process that asks. Here
+each program gets a process with an environment of its own (no tokens, another home), an empty folder, no network where
+the system allows that, and limits of memory, time and file sizes. All that comes back is whether it passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lowmem_aim
+from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.system.files import temporary_folder
+
+MEMORY_BYTES = 4_000_000_000
+FILE_BYTES = 100_000_000  # of a file that a program writes
+SECONDS = 10
+_START_SECONDS = 20  # of the process itself, on a busy machine
+_LONGEST = 2000  # bytes of what comes back
+_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The result of a program, as its process gave it."""
+
+    passed: bool = False
+    network: str | None = None  # why the program could use the network; "": it could not; None: it never ran
+
+
+def tried(program: str) -> Tried:
+    """Run a program in a process of its own until it ends, or until its time is over."""
+    with temporary_folder() as folder, tempfile.TemporaryFile() as text, tempfile.TemporaryFile() as results:
+        text.write(program.encode("utf-8", "replace"))
+        text.seek(0)
+        limits = map(str, (MEMORY_BYTES, FILE_BYTES, SECONDS))
+        # Files and no pipes: a process that the program leaves behind could keep a pipe open for ever.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lowmem_aim.evaluating.code_program", *limits],
+            stdin=text,
+            stdout=results,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=_environment(folder),
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS + _START_SECONDS)
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started too
+            process.wait()
+        results.seek(0)
+        return checked(results.read(_LONGEST))
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """Variables for the process: where Python finds this package, and nothing of the user's."""
+    package = str(Path(lowmem_aim.__file__).parents[1])
+    return {"PYTHONPATH": package, "PATH": _PATH, "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def checked(content: bytes) -> Tried:
+    """The result that the process has written; of anything else than it may write, a program that has not passed."""
+    try:
+        lines = [json.loads(line) for line in content.decode().splitlines()]
+    except (ValueError, RecursionError):
+        return Tried()
+    if not lines or not isinstance(lines[0], dict) or not isinstance(lines[0].get("network"), str):
+        return Tried()
+    said = lines[1] if len(lines) == 2 and isinstance(lines[1], dict) else {}
+    return Tried(said.keys() == {"passed"} and said["passed"] is True, lines[0]["network"])
+
+
+def require_processes() -> str:
+    """Run a program that does nothing; return why it could use the network, or "". Raises UsageError if it fails."""
+    if os.name != "posix":
+        raise UsageError("programs that a model writes are run on Linux and macOS alone", "leave these tasks out")
+    found = tried("pass")
+    if found.network is None or not found.passed:
+        raise UsageError("the process that runs what the model writes cannot be started", "leave these tasks out")
+    return found.network
+
+
+class CodeEval:
+    """The metric `code_eval` of the library `evaluate`, made anew: the share of programs that pass their tests."""
+
+    def compute(
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100), **_: Any
+    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """({"pass@k": mean over all items}, {item: [(number of the program, what it did)]}), as `code_eval` gives.
+
+        `references` has the tests of each item, `predictions` the programs that are to pass them. pass@k is the chance
+        that one of k programs passes, estimated from all that there are; it is left out where an item has fewer.
+        """
+        done = {
+            item: [tried(f"{program}\n{tests}").passed for program in programs]
+            for item, (programs, tests) in enumerate(zip(predictions, references, strict=True))
+        }
+        rates = {
+            f"pass@{n}": sum(_one_of(n, passed) for passed in done.values()) / len(done)
+            for n in k
+            if done and all(len(passed) >= n for passed in done.values())
+        }
+        told = {
+            item: [(number, {"passed": passed}) for number, passed in enumerate(all_of)]
+            for item, all_of in done.items()
+        }
+        return rates, told
+
+
+def _one_of(n: int, passed: Sequence[bool]) -> float:
+    """The chance that one of `n` programs, drawn from all, passes."""
+    return 1 - math.comb(len(passed) - sum(passed), n) / math.comb(len(passed), n)
+
+
+@contextlib.contextmanager
+def instead_of_code_eval() -> Iterator[None]:
+    """Give tasks that are loaded in this block ours when they ask the library `evaluate` for `code_eval`."""
+    import evaluate
+
+    load = evaluate.load
+
+    def ours(path: str, *arguments: Any, **settings: Any) -> Any:
+        return CodeEval() if path == "code_eval" else load(path, *arguments, **settings)
+
+    evaluate.load = ours
+    try:
+        yield
+    finally:
+        evaluate.load = load
+
+
+def runs_elsewhere(tasks: Any) -> Iterator[UsageError]:
+    """Yield an error for each loaded task that runs what the model writes in another way than by `code_eval`."""
+    for name, task in tasks.items():
+        scored_by = [getattr(metric, "__self__", metric) for metric in getattr(task, "_metric_fn_list", {}).values()]
+        known = [value for function in scored_by for value in getattr(function, "__globals__", {}).values()]
+        if getattr(task, "UNSAFE_CODE", False) and not any(isinstance(value, CodeEval) for value in known):
+            yield UsageError(
+                f"the task `{printable(name)}` runs the programs that the model writes in a way of its own, in this "
+                "process",
+                hint="leave it out of `--tasks`: only tasks that use `code_eval` are evaluated, such as `humaneval`",
+            )
