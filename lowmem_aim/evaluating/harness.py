@@ -14,11 +14,16 @@ from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.evaluating.scores import Score
 from lowmem_aim.evaluating.tasks import Asked, Loaded
 
+# Draws for the standard error of metrics that have no formula for it; the harness takes minutes for its 100,000.
+BOOTSTRAPS = 1000
+
 
 def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
     """The score of a model, an `LM` of the harness, on each task. Raises UsageError for a metric that a task lacks."""
+    from lm_eval.api import metrics
     from lm_eval.evaluator import evaluate
 
+    metrics.print = lambda *told: None  # stdout is for the result
     # `simple_evaluate` would do these, and run git and pip to describe the machine.
     random.seed(asked.seed)
     numpy.random.seed(asked.seed)
@@ -32,6 +37,7 @@ def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
         apply_chat_template=asked.chat_template,
         fewshot_as_multiturn=True,
         log_samples=False,
+        bootstrap_iters=BOOTSTRAPS,
         confirm_run_unsafe_code=asked.allow_execution,
     )
     return {name: _score(name, results, asked) for name in loaded.names}

@@ -90,6 +90,7 @@ def quiet() -> None:
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # standard errors: a process for each core, as large as this one
 
 
 def _quiet_datasets() -> None:
@@ -125,11 +126,23 @@ def loaded(asked: Asked) -> Loaded:
             found = manager.load(list(asked.names))
     except Exception as error:  # whatever datasets, or the file of a task, raises
         raise _not_loaded(error) from error
-    raise_all([*runs_elsewhere(found["tasks"]), *_lacking(found["tasks"])])
+    raise_all([*runs_elsewhere(found["tasks"]), *_lacking(found["tasks"]), *_metrics(asked, found["tasks"])])
     names = [part for name in asked.names for part in _scored(manager, name)]
     # Those that let the model write come last, since it is loaded whole for them.
     found["tasks"] = dict(sorted(found["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
     return Loaded(found, names)
+
+
+def _metrics(asked: Asked, tasks: Mapping[str, Any]) -> Iterator[UsageError]:
+    """Yield an error for each metric that is asked for and that its task lacks; of a group, it is seen later."""
+    for name, metric in asked.metrics.items():
+        there = list(tasks[name].aggregation()) if name in tasks else []
+        if there and metric.partition(",")[0] not in there:
+            listed = ", ".join(f"`{printable(known)}`" for known in there)
+            yield UsageError(
+                f"`{printable(name)}` has no metric `{printable(metric)}`{did_you_mean(metric, there)}",
+                hint=f"it has {listed}",
+            )
 
 
 def _scored(manager: Any, name: str) -> list[str]:
