@@ -202,12 +202,19 @@ def import_transformers() -> None:
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
 
+def import_models() -> None:
+    """Import what building a model needs, its losses too: they import scipy, whose BLAS hangs under a tight limit."""
+    import transformers.modeling_utils  # noqa: F401
+
+    import_transformers()
+
+
 # What a question imports first, and the function that answers it.
 ANSWERS: dict[str, tuple[Callable[[], None], Callable[[Question], Any]]] = {
     "settings": (import_transformers, settings),
-    "roles": (import_transformers, roles),
-    "places": (import_transformers, places),
-    "renamed": (import_transformers, renamed),
+    "roles": (import_models, roles),
+    "places": (import_models, places),
+    "renamed": (import_models, renamed),
     "vocabulary": (lambda: None, vocabulary),
     "united": (lambda: None, united),
     "encode": (import_transformers, encode),
