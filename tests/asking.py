@@ -93,7 +93,7 @@ def written(
     options: Options = DEFAULTS,
     emit: Emit = silent,
 ) -> list[str]:
-    """What our model writes; what it leaves to resume from is in the folder `work`, and `work`.sqlite."""
+    """The texts that our model writes; what it leaves to resume from is in the folder `work`, and `work`.sqlite."""
     with (
         open_model(folder, "model") as checkpoint,
         workspace(work) as space,

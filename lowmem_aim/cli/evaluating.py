@@ -127,7 +127,7 @@ def evaluate_command(model: str, output: Path, style: Style, **flags: Any) -> No
 
 
 def _asked(flags: dict[str, Any]) -> Asked:
-    """What the flags ask for. Raises UsageError for a metric without its task."""
+    """The tasks that the flags ask for, and how. Raises UsageError for a metric without its task."""
     from lowmem_aim.evaluating.tasks import Asked
 
     wrong = [text for text in flags["metric"] if not all(text.partition("=")[::2])]

@@ -59,7 +59,7 @@ def write_report(found: Comparison, fronts: Sequence[Front], out: Path) -> None:
 
 
 def _pictures(found: Comparison, fronts: Sequence[Front]) -> dict[str, dict[str, bytes]]:
-    """What each picture shows, in words -> its files."""
+    """The pictures: what each shows, in words -> its files."""
     curves = curves_of([row.model for row in found.rows], {row.name: row.parent for row in found.rows if row.parent})
     drawn: dict[str, dict[str, bytes]] = {}
     with drawing():

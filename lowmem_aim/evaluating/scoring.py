@@ -60,7 +60,7 @@ class Scoring(Purpose):
 
 
 class _Sums:
-    """What is known of the logits from the parts of the vocabulary so far: at each position of all sequences."""
+    """Sums over the logits at each position of all sequences, from the parts of the vocabulary so far."""
 
     def __init__(self, questions: Sequence[Sequence[Question]], device: torch.device) -> None:
         lengths = [[len(question.scored) for question in asked] for asked in questions]

@@ -59,7 +59,7 @@ def _list_of(parameter: str) -> str:
 
 
 def _parts(model: Any, decoder: str, head: str, lists: Iterable[str]) -> Named | None:
-    """What names the part that a parameter is in; None if the model has no parts."""
+    """The name of the part that a parameter is in; None if the model has no parts."""
     if getattr(model.config, "is_encoder_decoder", False):
         return lambda name: next((step for step in name.split(".") if step.endswith(_HALVES)), SHARED)
     text = tuple(f"{path}." for path in (decoder, head) if path)
@@ -109,7 +109,7 @@ def _is_after(parameter: str, listed_after: bool) -> bool:
 
 
 def _prefix(stored: str, parameter: str) -> str:
-    """What stands before the number of its layer in the checkpoint's name of a parameter."""
+    """The beginning of a parameter's name in the checkpoint, up to the number of its layer."""
     found = _NUMBER.search(parameter)
     number = found[1] if found else ""
     return re.split(rf"(?:^|(?<=\.)){number}\.", stored, maxsplit=1)[0]

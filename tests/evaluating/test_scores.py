@@ -40,7 +40,7 @@ def written(file: Path, value: Any) -> Path:
 
 
 def wrong(file: Path) -> tuple[str, ...]:
-    """What is wrong with a file, without its name."""
+    """The problems of a file, without its name."""
     with pytest.raises(UsageError) as raised:
         read_scores(file)
     assert all(problem.startswith(f"`{file}`") for problem in raised.value.problems)

@@ -51,7 +51,7 @@ def refused(base: Path, adapter: Path) -> tuple[list[str], str]:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its linears are stored (in, out), one of them square."""
+    """A base whose linears are stored (in, out), one of them square."""
     return tiny.build("gpt2", tmp_path_factory.mktemp("gpt2") / "base")
 
 
