@@ -20,7 +20,7 @@ each.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 class LowmemAimError(Exception):
@@ -58,9 +58,9 @@ class LowmemAimError(Exception):
         """Add to the hint of every problem what else is worth knowing, once."""
         self.hints = tuple(hint if hint.endswith(text) else f"{hint}; {text}" for hint in self.hints)
 
-    def add_before_problems(self, text: str) -> None:
-        """Add to each problem where it is."""
-        self.problems = tuple(f"{text}{problem}" for problem in self.problems)
+    def add_before_problems(self, text: str, unless: Callable[[str], bool] = lambda problem: False) -> None:
+        """Add to each problem where it is, unless it says so already."""
+        self.problems = tuple(problem if unless(problem) else f"{text}{problem}" for problem in self.problems)
         self.args = ("\n".join(self.problems),)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable
-from lowmem_aim.events import Emit, Notice, Planned, silent
+from lowmem_aim.events import Emit, Planned, silent
 from lowmem_aim.jobs.identity import identity_of_calibration
 from lowmem_aim.jobs.preparation import missing_texts
 from lowmem_aim.jobs.resume import agree, differing_weights
@@ -47,8 +47,8 @@ def _calibrate(base: str, aim: Aim, output: Path, options: Options, feed: Feed) 
     unfinished = partial_folder(output)
     with _opened(base, aim, output, options, feed) as checkpoint:
         run = start(options, feed)
-        for text in checkpoint.oddities:
-            run.emit(Notice(text, "warning"))
+        for notice in checkpoint.oddities:
+            run.emit(notice)
         with Reader(run.options.use_cache) as reader:
             calibration = calibration_of(aim, checkpoint, reader, run.emit)
         assert isinstance(calibration, Measurement)  # `_opened` has refused a file of activations

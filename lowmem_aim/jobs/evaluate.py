@@ -195,8 +195,8 @@ def _opened(model: str, asked: Asked, output: Path, options: Options, emit: Emit
                     f"the output `{printable(str(output))}` lies inside the model", "name a file elsewhere"
                 )
             if not errors:
-                for text in checkpoint.oddities:
-                    emit(Notice(text, "warning"))
+                for notice in checkpoint.oddities:
+                    emit(notice)
                 yield checkpoint
                 return
         finally:

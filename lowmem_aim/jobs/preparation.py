@@ -182,7 +182,9 @@ def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     names = [recipe.aim.calibration] if recipe.aim else []
     names += [recipe.acm.calibration] if recipe.acm and not is_activations_file(recipe.acm.calibration) else []
     for name in dict.fromkeys(names):
-        yield from missing_texts(name, recipe.looked(name))
+        for error in missing_texts(name, recipe.looked(name)):
+            error.add_before_problems(recipe.at(name))
+            yield error
 
 
 def missing_texts(calibration: str, looked: str = "") -> Iterator[ModelError]:

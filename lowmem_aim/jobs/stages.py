@@ -31,6 +31,7 @@ from lowmem_aim.output.records import MadeStage
 from lowmem_aim.output.small_files import files_to_plan_with
 from lowmem_aim.output.stages import check_kept
 from lowmem_aim.recipe.recipe import Recipe, one_by_one
+from lowmem_aim.recipe.values import begins_with_place
 from lowmem_aim.system.files import real
 from lowmem_aim.system.options import Options
 
@@ -238,4 +239,4 @@ def _located(name: str) -> Iterator[None]:
 
 def _tell_where(name: str, error: LowmemAimError) -> None:
     if name and not isinstance(error, RecipeError):  # that one has its line
-        error.add_before_problems(f"stage `{name}`: ")
+        error.add_before_problems(f"stage `{name}`: ", unless=begins_with_place)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from lowmem_aim.errors import LowmemAimError, ModelError, noted, printable, raise_all
+from lowmem_aim.events import Notice
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.adapter_config import refuse_as_model
 from lowmem_aim.models.config import config_of, refuse_lfs_pointer
@@ -51,7 +52,7 @@ class ModelFolder:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    oddities: tuple[str, ...]  # of its files, for the user to know of
+    oddities: tuple[Notice, ...]  # of its files, for the user to know of
 
     @property
     def files(self) -> list[Path]:
@@ -74,7 +75,7 @@ def model_in(folder: Path) -> ModelFolder:
         with noted(errors), input_errors(resolved):
             tensors, oddities = tensors_in_folder(resolved)
         raise_all(errors)
-        return ModelFolder(resolved, config, tensors, tuple(oddities))
+        return ModelFolder(resolved, config, tensors, tuple(Notice(text, "warning") for text in oddities))
 
 
 def files_of(tensors: Iterable[TensorInfo]) -> list[Path]:
@@ -94,7 +95,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     read: ReadMode = "mmap"
-    oddities: tuple[str, ...] = ()  # of its files, for the user to know of
+    oddities: tuple[Notice, ...] = ()  # of its files, for the user to know of
 
     def __post_init__(self) -> None:
         self.stored = TensorFiles(self.read)

@@ -19,6 +19,7 @@ from lowmem_aim.models.headers import MAX_HEADER_BYTES, TensorInfo, read_header
 from lowmem_aim.models.known_files import OF_TOKENIZERS, READ_BY_LOADERS, fits
 from lowmem_aim.models.links import is_inside, leads_to_weights
 from lowmem_aim.system.files import input_errors, is_file, open_regular
+from lowmem_aim.units import counted
 
 INDEX = "model.safetensors.index.json"
 COMPLETE = "is the download complete, and is this the folder that holds the weights?"
@@ -170,11 +171,12 @@ def _unread_copies(folder: Path, copies: Sequence[str], weight_map: Mapping[str,
     twice = [name for name in copies if name in weight_map]
     unnamed = [name for name in copies if name not in weight_map]
     for names, what in (
-        (twice, "that are in two shards are read where the index says"),
-        (unnamed, "that are in a shard, but not in the index, are not read"),
+        (twice, "read where the index says: in two shards"),
+        (unnamed, "not read: in a shard, but not in the index"),
     ):
         if names:
-            yield f"`{printable(str(folder))}`: {len(names)} tensor(s) {what}, `{printable(names[0])}` the first"
+            those = f"{counted(len(names), 'tensor')}, such as `{printable(names[0])}`"
+            yield f"`{printable(str(folder))}`: {what}: {those}"
 
 
 def _usable(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -93,17 +93,17 @@ def opened_models(
     with contextlib.ExitStack() as stack:
 
         def open_one(reference: str) -> None:
-            with noted(errors):
+            with noted(errors), _at_its_place(reference, recipe):
                 find = told(recipe, lambda part, is_adapter: finder.find(part, emit, is_adapter))
                 checkpoint = opened(reference, find, read, reader)
                 found[reference] = stack.enter_context(checkpoint)
-                for text in checkpoint.oddities:
-                    emit(Notice(text, "warning"))
+                for notice in checkpoint.oddities:
+                    emit(notice)
                 tokenizer_config(checkpoint)
 
         elsewhere = []
         for reference in references:
-            with noted(errors):
+            with noted(errors), _at_its_place(reference, recipe):
                 if None not in parts_found(reference, told(recipe, finder.local)):
                     open_one(reference)
                 else:
@@ -112,10 +112,20 @@ def opened_models(
             if not (errors and finder.fetches):
                 open_one(reference)
         if source and source not in recipe.references and parsed(source).model not in finder.unknown:
-            with noted(errors):
+            with noted(errors), _at_its_place(source, recipe):
                 found[source] = _tokenizer_alone(source, recipe, emit, finder)
         _tell_apart([found[reference] for reference in named if reference in found])
         yield {reference: found.get(reference) for reference in named}
+
+
+@contextlib.contextmanager
+def _at_its_place(reference: str, recipe: Recipe) -> Iterator[None]:
+    """Add to the problems of a model that is wrong by itself where the recipe names it."""
+    try:
+        yield
+    except (ModelError, NetworkError) as error:
+        error.add_before_problems(recipe.at(reference))
+        raise
 
 
 def told(recipe: Recipe, find: Find[M]) -> Find[M]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from lowmem_aim.errors import ModelError, printable
+from lowmem_aim.events import Notice
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.models.checkpoint import Checkpoint, ModelFolder, model_in
 from lowmem_aim.models.folder import in_file_order
@@ -37,6 +38,7 @@ from lowmem_aim.models.quantisation import (
 from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.files import input_errors
 from lowmem_aim.system.options import ReadMode
+from lowmem_aim.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,8 +92,9 @@ class QuantisedCheckpoint(Checkpoint):
         except BaseException:
             self.stored.close()
             raise
-        what = f"{len(self._packed)} weights are quantised ({self._method}): they are decoded as they are read"
-        self.oddities = (*self.oddities, f"`{printable(self.label)}`: {what}") if self._packed else self.oddities
+        if self._packed:
+            what = f"{counted(len(self._packed), 'quantised weight')} ({self._method}), decoded as read"
+            self.oddities = (*self.oddities, Notice(f"`{printable(self.label)}` has {what}"))
 
     def _found(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Packed]:
         weights = [packed for find in FORMATS[self._method] for packed in find(tensors, self._settings, self.stored)]

@@ -22,6 +22,7 @@ from lowmem_aim.models.token_rows import TokenRows, Tokens, matched, token_rows
 from lowmem_aim.recipe.recipe import Recipe, Tokenizer
 from lowmem_aim.recipe.words import SOURCES
 from lowmem_aim.system.on_demand import torch
+from lowmem_aim.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def _find_by_text(
         _tell_of_few(found, tokens, Tokens(other, rows[other], ids[other]), emit)
     _tell_of_zeros(tokens, known.values(), asked, emit)
     if new := len(inputs.tokenizer.new):
-        what = f"the output has the tokenizer of `{printable(found.label)}` and {new} more token(s)"
+        what = f"the output has the tokenizer of `{printable(found.label)}` and {counted(new, 'more token')}"
         emit(Notice(f"{what}: {len(tokens)} tokens, {count} rows"))
 
 
@@ -109,7 +110,7 @@ def _tell_of_zeros(tokens: Mapping[str, int], models: Collection[Tokens], asked:
     if nowhere:
         shown = ", ".join(f"`{printable(token)}`" for token in nowhere[:EXAMPLES])
         more = f" and {len(nowhere) - EXAMPLES} more" if len(nowhere) > EXAMPLES else ""
-        emit(Notice(f"no model has the token(s) {shown}{more}: their rows are zeros", "warning"))
+        emit(Notice(f"rows of tokens that no model has are zeros: {shown}{more}", "warning"))
 
 
 def _tell_of_few(owner: Checkpoint, tokens: Mapping[str, int], other: Tokens, emit: Emit) -> None:
@@ -142,7 +143,7 @@ def _of_mere_reference(inputs: Inputs, base: Checkpoint, reader: Reader, emit: E
         row_map = torch.where(by_place < known, by_place, -1)
         new = max(0, rows - known)
     if new:
-        emit(Notice(f"{new} row(s) of the vocabulary are not in the base and are not relaxed"))
+        emit(Notice(f"not relaxed: {counted(new, 'row')} of the vocabulary that the base lacks"))
     return row_map
 
 

@@ -12,6 +12,7 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.modules import portions, unnamed
 from lowmem_aim.planning.sources import Match, Source, matches
 from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.units import counted
 
 
 def check_sources(recipe: Recipe, inputs: Inputs, emit: Emit) -> None:
@@ -74,9 +75,8 @@ def _tell_of_carried(model: Checkpoint, names: Mapping[str, Checkpoint], emit: E
     """Tell how many tensors a model lacks and can do without, and whose they are in the output."""
     first = next(iter(names))
     owners = ", ".join(f"`{printable(owner.label)}`" for owner in dict.fromkeys(names.values()))
-    what = (
-        f"`{printable(model.label)}` lacks {len(names)} tensor(s) that it can do without, such as `{printable(first)}`"
-    )
+    lacks = f"{counted(len(names), 'tensor')} that it can do without, such as `{printable(first)}`"
+    what = f"`{printable(model.label)}` lacks {lacks}"
     emit(Notice(f"{what}: the output has those of {owners}, as they are"))
 
 
@@ -84,8 +84,9 @@ def _tell_of_extra_tensors(inputs: Inputs, other: Checkpoint, emit: Emit) -> Non
     expected = inputs.reference.tensors.keys() | inputs.roles.tied.keys() | inputs.roles.buffers
     extra = [name for name in other.tensors if name not in expected]
     if extra:
-        what = f"`{printable(other.label)}`: {len(extra)} tensor(s) that `{printable(inputs.reference.label)}` lacks"
-        emit(Notice(f"{what} are not merged, starting with `{printable(extra[0])}`", "warning"))
+        what = f"{counted(len(extra), 'tensor')} that `{printable(inputs.reference.label)}` lacks"
+        text = f"`{printable(other.label)}`: not merged: {what}, starting with `{printable(extra[0])}`"
+        emit(Notice(text, "warning"))
 
 
 def _problem(source: Source, match: Match, known: bool) -> _Problem | None:

@@ -50,7 +50,7 @@ def make_plan(
             hint="replace the model that holds NaN or Inf, or leave the flag out",
         )
     if shard_parameters is None and shard_bytes < SMALLEST_SHARD:
-        raise UsageError(f"a shard size of {shown(shard_bytes)} is too small", hint="write it in bytes, such as 5GB")
+        raise UsageError(f"a shard size of {shown(shard_bytes)} is too small", hint="give it a unit, such as 5GB")
     if shard_parameters is not None and shard_parameters < SMALLEST_SHARD:
         raise UsageError(
             f"a shard size of {shard_parameters} parameters is too small", hint="write it in full, or as 2B"

@@ -107,7 +107,7 @@ def check_ranges(divided: Sequence[Portion], inputs: Inputs) -> None:
         if portion.section.layers:
             problems += [problem for part in portion.slices for problem in _beyond(part, portion, inputs)]
     if problems:
-        raise RecipeError(dict.fromkeys(problems), hint="`layer_range: [0, 16]` takes the layers 0 to 15")
+        raise RecipeError(dict.fromkeys(problems), hint="layers count from 0, and the end of a range is not in it")
 
 
 def _named(portion: Portion, inputs: Inputs) -> str:

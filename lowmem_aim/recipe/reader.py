@@ -92,6 +92,7 @@ class _Reader(Values):
             tuple(together(self.notices)),
             tuple(dict.fromkeys(self.preferred)),
             self.sought,
+            self.named_at,
         )
 
     def _is_recipe(self) -> bool:

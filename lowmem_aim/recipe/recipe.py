@@ -181,6 +181,7 @@ class Recipe:
     preferred: tuple[str, ...] = field(default=(), compare=False)  # paths that are here, and could be Hub ids
     # Paths that were found nowhere (they may be Hub ids) -> the folders that were looked in.
     sought: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    named_at: Mapping[str, str] = field(default_factory=dict, compare=False)  # model or file -> `file:line:column`
     # By name, in the order in which they are made: what the recipe, and those further back, take for models.
     stages: Mapping[str, Recipe] = field(default_factory=dict)
 
@@ -247,6 +248,10 @@ class Recipe:
     def relaxations(self) -> list[str]:
         """The titles of what changes the merge: AIM or its control, and ACM."""
         return [*([self.aim.title] if self.aim else []), *(["ACM"] if self.acm else [])]
+
+    def at(self, name: str) -> str:
+        """The beginning of a message about a model or a file: `file:line:column: `; empty if a flag names it."""
+        return f"{self.named_at[name]}: " if name in self.named_at else ""
 
     def looked(self, path: str) -> str:
         """The end of a message about a path that was found nowhere: ` (looked in ...)`; empty for a whole path."""

@@ -141,4 +141,8 @@ def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
         near = _near(key, value) if isinstance(value, str) else ""
         read.problem(node, f"`{table}.{key}` must be {what}, not {shown}{near}")
         return None
-    return read.placed(node, value, os.path.lexists) if key == "calibration" and value != BUILTIN else value
+    if key != "calibration" or value == BUILTIN:
+        return value
+    path = read.placed(node, value, os.path.lexists)
+    read.note_place(node, path)
+    return path

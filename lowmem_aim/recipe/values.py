@@ -17,6 +17,7 @@ from lowmem_aim.recipe.words import is_hub_id
 from lowmem_aim.recipe.yaml_tree import Node
 
 _IN_FILE = re.compile(r"(?!--)(.+):(\d+):(\d+)", re.DOTALL)
+_PLACE_FIRST = re.compile(r"[^`]+:\d+:\d+: ")
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; the limits of common systems
 
 
@@ -39,6 +40,7 @@ class Values:
         self.notices: list[Remark] = []
         self.preferred: list[str] = []  # paths that are here, and could be Hub ids
         self.sought: dict[str, tuple[str, ...]] = {}  # paths found nowhere -> the folders that were looked in
+        self.named_at: dict[str, str] = {}  # models and files -> where a file names them first
 
     def problem(self, node: Node, text: str, hint: str = "") -> None:
         """Note a problem at the place of `node`."""
@@ -113,7 +115,9 @@ class Values:
                 f"did you mean the stage `{meant}`?",
             )
             found = meant  # so that the stage counts as used, and no folder of the wrong name is looked for
-        return "+".join([found, *(self._placed_model(node, part) for part in adapters)])
+        reference = "+".join([found, *(self._placed_model(node, part) for part in adapters)])
+        self.note_place(node, reference)
+        return reference
 
     def _placed_model(self, node: Node, text: str) -> str:
         return self.placed(node, self._without_idle_revision(node, text), os.path.isdir)
@@ -156,6 +160,11 @@ class Values:
     def _told_idle(self, node: Node, path: str) -> str:
         self.notices.append(Remark(node.where, f"`{printable(path)}` is a folder: its revision says nothing"))
         return path
+
+    def note_place(self, node: Node, name: str) -> None:
+        """Note where a file names a model or a file first."""
+        if place_of(node.where)[1]:
+            self.named_at.setdefault(name, node.where)
 
     def placed(self, node: Node, path: str, exists: Callable[[str], bool]) -> str:
         """A path of the recipe as seen from the current folder; two different things of that name are a problem."""
@@ -240,6 +249,11 @@ def place_of(where: str) -> tuple[str, int, int]:
     """(file, line, column) of a place in a file; (the place, 0, 0) of a flag, which has neither and so comes first."""
     found = _IN_FILE.fullmatch(where)
     return (found[1], int(found[2]), int(found[3])) if found else (where, 0, 0)
+
+
+def begins_with_place(problem: str) -> bool:
+    """Whether a problem says first at which place of which file it is."""
+    return _PLACE_FIRST.match(problem) is not None
 
 
 def _is_folder(path: str, beside: str) -> bool:

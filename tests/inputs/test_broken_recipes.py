@@ -348,3 +348,25 @@ def test_on_the_command_line_they_are_errors_with_their_hints(place: Place) -> N
     for command in ("merge", "plan"):
         done = place.run(command, file, place.out)
         place.refused(done, 2, *(f"{file}:{where}: " for where in broken.places), *(hint for _, hint in broken.told))
+
+
+def test_models_and_texts_that_are_not_there_are_told_with_their_places(place: Place) -> None:
+    (place.folder / "empty").mkdir()
+    broken = Broken(
+        "merge_method: task_arithmetic\n^base_model: ./ground\n^tokenizer_source: ./words\nmodels:\n"
+        "  - {^model: ./no-folder, parameters: {weight: 1}}\n"
+        "  - {^model: ./empty, parameters: {weight: 1}}\n"
+        "  - {^model: ./a+./adapter, parameters: {weight: 1}}\n"
+        "  - {model: first, parameters: {weight: 1}}\n"
+        "aim: {^calibration: texts.txt}\n"
+        "---\nname: first\nmerge_method: linear\nmodels: [{^model: ./nowhere, parameters: {weight: 1}}]\n",
+        [],
+    )
+    file = place.folder / "r.yml"
+    for text in (broken.text, broken.text.replace("linear", "tise")):  # with a mistake in the recipe, and without
+        file.write_text(text)
+        for command in ("merge", "plan"):
+            done = place.run(command, file, place.out)
+            lines = [line.removeprefix("error:").strip() for line in done.err.splitlines()]
+            for where in broken.places:
+                assert any(line.startswith(f"{file}:{where}: ") for line in lines), (where, done.err)

@@ -57,18 +57,14 @@ def test_a_tensor_that_stands_in_two_shards(place: Place) -> None:
     second = load_file(folder / SHARDS[1])
     first_name = sorted(tensors)[0]
     save_file(second | {first_name: torch.zeros(1)}, folder / SHARDS[1], metadata={"format": "pt"})
-    assert warned(place) == [
-        f"`{folder}`: 1 tensor(s) that are in two shards are read where the index says, `{first_name}` the first"
-    ]
+    assert warned(place) == [f"`{folder}`: read where the index says: in two shards: 1 tensor, such as `{first_name}`"]
 
 
 def test_a_tensor_that_the_index_does_not_name(place: Place) -> None:
     folder = place.folder / "math"
     in_two_shards(folder)
     save_file(load_file(folder / SHARDS[1]) | {"v": torch.zeros(1)}, folder / SHARDS[1], metadata={"format": "pt"})
-    assert warned(place) == [
-        f"`{folder}`: 1 tensor(s) that are in a shard, but not in the index, are not read, `v` the first"
-    ]
+    assert warned(place) == [f"`{folder}`: not read: in a shard, but not in the index: 1 tensor, such as `v`"]
 
 
 @pytest.mark.parametrize("index", ["of shards", "of the file", "broken"])

@@ -18,6 +18,7 @@ from lowmem_aim.events import Event, Notice
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.yaml_tree import tree_of
+from lowmem_aim.units import counted
 
 SCORE, MTP, HEAD = "score.weight", "model.layers.1.mtp.weight", "lm_head.weight"
 
@@ -57,8 +58,8 @@ def test_the_base_has_them_and_they_are_told_in_plan_and_merge(place: Place) -> 
         done = place.run(command, place.out, *flags, "--expert", place.folder / "code")
         assert done.code == 0, done.err
         for label, number, example in (("math", 1, SCORE), ("code", 2, MTP)):
-            told = f"`{label}` lacks {number} tensor(s) that it can do without, such as `{example}`: the output has "
-            assert f"{told}those of `base`, as they are" in done.err
+            told = f"`{label}` lacks {counted(number, 'tensor')} that it can do without, such as `{example}`"
+            assert f"{told}: the output has those of `base`, as they are" in done.err
         assert "copied: some model lacks it" in done.out + done.err
     found, base = tensors_in(place.out), tensors_in(place.folder / "base")
     assert all(found[name].equal(base[name]) for name in (SCORE, MTP))
@@ -97,7 +98,7 @@ def test_layers_of_slices_take_them_along(place: Place) -> None:
         source["parameters"] = {"weight": 1.0}
     found, told = merged(place.folder, slices=[{"sources": sources}])
     assert found["model.layers.0.mtp.weight"].equal(tensors_in(place.folder / "base")[MTP])
-    assert any("`math` lacks 1 tensor(s)" in text for text in told)
+    assert any("`math` lacks 1 tensor" in text for text in told)
 
 
 class TestRewardModels:
@@ -111,8 +112,8 @@ class TestRewardModels:
         found, told = merged(place.folder, "base", "math", "code", **more)
         base, code = (tensors_in(place.folder / name) for name in ("base", "code"))
         assert found[HEAD][:259].equal(base[HEAD][:259])
-        assert any("`math` lacks 1 tensor(s) that it can do without, such as `lm_head.weight`" in text for text in told)
-        assert any("`math`: 1 tensor(s) that `base` lacks are not merged" in text for text in told)
+        assert any("`math` lacks 1 tensor that it can do without, such as `lm_head.weight`" in text for text in told)
+        assert any("`math`: not merged: 1 tensor that `base` lacks" in text for text in told)
         if more:
             row = 259  # the only owner's
             assert found[HEAD][row].equal(code[HEAD][row])
@@ -152,4 +153,4 @@ def test_a_parameter_that_the_model_makes_itself_may_be_missing(tmp_path: Path) 
     tiny.edit_tensors(tmp_path / "base", lambda t: t.update({name: positions}))
     found, told = merged(tmp_path, "base", "math")
     assert found[name].equal(positions)
-    assert any(f"`math` lacks 1 tensor(s) that it can do without, such as `{name}`" in text for text in told)
+    assert any(f"`math` lacks 1 tensor that it can do without, such as `{name}`" in text for text in told)

@@ -143,7 +143,7 @@ def test_aim_and_acm_take_a_quantised_base(models: Any, tmp_path: Path, texts: P
     flags = ("--with", "both", "--calibration", texts, "--ram", "1GB")
     done = run("relax", folder / "one", tmp_path / "out", "--base", folder / "base", *flags)
     assert done.code == 0, done.err
-    assert "`base`: 21 weights are quantised (bitsandbytes): they are decoded as they are read" in done.err
+    assert "`base` has 21 quantised weights (bitsandbytes), decoded as read" in done.err
 
 
 def test_an_adapter_on_a_quantised_base_is_that_on_its_decoded_weights(models: Any, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_plan_says_it(models: Any, tmp_path: Path, run: Run) -> None:
     folder, _ = models("awq")
     done = run("plan", tmp_path / "out", "--method", "linear", "--expert", folder / "base", "--no-measure")
     assert done.code == 0
-    assert "21 weights are quantised (awq): they are decoded as they are read" in done.err
+    assert "has 21 quantised weights (awq), decoded as read" in done.err
     assert "bfloat16" in done.out
 
 

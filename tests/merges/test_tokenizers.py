@@ -238,7 +238,7 @@ class TestAnotherModelsTokenizer:
         tokenizer.save_pretrained(alone)
         said: list[Event] = []
         out = linear(models, said, tokenizer_source=str(alone))
-        assert "no model has the token(s) `<|extra|>`: their rows are zeros" in notices(said)
+        assert "rows of tokens that no model has are zeros: `<|extra|>`" in notices(said)
         assert tokens_of(out) == tokens_of(alone)
         assert sizes(out) == (262, 262)
         check_rows(models, out)

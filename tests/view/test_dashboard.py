@@ -45,8 +45,8 @@ def work(emit):
         if done == 3:
             emit(Notice("something to know"))
             emit(Notice("beware", "warning"))
-        if Path(sys.argv[1]).exists():
-            how = Path(sys.argv[1]).read_text()
+        told = Path(sys.argv[1])
+        if how := told.exists() and told.read_text():  # it is there for a moment before its text is
             if how == "finish":
                 emit(PhaseEnded("merge"))
                 emit(RunEnded("finished", 0))
