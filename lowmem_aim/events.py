@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert", "evaluate"]
-Job = Literal["merge", "calibrate", "evaluate"]
+Job = Literal["merge", "calibrate", "evaluate", "sweep"]
 Unit = Literal["blocks", "bytes", "files", "requests"]
 Stage = Literal["read", "compute", "write"]
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -164,6 +164,20 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class PointScored:
+    """A model of a sweep has its scores: an expert, or a point. `front` and `gain` are of what is scored so far."""
+
+    name: str
+    scores: Mapping[str, float]  # task -> value
+    done: int  # points that are scored
+    of: int
+    expert: bool = False
+    gain: float | None = None  # hypervolume gain over the experts; None: it is an expert, or none can be computed
+    front: tuple[str, ...] = ()  # the models that no other is at least as good as on all tasks and better on one
+    earlier: bool = False  # scored before the run began
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The run has ended, whatever the reason: always the last event."""
 
@@ -188,6 +202,7 @@ Event = (
     | Sampled
     | Paused
     | Notice
+    | PointScored
     | RunEnded
 )
 Emit = Callable[[Event], None]

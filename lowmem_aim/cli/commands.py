@@ -10,7 +10,7 @@ import sys
 import click
 
 import lowmem_aim
-from lowmem_aim.cli import comparing, evaluating, looking, usage, working
+from lowmem_aim.cli import comparing, evaluating, looking, sweeping, usage, working
 from lowmem_aim.system.address_space import check_address_space
 
 WORKING = (
@@ -20,6 +20,7 @@ WORKING = (
     working.relax_command,
     working.calibrate_command,
     evaluating.evaluate_command,
+    sweeping.sweep_command,
     working.verify_command,
     working.convert_command,
     working.demo_command,

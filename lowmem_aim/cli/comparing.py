@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -130,7 +130,7 @@ def compare_command(
     if style == "json":
         click.echo(json.dumps(as_json(found)))
     else:
-        _print(found, fronts if chosen else [])
+        print_comparison(found, fronts if chosen else [])
     if output is not None:
         click.echo(f"the report is in `{printable(str(output))}`", err=True)
 
@@ -154,24 +154,26 @@ def _pair(text: str) -> Pair:
     return first, second
 
 
-def _print(found: Comparison, fronts: Sequence[Front]) -> None:
+def print_comparison(found: Comparison, fronts: Sequence[Front] = (), *, err: bool = False) -> None:
+    """Print the table of a comparison, what its marks mean, and these fronts; `err`: on stderr."""
     from lowmem_aim.evaluating.columns import legend_of
     from lowmem_aim.evaluating.table import table_lines
     from lowmem_aim.view.wrapping import columns_of, for_terminal
 
-    width = columns_of(sys.stdout)
-    click.echo("\n".join(table_lines(found, width, _bold if _shows_bold() else str)))
+    stream = sys.stderr if err else sys.stdout
+    bold = _bold if _shows_bold(stream) else str
+    click.echo("\n".join(table_lines(found, columns_of(stream), bold)), err=err)
     told = [*legend_of(found), *found.notes]
     for front in fronts:
         first, second = map(printable, front.pair)
         told.append(f"Pareto front of {first} and {second}: {', '.join(printable(row.name) for row in front.rows)}")
-    click.echo()
-    click.echo(for_terminal(told, INDENT))
+    click.echo(err=err)
+    click.echo(for_terminal(told, INDENT, stream), err=err)
 
 
 def _bold(text: str) -> str:
     return click.style(text, bold=True)
 
 
-def _shows_bold() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def _shows_bold(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

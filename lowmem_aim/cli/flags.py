@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _options(*flags: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def bundle(*flags: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several flags as one decorator."""
+
     def decorate(command: Command) -> Command:
         for flag in reversed(flags):
             command = flag(command)
@@ -70,7 +72,7 @@ _DTYPES = completion.words(*DTYPES)
 _recipe, _aim, _calibration = flags_of("Recipe"), flags_of("AIM"), flags_of("Calibration")
 _output, _machine, _run = flags_of("Output"), flags_of("Machine"), flags_of("Run")
 
-CALIBRATION_FLAGS = _options(
+CALIBRATION_FLAGS = bundle(
     _calibration(
         "--calibration",
         metavar="WHAT",
@@ -93,7 +95,7 @@ CALIBRATION_FLAGS = _options(
         help="Run the forward passes in float32, float16 or bfloat16. [default: as the base is stored]",
     ),
 )
-RECIPE_FLAGS = _options(
+RECIPE_FLAGS = bundle(
     _recipe(
         "--method",
         metavar="METHOD",
@@ -147,7 +149,7 @@ RECIPE_FLAGS = _options(
         help="Stop at NaN or Inf in an expert, or use the base's value there.",
     ),
 )
-AIM_FLAGS = _options(
+AIM_FLAGS = bundle(
     _aim(
         "--omega",
         metavar="NUMBER",
@@ -182,7 +184,7 @@ AIM_FLAGS = _options(
     CALIBRATION_FLAGS,
 )
 _JSON: dict[str, Any] = {"is_flag": True, "help": "Print JSON on stdout; the same as `--format json`."}
-DATA_FLAGS = _options(
+DATA_FLAGS = bundle(
     flags_of()(
         "--format",
         type=Choice(["human", "plain", "json"]),
@@ -191,7 +193,7 @@ DATA_FLAGS = _options(
     flags_of()("--json", "as_json", **_JSON),
     settled,
 )
-FORMAT_FLAGS = _options(
+FORMAT_FLAGS = bundle(
     _run(
         "--format",
         type=Choice(FORMATS),
@@ -207,7 +209,7 @@ FORMAT_FLAGS = _options(
     ),
     settled,
 )
-JOB_FLAGS = _options(
+JOB_FLAGS = bundle(
     _machine(
         "--device",
         metavar="DEVICE",
@@ -249,7 +251,7 @@ JOB_FLAGS = _options(
     ),
     FORMAT_FLAGS,
 )
-OUTPUT_FLAGS = _options(
+OUTPUT_FLAGS = bundle(
     _output(
         "--shard-size",
         type=SizeType(),
@@ -276,7 +278,7 @@ OUTPUT_FLAGS = _options(
     ),
 )
 
-STAGE_FLAGS = _options(
+STAGE_FLAGS = bundle(
     _output(
         "--keep-stages",
         metavar="DIR",

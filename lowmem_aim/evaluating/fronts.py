@@ -31,14 +31,22 @@ class Front:
 
 def front_of(found: Comparison, pair: Pair) -> Front:
     """The front of a pair of tasks, among all models, the population's too. Models of equal scores are all on it."""
-    signs = [1 if found.score_of(task).higher_is_better else -1 for task in pair]
+    return Front(pair, tuple(sorted(undominated(found, pair), key=lambda row: _place(found, row, pair))))
 
-    def place(row: Row) -> tuple[float, ...]:
-        return tuple(sign * row.model.scores[task].value for sign, task in zip(signs, pair, strict=True))
 
-    places = [place(row) for row in found.every]
-    rows = [row for row in found.every if not any(_dominates(other, place(row)) for other in places)]
-    return Front(pair, tuple(sorted(rows, key=place)))
+def undominated(found: Comparison, tasks: Sequence[str]) -> list[Row]:
+    """The models, the population's too, that no other is at least as good as on all tasks and better on one."""
+    places = [_place(found, row, tasks) for row in found.every]
+    return [
+        row
+        for row, place in zip(found.every, places, strict=True)
+        if not any(_dominates(other, place) for other in places)
+    ]
+
+
+def _place(found: Comparison, row: Row, tasks: Sequence[str]) -> tuple[float, ...]:
+    """A model's scores, each so that more is better."""
+    return tuple(row.model.scores[task].value * (1 if found.score_of(task).higher_is_better else -1) for task in tasks)
 
 
 def _dominates(other: Sequence[float], own: Sequence[float]) -> bool:

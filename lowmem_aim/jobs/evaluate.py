@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options, wrong_options
 from lowmem_aim.system.run import Run, start
 from lowmem_aim.system.tensors import dtype_name
-from lowmem_aim.view.feed import Feed, reported
+from lowmem_aim.view.feed import AnyFeed, reported
 
 if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
@@ -68,16 +68,37 @@ def evaluate(
     Until the file is there, what a killed run resumes from lies in the folder `output`.partial. Raises UsageError,
     ModelError, DiskError, MemoryBudgetError, LockedError, ResumeError, NetworkError.
     """
-    with (
-        reported("evaluate", output, emit, options.command) as feed,
-        _opened(model, asked, output, options, feed) as checkpoint,
-    ):
-        _evaluated(checkpoint, asked, output, forwards or Forwards(), options, feed)
+    with reported("evaluate", output, emit, options.command) as feed:
+        score(model, asked, output, forwards or Forwards(), options, feed)
     return output
 
 
+def score(
+    model: str, asked: Asked, output: Path, forwards: Forwards, options: Options, feed: AnyFeed, name: str = ""
+) -> None:
+    """Do the work of `evaluate` within a run; `name`: what the scores call the model, in place of its own name."""
+    with _opened(model, asked, output, options, feed) as checkpoint:
+        _evaluated(checkpoint, asked, output, forwards, options, feed, name)
+
+
+def check(model: str, asked: Asked, loaded: Loaded, output: Path, forwards: Forwards, options: Options) -> str:
+    """Raise what `score` would raise before work, as far as it is known without a run's folder; return the label."""
+    with _opened(model, asked, output, options, silent) as checkpoint:
+        meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
+        _check_writing(
+            checkpoint, meta_model, tokenizer_of(checkpoint), loaded, asked, forwards, start(options, silent)
+        )
+        return checkpoint.label
+
+
 def _evaluated(
-    checkpoint: Checkpoint, asked: Asked, output: Path, forwards: Forwards, options: Options, feed: Feed
+    checkpoint: Checkpoint,
+    asked: Asked,
+    output: Path,
+    forwards: Forwards,
+    options: Options,
+    feed: AnyFeed,
+    name: str,
 ) -> None:
     tasks.quiet()
     run = start(options, feed)
@@ -97,7 +118,8 @@ def _evaluated(
         with Answers(file) as known:
             scores = _scores(checkpoint, meta_model, tokenizer, loaded, asked, forwards, known, space, run)
         _check_new(output)  # again: another run may have made the file meanwhile
-        write_scores(output, scores_of(checkpoint, digest, scores, asked, forwards))
+        found = scores_of(checkpoint, digest, scores, asked, forwards)
+        write_scores(output, replace(found, name=name or found.name))
         space.spent = True
 
 

@@ -116,6 +116,27 @@ class KeptAnswers(Record):
 
 
 @dataclass(frozen=True)
+class SweptPoint(Record):
+    """A point of a sweep; its scores lie in a file of its name."""
+
+    kind = "swept"
+
+    name: str
+    recipe: str  # as it lies in its file
+
+
+@dataclass(frozen=True)
+class SweepSize(Record):
+    """The amount of work in a sweep, and how much of it is done."""
+
+    kind = "sweep"
+
+    scored: int  # points
+    of: int
+    finished: bool = False
+
+
+@dataclass(frozen=True)
 class MadeStage(Record):
     """A named stage of the recipe that an output was made of: what is known of it once its folder is gone."""
 
@@ -144,4 +165,11 @@ class Group(Record):
 
 
 # The kinds that a later run can build on. If a run's folder has none of them, nothing is lost with it.
-PROGRESS: tuple[type[Record], ...] = (CalibrationSnapshot, KeptActivations, KeptComparison, KeptAnswers, Group)
+PROGRESS: tuple[type[Record], ...] = (
+    CalibrationSnapshot,
+    KeptActivations,
+    KeptComparison,
+    KeptAnswers,
+    SweepSize,
+    Group,
+)

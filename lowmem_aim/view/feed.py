@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lowmem_aim.events import (
     Emit,
     Event,
     Job,
+    Notice,
     Paused,
     PhaseStarted,
     Planned,
@@ -56,6 +58,7 @@ class Feed:
         """`began`: the time.monotonic() from which the log counts."""
         self._emit, self._log = emit, log
         self.recorded: list[Path] = []  # the folders whose logs this run writes to
+        self.told: set[Notice] = set()  # by parts of the run, which tell each thing once
         self._began = began
         self._lock = threading.RLock()
         self.meters = Meters(out)
@@ -87,6 +90,31 @@ class Feed:
                 self.meters.begin(event.done)
             self._log.add(time.monotonic() - self._began, event)
             self._emit(event)
+
+
+class Part:
+    """The feed of a job that is part of a larger run: its events are shown and recorded with that run's.
+
+    What it plans carries the title of the larger run, what several parts notice is told once, and the folders of a part
+    get no log.
+    """
+
+    def __init__(self, feed: Feed, title: str) -> None:
+        self._feed, self._title = feed, title
+        self._told = feed.told
+
+    def record_in(self, folders: Sequence[Path]) -> None:
+        """Leave the folders without a log: that of the larger run holds everything."""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            if event in self._told:
+                return
+            self._told.add(event)
+        self._feed(replace(event, title=f"{self._title}: {event.title}") if isinstance(event, Planned) else event)
+
+
+AnyFeed = Feed | Part
 
 
 class Meters:
@@ -220,6 +248,8 @@ def reported(job: Job, out: Path, emit: Emit, command: str = "") -> Iterator[Fee
 def _folders(job: Job, out: Path) -> list[Path]:
     """The folders in which a run keeps what a later one can build on."""
     with contextlib.suppress(LowmemAimError):  # a name too long, or a folder that cannot be read
+        if job == "sweep":
+            return [out]
         return [partial_folder(out)] if job != "merge" else [*outputs_in(out), *stages_in(out)]
     return []
 

@@ -8,9 +8,21 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from lowmem_aim.errors import printable
-from lowmem_aim.events import Event, Notice, Paused, PhaseEnded, PhaseStarted, Planned, Sampled, Stage, Worked
+from lowmem_aim.events import (
+    Event,
+    Notice,
+    Paused,
+    PhaseEnded,
+    PhaseStarted,
+    Planned,
+    PointScored,
+    Sampled,
+    Stage,
+    Worked,
+)
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view import plan_lines as survey
+from lowmem_aim.view.point_rows import line_of_point
 from lowmem_aim.view.progress import PhaseSeen, Progress
 from lowmem_aim.view.record import to_line
 from lowmem_aim.view.wrapping import for_terminal
@@ -59,7 +71,10 @@ class Lines(Quiet):
         super().__call__(event)
         now = self.progress.now
         if isinstance(event, Planned):
-            _print(*first_lines(event), indent=survey.INDENT)
+            again = self.progress.points  # of a sweep, whose jobs are all on the same machine
+            _print(*([printable(event.title)] if again else first_lines(event)), indent=survey.INDENT)
+        elif isinstance(event, PointScored):
+            _print(line_of_point(event))
         elif isinstance(event, Paused):
             _print("paused" if event.paused else "going on")
         elif isinstance(event, PhaseStarted):

@@ -20,6 +20,7 @@ from lowmem_aim.events import (
     PhaseEnded,
     PhaseStarted,
     Planned,
+    PointScored,
     RunEnded,
     RunStarted,
     Sampled,
@@ -77,6 +78,7 @@ class Progress:
     kept: dict[tuple[str, str], DeltaSums] = field(default_factory=dict)  # (layer, kind) -> of the first output
     kept_by_output: dict[str, DeltaSums] = field(default_factory=dict)
     snapshot: tuple[float, float] | None = None  # of calibration, the last: when it was made, blocks
+    points: dict[str, PointScored] = field(default_factory=dict)  # of a sweep, experts too, in the order of scoring
     paused: bool = False
     idle: float = 0.0  # seconds that the run was paused, until it last went on
     ended: RunEnded | None = None
@@ -91,7 +93,9 @@ class Progress:
             case RunStarted():
                 self.started, self.starting = event, t
             case Planned():
-                self.planned = event
+                self._plan(event)
+            case PointScored():
+                self.points[event.name] = event
             case PhaseStarted():
                 self.first_phase_at = t if self.first_phase_at is None else self.first_phase_at
                 again = self.phases.pop(event.label, None)
@@ -119,6 +123,13 @@ class Progress:
                 self.ended = event
             case Worked():
                 pass
+
+    def _plan(self, event: Planned) -> None:
+        if self.planned is not None:  # the next job of a sweep: what was counted is of the one before
+            self.tensors, self.earlier = 0, 0
+            for counted in (self.layers, self.kept, self.kept_by_output):
+                counted.clear()
+        self.planned = event
 
     def _end(self, label: str, t: float) -> None:
         seen = self.phases.get(label)

@@ -17,6 +17,7 @@ from lowmem_aim.events import Sampled, Stage
 from lowmem_aim.output.heatmap import BLOCKS
 from lowmem_aim.units import clock, shown
 from lowmem_aim.view.layer_rows import LABEL, heat_map, layer_row
+from lowmem_aim.view.point_rows import point_rows
 from lowmem_aim.view.progress import STAGES, PhaseSeen, Progress
 from lowmem_aim.view.wrapping import wrapped, wrapped_command
 
@@ -62,6 +63,8 @@ def _blocks(run: Progress, width: int, keys: bool) -> Iterator[Block]:
         yield from _memory(run, run.latest, width)
     if row := layer_row(run, width):
         yield Block(65, [row])
+    for number, row in enumerate(point_rows(run, width)):
+        yield Block(68 - number, [row])
     for number, row in enumerate(heat_map(run, width)):
         yield Block(10 - number // 4, [row])
     for text in run.warnings[-MOST_WARNINGS:]:

@@ -1,0 +1,140 @@
+"""The command that sweeps: many merges, each scored, all compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowmem_aim.cli import completion, usage
+from lowmem_aim.cli.comparing import print_comparison
+from lowmem_aim.cli.flags import CALIBRATION_FLAGS, JOB_FLAGS, flags_of, options_of
+from lowmem_aim.cli.running import refuse_if_running, run
+from lowmem_aim.cli.task_flags import FORWARD_FLAGS, TASK_FLAGS, asked_for, forwards_of
+from lowmem_aim.cli.usage import Choice
+from lowmem_aim.cli.values import PathType, SizeType
+from lowmem_aim.errors import LowmemAimError, noted, printable, raise_all
+from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
+
+if TYPE_CHECKING:
+    from lowmem_aim.events import Emit
+    from lowmem_aim.jobs.swept import Swept
+    from lowmem_aim.view.dashboard import Style
+
+_points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of("Output"), flags_of("Run")
+
+
+@click.command("sweep", cls=usage.Command)
+@click.argument("recipe", type=PathType(), shell_complete=completion.recipes)
+@click.argument("out", type=PathType(), shell_complete=completion.folders)
+@_points(
+    "--methods",
+    metavar="METHOD,...",
+    default="",
+    shell_complete=completion.methods,
+    help="Merge by each of these methods. [default: the recipe's]",
+)
+@_points(
+    "--omega",
+    metavar="NUMBER,...",
+    help="Relax each merge with AIM, with each of these omegas. The unrelaxed merge is always a point. "
+    "[default: the recipe's]",
+)
+@_points(
+    "--parameter",
+    "-p",
+    multiple=True,
+    metavar="NAME=VALUE,...",
+    shell_complete=completion.parameters,
+    help="Merge with each of these values of a parameter, such as `-p density=0.3,0.5`; repeat the flag for each "
+    "parameter. [default: the recipe's values]",
+)
+@_points(
+    "--controls/--no-controls",
+    default=True,
+    help="Add a control to each merge with AIM: the same amount taken from all channels alike. [default: --controls]",
+)
+@_points("--seed", type=int, default=0, show_default=True, help="Draw the random masks with this seed.")
+@_points(
+    "--nonfinite",
+    type=Choice(["stop", "base"]),
+    default="stop",
+    show_default=True,
+    help="Stop at NaN or Inf in an expert, or use the base's value there.",
+)
+@CALIBRATION_FLAGS
+@TASK_FLAGS
+@_tasks("--tasks-seed", type=int, default=1234, show_default=True, help="Draw the solved items with this seed.")
+@FORWARD_FLAGS
+@_output(
+    "--keep",
+    type=Choice(["best", "all", "none"]),
+    default="best",
+    show_default=True,
+    help="Keep the merged models that are recommended, all of them, or none.",
+)
+@_output(
+    "--disk",
+    metavar="SIZE",
+    type=SizeType(),
+    help="Use this much disk for merged models at a time; the inputs are read once for as many as that holds. "
+    "[default: half of what is free]",
+)
+@_output(
+    "--shard-size",
+    type=SizeType(),
+    default=DEFAULT_SHARD_BYTES,
+    help="Make no file of weights larger than this. [default: 5GB]",
+)
+@_output(
+    "--cache/--no-cache",
+    default=True,
+    help="Keep activations and answers in the cache and reuse those there, or make them anew. [default: --cache]",
+)
+@_run("--plan", "only_plan", is_flag=True, help="Show what the sweep would do and need, and do nothing.")
+@JOB_FLAGS
+def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flags: Any) -> None:
+    """Merge by RECIPE in many ways, score each merge and compare them all.
+
+    The new folder OUT gets the scores, a report with Pareto fronts, the recipe of each point, and two recommended
+    recipes: the one that adds most to the experts, and the one that loses least anywhere. The same command resumes an
+    interrupted sweep.
+    """
+    refuse_if_running(out)
+    swept = _swept(recipe, flags)
+    from lowmem_aim.jobs.sweep import Result, sweep
+
+    results: list[Result] = []
+
+    def work(emit: Emit) -> Path:
+        results.append(sweep(swept, out, options_of(flags), emit))
+        return out
+
+    run(work, style)
+    if style in ("human", "plain"):
+        print_comparison(results[0].comparison, err=True)
+        for what, name in results[0].recommended.items():
+            click.echo(f"{what.replace('-', ' ')}: {name} ({printable(str(out / what))}.yml)", err=True)
+
+
+def _swept(recipe: Path, flags: dict[str, Any]) -> Swept:
+    """What the command line asks for. Raises everything that is wrong with it at once."""
+    from lowmem_aim.recipe.points import Grid, points_of
+    from lowmem_aim.recipe.yaml_tree import load_tree
+
+    errors: list[LowmemAimError] = usage.wrong_values()
+    methods = tuple(dict.fromkeys(name.strip() for name in flags["methods"].split(",") if name.strip()))
+    calibration = {
+        name: flags[name]
+        for name in ("calibration", "samples", "block_size", "calibration_seed", "pack", "calibration_dtype")
+    }
+    grid = Grid(methods, flags["parameter"], flags["omega"], flags["controls"], calibration)
+    with noted(errors):
+        points = points_of(load_tree(recipe), grid)
+    with noted(errors):
+        asked = asked_for(flags, flags["tasks_seed"])
+    raise_all(errors)
+    from lowmem_aim.jobs.swept import Swept
+
+    return Swept(points, asked, forwards_of(flags), flags["keep"], flags["disk"])

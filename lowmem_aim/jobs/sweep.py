@@ -1,0 +1,201 @@
+"""The sweep: many merges of the same models, each scored, all compared, and the best of them named.
+
+The experts are scored first. Then as many points as the disk holds at a time are merged, with one reading of the inputs
+where that is possible, and each is scored. A merged model is removed once it is scored, unless it stays. The scores
+that are there say what is done: a killed sweep goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowmem_aim.errors import DiskError, MemoryBudgetError, ResumeError, printable
+from lowmem_aim.evaluating import tasks
+from lowmem_aim.evaluating.comparison import Comparison
+from lowmem_aim.evaluating.fronts import fronts_of
+from lowmem_aim.evaluating.origin import digest_of_model
+from lowmem_aim.evaluating.recommended import recommended
+from lowmem_aim.evaluating.report import write_report
+from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.jobs.evaluate import score
+from lowmem_aim.jobs.merge_many import merge_many
+from lowmem_aim.jobs.resume import agree
+from lowmem_aim.jobs.scored_points import ScoredPoints
+from lowmem_aim.jobs.swept import Swept, checked
+from lowmem_aim.models.hub import locate
+from lowmem_aim.models.opening import opened
+from lowmem_aim.models.reader import Reader
+from lowmem_aim.output.provenance import versions
+from lowmem_aim.output.records import Identity
+from lowmem_aim.output.sweep_folder import sweep_folder
+from lowmem_aim.recipe.points import Point
+from lowmem_aim.recipe.written import written
+from lowmem_aim.system.files import disk_errors, write_file
+from lowmem_aim.system.options import DEFAULTS, Options
+from lowmem_aim.units import counted, shown
+from lowmem_aim.view.feed import Feed, Part, reported
+
+FREE_SHARE = 0.5  # of the disk's free bytes, for merged models
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a sweep: its folder, all points compared, and which are recommended."""
+
+    out: Path
+    comparison: Comparison
+    recommended: Mapping[str, str]  # name of the recipe's file, without `.yml` -> name of the point
+
+
+def sweep(swept: Swept, out: Path, options: Options = DEFAULTS, emit: Emit = silent) -> Result:
+    """Merge, score and compare all points in the new folder `out`, or go on with an interrupted sweep there.
+
+    Raises the errors of `merge` and `evaluate`, before any work where that is possible.
+    """
+    with reported("sweep", out, emit, options.command) as feed:
+        experts, forecast = checked(swept, out, options, feed)
+        with sweep_folder(out, fresh=options.fresh) as folder:
+            feed.record_in([folder.private])
+            options = replace(options, fresh=False)  # what was there is gone
+            points = ScoredPoints(swept, folder, experts)
+            return _Run(points, experts, forecast.largest_output, options, feed).run()
+
+
+@dataclass
+class _Run:
+    """A sweep while it runs."""
+
+    points: ScoredPoints
+    experts: Mapping[str, str]  # name -> reference
+    nbytes: int  # of a merged model
+    options: Options
+    feed: Feed
+
+    def run(self) -> Result:
+        self._agree()
+        for name, reference in self.experts.items():
+            self._score_expert(name, reference)
+        for point in self.points.swept.points:
+            if self.points.is_scored(point):
+                self.feed(self.points.event_of(point.name, earlier=True))
+        while left := self.points.left:
+            for point in self._merged(left):
+                self._score(point)
+        return self._finished()
+
+    # -- what this sweep is
+
+    def _agree(self) -> None:
+        """Record what this sweep is, or check that the one which was here fits to it. Raises ResumeError."""
+        swept, folder = self.points.swept, self.points.folder
+        job: dict[str, Any] = {
+            "tasks": {**asdict(swept.asked), "folders": [str(path) for path in swept.asked.folders]},
+            "forwards": {key: getattr(swept.forwards, key) for key in ("dtype", "max_length")},
+            "models": dict(self._digests()),
+            "seed": self.options.seed,
+            "nonfinite": self.options.nonfinite,
+        }
+        identity = Identity(job, [], versions() | {"lm-eval": tasks.version()})
+        accept = self.options.accept_environment
+        agree(folder.journal, identity, lambda number: iter(()), accept_environment=accept, emit=self.feed)
+        before = folder.noted()
+        recipes = {point.name: written(point.tree) for point in swept.points}
+        if changed := [name for name, recipe in recipes.items() if before.get(name, recipe) != recipe]:
+            what = f"{counted(len(changed), 'point')} of the sweep in this folder had another recipe"
+            hint = "`--fresh` starts over; another output folder leaves that sweep as it is"
+            raise ResumeError(f"{what}, such as `{printable(changed[0])}`", hint)
+        for name, recipe in recipes.items():
+            if name not in before:
+                folder.note(name, recipe)
+        self.points.keep_size()
+
+    def _digests(self) -> Iterator[tuple[str, str]]:
+        """What every model is, the base too: (reference, digest)."""
+        named = dict.fromkeys(name for point in self.points.swept.points for name in point.recipe.references)
+        for reference in named:
+            with Reader(self.options.use_cache) as reader:
+                found = opened(reference, self._located, self.options.read, reader)
+            with found as checkpoint:
+                yield reference, digest_of_model(checkpoint, self.feed)
+
+    def _located(self, part: str, is_adapter: bool) -> Any:
+        return locate(part, self.feed, is_adapter)
+
+    # -- merge
+
+    def _merged(self, left: Sequence[Point]) -> Sequence[Point]:
+        """Merge as many of the points that are left as disk and memory hold at a time; returns these."""
+        batch = left[: self._room(left)]
+        while True:
+            recipes = {point.name: point.recipe for point in batch}
+            try:
+                merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self._title()))
+                return batch
+            except MemoryBudgetError:
+                if len(batch) == 1:
+                    raise
+            batch = batch[: len(batch) // 2]
+            self.feed(Notice(f"the memory holds fewer merges at a time: trying {len(batch)}"))
+
+    def _title(self) -> str:
+        return f"sweep, {self.points.done} of {counted(len(self.points.swept.points), 'point')} scored"
+
+    def _room(self, left: Sequence[Point]) -> int:
+        """The number of merged models for which there is disk. Raises DiskError if there is none for one."""
+        disk, out = self.points.swept.disk, self.points.folder.out
+        with disk_errors(out):
+            free = shutil.disk_usage(out).free
+        begun = sum(self.points.model(point).is_dir() for point in left)
+        room = disk - self._kept_bytes() if disk is not None else int(free * FREE_SHARE) + begun * self.nbytes
+        if room < self.nbytes:
+            what = "half of what is free" if disk is None else "`--disk`"
+            raise DiskError(
+                f"a merged model takes {shown(self.nbytes)}, and {what} leaves {shown(max(0, room))} for it",
+                hint="free some space, give a larger `--disk`, or keep fewer models (`--keep`)",
+            )
+        return room // max(1, self.nbytes)
+
+    def _kept_bytes(self) -> int:
+        return len(self.points.staying()) * self.nbytes
+
+    # -- score
+
+    def _score_expert(self, name: str, reference: str) -> None:
+        file = self.points.folder.scores_of_expert(name)
+        earlier = file.is_file()
+        if not earlier:
+            part, swept = Part(self.feed, f"sweep, expert {printable(name)}"), self.points.swept
+            score(reference, swept.asked, file, swept.forwards, self.options, part, name)
+        self.feed(self.points.event_of_expert(name, earlier=earlier))
+
+    def _score(self, point: Point) -> None:
+        file, swept = self.points.folder.scores_of(point.name), self.points.swept
+        part = Part(self.feed, f"{self._title()}, {point.name}")
+        score(str(self.points.model(point)), swept.asked, file, swept.forwards, self.options, part, point.name)
+        self.points.keep_size()
+        self.feed(self.points.event_of(point.name))
+        self.points.remove_models()
+
+    # -- finish
+
+    def _finished(self) -> Result:
+        """Write the report and the recommended recipes. Raises DiskError."""
+        folder = self.points.folder
+        self.points.remove_models()
+        found = self.points.comparison()
+        folder.remove_report()
+        write_report(found, fronts_of(found), folder.report)
+        best, recipes = recommended(found), folder.noted()
+        for what, name in best.items():
+            write_file(folder.out / f"{what}.yml", (self._comment(what, name) + recipes[name]).encode())
+        self.points.keep_size(finished=True)
+        return Result(folder.out, found, best)
+
+    def _comment(self, what: str, name: str) -> str:
+        flags = f" --seed {self.options.seed}" * (self.options.seed != 0)
+        flags += f" --nonfinite {self.options.nonfinite}" * (self.options.nonfinite != "stop")
+        return f"# {name}\n# To merge: lowmem-aim merge {what}.yml NEW-FOLDER{flags}\n"

@@ -1,0 +1,150 @@
+"""The folder of a sweep: recipes, merged models, scores and the report, and what a killed sweep resumes from.
+
+OUT/recipes/NAME.yml    the recipe of each point
+OUT/models/NAME/        merged models: those that are being scored, and those that are kept
+OUT/experts/NAME.json   scores of the experts
+OUT/scores/NAME.json    scores of the points
+OUT/report/             the comparison of all
+OUT/adds-most.yml       recommended recipes
+OUT/loses-least.yml
+OUT/.lowmem_aim/        journal, lock and log of the sweep
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_aim.errors import LowmemAimError, UsageError, printable
+from lowmem_aim.models.config import CONFIG
+from lowmem_aim.output.folder import PRIVATE, check_private, check_writable, existing_folder
+from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import PROGRESS, SweptPoint
+from lowmem_aim.output.requests import only_new_requests
+from lowmem_aim.system.files import disk_errors, is_folder, sync_folder, write_file
+from lowmem_aim.system.lock import locked
+
+RECIPES, MODELS, EXPERTS, SCORES, REPORT = "recipes", "models", "experts", "scores", "report"
+ADDS_MOST, LOSES_LEAST = "adds-most", "loses-least"  # the recommended recipes
+_FOLDERS = (RECIPES, MODELS, EXPERTS, SCORES)
+
+
+@dataclass
+class SweepFolder:
+    """The folder of a sweep while a run holds it."""
+
+    out: Path
+    journal: Journal
+
+    @property
+    def private(self) -> Path:
+        """The folder of journal, lock and log."""
+        return self.out / PRIVATE
+
+    @property
+    def models(self) -> Path:
+        """The folder of merged models."""
+        return self.out / MODELS
+
+    @property
+    def report(self) -> Path:
+        """The folder of the report."""
+        return self.out / REPORT
+
+    def scores_of(self, name: str) -> Path:
+        """The file with the scores of a point."""
+        return self.out / SCORES / f"{name}.json"
+
+    def scores_of_expert(self, name: str) -> Path:
+        """The file with the scores of an expert."""
+        return self.out / EXPERTS / f"{name}.json"
+
+    def note(self, name: str, recipe: str) -> None:
+        """Keep a point and its recipe. Raises DiskError."""
+        write_file(self.out / RECIPES / f"{name}.yml", recipe.encode())
+        self.journal.keep(SweptPoint(name, recipe), name)
+
+    def noted(self) -> dict[str, str]:
+        """The points that this and earlier runs have noted: name -> recipe. Raises DiskError."""
+        return {point.name: point.recipe for point in self.journal.all_kept(SweptPoint)}
+
+    def remove_model(self, name: str) -> None:
+        """Remove a merged model, config.json first: what a kill leaves of it is no model. Raises DiskError."""
+        folder = self.models / name
+        with disk_errors(folder):
+            (folder / CONFIG).unlink(missing_ok=True)
+            if os.path.lexists(folder):
+                shutil.rmtree(folder)
+
+    def remove_report(self) -> None:
+        """Remove the report, to be written anew. Raises DiskError."""
+        with disk_errors(self.report):
+            if is_folder(self.report):
+                shutil.rmtree(self.report)
+
+
+def check_sweep_folder(out: Path) -> None:
+    """Raise UsageError if `out` is a file, or holds anything but a sweep; DiskError if it cannot be written."""
+    shown = printable(str(out))
+    with disk_errors(out):
+        if os.path.lexists(out) and not is_folder(out):
+            raise UsageError(f"the output `{shown}` is a file", hint="name a new folder")
+        check_private(out)
+        held = {entry.name for entry in out.iterdir()} if is_folder(out) else set()
+        if held and (PRIVATE not in held or CONFIG in held or any((out / PRIVATE).glob("sha256.txt"))):
+            what = "a merged model" if CONFIG in held else f"`{printable(min(held - {PRIVATE}, default=PRIVATE))}`"
+            raise UsageError(f"the output folder `{shown}` holds {what}, and no sweep", hint="name a new folder")
+    check_writable(existing_folder(out))
+
+
+@contextlib.contextmanager
+def sweep_folder(out: Path, *, fresh: bool = False) -> Iterator[SweepFolder]:
+    """Make the folder of a sweep if need be, and hold it against other runs during this block.
+
+    `fresh` discards what earlier sweeps have left there. Of a run that ends without having kept anything, nothing is
+    left. Raises DiskError, LockedError, UsageError.
+    """
+    check_sweep_folder(out)
+    private = out / PRIVATE
+    made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with disk_errors(out):
+        private.mkdir(parents=True, exist_ok=True)
+        for folder in (private, *made):
+            sync_folder(folder.parent)
+    with locked(private / "lock"), only_new_requests(private), _nothing_left_of_nothing(out, made):
+        if fresh:
+            _discard(out)
+        with disk_errors(out):
+            for name in _FOLDERS:
+                (out / name).mkdir(exist_ok=True)
+        with Journal(private) as journal:
+            yield SweepFolder(out, journal)
+
+
+@contextlib.contextmanager
+def _nothing_left_of_nothing(out: Path, made: Sequence[Path]) -> Iterator[None]:
+    """Remove what a sweep has made at the end of the block, the folders `made` too, unless a run can build on it."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(LowmemAimError), Journal(out / PRIVATE, read_only=True) as journal:
+            if not journal.holds(*PROGRESS):
+                _discard(out)
+                shutil.rmtree(out / PRIVATE, ignore_errors=True)
+                for folder in made:
+                    with contextlib.suppress(OSError):  # something else is in it
+                        folder.rmdir()
+
+
+def _discard(out: Path) -> None:
+    """Remove all that sweeps have made in `out`, but for the lock and the log."""
+    with disk_errors(out):
+        for name in (*_FOLDERS, REPORT):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in (ADDS_MOST, LOSES_LEAST):
+            (out / f"{name}.yml").unlink(missing_ok=True)
+        Journal.remove(out / PRIVATE)
