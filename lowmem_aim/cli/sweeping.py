@@ -95,7 +95,7 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
 @_run("--plan", "only_plan", is_flag=True, help="Show what the sweep would do and need, and do nothing.")
 @JOB_FLAGS
 def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flags: Any) -> None:
-    """Merge by RECIPE in many ways, score each merge and compare them all.
+    """Merge by RECIPE in many ways, and score each.
 
     The new folder OUT gets the scores, a report with Pareto fronts, the recipe of each point, and two recommended
     recipes: the one that adds most to the experts, and the one that loses least anywhere. The same command resumes an

@@ -25,5 +25,6 @@ fronts.py         Pareto fronts of pairs of tasks
 columns.py        the columns of a comparison's table, and what their marks mean
 table.py          the table as text: for a terminal of any width, and in markdown
 plots.py          a comparison as pictures, readable in grey
+recommended.py    the merges of a sweep that are worth a second look
 report.py         a comparison as files: markdown, CSV, JSON and pictures, in a new folder
 """

@@ -49,7 +49,7 @@ class ScoredPoints:
         self.folder.journal.keep(SweepSize(self.done, len(self.swept.points), finished))
 
     def comparison(self) -> Comparison:
-        """What is scored so far, compared; the points of earlier sweeps in the folder too. Raises UsageError."""
+        """The comparison of all that is scored so far; the points of earlier sweeps here too. Raises UsageError."""
         names = dict.fromkeys([*(point.name for point in self.swept.points), *self.folder.noted()])
         scored = _read({name: self.folder.scores_of(name) for name in names})
         experts = _read({name: self.folder.scores_of_expert(name) for name in self.experts})

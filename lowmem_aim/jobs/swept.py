@@ -1,4 +1,4 @@
-"""What a sweep is asked to do, and all that is checked of it before work."""
+"""The request for a sweep, and all that is checked of it before work."""
 
 from __future__ import annotations
 

@@ -15,4 +15,6 @@ stages.py         the named stages of several documents, and their order
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
 starting.py       the text of a recipe to start from
+points.py         the points of a sweep: the recipe of each, made from one recipe by other values
+written.py        the tree of a recipe as YAML that can be run from any folder
 """
