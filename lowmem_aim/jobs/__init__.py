@@ -7,6 +7,7 @@ checks.py        the checks before work, of `plan` and `merge` alike
 stages.py        the merges of a recipe with named stages, each prepared before the first is made
 held.py          the outputs of a merge while a run holds their folders
 merge.py         the merge, from a recipe to a finished folder
+merge_many.py    the merges by several recipes, their models read once for as many as can share that
 calibrate.py     the calibration by itself, into a file
 evaluate.py      the scores of a model, from its questions to a scores.json
 swept.py         the request for a sweep, and all that is checked of it before work

@@ -77,14 +77,15 @@ def check_calibration(ready: Prepared) -> None:
 
     Raises ModelError, NetworkError, UsageError.
     """
-    aim, base = ready.recipe.aim, ready.inputs.base
-    if aim is None or base is None:
+    aims, base = ready.aims, ready.inputs.base
+    if not aims or base is None:
         return
-    if not _are_texts_here(ready, "calibrate", aim):
+    if not _are_texts_here(ready, "calibrate", aims[0]):
         return
-    calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.emit)
+    calibration = ready.calibration = calibration_of(aims[0], base, ready.reader, ready.emit)
     if isinstance(calibration, GivenActivations):
-        check_activations(calibration.activations, base, aim)
+        for aim in aims:
+            check_activations(calibration.activations, base, aim)
         return
     _note_unreached(ready, calibration.meta_model)
     if not _is_measured(ready, calibration):
@@ -104,7 +105,7 @@ def check_comparison(ready: Prepared) -> None:
 
     Raises ModelError, NetworkError, UsageError.
     """
-    acm, base = ready.recipe.acm, ready.inputs.base
+    acm, base = ready.acm, ready.inputs.base
     if acm is None or base is None:
         return
     from lowmem_aim.measuring.comparison import Comparison, is_of, texts_of  # transformers: only where models are run
@@ -112,7 +113,8 @@ def check_comparison(ready: Prepared) -> None:
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
     comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run, ready.merging_bytes())
-    kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
+    unfinished = [name for name in ready.unfinished() if ready.recipes[name].acm]
+    kept = [_kept(ready, name, KeptComparison) for name in unfinished]
     if not all(found is not None and is_of(found, ready.inputs) for found in kept):
         measurement = comparison.measurement
         ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
@@ -302,7 +304,7 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
 
 def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
     """Whether the activations of the base are at hand, from the cache or from an interrupted run."""
-    unfinished = ready.unfinished()
+    unfinished = [name for name in ready.unfinished() if ready.recipes[name].aim]
     if not unfinished or any(_has_activations(ready, name) for name in unfinished):
         return True
     mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used

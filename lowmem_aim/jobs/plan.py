@@ -154,7 +154,7 @@ class _Estimate:
                     task.parameters,
                     len(task.experts),
                     device=run.device,
-                    relaxed=ready.recipe.relaxed,
+                    relaxed=ready.measures,
                     dtype=task.dtype.torch,
                     threads=shares.workers,
                     seconds=MEASURED_SECONDS / 2,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +44,12 @@ from lowmem_aim.recipe.yaml_tree import Node
 from lowmem_aim.system.files import input_errors, is_there
 from lowmem_aim.system.options import Options, wrong_options
 
+NAMED = 3  # recipes that a message names; more are counted
+
 
 @contextlib.contextmanager
 def prepared(
-    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
     out: Path,
     options: Options,
     emit: Emit,
@@ -56,24 +58,27 @@ def prepared(
 ) -> Iterator[Prepared]:
     """Open, plan and check everything; the errors of single checks are kept in the result.
 
+    `recipes` are by the output's folder in `out` (see `one_by_one`); one reading of the models serves all of them (see
+    `recipe.readings`).
+
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
     _check_options(options)
-    names = list(one_by_one(recipe))
+    recipe = next(iter(recipes.values()))
     errors: list[LowmemAimError] = []
     if not position.over:
         with noted(errors):
-            _check_output(out, [out / name for name in names])
+            _check_output(out, [out / name for name in recipes])
     if options.keep_stages and not position.stage and not recipe.stages:
         errors.append(UsageError("`--keep-stages`: the recipe has no named stages", hint="leave it out"))
-    errors += _missing_texts(recipe)
+    errors += of_some({name: [*_missing_texts(one)] for name, one in recipes.items()})
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
         opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, reader, errors))
         _point_to_comments(recipe, errors)
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
-        inputs, plans, unfit = None, {}, list[LowmemAimError]()
+        inputs, plans, unfit = None, dict[str, Plan](), list[LowmemAimError]()
         with contextlib.suppress(ReaderNeeded), noted(unfit):
             inputs = compared(recipe, opened, reader, emit, unfit)
             if inputs:
@@ -81,7 +86,8 @@ def prepared(
         if inputs and not unfit and None not in opened.values():
             with noted(unfit):
                 check_repeated(inputs, finder.has_weights)
-                plans = _plans(recipe, inputs, options)
+                plans, refused = _plans(recipes, inputs, options)
+                unfit += refused
         errors += unfit
         if not inputs or not plans:
             with noted(errors):
@@ -90,7 +96,7 @@ def prepared(
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
         ready = Prepared(
-            recipe,
+            recipes,
             out,
             options,
             emit,
@@ -133,6 +139,33 @@ def sound_recipe(tree: Node, out: Path, options: Options, before: Sequence[Lowme
     raise joined(errors)
 
 
+def of_some(errors: Mapping[str, Sequence[LowmemAimError]]) -> list[LowmemAimError]:
+    """The errors of recipes, by their names, each once; those that are not of all recipes begin with whose they are."""
+    found: dict[tuple[type, tuple[str, ...]], list[str]] = {}
+    first: dict[tuple[type, tuple[str, ...]], LowmemAimError] = {}
+    for name, own in errors.items():
+        for error in own:
+            alike = type(error), error.problems
+            found.setdefault(alike, []).append(name)
+            first.setdefault(alike, error)
+    for alike, names in found.items():
+        if len(names) < len(errors):
+            first[alike].add_before_problems(whose(names), unless=is_told_whose)
+    return list(first.values())
+
+
+def whose(names: Sequence[str]) -> str:
+    """The beginning of a message about some of several recipes: `recipe `ties`: `."""
+    listed = ", ".join(f"`{printable(name)}`" for name in names[:NAMED])
+    more = f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+    return f"recipe{'s' * (len(names) > 1)} {listed}{more}: "
+
+
+def is_told_whose(problem: str) -> bool:
+    """Whether a message begins with the recipes that it is about."""
+    return problem.startswith(("recipe `", "recipes `"))
+
+
 def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], errors: list[LowmemAimError]) -> None:
     """Add to `errors`, of which there are some, what is wrong with the models and texts of a recipe not prepared.
 
@@ -154,19 +187,22 @@ def _check_output(out: Path, folders: list[Path]) -> None:
         check_writable(existing_folder(out))
 
 
-def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
-    """The plan of each output."""
-    return {
-        name: make_plan(
-            one,
-            inputs,
-            seed=options.seed,
-            shard_bytes=options.shard_bytes,
-            shard_parameters=options.shard_parameters,
-            nonfinite=options.nonfinite,
-        )
-        for name, one in one_by_one(recipe).items()
-    }
+def _plans(
+    recipes: Mapping[str, Recipe], inputs: Inputs, options: Options
+) -> tuple[dict[str, Plan], list[LowmemAimError]]:
+    """The plan of each output, and what is wrong with those that have none."""
+    plans, wrong = dict[str, Plan](), dict[str, list[LowmemAimError]]()
+    for name, recipe in recipes.items():
+        with noted(wrong.setdefault(name, [])):
+            plans[name] = make_plan(
+                recipe,
+                inputs,
+                seed=options.seed,
+                shard_bytes=options.shard_bytes,
+                shard_parameters=options.shard_parameters,
+                nonfinite=options.nonfinite,
+            )
+    return plans, of_some(wrong)
 
 
 def _make(checks: tuple[Check, ...], ready: Prepared) -> None:

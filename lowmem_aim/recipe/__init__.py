@@ -1,6 +1,7 @@
 """Recipes: mergekit's YAML and the command line, read and checked.
 
 recipe.py         what a recipe is: frozen dataclasses
+readings.py       which recipes can be merged in one reading of their models
 references.py     references to models: a model, and the adapter that is added to it
 words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file, line and column
