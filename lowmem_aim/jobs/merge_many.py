@@ -26,10 +26,10 @@ from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.memory import trim
 from lowmem_aim.system.options import Options
-from lowmem_aim.view.feed import Feed
+from lowmem_aim.view.feed import AnyFeed
 
 
-def merge_many(recipes: Mapping[str, Recipe], out: Path, options: Options, feed: Feed) -> None:
+def merge_many(recipes: Mapping[str, Recipe], out: Path, options: Options, feed: AnyFeed) -> None:
     """Make the folder out/NAME for each recipe, or resume it; the inputs are read once for all of them.
 
     They are read once for each group of `recipe.readings`. `out` must hold no run of its own. All checks of `merge` are

@@ -7,13 +7,12 @@ that are there say what is done: a killed sweep goes on with the rest.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import DiskError, MemoryBudgetError, ResumeError, printable
+from lowmem_aim.errors import MemoryBudgetError, ResumeError, printable
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.comparison import Comparison
 from lowmem_aim.evaluating.fronts import fronts_of
@@ -34,12 +33,10 @@ from lowmem_aim.output.records import Identity
 from lowmem_aim.output.sweep_folder import sweep_folder
 from lowmem_aim.recipe.points import Point
 from lowmem_aim.recipe.written import written
-from lowmem_aim.system.files import disk_errors, write_file
+from lowmem_aim.system.files import write_file
 from lowmem_aim.system.options import DEFAULTS, Options
-from lowmem_aim.units import counted, shown
+from lowmem_aim.units import counted
 from lowmem_aim.view.feed import Feed, Part, reported
-
-FREE_SHARE = 0.5  # of the disk's free bytes, for merged models
 
 
 @dataclass(frozen=True)
@@ -145,22 +142,13 @@ class _Run:
         return f"sweep, {self.points.done} of {counted(len(self.points.swept.points), 'point')} scored"
 
     def _room(self, left: Sequence[Point]) -> int:
-        """The number of merged models for which there is disk. Raises DiskError if there is none for one."""
-        disk, out = self.points.swept.disk, self.points.folder.out
-        with disk_errors(out):
-            free = shutil.disk_usage(out).free
+        """The number of merged models for which there is disk, at least one: that there is so much was checked."""
+        swept = self.points.swept
+        if swept.disk is not None:
+            taken = len(self.points.staying()) * self.nbytes
+            return max(1, (swept.disk - taken) // max(1, self.nbytes))
         begun = sum(self.points.model(point).is_dir() for point in left)
-        room = disk - self._kept_bytes() if disk is not None else int(free * FREE_SHARE) + begun * self.nbytes
-        if room < self.nbytes:
-            what = "half of what is free" if disk is None else "`--disk`"
-            raise DiskError(
-                f"a merged model takes {shown(self.nbytes)}, and {what} leaves {shown(max(0, room))} for it",
-                hint="free some space, give a larger `--disk`, or keep fewer models (`--keep`)",
-            )
-        return room // max(1, self.nbytes)
-
-    def _kept_bytes(self) -> int:
-        return len(self.points.staying()) * self.nbytes
+        return max(1, begun + swept.room(self.points.folder.out) // max(1, self.nbytes))
 
     # -- score
 

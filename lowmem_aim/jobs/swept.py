@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lowmem_aim.errors import LowmemAimError, UsageError, noted, raise_all
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, raise_all
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Emit
 from lowmem_aim.jobs.evaluate import Forwards, check
-from lowmem_aim.jobs.merge_many import ManyForecast, plan_many
+from lowmem_aim.jobs.plan_many import ManyForecast, plan_many
 from lowmem_aim.output.folder import existing_folder
 from lowmem_aim.output.sweep_folder import MODELS, check_sweep_folder
 from lowmem_aim.recipe.points import Point
 from lowmem_aim.recipe.references import same_reference
+from lowmem_aim.system.files import disk_errors
 from lowmem_aim.system.options import Options, wrong_options
+from lowmem_aim.units import counted, shown
 
 Keep = Literal["best", "all", "none"]
 NEEDED = ("moocore", "matplotlib")  # packages of the extra `report`
+MOST_RECOMMENDED = 2  # points
+FREE_SHARE = 0.5  # of the disk's free bytes, for merged models
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,19 @@ class Swept:
     forwards: Forwards = field(default_factory=Forwards)
     keep: Keep = "best"  # which merged models stay: the recommended ones, all, or none
     disk: int | None = None  # bytes of merged models at a time; None: half of what is free
+
+    @property
+    def at_once(self) -> int:
+        """The merged models that must have room on the disk: those that stay, and one that is scored."""
+        count = len(self.points)
+        return {"all": count, "best": min(MOST_RECOMMENDED + 1, count), "none": 1}[self.keep]
+
+    def room(self, out: Path) -> int:
+        """Bytes of disk for merged models. Raises DiskError."""
+        if self.disk is not None:
+            return self.disk
+        with disk_errors(out):
+            return int(shutil.disk_usage(existing_folder(out)).free * FREE_SHARE)
 
     @property
     def experts(self) -> list[str]:
@@ -62,6 +80,7 @@ def checked(swept: Swept, out: Path, options: Options, emit: Emit) -> tuple[dict
         forecast = plan_many(recipes, out / MODELS, options, emit, measure=False)
         if forecast.problems:
             raise forecast.error()
+        _check_disk(swept, out, forecast.largest_output)
     experts: dict[str, str] = {}
     for reference in swept.experts if not errors else ():
         with noted(errors):
@@ -81,6 +100,16 @@ def _of_the_machine(swept: Swept, options: Options) -> Iterator[LowmemAimError]:
         yield UsageError(f"`sweep` needs {' and '.join(missing)}", "`pip install 'lowmem-aim[eval,report]'`")
     yield from tasks.missing_harness()
     yield from tasks.wrong_requests(swept.asked)
+
+
+def _check_disk(swept: Swept, out: Path, nbytes: int) -> None:
+    """Raise DiskError if there is no room for the models that are there at a time; `nbytes`: of one."""
+    if any((out / MODELS).glob("*")):
+        return  # an interrupted sweep, whose models take some of it already
+    if (least := swept.at_once * nbytes) > (room := swept.room(out)):
+        what = "half of what is free" if swept.disk is None else "`--disk`"
+        text = f"{counted(swept.at_once, 'merged model')} at a time take {shown(least)}, and {what} is {shown(room)}"
+        raise DiskError(text, hint="free some space, give a larger `--disk`, or keep fewer models (`--keep`)")
 
 
 def _unused_file(file: Path) -> Path:

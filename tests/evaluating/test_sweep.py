@@ -12,17 +12,22 @@ import yaml
 from conftest import Run
 from merge_cases import digests
 
-from lowmem_aim.errors import MemoryBudgetError
-from lowmem_aim.evaluating.scores import read_scores
+from lowmem_aim.errors import DiskError, MemoryBudgetError
+from lowmem_aim.evaluating import report
+from lowmem_aim.evaluating.comparison import compared
+from lowmem_aim.evaluating.recommended import recommended
+from lowmem_aim.evaluating.scores import Score, Scores, read_scores
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Event, PointScored, silent
 from lowmem_aim.jobs import sweep as sweep_job
 from lowmem_aim.jobs.sweep import Result, sweep
-from lowmem_aim.jobs.swept import Keep, Swept
+from lowmem_aim.jobs.swept import Keep, Swept, checked
+from lowmem_aim.output import small_files
 from lowmem_aim.recipe.points import Grid, points_of
 from lowmem_aim.recipe.yaml_tree import load_tree
 from lowmem_aim.system.options import Options
 
+OPTIONS = Options(ram=2_000_000_000)
 TASK = """
 task: NAME
 dataset_path: json
@@ -56,15 +61,21 @@ def place(llama: Path, measured: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def swept(
-    place: Path, *, keep: Keep = "best", disk: int | None = None, names: str = "sums,words", **grid: Any
-) -> Swept:
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures are drawn: they take most of the time of so small a sweep."""
+    monkeypatch.setattr(small_files, "heatmap_png", lambda kept: None)
+    monkeypatch.setattr(report, "png_of", lambda figure: b"")
+    monkeypatch.setattr(report, "svg_of", lambda figure: b"")
+
+
+def swept(place: Path, keep: Keep = "best", disk: int | None = None, **grid: Any) -> Swept:
     points = points_of(load_tree(place / "recipe.yml"), Grid(**grid))
-    return Swept(points, Asked(tuple(names.split(",")), (place / "tasks",)), keep=keep, disk=disk)
+    return Swept(points, Asked(("sums",), (place / "tasks",)), keep=keep, disk=disk)
 
 
-def done(place: Path, emit: Callable[[Event], None] = silent, options: Options | None = None, **asked: Any) -> Result:
-    return sweep(swept(place, **asked), place / "out", options or Options(ram=2_000_000_000), emit)
+def done(place: Path, emit: Callable[[Event], None] = silent, **asked: Any) -> Result:
+    return sweep(swept(place, **asked), place / "out", OPTIONS, emit)
 
 
 def models_in(out: Path) -> set[str]:
@@ -73,24 +84,22 @@ def models_in(out: Path) -> set[str]:
 
 def test_from_experts_to_a_report_and_two_recipes(place: Path, run: Run) -> None:
     out = place / "out"
-    tasks = ("--tasks", "sums,words", "--include-path", place / "tasks")
-    ran = run("sweep", place / "recipe.yml", out, *tasks, "--methods", "ties,dare_linear", "--seed", "3")
+    line: tuple[Any, ...] = ("sweep", place / "recipe.yml", out, "--methods", "ties,dare_linear", "--seed", "3")
+    line += ("--tasks", "sums,words", "--include-path", place / "tasks")
+    ran = run(*line)
     assert (ran.code, ran.out) == (0, f"{out}\n"), ran.err
     names = POINTS + [name.replace("ties", "dare_linear") for name in POINTS]
-    assert {file.stem for file in (out / "scores").iterdir()} == set(names)
-    assert {file.stem for file in (out / "experts").iterdir()} == {"math", "code"}
-    assert {file.stem for file in (out / "recipes").iterdir()} == set(names)
-    report = json.loads((out / "report" / "report.json").read_text())
-    assert (report["population"], [model["name"] for model in report["models"]]) == (["math", "code"], names)
-    assert {model["parent"] for model in report["models"]} == {"ties", "dare_linear", None}
+    for folder, expected in (("scores", names), ("recipes", names), ("experts", ["math", "code"])):
+        assert {file.stem for file in (out / folder).iterdir()} == set(expected)
+    found = json.loads((out / "report" / "report.json").read_text())
+    assert (found["population"], [model["name"] for model in found["models"]]) == (["math", "code"], names)
+    assert {model["parent"] for model in found["models"]} == {"ties", "dare_linear", None}
     assert (out / "report" / "pareto.png").is_file()
     scores = read_scores(out / "scores" / "dare_linear-omega-0.2-uniform.json")
     assert (scores.name, scores.control) == ("dare_linear-omega-0.2-uniform", "uniform")
     # Both recipes give, in a folder of their own, the model that was scored.
-    best = {
-        what: (out / f"{what}.yml").read_text().splitlines()[0].removeprefix("# ")
-        for what in ("adds-most", "loses-least")
-    }
+    files = (out / "adds-most.yml", out / "loses-least.yml")
+    best = {file.stem: file.read_text().splitlines()[0].removeprefix("# ") for file in files}
     assert models_in(out) == set(best.values())
     assert not any(name.endswith("uniform") for name in best.values())
     for what, name in best.items():
@@ -98,12 +107,12 @@ def test_from_experts_to_a_report_and_two_recipes(place: Path, run: Run) -> None
         assert run("merge", out / f"{what}.yml", place / what, "--seed", "3").code == 0
         assert digests(place / what) == digests(out / "models" / name)
     assert json.loads(run("status", out, "--json").out)["points"] == 6
-    again = run("sweep", place / "recipe.yml", out, *tasks, "--methods", "ties,dare_linear", "--seed", "3")
+    again = run(*line)
     assert again.code == 0
     assert "merge:" not in again.err
 
 
-def test_a_killed_sweep_goes_on_with_what_is_not_scored(place: Path) -> None:
+def test_a_killed_sweep_goes_on_with_what_is_not_scored(place: Path, undrawn: None) -> None:
     out, seen = place / "out", list[PointScored]()
 
     def until(count: int) -> Callable[[Event], None]:
@@ -116,13 +125,13 @@ def test_a_killed_sweep_goes_on_with_what_is_not_scored(place: Path) -> None:
         return emit
 
     whole = done(place, keep="none")
-    files = {file.name: file.read_bytes() for file in sorted((out / "scores").iterdir())}
+    assert models_in(out) == set()
+    files = {file.name: file.read_bytes() for file in (out / "scores").iterdir()}
     out.rename(place / "whole")
-    for count in (1, 2):
-        with pytest.raises(KeyboardInterrupt):
-            done(place, until(count), keep="none")
-        assert len(list((out / "scores").glob("*.json"))) == count
-    times = {file.name: file.stat().st_mtime_ns for file in (out / "scores").glob("*.json")}
+    with pytest.raises(KeyboardInterrupt):
+        done(place, until(2), keep="none")
+    first = {file.name: file.stat().st_mtime_ns for file in (out / "scores").glob("*.json")}
+    assert set(first) == {f"{name}.json" for name in POINTS[:2]}
     seen.clear()
     assert done(place, until(99), keep="none").comparison == whole.comparison
     assert [(event.name, event.earlier) for event in seen if not event.expert] == [
@@ -130,73 +139,63 @@ def test_a_killed_sweep_goes_on_with_what_is_not_scored(place: Path) -> None:
         (POINTS[1], True),
         (POINTS[2], False),
     ]
-    assert {file.name: file.read_bytes() for file in sorted((out / "scores").iterdir())} == files
-    assert all((out / "scores" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert {file.name: file.read_bytes() for file in (out / "scores").iterdir()} == files
+    assert all((out / "scores" / name).stat().st_mtime_ns == time for name, time in first.items())
 
 
-def test_points_are_added_to_a_sweep(place: Path) -> None:
-    first = done(place, omegas="0.2", controls=False)
-    assert [row.name for row in first.comparison.rows] == ["ties", "ties-omega-0.2"]
-    second = done(place, omegas="0.5", controls=False)
-    assert [row.name for row in second.comparison.rows] == ["ties", "ties-omega-0.2", "ties-omega-0.5"]
+def test_points_are_added_and_no_more_merged_at_a_time_than_the_memory_holds(
+    place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, own = list[list[str]](), sweep_job.merge_many
+
+    def one_by_one(recipes: Any, *rest: Any) -> None:
+        batches.append(list(recipes))
+        if len(recipes) > 1:
+            raise MemoryBudgetError("too small")
+        own(recipes, *rest)
+
+    monkeypatch.setattr(sweep_job, "merge_many", one_by_one)
+    first = done(place, keep="all", omegas="1", controls=False)
+    assert [row.name for row in first.comparison.rows] == ["ties"]
+    second = done(place, keep="all", omegas="0.2,0.5", controls=False)
+    names = ["ties", "ties-omega-0.2", "ties-omega-0.5"]
+    assert [row.name for row in second.comparison.rows] == names
+    assert batches == [["ties"], names[1:], [names[1]], [names[2]]]
+    assert models_in(place / "out") == set(names)
     assert len(json.loads((place / "out" / "report" / "report.json").read_text())["models"]) == 3
 
 
-@pytest.mark.parametrize(("keep", "stay"), [("all", set(POINTS)), ("none", set())])
-def test_models_stay_as_asked(keep: Keep, stay: set[str], place: Path) -> None:
-    done(place, keep=keep)
-    assert models_in(place / "out") == stay
+def test_no_more_are_merged_at_a_time_than_the_disk_holds(
+    place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, own = list[list[str]](), sweep_job.merge_many
 
-
-def test_the_disk_bounds_how_many_are_merged_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches, most = [], []
-    own = sweep_job.merge_many
-
-    def counting(recipes: Any, out: Path, *rest: Any) -> None:
-        batches.append(list(recipes))
-        own(recipes, out, *rest)
-        most.append(sum(file.stat().st_size for file in out.rglob("*.safetensors")))
-
-    monkeypatch.setattr(sweep_job, "merge_many", counting)
-    done(place, keep="all", disk=10**9)
-    size = most[0] // 3
-    for count, expected in ((1, [[name] for name in POINTS]), (2, [POINTS[:2], POINTS[2:]])):
-        (place / "out").rename(place / f"before-{count}")
-        batches.clear()
-        most.clear()
-        done(place, keep="none", disk=count * size + size // 2)
-        assert batches == expected
-        assert max(most) <= count * size
-
-
-def test_what_the_memory_does_not_hold_at_once_is_merged_in_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = []
-    own = sweep_job.merge_many
-
-    def small(recipes: Any, *rest: Any) -> None:
-        if len(recipes) > 1:
-            raise MemoryBudgetError("too small")
+    def noting(recipes: Any, *rest: Any) -> None:
         batches.append(list(recipes))
         own(recipes, *rest)
 
-    monkeypatch.setattr(sweep_job, "merge_many", small)
-    done(place)
-    assert batches == [[name] for name in POINTS]
+    monkeypatch.setattr(sweep_job, "merge_many", noting)
+    one = checked(swept(place), place / "out", OPTIONS, silent)[1].largest_output
+    with pytest.raises(DiskError, match="3 merged models at a time"):
+        done(place, keep="all", disk=2 * one)
+    assert not (place / "out").exists()
+    done(place, keep="none", disk=2 * one)
+    assert batches == [POINTS[:2], POINTS[2:]]
 
 
 def test_everything_that_is_wrong_is_told_before_work(place: Path, run: Run) -> None:
-    out = place / "out"
-    recipe = place / "recipe.yml"
-    tasks = ("--include-path", place / "tasks", "--tasks")
-    for line, code, told in [
+    out, recipe = place / "out", place / "recipe.yml"
+    tasks: tuple[Any, ...] = ("--include-path", place / "tasks", "--tasks")
+    cases: list[tuple[tuple[Any, ...], int, list[str]]] = [
         ((recipe, out, *tasks, "sums", "--methods", "tise", "-p", "density"), 2, ["did you mean `ties`", "NAME=VALUE"]),
-        ((recipe, out, *tasks, "smus"), 2, ["smus"]),
+        ((recipe, out, *tasks, "smus", "--nonfinite", "base"), 2, ["smus"]),
         ((recipe, out, *tasks, "sums", "--metric", "sums"), 2, ["--metric"]),
         ((recipe, recipe, *tasks, "sums"), 2, ["is a file"]),
         ((recipe, place / "tasks", *tasks, "sums"), 2, ["and no sweep"]),
         ((recipe, out, *tasks, "sums", "--disk", "1KB"), 4, ["`--disk`"]),
         ((recipe, out, *tasks, "sums", "--ram", "1MB"), 5, ["RAM"]),
-    ]:
+    ]
+    for line, code, told in cases:
         ran = run("sweep", *line)
         assert ran.code == code, ran.err
         for text in told:
@@ -204,33 +203,39 @@ def test_everything_that_is_wrong_is_told_before_work(place: Path, run: Run) -> 
         assert not out.exists(), line
 
 
-def test_another_sweep_in_the_same_folder_is_refused(place: Path, run: Run) -> None:
+def test_another_sweep_in_the_same_folder_is_refused(place: Path, undrawn: None, run: Run) -> None:
     out = place / "out"
-    line = ("sweep", place / "recipe.yml", out, "--include-path", place / "tasks", "--no-controls", "--tasks")
-    assert run(*line, "sums").code == 0
+    line: tuple[Any, ...] = ("sweep", place / "recipe.yml", out, "--omega", "1", "--include-path", place / "tasks")
+    assert run(*line, "--tasks", "sums").code == 0
     before = digests(out)
-    assert run(*line, "sums,words").code == 7
-    assert run(*line, "sums", "--seed", "1").code == 7
+    assert run(*line, "--tasks", "sums,words").code == 7
+    assert run(*line, "--tasks", "sums", "--seed", "1").code == 7
     (place / "recipe.yml").write_text((place / "recipe.yml").read_text().replace("density: 0.5", "density: 0.6"))
-    done = run(*line, "sums")
-    assert (done.code, "2 points of the sweep in this folder had another recipe" in done.err) == (7, True)
+    refused = run(*line, "--tasks", "sums")
+    assert (refused.code, "1 point of the sweep in this folder had another recipe" in refused.err) == (7, True)
     assert digests(out) == before
-    assert run(*line, "sums", "--fresh").code == 0
-    assert (out / "models").is_dir()
+    assert run(*line, "--tasks", "sums", "--fresh").code == 0
+    assert digests(out) != before
 
 
-def test_a_sweep_without_fractions_recommends_what_loses_least(place: Path) -> None:
-    text = (
-        TASK.replace("NAME", "flow")
-        .replace("FOLDER", str(place / "tasks"))
-        .replace("multiple_choice", "loglikelihood_rolling")
-    )
-    text = text.replace('doc_to_text: "{{flow}}"', 'doc_to_text: ""').replace(
-        "doc_to_target: label", 'doc_to_target: "{{sums}}"'
-    )
-    (place / "tasks" / "flow.yaml").write_text(
-        text.replace("doc_to_choice: choices\n", "").replace("acc", "word_perplexity")
-    )
-    found = done(place, names="flow")
-    rows = {row.name: row.model.scores["flow"].value for row in found.comparison.rows if not row.model.control}
-    assert found.recommended == {"loses-least": min(rows, key=lambda name: rows[name])}
+def test_what_is_recommended() -> None:
+    def model(name: str, x: float, y: float, **more: Any) -> Scores:
+        return Scores(name, {"x": Score(x), "y": Score(y)}, **more)
+
+    experts = [model("a", 0.8, 0.2), model("b", 0.1, 0.6)]
+    merges = [
+        model("even", 0.6, 0.55, method="ties"),  # loses 0.2 of x; adds most
+        model("near", 0.7, 0.45, method="ties"),  # loses 0.15 of y
+        model("control", 0.8, 0.6, method="ties", control="uniform", aim={"omega": 0.4}),
+    ]
+    assert recommended(compared(merges, experts)) == {"adds-most": "even", "loses-least": "near"}
+
+
+def test_without_fractions_what_loses_least_is_recommended() -> None:
+    def model(name: str, x: float, y: float) -> Scores:
+        units = (Score(x, unit="words", higher_is_better=False), Score(y, unit="points"))
+        return Scores(name, dict(zip("xy", units, strict=True)), method="ties")
+
+    experts = [model("a", 10.0, 20.0), model("b", 20.0, 30.0)]
+    merges = [model("c", 15.0, 30.0), model("d", 10.5, 27.0)]  # 50 % of x; 5 % of x and 10 % of y
+    assert recommended(compared(merges, experts)) == {"loses-least": "d"}
