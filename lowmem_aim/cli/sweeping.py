@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowmem_aim.cli import completion, usage
+from lowmem_aim.cli import completion, formats, usage
 from lowmem_aim.cli.comparing import print_comparison
 from lowmem_aim.cli.flags import CALIBRATION_FLAGS, JOB_FLAGS, flags_of, options_of
 from lowmem_aim.cli.running import refuse_if_running, run
@@ -20,6 +20,7 @@ from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
 if TYPE_CHECKING:
     from lowmem_aim.events import Emit
     from lowmem_aim.jobs.swept import Swept
+    from lowmem_aim.system.options import Options
     from lowmem_aim.view.dashboard import Style
 
 _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of("Output"), flags_of("Run")
@@ -103,6 +104,9 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
     """
     refuse_if_running(out)
     swept = _swept(recipe, flags)
+    if only_plan:
+        _plan(swept, out, options_of(flags), style)
+        return
     from lowmem_aim.jobs.sweep import Result, sweep
 
     results: list[Result] = []
@@ -138,3 +142,21 @@ def _swept(recipe: Path, flags: dict[str, Any]) -> Swept:
     from lowmem_aim.jobs.swept import Swept
 
     return Swept(points, asked, forwards_of(flags), flags["keep"], flags["disk"])
+
+
+def _plan(swept: Swept, out: Path, options: Options, style: Style) -> None:
+    """Print what the sweep would do and need."""
+    import json
+
+    from lowmem_aim.jobs.sweep_plan import plan_sweep
+    from lowmem_aim.view import plan_lines
+    from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.wrapping import for_terminal
+
+    with showing("quiet" if style in ("quiet", "json") else "plain") as view:
+        known = plan_sweep(swept, out, options, view).as_json()
+    if style == "json":
+        click.echo(json.dumps(known))
+        formats.answered()
+    else:
+        click.echo(for_terminal(plan_lines.sweep_lines(known), plan_lines.INDENT))

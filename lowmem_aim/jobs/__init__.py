@@ -12,8 +12,8 @@ calibrate.py     the calibration by itself, into a file
 evaluate.py      the scores of a model, from its questions to a scores.json
 swept.py         the request for a sweep, and all that is checked of it before work
 scored_points.py the points of a sweep in its folder: which are scored, how they compare, whose models stay
+sweep_plan.py    the plan of a sweep: points, readings, disk, memory and time
 sweep.py         the sweep: many merges, each scored, all compared, the best of them named
-merge_many.py    several merges of the same models, in one pass over the inputs
 convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output depends on

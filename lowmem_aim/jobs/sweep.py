@@ -12,22 +12,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import MemoryBudgetError, ResumeError, printable
+from lowmem_aim.errors import ResumeError, printable
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.comparison import Comparison
 from lowmem_aim.evaluating.fronts import fronts_of
 from lowmem_aim.evaluating.origin import digest_of_model
 from lowmem_aim.evaluating.recommended import recommended
 from lowmem_aim.evaluating.report import write_report
-from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.events import Emit, silent
 from lowmem_aim.jobs.evaluate import score
 from lowmem_aim.jobs.merge_many import merge_many
 from lowmem_aim.jobs.resume import agree
 from lowmem_aim.jobs.scored_points import ScoredPoints
-from lowmem_aim.jobs.swept import Swept, checked
+from lowmem_aim.jobs.swept import Checked, Swept, checked
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.output.folder import is_finished
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
 from lowmem_aim.output.sweep_folder import sweep_folder
@@ -54,12 +55,11 @@ def sweep(swept: Swept, out: Path, options: Options = DEFAULTS, emit: Emit = sil
     Raises the errors of `merge` and `evaluate`, before any work where that is possible.
     """
     with reported("sweep", out, emit, options.command) as feed:
-        experts, forecast = checked(swept, out, options, feed)
+        ready = checked(swept, out, options, feed)
         with sweep_folder(out, fresh=options.fresh) as folder:
             feed.record_in([folder.private])
             options = replace(options, fresh=False)  # what was there is gone
-            points = ScoredPoints(swept, folder, experts)
-            return _Run(points, experts, forecast.largest_output, options, feed).run()
+            return _Run(ScoredPoints(swept, folder, ready.experts), ready, options, feed).run()
 
 
 @dataclass
@@ -67,21 +67,25 @@ class _Run:
     """A sweep while it runs."""
 
     points: ScoredPoints
-    experts: Mapping[str, str]  # name -> reference
-    nbytes: int  # of a merged model
+    ready: Checked
     options: Options
     feed: Feed
 
     def run(self) -> Result:
         self._agree()
-        for name, reference in self.experts.items():
+        for name, reference in self.ready.experts.items():
             self._score_expert(name, reference)
         for point in self.points.swept.points:
             if self.points.is_scored(point):
                 self.feed(self.points.event_of(point.name, earlier=True))
-        while left := self.points.left:
-            for point in self._merged(left):
+        for point in self.points.left:
+            if is_finished(self.points.model(point)):  # by a run that was interrupted before it was scored
                 self._score(point)
+        for batch in self.ready.merges.batches:
+            self._merge(list(batch.output_bytes))
+            for point in self.points.left:
+                if point.name in batch.output_bytes:
+                    self._score(point)
         return self._finished()
 
     # -- what this sweep is
@@ -124,31 +128,12 @@ class _Run:
 
     # -- merge
 
-    def _merged(self, left: Sequence[Point]) -> Sequence[Point]:
-        """Merge as many of the points that are left as disk and memory hold at a time; returns these."""
-        batch = left[: self._room(left)]
-        while True:
-            recipes = {point.name: point.recipe for point in batch}
-            try:
-                merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self._title()))
-                return batch
-            except MemoryBudgetError:
-                if len(batch) == 1:
-                    raise
-            batch = batch[: len(batch) // 2]
-            self.feed(Notice(f"the memory holds fewer merges at a time: trying {len(batch)}"))
+    def _merge(self, names: Sequence[str]) -> None:
+        recipes = {point.name: point.recipe for point in self.points.swept.points if point.name in names}
+        merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self._title()))
 
     def _title(self) -> str:
         return f"sweep, {self.points.done} of {counted(len(self.points.swept.points), 'point')} scored"
-
-    def _room(self, left: Sequence[Point]) -> int:
-        """The number of merged models for which there is disk, at least one: that there is so much was checked."""
-        swept = self.points.swept
-        if swept.disk is not None:
-            taken = len(self.points.staying()) * self.nbytes
-            return max(1, (swept.disk - taken) // max(1, self.nbytes))
-        begun = sum(self.points.model(point).is_dir() for point in left)
-        return max(1, begun + swept.room(self.points.folder.out) // max(1, self.nbytes))
 
     # -- score
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,9 +15,10 @@ from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Emit
 from lowmem_aim.jobs.evaluate import Forwards, check
-from lowmem_aim.jobs.plan_many import ManyForecast, plan_many
+from lowmem_aim.jobs.forecast import Forecast, Pass
+from lowmem_aim.jobs.plan_many import plan_many
 from lowmem_aim.output.folder import existing_folder
-from lowmem_aim.output.sweep_folder import MODELS, check_sweep_folder
+from lowmem_aim.output.sweep_folder import MODELS, check_sweep_folder, is_scored
 from lowmem_aim.recipe.points import Point
 from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.system.files import disk_errors
@@ -41,10 +42,14 @@ class Swept:
     disk: int | None = None  # bytes of merged models at a time; None: half of what is free
 
     @property
+    def staying(self) -> int:
+        """The merged models that stay beside those that are being scored."""
+        return MOST_RECOMMENDED if self.keep == "best" and len(self.points) > MOST_RECOMMENDED else 0
+
+    @property
     def at_once(self) -> int:
-        """The merged models that must have room on the disk: those that stay, and one that is scored."""
-        count = len(self.points)
-        return {"all": count, "best": min(MOST_RECOMMENDED + 1, count), "none": 1}[self.keep]
+        """The merged models that must have room on the disk."""
+        return len(self.points) if self.keep == "all" else min(self.staying + 1, len(self.points))
 
     def room(self, out: Path) -> int:
         """Bytes of disk for merged models. Raises DiskError."""
@@ -61,36 +66,78 @@ class Swept:
         return [name for name in found if base is None or not same_reference(name, base)]
 
 
-def checked(swept: Swept, out: Path, options: Options, emit: Emit) -> tuple[dict[str, str], ManyForecast]:
-    """Make all checks before work. Returns (name -> reference of each expert, the forecast of the merges).
+@dataclass(frozen=True)
+class Merges:
+    """The merges that a sweep has yet to make."""
+
+    batches: Sequence[Pass]  # as many at a time as disk and memory hold
+    together: Forecast | None  # None: nothing is left
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A sweep that may begin."""
+
+    experts: Mapping[str, str]  # name -> reference
+    merges: Merges
+
+
+def checked(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: bool = False) -> Checked:
+    """Make all checks before work; `measure`: also find out how long the merges would take.
 
     Raises every error that there is, at once.
     """
     errors: list[LowmemAimError] = [*_of_the_machine(swept, options)]
     with noted(errors):
         check_sweep_folder(out)
-    loaded = None
+    loaded, merges = None, Merges((), None)
     if not errors:
         tasks.quiet()
         with noted(errors):
             loaded = tasks.loaded(swept.asked)
-    forecast = None
     with noted(errors):
-        recipes = {point.name: point.recipe for point in swept.points}
-        forecast = plan_many(recipes, out / MODELS, options, emit, measure=False)
-        if forecast.problems:
-            raise forecast.error()
-        _check_disk(swept, out, forecast.largest_output)
+        merges = _merges(swept, out, options, emit, measure=measure)
     experts: dict[str, str] = {}
-    for reference in swept.experts if not errors else ():
+    for reference in swept.experts if loaded and not errors else ():
         with noted(errors):
-            assert loaded is not None
             aside = _unused_file(existing_folder(out) / f"{out.name}.json")
             label = check(reference, swept.asked, loaded, aside, swept.forwards, options)
             experts[_unused_name(label, experts)] = reference
     raise_all(errors)
-    assert forecast is not None
-    return experts, forecast
+    return Checked(experts, merges)
+
+
+def _merges(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: bool) -> Merges:
+    """Plan the merges of the points that are not scored. Raises everything that is wrong with them."""
+    recipes = {point.name: point.recipe for point in swept.points if not is_scored(out, point.name)}
+    if not recipes:
+        return Merges((), None)
+    room = swept.room(out)
+    found = plan_many(recipes, out / MODELS, options, emit, disk=room, measure=measure)
+    if found.together.problems:
+        raise found.together.error()
+    one = largest(found.passes)
+    _check_disk(swept, out, one, room)
+    return Merges(
+        [batch for whole in found.passes for batch in in_batches(whole, room - swept.staying * one)], found.together
+    )
+
+
+def largest(passes: Iterable[Pass]) -> int:
+    """Bytes of the largest output of any pass; 0 without passes."""
+    return max((nbytes for one in passes for nbytes in one.output_bytes.values()), default=0)
+
+
+def in_batches(one: Pass, room: int) -> Iterator[Pass]:
+    """Divide a pass into several whose outputs take no more than `room` bytes, unless a single one takes more."""
+    batch: dict[str, int] = {}
+    for name, nbytes in one.output_bytes.items():
+        if batch and sum(batch.values()) + nbytes > room:
+            yield Pass(one.read_bytes, batch)
+            batch = {}
+        batch[name] = nbytes
+    if batch:
+        yield Pass(one.read_bytes, batch)
 
 
 def _of_the_machine(swept: Swept, options: Options) -> Iterator[LowmemAimError]:
@@ -102,11 +149,11 @@ def _of_the_machine(swept: Swept, options: Options) -> Iterator[LowmemAimError]:
     yield from tasks.wrong_requests(swept.asked)
 
 
-def _check_disk(swept: Swept, out: Path, nbytes: int) -> None:
+def _check_disk(swept: Swept, out: Path, nbytes: int, room: int) -> None:
     """Raise DiskError if there is no room for the models that are there at a time; `nbytes`: of one."""
     if any((out / MODELS).glob("*")):
         return  # an interrupted sweep, whose models take some of it already
-    if (least := swept.at_once * nbytes) > (room := swept.room(out)):
+    if (least := swept.at_once * nbytes) > room:
         what = "half of what is free" if swept.disk is None else "`--disk`"
         text = f"{counted(swept.at_once, 'merged model')} at a time take {shown(least)}, and {what} is {shown(room)}"
         raise DiskError(text, hint="free some space, give a larger `--disk`, or keep fewer models (`--keep`)")

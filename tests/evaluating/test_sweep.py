@@ -229,6 +229,7 @@ def test_what_is_recommended() -> None:
         model("control", 0.8, 0.6, method="ties", control="uniform", aim={"omega": 0.4}),
     ]
     assert recommended(compared(merges, experts)) == {"adds-most": "even", "loses-least": "near"}
+    assert recommended(compared([model("less", 0.7, 0.1)], experts)) == {"loses-least": "less"}, "it adds nothing"
 
 
 def test_without_fractions_what_loses_least_is_recommended() -> None:
