@@ -16,7 +16,7 @@ from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printab
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.answers import FOLDER, Answers
 from lowmem_aim.evaluating.code_scoring import require_processes
-from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
+from lowmem_aim.evaluating.models import require_chat_template, to_evaluate, tokenizer_of
 from lowmem_aim.evaluating.origin import digest_of_model, origin_of
 from lowmem_aim.evaluating.scores import Scores, write_scores
 from lowmem_aim.evaluating.tasks import Asked, Loaded
@@ -85,6 +85,8 @@ def _evaluated(
         run.emit(Notice(text))
     meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
     tokenizer = tokenizer_of(checkpoint)
+    if asked.chat_template:
+        require_chat_template(checkpoint, tokenizer)
     loaded = tasks.loaded(asked)
     _check_writing(checkpoint, meta_model, tokenizer, loaded, asked, forwards, run)
     digest = digest_of_model(checkpoint, run.emit)
