@@ -8,6 +8,7 @@ stages.py        the merges of a recipe with named stages, each prepared before 
 held.py          the outputs of a merge while a run holds their folders
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
+fetch.py         the data that tasks need, downloaded, so that they can be evaluated without a network
 evaluate.py      the scores of a model, from its questions to a scores.json
 convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
