@@ -78,6 +78,14 @@ class _Flag(_UnlessFetching, Flag): ...
     help="Download what the tasks need, and end: no MODEL, no `-o`. Then evaluate with HF_HUB_OFFLINE=1.",
 )
 @_tasks("--chat-template", is_flag=True, help="Put each item into the model's chat template.")
+@_tasks(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change another setting of the harness, such as gen_kwargs.max_gen_toks=512; repeat the flag for each. "
+    "[default: none]",
+)
 @_tasks("--seed", type=int, default=1234, show_default=True, help="Draw the solved items with this seed.")
 @_tasks("--allow-task-code", is_flag=True, help="Run Python code that the tasks in --include-path name.")
 @_tasks(
@@ -172,7 +180,8 @@ def _fetch(flags: dict[str, Any], style: Style) -> None:
 
 
 def _asked(flags: dict[str, Any]) -> Asked:
-    """The tasks that the flags ask for, and how. Raises UsageError for a metric without its task."""
+    """The tasks that the flags ask for, and how. Raises UsageError for a metric without its task, or its like."""
+    from lowmem_aim.evaluating.harness_settings import parsed
     from lowmem_aim.evaluating.tasks import Asked
 
     wrong = [text for text in flags["metric"] if not all(text.partition("=")[::2])]
@@ -189,6 +198,7 @@ def _asked(flags: dict[str, Any]) -> Asked:
         limit=int(limit) if limit is not None and limit >= 1 else limit,
         num_fewshot=flags["num_fewshot"],
         chat_template=flags["chat_template"],
+        settings=parsed(flags["settings"]),
         seed=flags["seed"],
         allow_code=flags["allow_task_code"],
         allow_execution=flags["allow_code_execution"],

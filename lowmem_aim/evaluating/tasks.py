@@ -16,6 +16,7 @@ from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
 from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewhere
+from lowmem_aim.evaluating.harness_settings import set_generation, wrong_settings
 from lowmem_aim.evaluating.task_code import codes
 from lowmem_aim.evaluating.task_data import is_offline, missing, missing_punkt
 
@@ -45,6 +46,7 @@ class Asked:
     limit: float | None = None  # items of each task; below 1: the share of them
     num_fewshot: int | None = None
     chat_template: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the harness, see `harness_settings`
     seed: int = 0
     allow_code: bool = False  # of the tasks' own files
     allow_execution: bool = False  # of programs that the model writes
@@ -83,6 +85,7 @@ def wrong_requests(asked: Asked) -> Iterator[UsageError]:
         if task not in asked.names:
             hint = "give it as `--metric TASK=NAME`, with a task of `--tasks`"
             yield UsageError(f"`--metric {printable(task)}=...`: this task is not evaluated", hint)
+    yield from wrong_settings(asked.settings, asked.chat_template)
 
 
 def quiet() -> None:
@@ -154,6 +157,8 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
         ]
     )
     names = [part for name in asked.names for part in _scored(manager, name)]
+    writing = {name: task for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == WRITES}
+    set_generation(asked.settings, [*writing.values()], [name for name in tasks["tasks"] if name not in writing])
     # Those that let the model write come last, since it is loaded whole for them.
     tasks["tasks"] = dict(sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
     return Loaded(tasks, names)
