@@ -23,6 +23,7 @@ resume.py        whether an interrupted run may be resumed
 finished.py      whether a finished output is of this job, and of its inputs as they are now
 headers.py       models found for planning: those on the Hub as headers without weights
 plan.py          what a merge would do and need, found without doing it
+plan_many.py     the same of the merges by several recipes: how often their models are read
 forecast.py      memory, disk and time of a job, as `plan` reports them
 speed.py         the speed of a disk and of a device, measured
 init.py          a recipe to start from, checked and written

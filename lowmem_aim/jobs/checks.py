@@ -6,12 +6,13 @@ A check is a function in `AT_ONCE` or `LATER`: it is given what is prepared, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.errors import MemoryBudgetError, ResumeError, printable
+from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, ResumeError, noted, printable, raise_all, whose
 from lowmem_aim.events import Notice
 from lowmem_aim.jobs.finished import check_same, of_stage
 from lowmem_aim.jobs.identity import with_unknown_of
@@ -183,27 +184,44 @@ def check_begun(ready: Prepared) -> None:
 
     Raises ResumeError, UsageError, VerifyError, DiskError.
     """
+    errors: list[LowmemAimError] = []
     for name, journal, finished in _begun(ready):
         folder = ready.folder(name)
         resumed = "holds an interrupted run, which is resumed: bytes and times are of the whole merge"
         state = "is finished already" if finished else resumed
         ready.notes.append(f"`{printable(str(folder))}` {state}")
-        journal.check_version(finished=finished)
-        if not ready.incomplete:  # what is missing would be reported as a difference
-            before, known = journal.kept(Identity), ready.known(name)
-            _check_same(ready, name, journal, finished, with_unknown_of(before, known) if before else known)
+        with noted(errors), _told_whose(ready, name):
+            journal.check_version(finished=finished)
+            if not ready.incomplete:  # what is missing would be reported as a difference
+                before, known = journal.kept(Identity), ready.known(name)
+                _check_same(ready, name, journal, finished, with_unknown_of(before, known) if before else known)
+    raise_all(errors)
 
 
 def check_begun_with(ready: Prepared) -> None:
     """Check the same of texts, activations and the environment. Raises ResumeError, UsageError, DiskError."""
     if ready.incomplete:
         return
+    errors: list[LowmemAimError] = []
     for name, journal, finished in _begun(ready):
         if ready.unread:
             what = f"whether `{printable(str(ready.folder(name)))}` is of the same job"
             ready.notes.append(f"{what} is not known until the texts are fetched")
         else:
-            _check_same(ready, name, journal, finished, ready.identity(name))
+            with noted(errors), _told_whose(ready, name):
+                _check_same(ready, name, journal, finished, ready.identity(name))
+    raise_all(errors)
+
+
+@contextlib.contextmanager
+def _told_whose(ready: Prepared, name: str) -> Iterator[None]:
+    """Say of errors which of several recipes they are of."""
+    try:
+        yield
+    except LowmemAimError as error:
+        if len(ready.plans) > 1:
+            error.add_before_problems(whose([name]))
+        raise
 
 
 def _begun(ready: Prepared) -> Iterator[tuple[str, Journal, bool]]:

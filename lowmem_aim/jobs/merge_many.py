@@ -8,20 +8,21 @@ agreed on; activations are measured before anything is merged, so that they are 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, printable, raise_all
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, of_some, printable, raise_all
 from lowmem_aim.events import Emit, Event, Notice, Planned, of_stage
 from lowmem_aim.jobs.held import HeldOutput, agreed, holding, planned, planned_in_all
 from lowmem_aim.jobs.merge import calibrated, finish, merge_outputs
-from lowmem_aim.jobs.preparation import of_some, prepared
+from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.models.opening import FETCHED, Finder
 from lowmem_aim.output.folder import check_disk
 from lowmem_aim.output.workspace import Workspace
-from lowmem_aim.recipe.readings import readings
+from lowmem_aim.planning.survey import all_told
+from lowmem_aim.recipe.readings import measured_for, readings
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.relaxing.activations import Activations
 from lowmem_aim.system.memory import trim
@@ -39,43 +40,59 @@ def merge_many(recipes: Mapping[str, Recipe], out: Path, options: Options, feed:
     """
     for notice in dict.fromkeys(notice for recipe in recipes.values() for notice in recipe.notices):
         feed(Notice(notice, "warning"))
-    with prepared_together(recipes, out, options, feed, FETCHED) as (together, errors):
+    with prepared_together(recipes, out, options, feed) as (found, errors):
         raise_all(errors)
-        with contextlib.ExitStack() as stack:
-            held = [_Held.of(label, ready, stack) for label, ready in together.items()]
-            for reading in held:
-                reading.outputs = agreed(reading.ready, reading.spaces)
-            if left := [reading for reading in held if reading.outputs]:
-                feed.record_in([output.space.private for reading in left for output in reading.outputs])
-                feed(_planned(left))
-                _make(left)
+        for reading in found:
+            reading.hold()
+        for reading in found:
+            reading.outputs = agreed(reading.ready, reading.spaces)
+        if left := [reading for reading in found if reading.outputs]:
+            feed.record_in([output.space.private for reading in left for output in reading.outputs])
+            feed(_planned(left))
+            _make(left)
 
 
 @contextlib.contextmanager
 def prepared_together(
-    recipes: Mapping[str, Recipe], out: Path, options: Options, emit: Emit, finder: Finder
-) -> Iterator[tuple[dict[str, Prepared], list[LowmemAimError]]]:
-    """Prepare a merge for each reading of the models, by its label in events: "" if there is only one.
+    recipes: Mapping[str, Recipe],
+    out: Path,
+    options: Options,
+    emit: Emit,
+    finder: Finder = FETCHED,
+    *,
+    together: bool = True,
+) -> Iterator[tuple[list[Reading], list[LowmemAimError]]]:
+    """Prepare a merge for each reading of the models; beside them comes everything that is wrong with any.
 
-    Beside them comes everything that is wrong with any. Raises UsageError for recipes that cannot be among several.
+    Unless all outputs are made `together`, it is enough if each has the memory and the disk to itself. Raises
+    UsageError for recipes that cannot be among several.
     """
     _check(recipes)
-    groups, found = readings(recipes), dict[str, Prepared]()
-    errors: dict[str, list[LowmemAimError]] = {}
-    once = _Once(emit)
+    found, errors, told = list[Reading](), dict[str, list[LowmemAimError]](), set[Event]()
     with contextlib.ExitStack() as stack:
-        for number, group in enumerate(groups, start=1):
-            label, own = f"reading {number}" * (len(groups) > 1), list[LowmemAimError]()
+        for group in readings(recipes):
+            labelled, own = _Labelled(emit, told), list[LowmemAimError]()
             with noted(own):
-                ready = stack.enter_context(prepared(group, out, options, of_stage(once, label), finder))
-                found[label] = ready
+                ready = stack.enter_context(prepared(group, out, options, labelled, finder, together=together))
+                found.append(Reading(ready, labelled, stack.enter_context(contextlib.ExitStack())))
                 own += ready.errors
             errors |= dict.fromkeys(group, own)
-        told = of_some(errors)
-        if not any(isinstance(error, DiskError) for error in told):
-            with noted(told):
-                check_disk(out, sum(ready.bytes_to_write() for ready in found.values()), "all outputs together")
-        yield found, told
+        _measure_once([reading.ready for reading in found])
+        listed = of_some(errors)
+        if together and not any(isinstance(error, DiskError) for error in listed):
+            with noted(listed):
+                check_disk(out, sum(one.ready.bytes_to_write() for one in found), "all outputs together")
+        yield found, listed
+
+
+def _measure_once(all_ready: Sequence[Prepared]) -> None:
+    """Leave out the calibrations that an earlier reading makes already."""
+    made: set[tuple[str | None, Hashable]] = set()
+    for ready in all_ready:
+        what = {(ready.recipe.base, measured_for(aim)) for aim in ready.aims}
+        if what & made:
+            ready.model_runs = [model_run for model_run in ready.model_runs if model_run.phase != "calibrate"]
+        made |= what
 
 
 def _check(recipes: Mapping[str, Recipe]) -> None:
@@ -93,54 +110,56 @@ def _check(recipes: Mapping[str, Recipe]) -> None:
     raise_all(of_some(wrong))
 
 
-class _Once:
-    """An Emit that passes on each notice once: what one reading tells of the models, the others would tell again."""
+class _Labelled:
+    """An Emit that passes on the phases of a reading as those of a stage of the run, and each notice once.
 
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._told: set[Event] = set()
+    What one reading tells of the models, the others would tell again: all have the same set of what was told.
+    """
+
+    def __init__(self, emit: Emit, told: set[Event]) -> None:
+        self._emit, self._told = emit, told
+        self.label = ""  # of the stage; "": the last of the run
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Notice):
             if event in self._told:
                 return
             self._told.add(event)
-        self._emit(event)
+        of_stage(self._emit, self.label)(event)
 
 
 @dataclass
-class _Held:
-    """One reading of the models, and the outputs that are made of it, while this run holds their folders."""
+class Reading:
+    """One reading of the models: a prepared merge, and the outputs that it makes while this run holds their folders."""
 
-    label: str
     ready: Prepared
-    spaces: dict[str, Workspace]
+    emit: _Labelled
     folders: contextlib.ExitStack  # closed when the outputs are made
-    outputs: Sequence[HeldOutput] = field(default_factory=list)  # those that are left
+    spaces: Mapping[str, Workspace] = field(default_factory=dict)
+    outputs: Sequence[HeldOutput] = ()  # those that are left
 
-    @classmethod
-    def of(cls, label: str, ready: Prepared, stack: contextlib.ExitStack) -> _Held:
-        """Hold the folders; they are released with `stack` at the latest. Raises LockedError, DiskError, UsageError."""
-        folders = stack.enter_context(contextlib.ExitStack())
-        spaces = folders.enter_context(holding(ready.out, ready.plans, fresh=ready.options.fresh))
-        return cls(label, ready, spaces, folders)
+    def hold(self) -> None:
+        """Hold the output folders. Raises LockedError, DiskError, UsageError."""
+        ready = self.ready
+        self.spaces = self.folders.enter_context(holding(ready.out, ready.plans, fresh=ready.options.fresh))
 
 
-def _planned(held: Sequence[_Held]) -> Planned:
-    """The event that says what the readings do, each as a stage of the run if there are several."""
-    parts = {reading.label: planned(reading.ready, [output.name for output in reading.outputs]) for reading in held}
-    label, last = parts.popitem()
-    if not label:
+def _planned(left: Sequence[Reading]) -> Planned:
+    """The event that says what the readings do, all but the last as stages of the run."""
+    for number, reading in enumerate(left[:-1], start=1):
+        reading.emit.label = f"reading {number}"
+    *parts, last = [planned(one.ready, [output.name for output in one.outputs]) for one in left]
+    if not parts:
         return last
-    whole = planned_in_all(parts, last)
-    return replace(whole, phases=(), stages=(*whole.stages, *((label, phase) for phase in last.phases)))
+    whole = planned_in_all({one.emit.label: part for one, part in zip(left, parts, strict=False)}, last)
+    return replace(whole, title=all_told([output.plan.recipe.title for one in left for output in one.outputs]))
 
 
-def _make(held: Sequence[_Held]) -> None:
+def _make(left: Sequence[Reading]) -> None:
     """Make all outputs, reading after reading. Raises the errors of `merge`."""
     measured: dict[str, Activations] = {}
-    activations = [calibrated(reading.ready, reading.outputs, measured) for reading in held]
-    for reading, own in zip(held, activations, strict=True):
+    activations = [calibrated(reading.ready, reading.outputs, measured) for reading in left]
+    for reading, own in zip(left, activations, strict=True):
         merged = merge_outputs(reading.ready, reading.outputs, own)
         finish(reading.ready, reading.outputs, own, merged)
         reading.folders.close()  # finished for good, whatever becomes of the next

@@ -21,6 +21,7 @@ from lowmem_aim.errors import (
     UsageError,
     joined,
     noted,
+    of_some,
     printable,
     raise_all,
 )
@@ -44,8 +45,6 @@ from lowmem_aim.recipe.yaml_tree import Node
 from lowmem_aim.system.files import input_errors, is_there
 from lowmem_aim.system.options import Options, wrong_options
 
-NAMED = 3  # recipes that a message names; more are counted
-
 
 @contextlib.contextmanager
 def prepared(
@@ -55,11 +54,13 @@ def prepared(
     emit: Emit,
     finder: Finder = FETCHED,
     position: Position = ALONE,
+    *,
+    together: bool = True,
 ) -> Iterator[Prepared]:
     """Open, plan and check everything; the errors of single checks are kept in the result.
 
     `recipes` are by the output's folder in `out` (see `one_by_one`); one reading of the models serves all of them (see
-    `recipe.readings`).
+    `recipe.readings`). Unless they are made `together`, it is enough if each has the memory and the disk to itself.
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
@@ -108,6 +109,7 @@ def prepared(
             notes=list(_local_names(recipe)),
             incomplete=not position.known,
             position=position,
+            together=together,
         )
         _make(AT_ONCE, ready)
         if not errors and not ready.is_settled():
@@ -137,33 +139,6 @@ def sound_recipe(tree: Node, out: Path, options: Options, before: Sequence[Lowme
         _check_options(options)
         check_certain_memory(options)
     raise joined(errors)
-
-
-def of_some(errors: Mapping[str, Sequence[LowmemAimError]]) -> list[LowmemAimError]:
-    """The errors of recipes, by their names, each once; those that are not of all recipes begin with whose they are."""
-    found: dict[tuple[type, tuple[str, ...]], list[str]] = {}
-    first: dict[tuple[type, tuple[str, ...]], LowmemAimError] = {}
-    for name, own in errors.items():
-        for error in own:
-            alike = type(error), error.problems
-            found.setdefault(alike, []).append(name)
-            first.setdefault(alike, error)
-    for alike, names in found.items():
-        if len(names) < len(errors):
-            first[alike].add_before_problems(whose(names), unless=is_told_whose)
-    return list(first.values())
-
-
-def whose(names: Sequence[str]) -> str:
-    """The beginning of a message about some of several recipes: `recipe `ties`: `."""
-    listed = ", ".join(f"`{printable(name)}`" for name in names[:NAMED])
-    more = f" and {len(names) - NAMED} more" * (len(names) > NAMED)
-    return f"recipe{'s' * (len(names) > 1)} {listed}{more}: "
-
-
-def is_told_whose(problem: str) -> bool:
-    """Whether a message begins with the recipes that it is about."""
-    return problem.startswith(("recipe `", "recipes `"))
 
 
 def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], errors: list[LowmemAimError]) -> None:

@@ -100,6 +100,7 @@ class Prepared:
     unread: bool = False  # some texts are on the Hub, and were not fetched
     incomplete: bool = False  # something that tells this job from others could not be had
     position: Position = ALONE
+    together: bool = True  # the outputs are made at once; else so many at a time as fit, and one does at least
 
     @property
     def recipe(self) -> Recipe:
@@ -177,8 +178,12 @@ class Prepared:
         return not self.unfinished() and not self.measures and self.options.device in ("auto", "cpu")
 
     def needs(self) -> shares.Needs:
-        """The memory that the merge itself takes."""
-        return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
+        """The memory that the merge itself takes: of all outputs that are left, or of the one that takes the most."""
+        left = [self.plans[name] for name in self.unfinished()] or [*self.plans.values()]
+        on_host = self.run.budget.vram is None
+        each = [left] if self.together else [[plan] for plan in left]
+        needs = [shares.Needs.of(plans, self.inputs, self.run.device) for plans in each]
+        return max(needs, key=lambda need: need.least_ram(on_host))
 
     @functools.cached_property
     def reached(self) -> int:
@@ -200,10 +205,10 @@ class Prepared:
         return max((need.one_by_one(ELEMENTS) for need in needs), default=0)
 
     def bytes_to_write(self) -> int:
-        """Bytes of the outputs that earlier runs have not yet taken of the disk."""
+        """Bytes of the outputs that earlier runs have not yet taken of the disk; if not `together`, of the largest."""
         copied = sum(map(len, self.copied.values()))
         sizes = [self.plans[name].output_bytes + copied - staged_bytes(self.folder(name)) for name in self.unfinished()]
-        return sum(sizes)
+        return sum(sizes) if self.together else max(sizes, default=0)
 
     def bytes_to_spill(self) -> int:
         """Bytes of hidden states that may go to the disk at worst: all of them, and two snapshots."""

@@ -86,8 +86,8 @@ def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int]
     common = commons[0]
     names = [name for name in plans if name]
     return Survey(
-        title=_all_told([recipe.title for recipe in recipes]),
-        source=_all_told([recipe.method.source for recipe in recipes]),
+        title=all_told([recipe.title for recipe in recipes]),
+        source=all_told([recipe.method.source for recipe in recipes]),
         models=tuple(_models(inputs, missing or {})),
         outputs=tuple(names),
         settings={key: text for key, text in common.items() if all(own.get(key) == text for own in commons)},
@@ -103,7 +103,7 @@ def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int]
     )
 
 
-def _all_told(texts: Sequence[str]) -> str:
+def all_told(texts: Sequence[str]) -> str:
     """The first few of several texts, each once, and the number of the others."""
     distinct = list(dict.fromkeys(texts))
     return ", ".join(distinct[:TOLD]) + f" and {len(distinct) - TOLD} more" * (len(distinct) > TOLD)
