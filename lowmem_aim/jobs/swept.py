@@ -98,8 +98,9 @@ def checked(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: b
     with noted(errors):
         merges = _merges(swept, out, options, emit, measure=measure)
     experts: dict[str, str] = {}
-    for reference in swept.experts if loaded and not errors else ():
+    for reference in swept.experts if not errors else ():
         with noted(errors):
+            assert loaded is not None
             aside = _unused_file(existing_folder(out) / f"{out.name}.json")
             label = check(reference, swept.asked, loaded, aside, swept.forwards, options)
             experts[_unused_name(label, experts)] = reference
