@@ -18,8 +18,9 @@ from lowmem_aim.evaluating.questions import Answer, Question, Reading, readings_
 from lowmem_aim.evaluating.scoring import WORK_BYTES, Scoring
 from lowmem_aim.events import PhaseEnded, PhaseStarted
 from lowmem_aim.measuring.mean_activations import allocations_as_budget_errors, needs_of, shares_for
+from lowmem_aim.measuring.purpose import Progress
 from lowmem_aim.measuring.snapshots import Snapshots
-from lowmem_aim.measuring.ways import Progress, run_blocks
+from lowmem_aim.measuring.ways import run_blocks
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.output.records import KeptAnswers
