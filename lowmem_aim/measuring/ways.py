@@ -28,9 +28,14 @@ from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Notice
+from lowmem_aim.measuring.batches import Batch
 from lowmem_aim.measuring.purpose import COUNTING, Progress, Purpose
 from lowmem_aim.measuring.recorded import run_recorded
 from lowmem_aim.measuring.snapshots import Snapshots
+
+
+class NotTogether(Exception):
+    """Sequences must be run alone, one after another; the text says why."""
 
 
 def run_blocks(
@@ -44,7 +49,11 @@ def run_blocks(
 
     Raises ModelError if the model's own forward fails, MemoryBudgetError, DiskError.
     """
-    recorded = partial(run_recorded, snapshots=snapshots)
+
+    def recorded(runner: BlockRunner, sequences: Sequence[Tensor], progress: Progress, purpose: Purpose) -> None:
+        alone = [Batch(tokens[None], [number], [len(tokens)]) for number, tokens in enumerate(sequences)]
+        run_recorded(runner, alone, progress, purpose, snapshots)
+
     # The cheapest first: lock-step also holds what all forwards keep alive, paged reads every block once a sequence.
     ways: list[tuple[Callable[..., None], str]] = [
         (recorded, "suspending a forward of every sequence instead"),
@@ -74,6 +83,22 @@ def run_blocks(
             progress.emit(Notice(f"{reason}; {instead}", "warning"))
         runner = open_runner()  # with empty tallies: nothing that the failed way has counted may stay
     return runner
+
+
+def run_batches(
+    runner: BlockRunner, batches: Sequence[Batch], progress: Progress, snapshots: Snapshots, purpose: Purpose
+) -> None:
+    """Run sequences together, by the recorder alone.
+
+    Raises NotTogether if this model cannot, ModelError, MemoryBudgetError, DiskError.
+    """
+    try:
+        with runner.set_up():
+            run_recorded(runner, batches, progress, purpose, snapshots)
+            purpose.finish(runner)
+    except (Broken, ForwardFailed) as reason:
+        snapshots.forget()
+        raise NotTogether(_told(reason)) from reason
 
 
 def _told(reason: Broken | ForwardFailed) -> str:
