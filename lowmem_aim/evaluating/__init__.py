@@ -3,6 +3,7 @@
 questions.py      log-likelihood questions as token ids, and the forwards that answer them
 answers.py        answers that a model has given, kept for the next run
 scoring.py        continuations scored from what the output head is given, without its logits in memory
+outlook.py        the cost of log-likelihoods, told before work
 likelihoods.py    log-likelihoods from a model of which one block at a time is in memory
 whole_model.py    a model loaded whole, to write texts: spread over the device, RAM and disk
 generation.py     texts that a model writes, kept batch by batch

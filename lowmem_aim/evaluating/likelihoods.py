@@ -16,11 +16,13 @@ import torch
 
 from lowmem_aim.blocks.past import can_continue
 from lowmem_aim.blocks.runner import BlockRunner
+from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.evaluating.answers import Answers
+from lowmem_aim.evaluating.outlook import Outlook
 from lowmem_aim.evaluating.questions import Answer, Question, Reading, readings_of
 from lowmem_aim.evaluating.scoring import WORK_BYTES, Scoring
 from lowmem_aim.events import Notice, PhaseEnded, PhaseStarted
-from lowmem_aim.measuring.batches import Group, among, batches_of, groups_in_order, groups_of, rounds_of
+from lowmem_aim.measuring.batches import Group, among, batches_of, groups_in_order, groups_of, lengths_of, rounds_of
 from lowmem_aim.measuring.mean_activations import allocations_as_budget_errors, needs_of, shares_for
 from lowmem_aim.measuring.purpose import Progress
 from lowmem_aim.measuring.snapshots import Snapshots
@@ -69,11 +71,15 @@ class BlockwiseModel:
     def _rounds(self, questions: Sequence[Question], left: set[int]) -> Iterator[dict[int, Answer]]:
         """Yield the answers to the questions that are `left`, a round at a time; whoever takes them shortens `left`."""
         readings = readings_of(questions, range(len(questions))) if left else []
-        blocks = len(self.meta_model.blocks)
+        blocks, outlook = len(self.meta_model.blocks), ""
         while left:
             wanted = {number for number, reading in enumerate(readings) if not left.isdisjoint(reading.questions)}
+            rounds = list(self._cut(readings, wanted))
+            if not outlook:
+                outlook = str(self._outlook(rounds, readings, len(questions), len(left)))
+                self.run.emit(Notice(outlook))
             try:
-                for groups in self._cut(readings, wanted):
+                for groups in rounds:
                     members = [readings[number] for group in groups for number in group.members]
                     asked = [sorted(left.intersection(reading.questions)) for reading in members]
                     done = len(questions) - len(left)
@@ -87,6 +93,35 @@ class BlockwiseModel:
             except NotTogether as reason:
                 self.run.emit(Notice(f"{reason}; requests are run one by one instead", "warning"))
                 self.space.journal.keep(RunAlone())
+
+    def _outlook(
+        self, rounds: Sequence[Sequence[Group]], readings: Sequence[Reading], requests: int, left: int
+    ) -> Outlook:
+        sequences = [reading.tokens for reading in readings]
+        members = [number for groups in rounds for group in groups for number in group.members]
+        sizes = [size for groups in rounds for group in groups for size in lengths_of(group, sequences)]
+        budget, device = self.run.budget, torch.device(self.run.device)
+        needs = max((self._needs(groups, sequences) for groups in rounds), key=lambda needs: needs.least)
+        on_host = budget.vram is None
+        return Outlook(
+            requests=requests,
+            known=requests - left,
+            sequences=len(members),
+            tokens=sum(len(sequences[number]) for number in members),
+            computed=sum(sizes),
+            rounds=len(rounds),
+            stored=self.checkpoint.nbytes,
+            least=budget.ram_used() + needs.least_ram(on_host) if on_host else needs.least,
+            there=budget.ram if budget.vram is None else budget.vram_left(device),
+        )
+
+    def _needs(self, groups: Sequence[Group], sequences: Sequence[array[int]]) -> Needs:
+        """The needs of a round. Beside its batches, two sequences are run alone, to compare."""
+        longest = range(max(len(sequences[number]) for group in groups for number in group.members))
+        sizes = [size for group in groups for size in lengths_of(group, sequences)]
+        members = sum(len(group.members) for group in groups)
+        beside = WORK_BYTES + SEQUENCE_BYTES * members
+        return needs_of(self.meta_model, [longest, longest, *map(range, sizes)], beside=beside)
 
     def _cut(self, readings: Sequence[Reading], wanted: set[int]) -> Iterator[list[Group]]:
         """Yield rounds of readings that are wanted.
@@ -117,11 +152,8 @@ class BlockwiseModel:
         """The answers to the questions of each sequence. Raises NotTogether."""
         run, place, folder = self.run, torch.device(self.run.device), self.space.private
         self.checkpoint.warm_up()  # before the budget is divided
-        batches, longest = batches_of(groups, sequences), range(max(map(len, sequences)))
-        # Beside the batches, two sequences are run alone, to compare.
-        texts = [longest, longest, *(range(batch.tokens.numel()) for batch in batches)]
-        needs = needs_of(self.meta_model, texts, beside=WORK_BYTES + SEQUENCE_BYTES * len(sequences))
-        shares = shares_for(needs, run.budget, place, folder)
+        batches = batches_of(groups, sequences)
+        shares = shares_for(self._needs(groups, sequences), run.budget, place, folder)
         snapshots, scoring = Snapshots(folder, self.space.journal), Scoring(questions)
 
         def runner() -> BlockRunner:

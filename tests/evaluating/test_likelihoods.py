@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import asking
@@ -123,7 +124,7 @@ def test_what_requests_begin_with_alike_is_run_once(architecture: str, tmp_path:
     folder = tiny.build(architecture, tmp_path / "model")
     seen: list[Event] = []
     assert asking.compared(folder, tmp_path / "work", {KINDS[0]: asking.endings(10)}, emit=seen.append) < 1e-5
-    told = [event.text for event in seen if isinstance(event, Notice)]
+    told = [event.text for event in seen if isinstance(event, Notice) and event.level == "warning"]
     calls = [event for event in seen if isinstance(event, Worked) and event.stage == "compute" and event.item]
     if architecture == "mamba":  # more than keys and values go from token to token
         assert told == [
@@ -133,6 +134,23 @@ def test_what_requests_begin_with_alike_is_run_once(architecture: str, tmp_path:
         assert not told
         # A beginning and its endings each, one request alone to compare, and the canary twice.
         assert len(calls) <= (10 + 10 + 3) * tiny.LAYERS
+
+
+def test_what_it_takes_is_told_before_work(llama: Path, tmp_path: Path) -> None:
+    requests, seen = asking.endings(10), list[Event]()
+    asking.ours(llama, tmp_path / "work", {KINDS[0]: requests[:8]})
+    asking.ours(llama, tmp_path / "work", {KINDS[0]: requests}, spill=60_000, emit=seen.append)
+    place = next(place for place, event in enumerate(seen) if isinstance(event, Notice))
+    assert not any(isinstance(event, Worked) for event in seen[:place])
+    told = seen[place]
+    assert isinstance(told, Notice)
+    numbers = [int(number) for number in re.findall(r"\d+", told.text.split(" round")[0])]
+    asked, known, texts, tokens, computed, rounds = numbers
+    assert (asked, known, texts) == (40, 8, 32)
+    assert 32 * 60 < tokens < 32 * 75
+    assert 8 * (60 + 4 * 2) < computed < tokens / 2
+    assert rounds == sum(isinstance(event, Advanced) for event in seen) / tiny.LAYERS > 1
+    assert "read from disk" in told.text
 
 
 def test_a_model_that_cannot_run_requests_together_runs_them_alone(
@@ -145,7 +163,8 @@ def test_a_model_that_cannot_run_requests_together_runs_them_alone(
     with pytest.raises(Interrupted):
         asking.ours(llama, tmp_path / "work", requests, emit=_stopping(2))
     assert asking.compared(llama, tmp_path / "work", requests, emit=seen.append) < 1e-5
-    assert [event.text[:9] for event in seen if isinstance(event, Notice)] == ["resuming:"]  # it did not try again
+    told = [event.text for event in seen if isinstance(event, Notice)]
+    assert [text[:9] for text in told] == ["log-likel", "resuming:"]  # it did not try again
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
