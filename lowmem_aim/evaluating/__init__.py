@@ -11,6 +11,7 @@ language_model.py the model as the harness asks it: texts in, log-likelihoods or
 code_program.py   the program of a child process that runs one program which a model has written
 code_scoring.py   programs that a model has written, each tried in a child process, and pass@k
 task_code.py      code that the files of tasks bring along: found without running any of it
+task_index.py     the harness' index of its own tasks, of the few folders that matter
 tasks.py          the harness' tasks: found by name, and checked before anything of them runs
 writing_tasks.py  tasks that let the model write: how much at most, and what that costs
 harness.py        the harness run on a model, and the one number of each task that counts
