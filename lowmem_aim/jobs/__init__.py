@@ -9,6 +9,8 @@ held.py          the outputs of a merge while a run holds their folders
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
 evaluate.py      the scores of a model, from its questions to a scores.json
+asked.py         requests for an evaluation, from keys and values
+compare.py       the comparison of models by their scores, from files to a report
 convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output depends on
