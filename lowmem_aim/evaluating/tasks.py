@@ -19,6 +19,7 @@ from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewh
 from lowmem_aim.evaluating.harness_settings import set_generation, wrong_settings
 from lowmem_aim.evaluating.task_code import codes
 from lowmem_aim.evaluating.task_data import is_offline, missing, missing_punkt
+from lowmem_aim.evaluating.task_index import index_of
 
 HARNESS = "lm_eval"
 _INSTALL = "`pip install 'lowmem-aim[eval]'`"
@@ -190,14 +191,14 @@ def _scored(manager: Any, name: str) -> list[str]:
 
 
 def _manager(asked: Asked) -> Any:
-    """The harness' index of tasks: of the user's folders alone where they have all, since its own take seconds."""
+    """The harness' index of tasks: of the user's folders alone where they have all, else of its own, too."""
     from lm_eval.tasks import TaskManager
 
     folders = [str(folder) for folder in asked.folders]
     own = TaskManager(include_path=folders or None, include_defaults=False) if folders else None
     if own is not None and all(name in own.task_index for name in asked.names):
         return own
-    return TaskManager(include_path=folders or None)
+    return index_of(asked.names, folders)
 
 
 def _unknown(asked: Asked, manager: Any) -> Iterator[UsageError]:

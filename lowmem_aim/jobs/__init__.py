@@ -15,6 +15,8 @@ swept.py         the request for a sweep, and all that is checked of it before w
 scored_points.py the points of a sweep in its folder: which are scored, how they compare, whose models stay
 sweep_plan.py    the plan of a sweep: points, readings, disk, memory and time
 sweep.py         the sweep: many merges, each scored, all compared, the best of them named
+asked.py         requests for an evaluation, from keys and values
+compare.py       the comparison of models by their scores, from files to a report
 convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output depends on
