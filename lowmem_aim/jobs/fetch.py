@@ -9,6 +9,7 @@ from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.task_data import data_sets, fetched, fetched_punkt, is_offline, not_here
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.units import counted
 
 
 def fetch(asked: Asked, emit: Emit = silent) -> None:
@@ -23,6 +24,7 @@ def fetch(asked: Asked, emit: Emit = silent) -> None:
     asked = replace(asked, allow_execution=True)  # no program is run where nothing is scored
     found = tasks.found(asked)
     needed, errors = data_sets(found.entries), list[LowmemAimError]()
+    emit(Notice(f"fetching {counted(len(needed), 'data set')}"))
     for data in needed:
         with noted(errors):
             emit(Notice(fetched(data)))
