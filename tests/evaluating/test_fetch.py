@@ -55,7 +55,8 @@ def test_what_came_is_told_to_programs_too(folder: Path, run: Any, online: None)
     assert done.code == 0, done.err
     events = [json.loads(line) for line in done.out.splitlines()]
     told = [event["text"] for event in events if event["event"] == "notice"]
-    assert told == ["fetching 1 data set", "`google/IFEval`: 2 items train"]
+    assert told == ["`google/IFEval`: 2 items train"]
+    assert [event["total"] for event in events if event["event"] == "phase_started"] == [1]
     assert (events[-1]["event"], events[-1]["outcome"]) == ("run_ended", "finished")
 
 
