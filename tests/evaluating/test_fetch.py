@@ -60,6 +60,16 @@ def test_what_came_is_told_to_programs_too(folder: Path, run: Any, online: None)
     assert (events[-1]["event"], events[-1]["outcome"]) == ("run_ended", "finished")
 
 
+def test_a_model_comes_from_the_hub_too(folder: Path, tmp_path: Path, run: Any, llama: Path) -> None:
+    hub = Hub(models={"tiny/chat": llama / "base"}, datasets=write_data_sets(tmp_path / "hub"))
+    out = tmp_path / "scores.json"
+    with playing(hub) as address, asked_for_data_sets(address, tmp_path / "cache"):
+        done = run("evaluate", "tiny/chat", "--tasks", "here", "--include-path", folder, "-o", out)
+    assert done.code == 0, done.err
+    scores = json.loads(out.read_text())
+    assert (scores["name"], scores["scores"]["here"]["n"]) == ("tiny/chat", 2)
+
+
 def test_all_that_does_not_come_is_told(folder: Path, run: Any, online: None) -> None:
     refused = run("evaluate", "--fetch", "--tasks", "nowhere,here,nothing", "--include-path", folder)
     assert refused.code == 9, refused.err
@@ -114,6 +124,7 @@ def test_flags_that_mean_nothing_beside_fetch_are_refused(folder: Path, run: Any
     assert refused.code == 2
     for name in ("MODEL", "--output", "--limit", "--ram", "--cache"):
         assert f"`{name}` means nothing beside `--fetch`" in refused.err, refused.err
+    assert f"write `lowmem-aim evaluate --fetch --tasks here --include-path {folder}`" in refused.err
     assert "--include-path` means" not in refused.err
     assert not list(tmp_path.glob("out*"))
 
