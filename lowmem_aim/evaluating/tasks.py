@@ -166,11 +166,16 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
 
 
 def fetching(asked: Asked) -> str:
-    """The hint for tasks whose data are not here: the command that downloads them."""
+    """The hint for tasks whose data are not here."""
+    return f"with a network, and HF_HUB_OFFLINE unset: `{fetch_command(asked)}`"
+
+
+def fetch_command(asked: Asked) -> str:
+    """The command that downloads the data of tasks, for people to type."""
     folders = [word for folder in asked.folders for word in ("--include-path", str(folder))]
     allowed = ["--allow-task-code"] if asked.allow_code else []
     words = ["lowmem-aim", "evaluate", "--fetch", "--tasks", ",".join(asked.names), *folders, *allowed]
-    return f"with a network, and HF_HUB_OFFLINE unset: `{printable(shlex.join(words), 1000)}`"
+    return printable(shlex.join(words), 1000)
 
 
 def _metrics(asked: Asked, tasks: Mapping[str, Any]) -> Iterator[UsageError]:
