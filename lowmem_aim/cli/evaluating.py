@@ -106,7 +106,7 @@ def _fetch(flags: dict[str, Any], style: Style) -> None:
 
     if given:
         problems = [f"`{name}` means nothing beside `--fetch`" for name in given]
-        only = _asked({**flags, "metric": (), "settings": ()})
+        only = asked_for({**flags, "metric": (), "settings": ()}, flags["seed"])
         raise UsageError(problems, hint=f"write `{fetch_command(only)}`")
     from lowmem_aim.jobs.fetch import fetch
 
