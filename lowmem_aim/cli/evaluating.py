@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowmem_aim.cli import completion, usage
-from lowmem_aim.cli.flags import JOB_FLAGS, flags_of, options_of
+from lowmem_aim.cli.flags import JOB_FLAGS, flags_of, new_file, options_of
 from lowmem_aim.cli.running import refuse_if_running, run
 from lowmem_aim.cli.values import PathType, SizeType
 from lowmem_aim.errors import UsageError, printable
@@ -89,14 +89,7 @@ _tasks, _forwards, _output = flags_of("Tasks"), flags_of("Model"), flags_of("Out
     type=SizeType(),
     help="Use this much disk for what does not fit the memory, and to resume from. [default: 10GB]",
 )
-@_output(
-    "--output",
-    "-o",
-    metavar="FILE",
-    type=PathType(),
-    required=True,
-    help="Write the scores to this new .json file.",
-)
+@new_file("scores to this new .json")
 @_output(
     "--cache/--no-cache",
     default=True,

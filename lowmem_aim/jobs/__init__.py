@@ -8,6 +8,7 @@ stages.py        the merges of a recipe with named stages, each prepared before 
 held.py          the outputs of a merge while a run holds their folders
 merge.py         the merge, from a recipe to a finished folder
 calibrate.py     the calibration by itself, into a file
+new_file.py      the new file that a job writes, checked before work
 evaluate.py      the scores of a model, from its questions to a scores.json
 asked.py         requests for an evaluation, from keys and values
 compare.py       the comparison of models by their scores, from files to a report
