@@ -111,11 +111,13 @@ def compared(
     tasks: Sequence[str] = (),
     sort: str = "family",
     forced: bool = False,
+    draws: bool = True,
 ) -> Comparison:
     """Compare models, and their hypervolume gain over a population, on all their tasks or on those named.
 
     `sort`: `family` (unrelaxed merge, then by omega), `name`, `hv`, or a task; the best first. `forced`: also if they
-    were evaluated with other settings. A model may be in both lists. Raises UsageError with all that forbids it.
+    were evaluated with other settings. Without `draws`, gains come without standard errors, and at once. A model may be
+    in both lists. Raises UsageError with all that forbids it.
     """
     every = [*models, *(model for model in population if model not in models)]
     errors: list[LowmemAimError] = []
@@ -132,7 +134,7 @@ def compared(
     own = {model.name: model for model in every}
     models, population = ([own[model.name] for model in several] for several in (models, population))
     volume = tuple(task for task, score in every[0].scores.items() if score.in_volume)
-    gains = None if why_no_gain(population, volume) else gains_over(every, population, volume)
+    gains = None if why_no_gain(population, volume) else gains_over(every, population, volume, draws=draws)
     rows = {model.name: _row(model, parents.get(model.name), gains if model in models else None) for model in every}
     found = Comparison(
         tasks=tuple(every[0].scores),

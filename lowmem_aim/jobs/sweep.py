@@ -62,11 +62,11 @@ def sweep(swept: Swept, out: Path, options: Options = DEFAULTS, emit: Emit = sil
             feed.record_in([folder.private])
             options = replace(options, fresh=False)  # what was there is gone
             points = ScoredPoints(swept, folder, experts)
-            return _Run(points, experts, forecast.largest_output, options, feed).run()
+            return SweepRun(points, experts, forecast.largest_output, options, feed).run()
 
 
 @dataclass
-class _Run:
+class SweepRun:
     """A sweep while it runs."""
 
     points: ScoredPoints
@@ -76,30 +76,36 @@ class _Run:
     feed: Feed
 
     def run(self) -> Result:
+        """Do what is left of the sweep. Raises as `sweep`."""
         self._agree()
         for name, reference in self.experts.items():
-            self._score_expert(name, reference)
+            self.score_expert(name, reference)
         for point in self.points.swept.points:
             if self.points.is_scored(point):
                 self.feed(self.points.event_of(point.name, earlier=True))
         while left := self.points.left:
             for point in self._merged(left):
                 self._score(point)
-        return self._finished()
+        return self.finished()
 
     # -- what this sweep is
 
-    def _agree(self) -> None:
-        """Record what this sweep is, or check that the one which was here fits to it. Raises ResumeError."""
-        swept, folder = self.points.swept, self.points.folder
+    def identity(self, **more: Any) -> Identity:
+        """What all scores of this sweep follow from, but for the points; `more`: of other ways to choose those."""
+        swept = self.points.swept
         job: dict[str, Any] = {
             "tasks": {**asdict(swept.asked), "folders": [str(path) for path in swept.asked.folders]},
             "forwards": {key: getattr(swept.forwards, key) for key in ("dtype", "max_length")},
             "models": dict(self._digests()),
             "seed": self.options.seed,
             "nonfinite": self.options.nonfinite,
+            **more,
         }
-        identity = Identity(job, [], versions() | {"lm-eval": tasks.version()})
+        return Identity(job, [], versions() | {"lm-eval": tasks.version()})
+
+    def _agree(self) -> None:
+        """Record what this sweep is, or check that the one which was here fits to it. Raises ResumeError."""
+        swept, folder, identity = self.points.swept, self.points.folder, self.identity()
         accept = self.options.accept_environment
         agree(folder.journal, identity, lambda number: iter(()), accept_environment=accept, emit=self.feed)
         before = folder.noted()
@@ -129,11 +135,11 @@ class _Run:
 
     def _merged(self, left: Sequence[Point]) -> Sequence[Point]:
         """Merge as many of the points that are left as disk and memory hold at a time; returns these."""
-        batch = left[: self._room(left)]
+        batch = left[: self.room(left)]
         while True:
             recipes = {point.name: point.recipe for point in batch}
             try:
-                merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self._title()))
+                merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self.title()))
                 return batch
             except MemoryBudgetError:
                 if len(batch) == 1:
@@ -141,10 +147,11 @@ class _Run:
             batch = batch[: len(batch) // 2]
             self.feed(Notice(f"the memory holds fewer merges at a time: trying {len(batch)}"))
 
-    def _title(self) -> str:
-        return f"sweep, {self.points.done} of {counted(len(self.points.swept.points), 'point')} scored"
+    def title(self) -> str:
+        """What is done so far, in words."""
+        return f"sweep, {self.points.done} of {counted(self.points.of, 'point')} scored"
 
-    def _room(self, left: Sequence[Point]) -> int:
+    def room(self, left: Sequence[Point]) -> int:
         """The number of merged models for which there is disk. Raises DiskError if there is none for one."""
         disk, out = self.points.swept.disk, self.points.folder.out
         with disk_errors(out):
@@ -164,7 +171,8 @@ class _Run:
 
     # -- score
 
-    def _score_expert(self, name: str, reference: str) -> None:
+    def score_expert(self, name: str, reference: str) -> None:
+        """Score an expert, unless its scores are there. Raises as `score`."""
         file = self.points.folder.scores_of_expert(name)
         earlier = file.is_file()
         if not earlier:
@@ -174,7 +182,7 @@ class _Run:
 
     def _score(self, point: Point) -> None:
         file, swept = self.points.folder.scores_of(point.name), self.points.swept
-        part = Part(self.feed, f"{self._title()}, {point.name}")
+        part = Part(self.feed, f"{self.title()}, {point.name}")
         score(str(self.points.model(point)), swept.asked, file, swept.forwards, self.options, part, point.name)
         self.points.keep_size()
         self.feed(self.points.event_of(point.name))
@@ -182,17 +190,17 @@ class _Run:
 
     # -- finish
 
-    def _finished(self) -> Result:
-        """Write the report and the recommended recipes. Raises DiskError."""
+    def finished(self, *, whole: bool = True) -> Result:
+        """Write the report and the recommended recipes; `whole`: nothing is left to do. Raises DiskError."""
         folder = self.points.folder
         self.points.remove_models()
-        found = self.points.comparison()
+        found = self.points.comparison(draws=True)
         folder.remove_report()
         write_report(found, fronts_of(found), folder.report)
         best, recipes = recommended(found), folder.noted()
         for what, name in best.items():
             write_file(folder.out / f"{what}.yml", (self._comment(what, name) + recipes[name]).encode())
-        self.points.keep_size(finished=True)
+        self.points.keep_size(finished=whole)
         return Result(folder.out, found, best)
 
     def _comment(self, what: str, name: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lowmem_aim.errors import LowmemAimError, UsageError, noted, raise_all
 from lowmem_aim.evaluating import tasks
-from lowmem_aim.evaluating.tasks import Asked
+from lowmem_aim.evaluating.tasks import Asked, Loaded
 from lowmem_aim.events import Emit
 from lowmem_aim.jobs.evaluate import Forwards, check
 from lowmem_aim.jobs.merge_many import ManyForecast, plan_many
@@ -22,6 +22,7 @@ from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.system.options import Options, wrong_options
 
 Keep = Literal["best", "all", "none"]
+OfTasks = Callable[[Loaded], Iterator[LowmemAimError]]
 NEEDED = ("moocore", "matplotlib")  # packages of the extra `report`
 
 
@@ -43,10 +44,12 @@ class Swept:
         return [name for name in found if base is None or not same_reference(name, base)]
 
 
-def checked(swept: Swept, out: Path, options: Options, emit: Emit) -> tuple[dict[str, str], ManyForecast]:
+def checked(
+    swept: Swept, out: Path, options: Options, emit: Emit, of_tasks: OfTasks = lambda loaded: iter(())
+) -> tuple[dict[str, str], ManyForecast]:
     """Make all checks before work. Returns (name -> reference of each expert, the forecast of the merges).
 
-    Raises every error that there is, at once.
+    `of_tasks` makes further checks of the tasks. Raises every error that there is, at once.
     """
     errors: list[LowmemAimError] = [*_of_the_machine(swept, options)]
     with noted(errors):
@@ -56,6 +59,7 @@ def checked(swept: Swept, out: Path, options: Options, emit: Emit) -> tuple[dict
         tasks.quiet()
         with noted(errors):
             loaded = tasks.loaded(swept.asked)
+            errors += of_tasks(loaded)
     forecast = None
     with noted(errors):
         recipes = {point.name: point.recipe for point in swept.points}
