@@ -135,7 +135,7 @@ class SweepRun:
 
     def _merged(self, left: Sequence[Point]) -> Sequence[Point]:
         """Merge as many of the points that are left as disk and memory hold at a time; returns these."""
-        batch = left[: self.room(left)]
+        batch = left[: self._room(left)]
         while True:
             recipes = {point.name: point.recipe for point in batch}
             try:
@@ -151,7 +151,7 @@ class SweepRun:
         """What is done so far, in words."""
         return f"sweep, {self.points.done} of {counted(self.points.of, 'point')} scored"
 
-    def room(self, left: Sequence[Point]) -> int:
+    def _room(self, left: Sequence[Point]) -> int:
         """The number of merged models for which there is disk. Raises DiskError if there is none for one."""
         disk, out = self.points.swept.disk, self.points.folder.out
         with disk_errors(out):
