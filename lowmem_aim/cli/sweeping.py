@@ -114,6 +114,12 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
     help="Keep activations and answers in the cache and reuse those there, or make them anew. [default: --cache]",
 )
 @_run("--plan", "only_plan", is_flag=True, help="Show what the sweep would do and need, and do nothing.")
+@_run(
+    "--ray",
+    metavar="ADDRESS",
+    help="Make the points as tasks of the Ray cluster at this address, whose nodes share OUT and the models; `local` "
+    "starts one here. A task gets the cores of `--threads` and the memory of `--ram`. [default: one after the other]",
+)
 @JOB_FLAGS
 def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flags: Any) -> None:
     """Merge by RECIPE in many ways, score each merge and compare them all.
@@ -170,7 +176,7 @@ def _asked(recipe: Path, flags: dict[str, Any]) -> Swept | Searched:
     from lowmem_aim.jobs.searched import Searched
     from lowmem_aim.jobs.swept import Swept
 
-    swept = Swept(points, asked, forwards_of(flags), flags["keep"], flags["disk"])
+    swept = Swept(points, asked, forwards_of(flags), flags["keep"], flags["disk"], flags["ray"] or "")
     if space is None:
         return swept
     return Searched(swept, space, flags["search"], _listed(flags["objective"] or ""), flags["controls"])
@@ -179,6 +185,9 @@ def _asked(recipe: Path, flags: dict[str, Any]) -> Swept | Searched:
 def _wrong_search(flags: dict[str, Any]) -> Iterator[LowmemAimError]:
     if flags["search"] is not None and flags["search"] < 1:
         yield UsageError("`--search` needs one trial or more", "such as `--search 20`")
+    if flags["search"] is not None and flags["ray"] is not None:
+        hint = "start the same command several times, on as many machines as you like: they share OUT"
+        yield UsageError("`--search` and `--ray` exclude each other", hint)
     if flags["objective"] is not None and flags["search"] is None:
         yield UsageError("`--objective` has no meaning without `--search`", "add `--search 20`, or leave it out")
 

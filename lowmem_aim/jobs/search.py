@@ -191,7 +191,7 @@ class _Worker:
     def _make(self, point: Point) -> None:
         """Merge and score a point whose lock this worker holds, and tell the others."""
         part = Part(self.run.feed, f"{self.run.title()}, {point.name}")
-        make_and_score(point, self.searched.swept, self.folder, self.run.options, part)
+        make_and_score(point, self.searched.swept, self.folder.out, self.run.options, part)
         with self._study() as study:
             for number, chosen in self.chosen.items():
                 if chosen is point:

@@ -21,6 +21,7 @@ from lowmem_aim.evaluating.origin import digest_of_model
 from lowmem_aim.evaluating.recommended import recommended
 from lowmem_aim.evaluating.report import write_report
 from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.jobs.by_ray import made_by_ray
 from lowmem_aim.jobs.evaluate import score
 from lowmem_aim.jobs.merge_many import merge_many
 from lowmem_aim.jobs.resume import agree
@@ -83,6 +84,8 @@ class SweepRun:
         for point in self.points.swept.points:
             if self.points.is_scored(point):
                 self.feed(self.points.event_of(point.name, earlier=True))
+        if self.points.swept.ray and self.points.left:
+            self._make_by_ray(self.points.left)
         while left := self.points.left:
             for point in self._merged(left):
                 self._score(point)
@@ -184,6 +187,16 @@ class SweepRun:
         file, swept = self.points.folder.scores_of(point.name), self.points.swept
         part = Part(self.feed, f"{self.title()}, {point.name}")
         score(str(self.points.model(point)), swept.asked, file, swept.forwards, self.options, part, point.name)
+        self._tell(point)
+
+    def _make_by_ray(self, left: Sequence[Point]) -> None:
+        swept, out = self.points.swept, self.points.folder.out
+        emit, at_once = Part(self.feed, self.title()), self._room(left)
+        for point in made_by_ray(left, swept, out, self.options, emit, address=swept.ray, at_once=at_once):
+            self._tell(point)
+
+    def _tell(self, point: Point) -> None:
+        """Tell that a point is scored, and remove what is not needed any more."""
         self.points.keep_size()
         self.feed(self.points.event_of(point.name))
         self.points.remove_models()

@@ -35,6 +35,7 @@ class Swept:
     forwards: Forwards = field(default_factory=Forwards)
     keep: Keep = "best"  # which merged models stay: the recommended ones, all, or none
     disk: int | None = None  # bytes of merged models at a time; None: half of what is free
+    ray: str = ""  # the address of a Ray cluster whose workers make the points, or `local`; "": this process does
 
     @property
     def experts(self) -> list[str]:
@@ -83,6 +84,8 @@ def _of_the_machine(swept: Swept, options: Options) -> Iterator[LowmemAimError]:
         yield UsageError(problems, hint="docs/python.md has the options")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         yield UsageError(f"`sweep` needs {' and '.join(missing)}", "`pip install 'lowmem-aim[eval,report]'`")
+    if swept.ray and importlib.util.find_spec("ray") is None:
+        yield UsageError("`sweep --ray` needs Ray, which is not installed", "`pip install 'lowmem-aim[ray]'`")
     yield from tasks.missing_harness()
     yield from tasks.wrong_requests(swept.asked)
 

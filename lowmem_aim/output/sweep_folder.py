@@ -69,7 +69,7 @@ class SweepFolder:
 
     def lock_of(self, name: str) -> Path:
         """The file that a process locks while it makes a point, or scores an expert, or changes what all share."""
-        return self.private / f"{name}{_LOCK}"
+        return lock_in(self.out, name)
 
     def note(self, name: str, recipe: str) -> None:
         """Keep a point and its recipe. Raises DiskError."""
@@ -93,6 +93,11 @@ class SweepFolder:
         with disk_errors(self.report):
             if is_folder(self.report):
                 shutil.rmtree(self.report)
+
+
+def lock_in(out: Path, name: str) -> Path:
+    """The same as `lock_of`, for a process that does not hold the folder."""
+    return out / PRIVATE / f"{name}{_LOCK}"
 
 
 def check_sweep_folder(out: Path) -> None:
