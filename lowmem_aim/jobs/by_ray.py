@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -124,9 +125,27 @@ def _connected(address: str) -> Iterator[Any]:
         text = f"no Ray cluster answers at `{printable(address)}`: {printable(said)}"
         raise UsageError(text, "`--ray local` starts one on this machine") from error
     try:
-        yield ray
+        with contextlib.redirect_stdout(_WithoutRay(sys.stdout)):
+            yield ray
     finally:
         ray.shutdown()
+
+
+class _WithoutRay:
+    """Standard output without what Ray's threads print there: it is for results, and for lines of JSON."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the stream."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write the text, unless a thread of Ray does."""
+        if threading.current_thread().name.startswith("ray_"):
+            return len(text)
+        return int(self._stream.write(text))
 
 
 @contextlib.contextmanager
