@@ -22,6 +22,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+NAMED = 3  # recipes that a message names; more are counted
+
 
 class LowmemAimError(Exception):
     """Base of all errors that are written for the user: `problems`, one line each, none twice, and their `hints`.
@@ -165,6 +167,31 @@ def joined(errors: list[LowmemAimError]) -> LowmemAimError:
     errors = [error for error in errors if not _asks_for_less(error, errors)]
     problems = [problem for error in errors for problem in error.problems]
     return type(errors[0])(problems, [hint for error in errors for hint in error.hints])
+
+
+def of_some(errors: Mapping[str, Sequence[LowmemAimError]]) -> list[LowmemAimError]:
+    """The errors of recipes, by their names, each once; those that are not of all recipes begin with whose they are."""
+    found: dict[tuple[type, tuple[str, ...]], tuple[LowmemAimError, dict[str, None]]] = {}
+    for name, own in errors.items():
+        for error in own:
+            _, names = found.setdefault((type(error), error.problems), (error, {}))
+            names[name] = None
+    for error, names in found.values():
+        if len(names) < len(errors):
+            error.add_before_problems(whose(list(names)), unless=_is_told_whose)
+    return [error for error, _ in found.values()]
+
+
+def whose(names: Sequence[str]) -> str:
+    """The beginning of a message about some of several recipes: `recipe `ties`: `."""
+    listed = ", ".join(f"`{printable(name)}`" for name in names[:NAMED])
+    more = f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+    return f"recipe{'s' * (len(names) > 1)} {listed}{more}: "
+
+
+def _is_told_whose(problem: str) -> bool:
+    """Whether a message begins with the recipes that it is about."""
+    return problem.startswith(("recipe `", "recipes `"))
 
 
 def _asks_for_less(error: LowmemAimError, others: Iterable[LowmemAimError]) -> bool:

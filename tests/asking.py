@@ -92,6 +92,7 @@ def written(
     batch: int = 1,
     options: Options = DEFAULTS,
     emit: Emit = silent,
+    thought: str | None = None,
 ) -> list[str]:
     """The texts that our model writes; what it leaves to resume from is in the folder `work`, and `work`.sqlite."""
     with (
@@ -101,7 +102,9 @@ def written(
     ):
         meta_model, tokenizer = to_evaluate(checkpoint, "float32"), tokenizer_of(checkpoint)
         run = start(options, emit)
-        return WritingModel(checkpoint, meta_model, tokenizer, run, space, None, batch, 0).texts(requests, known)
+        return WritingModel(checkpoint, meta_model, tokenizer, run, space, None, batch, 0, thought).texts(
+            requests, known
+        )
 
 
 def compared(

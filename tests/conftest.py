@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin
 pytest.register_assert_rewrite("calibrating", "cards", "faults", "merge_cases", "method_cases", "stopping")
 
 if TYPE_CHECKING:
-    from hub_server import Hub
+    from hub.server import Hub
 
 
 @pytest.fixture(autouse=True)
@@ -193,24 +193,13 @@ def place(llama: Path, tmp_path: Path, run: Run) -> Place:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The Hub, played by a server on this machine, with a cache of its own; the test says what it holds."""
-    from hub_server import Handler, Hub, Server
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
+    from hub.playing import asked, playing
+    from hub.server import Hub
 
-    state = Hub()
-    handler = type("Playing", (Handler,), {"hub": state})
-    site, cdn = Server("hub", handler), Server("cdn", handler)
-    state.cdn = cdn.address
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "ENDPOINT", site.address)
-    template = site.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield state
-    close_session()
-    for server in (site, cdn):
-        server.stop()
+    state = Hub()
+    with playing(state) as address, asked(address, tmp_path / "cache"):
+        yield state
 
 
 @pytest.fixture(scope="session")

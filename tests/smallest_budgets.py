@@ -2,7 +2,8 @@
 
     python tests/smallest_budgets.py FOLDER METHOD:READ ...
 
-FOLDER holds the models `base`, `one` and `two`. The smallest budget is the one that a refusal names.
+FOLDER holds the models `base`, `one` and `two`. The smallest budget is the one that a refusal names. Several methods,
+as `ties+dare_ties:mmap`, are merged in one reading of the models.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ import pytest
 from merge_cases import recipe
 
 from lowmem_aim.errors import MemoryBudgetError
+from lowmem_aim.events import silent
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.jobs.merge_many import merge_many
 from lowmem_aim.methods.registry import METHODS
+from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.memory import anonymous_bytes
 from lowmem_aim.system.options import Options
+from lowmem_aim.view.feed import reported
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"weight": ("0.3",), "density": ("0.4",), "parameter": ("rescale=true",)}
@@ -47,19 +52,33 @@ class Peak:
         self._thread.join()
 
 
+def experts_of(method: str) -> tuple[str, ...]:
+    return ("one",) if METHODS[method].most == 1 else ("one", "two")
+
+
+def merged(recipes: dict[str, Recipe], out: Path, options: Options) -> None:
+    if len(recipes) == 1:
+        merge(next(iter(recipes.values())), out, options)
+        return
+    with reported("merge", out, silent) as feed:
+        merge_many(recipes, out, options, feed)
+
+
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[1]) / "out"
     for case in sys.argv[2:]:
-        method, read = case.split(":")
-        experts = ("one",) if METHODS[method].most == 1 else ("one", "two")
-        made = recipe(folder, method, experts, **PARAMETERS.get(method, {}))
+        methods, read = case.split(":")
+        made = {
+            method: recipe(folder, method, experts_of(method), **PARAMETERS.get(method, {}))
+            for method in methods.split("+")
+        }
         with pytest.raises(MemoryBudgetError) as refused:
-            merge(made, out, Options(ram=1, read=read))  # type: ignore[arg-type]
+            merged(made, out, Options(ram=1, read=read))  # type: ignore[arg-type]
         named = re.search(r"--ram (\d+)MB", refused.value.hint)
         assert named, refused.value.hint
         budget = int(named[1]) * 10**6
         with Peak() as peak:
-            merge(made, out, Options(ram=budget, read=read))  # type: ignore[arg-type]
+            merged(made, out, Options(ram=budget, read=read))  # type: ignore[arg-type]
         shutil.rmtree(out)
         print(json.dumps({"case": case, "budget": budget, "peak": peak.nbytes}), flush=True)
 

@@ -5,6 +5,8 @@ commands.py        the program: all commands as one group
 working.py         the commands that work: on recipes, models and activations
 looking.py         the commands that look: at runs, methods and the machine
 evaluating.py      the command that evaluates a model
+task_flags.py      the flags of commands that evaluate models
+sweeping.py        the command that sweeps: many merges, each scored, all compared
 comparing.py       the command that compares: scores of models, and a report of them
 flags.py           the flags that several commands share, in the groups of their help
 values.py          the types of their values: sizes, numbers in a range, paths

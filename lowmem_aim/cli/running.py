@@ -28,7 +28,7 @@ def refuse_if_running(out: Path) -> None:
         raise locked_error(lock, owner_of(lock))
 
 
-def run(work: Callable[[Emit], Path], style: Style, merges: bool = False) -> None:
+def run(work: Callable[[Emit], Path | None], style: Style, merges: bool = False) -> None:
     """Run a command's work with its progress shown, then print the path of what it made. `merges`: that is a model."""
     from lowmem_aim.events import RunEnded, Sampled, Worked
     from lowmem_aim.view import summary
@@ -46,7 +46,7 @@ def run(work: Callable[[Emit], Path], style: Style, merges: bool = False) -> Non
 
         try:
             made = work(checked)
-            if not view.progress.ended:  # no run, but `verify`
+            if not view.progress.ended:  # no run, but `verify` or `evaluate --fetch`
                 view(RunEnded("finished", 0))
         finally:
             if style == "json" and view.progress.ended:
@@ -55,9 +55,9 @@ def run(work: Callable[[Emit], Path], style: Style, merges: bool = False) -> Non
         columns = columns_of(sys.stderr)
         told = summary.summary_lines(view.progress, columns)
         with contextlib.suppress(OSError):  # nobody reads it any more
-            for line in (*told, *(summary.next_commands(made, columns) if merges else ())):
+            for line in (*told, *(summary.next_commands(made, columns) if made and merges else ())):
                 click.echo(line, err=True)
-    if style != "json":
+    if made and style != "json":
         print_path(made)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowmem_aim.cli import completion, usage
+from lowmem_aim.cli import completion, formats, usage
 from lowmem_aim.cli.comparing import print_comparison
 from lowmem_aim.cli.flags import CALIBRATION_FLAGS, JOB_FLAGS, flags_of, options_of
 from lowmem_aim.cli.running import refuse_if_running, run
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowmem_aim.events import Emit
     from lowmem_aim.jobs.searched import Searched
     from lowmem_aim.jobs.swept import Swept
+    from lowmem_aim.system.options import Options
     from lowmem_aim.view.dashboard import Style
 
 _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of("Output"), flags_of("Run")
@@ -122,7 +123,7 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
 )
 @JOB_FLAGS
 def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flags: Any) -> None:
-    """Merge by RECIPE in many ways, score each merge and compare them all.
+    """Merge by RECIPE in many ways, and score each.
 
     The new folder OUT gets the scores, a report with Pareto fronts, the recipe of each point, and two recommended
     recipes: the one that adds most to the experts, and the one that loses least anywhere. The same command resumes an
@@ -130,8 +131,12 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
     """
     if flags["search"] is None:
         refuse_if_running(out)
-    asked = _asked(recipe, flags)
+    asked = _asked(recipe, flags, only_plan)
     from lowmem_aim.jobs.searched import Searched
+
+    if only_plan and not isinstance(asked, Searched):
+        _plan(asked, out, options_of(flags), style)
+        return
     from lowmem_aim.jobs.sweep import Result, sweep
 
     results: list[Result] = []
@@ -152,13 +157,13 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
             click.echo(f"{what.replace('-', ' ')}: {name} ({printable(str(out / what))}.yml)", err=True)
 
 
-def _asked(recipe: Path, flags: dict[str, Any]) -> Swept | Searched:
+def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Searched:
     """What the command line asks for. Raises everything that is wrong with it at once."""
     from lowmem_aim.recipe.points import Grid, points_of
     from lowmem_aim.recipe.search_space import space_of
     from lowmem_aim.recipe.yaml_tree import load_tree
 
-    errors: list[LowmemAimError] = [*usage.wrong_values(), *_wrong_search(flags)]
+    errors: list[LowmemAimError] = [*usage.wrong_values(), *_wrong_search(flags, only_plan)]
     methods = _listed(flags["methods"])
     calibration = {
         name: flags[name]
@@ -182,12 +187,15 @@ def _asked(recipe: Path, flags: dict[str, Any]) -> Swept | Searched:
     return Searched(swept, space, flags["search"], _listed(flags["objective"] or ""), flags["controls"])
 
 
-def _wrong_search(flags: dict[str, Any]) -> Iterator[LowmemAimError]:
+def _wrong_search(flags: dict[str, Any], only_plan: bool) -> Iterator[LowmemAimError]:
     if flags["search"] is not None and flags["search"] < 1:
         yield UsageError("`--search` needs one trial or more", "such as `--search 20`")
     if flags["search"] is not None and flags["ray"] is not None:
         hint = "start the same command several times, on as many machines as you like: they share OUT"
         yield UsageError("`--search` and `--ray` exclude each other", hint)
+    if flags["search"] is not None and only_plan:
+        hint = "`lowmem-aim plan RECIPE OUT` tells what one merge takes; each trial is one merge"
+        yield UsageError("`--search` has no plan: what it tries depends on what the first merges score", hint)
     if flags["objective"] is not None and flags["search"] is None:
         yield UsageError("`--objective` has no meaning without `--search`", "add `--search 20`, or leave it out")
 
@@ -195,3 +203,21 @@ def _wrong_search(flags: dict[str, Any]) -> Iterator[LowmemAimError]:
 def _listed(text: str) -> tuple[str, ...]:
     """The names that commas separate, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _plan(swept: Swept, out: Path, options: Options, style: Style) -> None:
+    """Print what the sweep would do and need."""
+    import json
+
+    from lowmem_aim.jobs.sweep_plan import plan_sweep
+    from lowmem_aim.view import plan_lines
+    from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.wrapping import for_terminal
+
+    with showing("quiet" if style in ("quiet", "json") else "plain") as view:
+        known = plan_sweep(swept, out, options, view).as_json()
+    if style == "json":
+        click.echo(json.dumps(known))
+        formats.answered()
+    else:
+        click.echo(for_terminal(plan_lines.sweep_lines(known), plan_lines.INDENT))

@@ -51,6 +51,14 @@ TASK_FLAGS = bundle(
         help="Put this many solved items before each. [default: as many as the task asks for]",
     ),
     _tasks("--chat-template", is_flag=True, help="Put each item into the model's chat template."),
+    _tasks(
+        "--set",
+        "settings",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Change another setting of the harness, such as gen_kwargs.max_gen_toks=512; repeat the flag for each. "
+        "[default: none]",
+    ),
     _tasks("--allow-task-code", is_flag=True, help="Run Python code that the tasks in --include-path name."),
     _tasks(
         "--allow-code-execution",
@@ -83,7 +91,8 @@ FORWARD_FLAGS = bundle(
 
 
 def asked_for(flags: dict[str, Any], seed: int) -> Asked:
-    """The tasks that the flags ask for, and how. Raises UsageError for a metric without its task."""
+    """The tasks that the flags ask for, and how. Raises UsageError for a metric without its task, or its like."""
+    from lowmem_aim.evaluating.harness_settings import parsed
     from lowmem_aim.evaluating.tasks import Asked
 
     wrong = [text for text in flags["metric"] if not all(text.partition("=")[::2])]
@@ -100,6 +109,7 @@ def asked_for(flags: dict[str, Any], seed: int) -> Asked:
         limit=int(limit) if limit is not None and limit >= 1 else limit,
         num_fewshot=flags["num_fewshot"],
         chat_template=flags["chat_template"],
+        settings=parsed(flags["settings"]),
         seed=seed,
         allow_code=flags["allow_task_code"],
         allow_execution=flags["allow_code_execution"],

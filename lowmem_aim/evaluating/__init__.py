@@ -10,6 +10,8 @@ language_model.py the model as the harness asks it: texts in, log-likelihoods or
 code_program.py   the program of a child process that runs one program which a model has written
 code_scoring.py   programs that a model has written, each tried in a child process, and pass@k
 task_code.py      code that the files of tasks bring along: found without running any of it
+task_data.py      data that tasks need from elsewhere: whether they are on this machine, and how they come here
+harness_settings.py settings of the harness that have no flag: which there are, and where they act
 tasks.py          the harness' tasks: found by name, and checked before anything of them runs
 writing_tasks.py  tasks that let the model write: how much at most, and what that costs
 harness.py        the harness run on a model, and the one number of each task that counts
@@ -25,5 +27,6 @@ fronts.py         Pareto fronts of pairs of tasks
 columns.py        the columns of a comparison's table, and what their marks mean
 table.py          the table as text: for a terminal of any width, and in markdown
 plots.py          a comparison as pictures, readable in grey
+recommended.py    the merges of a sweep that are worth a second look
 report.py         a comparison as files: markdown, CSV, JSON and pictures, in a new folder
 """

@@ -81,8 +81,8 @@ def _gain_cell(gain: Gain, marks: Marks, is_best: bool) -> Cell:
 
 
 def _best(found: Comparison, value_of: Callable[[Row], float]) -> set[str]:
-    """The names of the compared models that are best; nobody, if there is no choice."""
-    values = {row.name: value_of(row) for row in found.listed}
+    """The names of the compared models that are best; nobody, if there is no choice. Controls are none to choose."""
+    values = {row.name: value_of(row) for row in found.listed if not row.model.control}
     most = max(values.values(), default=0.0)
     return (
         {name for name, value in values.items() if value == most}

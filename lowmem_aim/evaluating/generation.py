@@ -46,13 +46,15 @@ class WritingModel:
     max_length: int | None  # tokens that are read and written together; None: as many as the model allows
     batch: int  # texts that are written at a time
     seed: int  # of texts that are drawn at random
+    thought: str | int | None = None  # what thoughts end with, a text or a token: only what follows is an answer
 
     def texts(self, requests: Sequence[Request], known: Answers) -> list[str]:
         """The text that the model writes after each context; what is not `known` is written now, and kept there.
 
         Raises ModelError, MemoryBudgetError, DiskError.
         """
-        base = json.dumps([generation_config(self.checkpoint), self.batch], sort_keys=True)
+        facts = [generation_config(self.checkpoint), self.batch, *([] if self.thought is None else [self.thought])]
+        base = json.dumps(facts, sort_keys=True)
         keys = [_key(base, request, number) for number, request in enumerate(requests)]
         times, found = Counter(keys), known.kept(keys)
         left = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
@@ -85,7 +87,7 @@ class WritingModel:
         device = torch.device(self.run.device)
         room, offload = room_of(self.run.budget, device), self.space.staging / OFFLOAD
         with loaded_whole(self.checkpoint, self.meta_model, room, offload) as model:
-            yield WholeModel(model, self.tokenizer, device, self.batch, self.max_length)
+            yield WholeModel(model, self.tokenizer, device, self.batch, self.max_length, self.thought)
 
 
 def _is_greedy(request: Request) -> bool:

@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.evaluating.harness_settings import MULTITURN, SYSTEM
 from lowmem_aim.evaluating.scores import Score
 from lowmem_aim.evaluating.tasks import Asked, Loaded
 
@@ -35,7 +36,8 @@ def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
         task_dict=loaded.tasks,
         limit=asked.limit,
         apply_chat_template=asked.chat_template,
-        fewshot_as_multiturn=True,
+        system_instruction=asked.settings.get(SYSTEM),
+        fewshot_as_multiturn=asked.settings.get(MULTITURN, True),
         log_samples=False,
         bootstrap_iters=BOOTSTRAPS,
         confirm_run_unsafe_code=asked.allow_execution,

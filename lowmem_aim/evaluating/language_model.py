@@ -25,16 +25,24 @@ class AskedModel(HFLM):  # type: ignore[misc]
     """An HFLM without a model: its questions are collected, and asked together."""
 
     def __init__(
-        self, config: Any, tokenizer: Any, ask: Ask, write: Write | None = None, max_length: int | None = None
+        self,
+        config: Any,
+        tokenizer: Any,
+        ask: Ask,
+        write: Write | None = None,
+        max_length: int | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> None:
         """`config` and `tokenizer` are transformers' own; `max_length`: tokens that are read at a time.
 
         `write` gives a text for each context and the settings of its generation; None: no task lets the model write.
+        `template`: further values that the tokenizer's chat template is filled in with.
         """
         from torch import device
 
         model = SimpleNamespace(config=config, device=device("cpu"), name_or_path="")
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=_AT_ONCE)
+        self.chat_template_args = dict(template or {})
         self._ask, self._write, self._questions = ask, write, list[Question]()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

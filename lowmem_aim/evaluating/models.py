@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.known_files import LARGEST_FILE
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.vetted import tokenizer_files, vetted_folder
 from lowmem_aim.system.tensors import dtype_named
 
 if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def to_evaluate(checkpoint: Checkpoint, dtype: str | None, use_cache: bool = True) -> MetaModel:
@@ -38,5 +41,17 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The tokenizer, as transformers' auto class loads it. Raises ModelError for files that lead out of the folder."""
     from transformers import AutoTokenizer
 
-    with vetted_folder(checkpoint.config, tokenizer_files(checkpoint)) as folder:
+    files, template = tokenizer_files(checkpoint), checkpoint.small_file(CHAT_TEMPLATE, LARGEST_FILE)
+    with vetted_folder(checkpoint.config, files | ({} if template is None else {CHAT_TEMPLATE: template})) as folder:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def require_chat_template(checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """Raise ModelError if the model has no chat template that is the default one."""
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            f"`{printable(checkpoint.label)}` has no chat template",
+            hint="leave `--chat-template` out: a model that was not trained for chats needs none",
+        ) from error

@@ -17,12 +17,12 @@ from lowmem_aim.output.sweep_folder import ADDS_MOST, LOSES_LEAST
 
 
 def recommended(found: Comparison) -> dict[str, str]:
-    """ADDS_MOST and LOSES_LEAST -> the name of the merge; the former only where a gain could be computed."""
+    """ADDS_MOST and LOSES_LEAST -> the name of the merge; the former only if a merge adds anything to the experts."""
     merges = [row for row in found.rows if row.model.control is None]
     experts = [row.model for row in found.population]
     best: dict[str, str] = {}
     gains = {row.name: row.gain.value for row in merges if row.gain is not None}
-    if gains:
+    if max(gains.values(), default=0.0) > 0:
         best[ADDS_MOST] = max(gains, key=lambda name: gains[name])  # of equals, the first
     if merges and experts:
         tasks = found.volume or found.tasks

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
 from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewhere
+from lowmem_aim.evaluating.harness_settings import set_generation, wrong_settings
 from lowmem_aim.evaluating.task_code import codes
+from lowmem_aim.evaluating.task_data import is_offline, missing, missing_punkt
 
 HARNESS = "lm_eval"
 _INSTALL = "`pip install 'lowmem-aim[eval]'`"
@@ -43,6 +46,7 @@ class Asked:
     limit: float | None = None  # items of each task; below 1: the share of them
     num_fewshot: int | None = None
     chat_template: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the harness, see `harness_settings`
     seed: int = 0
     allow_code: bool = False  # of the tasks' own files
     allow_execution: bool = False  # of programs that the model writes
@@ -81,6 +85,7 @@ def wrong_requests(asked: Asked) -> Iterator[UsageError]:
         if task not in asked.names:
             hint = "give it as `--metric TASK=NAME`, with a task of `--tasks`"
             yield UsageError(f"`--metric {printable(task)}=...`: this task is not evaluated", hint)
+    yield from wrong_settings(asked.settings, asked.chat_template)
 
 
 def quiet() -> None:
@@ -109,28 +114,62 @@ class Loaded:
     names: Sequence[str]  # of those that are scored: what was asked for, and in place of a tag all that have it
 
 
-def loaded(asked: Asked) -> Loaded:
-    """Load the tasks that are asked for. Nothing that came with a task's file is run unless that is allowed.
+@dataclass(frozen=True)
+class Found:
+    """The harness' index of tasks, which takes seconds to make, and its entries of those that are asked for."""
 
-    Raises UsageError, and NetworkError for items that are not on this machine.
-    """
+    manager: Any
+    entries: Sequence[Any]  # of groups and tags, of all their tasks
+
+
+def found(asked: Asked) -> Found:
+    """Find the tasks that are asked for. Nothing of a task is loaded or run. Raises UsageError."""
     _quiet_datasets()
     manager = _manager(asked)
     errors: list[LowmemAimError] = [*_unknown(asked, manager)]
     entries = [entry for name in asked.names for entry in _below(manager, name)]
     errors += [*([] if asked.allow_code else codes(asked.folders, entries)), *_kinds(asked, entries)]
     raise_all(errors)
+    return Found(manager, entries)
+
+
+def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
+    """Load the tasks that are asked for. Nothing that came with a task's file is run unless that is allowed.
+
+    Raises UsageError, and NetworkError for items that are not on this machine.
+    """
+    where = tasks_found or found(asked)
+    manager, entries = where.manager, where.entries
+    if is_offline():
+        raise_all([*missing(entries, fetching(asked))])
     try:
         # What is printed is for people (nltk's downloads), and standard output is for data.
         with instead_of_code_eval(), contextlib.redirect_stdout(io.StringIO()):
-            found = manager.load(list(asked.names))
+            tasks = manager.load(list(asked.names))
     except Exception as error:  # whatever datasets, or the file of a task, raises
-        raise _not_loaded(error) from error
-    raise_all([*runs_elsewhere(found["tasks"]), *_lacking(found["tasks"]), *_metrics(asked, found["tasks"])])
+        raise_all([*missing(entries, fetching(asked))] if _is_of_network(error) else [])
+        raise _not_loaded(error, asked) from error
+    raise_all(
+        [
+            *runs_elsewhere(tasks["tasks"]),
+            *missing_punkt(entries, fetching(asked)),
+            *_metrics(asked, tasks["tasks"]),
+        ]
+    )
     names = [part for name in asked.names for part in _scored(manager, name)]
+    writing = {name: task for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == WRITES}
+    set_generation(asked.settings, [*writing.values()], [name for name in tasks["tasks"] if name not in writing])
     # Those that let the model write come last, since it is loaded whole for them.
-    found["tasks"] = dict(sorted(found["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
-    return Loaded(found, names)
+    tasks["tasks"] = dict(sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
+    return Loaded(tasks, names)
+
+
+def fetching(asked: Asked) -> str:
+    """The hint for tasks whose data are not here: the command that downloads them."""
+    folders = [word for folder in asked.folders for word in ("--include-path", str(folder))]
+    allowed = ["--allow-task-code"] if asked.allow_code else []
+    words = ["lowmem-aim", "evaluate", "--fetch", "--tasks", ",".join(asked.names), *folders, *allowed]
+    return f"with a network, and HF_HUB_OFFLINE unset: `{printable(shlex.join(words), 1000)}`"
 
 
 def _metrics(asked: Asked, tasks: Mapping[str, Any]) -> Iterator[UsageError]:
@@ -200,35 +239,15 @@ def _kinds(asked: Asked, entries: Sequence[Any]) -> Iterator[UsageError]:
             )
 
 
-def _lacking(found: Mapping[str, Any]) -> Iterator[NetworkError]:
-    """Yield an error for each task that splits sentences by data of nltk which is not there, and cannot be fetched.
-
-    Such a task asks for the data when it is loaded, and goes on without it until it scores the first answer.
-    """
-    for name, task in found.items():
-        scored_by = getattr(task.config, "process_results", None)
-        if "ifeval" in str(getattr(scored_by, "__module__", "")) and not _has_punkt():
-            yield NetworkError(
-                f"the task `{printable(name)}` needs nltk's `punkt_tab`, which is not on this machine and cannot be "
-                "downloaded now",
-                hint="`python -m nltk.downloader punkt_tab`, once, with a network",
-            )
+def _is_of_network(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, ConnectionError) or "offline" in said or "couldn't reach" in said
 
 
-def _has_punkt() -> bool:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return False
-    return True
-
-
-def _not_loaded(error: Exception) -> LowmemAimError:
+def _not_loaded(error: Exception, asked: Asked) -> LowmemAimError:
     """The error for tasks whose items could not be loaded."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = f"the tasks cannot be loaded: {printable(said, 500)}"
-    if isinstance(error, ConnectionError) or "offline" in said.lower() or "couldn't reach" in said.lower():
-        return NetworkError(text, hint="run the same command once with a network: the items then stay on this machine")
+    if _is_of_network(error):
+        return NetworkError(text, hint=fetching(asked))
     return UsageError(text, hint="are the task's file and its data whole?")

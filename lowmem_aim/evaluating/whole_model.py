@@ -130,7 +130,17 @@ def _folder_of(checkpoint: Checkpoint) -> Iterator[Path]:
 class WholeModel(HFLM):  # type: ignore[misc]
     """The harness' own language model on a loaded model, parts of which may lie on disk."""
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device, batch: int, max_length: int | None) -> None:
-        """`batch`: texts that are written at a time."""
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        device: torch.device,
+        batch: int,
+        max_length: int | None,
+        thought: str | int | None,
+    ) -> None:
+        """`batch`: texts that are written at a time; `thought`: what a text's thoughts end with, which are cut off."""
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length, think_end_token=thought
+        )
         self._device = device  # the first parameter's, which the harness takes, is `meta` if that lies on disk

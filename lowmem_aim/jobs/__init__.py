@@ -7,8 +7,14 @@ checks.py        the checks before work, of `plan` and `merge` alike
 stages.py        the merges of a recipe with named stages, each prepared before the first is made
 held.py          the outputs of a merge while a run holds their folders
 merge.py         the merge, from a recipe to a finished folder
+merge_many.py    the merges by several recipes, their models read once for as many as can share that
 calibrate.py     the calibration by itself, into a file
+fetch.py         the data that tasks need, downloaded, so that they can be evaluated without a network
 evaluate.py      the scores of a model, from its questions to a scores.json
+swept.py         the request for a sweep, and all that is checked of it before work
+scored_points.py the points of a sweep in its folder: which are scored, how they compare, whose models stay
+sweep_plan.py    the plan of a sweep: points, readings, disk, memory and time
+sweep.py         the sweep: many merges, each scored, all compared, the best of them named
 convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output depends on
@@ -17,6 +23,7 @@ resume.py        whether an interrupted run may be resumed
 finished.py      whether a finished output is of this job, and of its inputs as they are now
 headers.py       models found for planning: those on the Hub as headers without weights
 plan.py          what a merge would do and need, found without doing it
+plan_many.py     the same of the merges by several recipes: how often their models are read
 forecast.py      memory, disk and time of a job, as `plan` reports them
 speed.py         the speed of a disk and of a device, measured
 init.py          a recipe to start from, checked and written

@@ -6,12 +6,13 @@ A check is a function in `AT_ONCE` or `LATER`: it is given what is prepared, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.errors import MemoryBudgetError, ResumeError, printable
+from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, ResumeError, noted, printable, raise_all, whose
 from lowmem_aim.events import Notice
 from lowmem_aim.jobs.finished import check_same, of_stage
 from lowmem_aim.jobs.identity import with_unknown_of
@@ -77,14 +78,15 @@ def check_calibration(ready: Prepared) -> None:
 
     Raises ModelError, NetworkError, UsageError.
     """
-    aim, base = ready.recipe.aim, ready.inputs.base
-    if aim is None or base is None:
+    aims, base = ready.aims, ready.inputs.base
+    if not aims or base is None:
         return
-    if not _are_texts_here(ready, "calibrate", aim):
+    if not _are_texts_here(ready, "calibrate", aims[0]):
         return
-    calibration = ready.calibration = calibration_of(aim, base, ready.reader, ready.emit)
+    calibration = ready.calibration = calibration_of(aims[0], base, ready.reader, ready.emit)
     if isinstance(calibration, GivenActivations):
-        check_activations(calibration.activations, base, aim)
+        for aim in aims:
+            check_activations(calibration.activations, base, aim)
         return
     _note_unreached(ready, calibration.meta_model)
     if not _is_measured(ready, calibration):
@@ -104,7 +106,7 @@ def check_comparison(ready: Prepared) -> None:
 
     Raises ModelError, NetworkError, UsageError.
     """
-    acm, base = ready.recipe.acm, ready.inputs.base
+    acm, base = ready.acm, ready.inputs.base
     if acm is None or base is None:
         return
     from lowmem_aim.measuring.comparison import Comparison, is_of, texts_of  # transformers: only where models are run
@@ -112,7 +114,8 @@ def check_comparison(ready: Prepared) -> None:
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
     comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run, ready.merging_bytes())
-    kept = [_kept(ready, name, KeptComparison) for name in ready.unfinished()]
+    unfinished = [name for name in ready.unfinished() if ready.recipes[name].acm]
+    kept = [_kept(ready, name, KeptComparison) for name in unfinished]
     if not all(found is not None and is_of(found, ready.inputs) for found in kept):
         measurement = comparison.measurement
         ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
@@ -181,27 +184,44 @@ def check_begun(ready: Prepared) -> None:
 
     Raises ResumeError, UsageError, VerifyError, DiskError.
     """
+    errors: list[LowmemAimError] = []
     for name, journal, finished in _begun(ready):
         folder = ready.folder(name)
         resumed = "holds an interrupted run, which is resumed: bytes and times are of the whole merge"
         state = "is finished already" if finished else resumed
         ready.notes.append(f"`{printable(str(folder))}` {state}")
-        journal.check_version(finished=finished)
-        if not ready.incomplete:  # what is missing would be reported as a difference
-            before, known = journal.kept(Identity), ready.known(name)
-            _check_same(ready, name, journal, finished, with_unknown_of(before, known) if before else known)
+        with noted(errors), _told_whose(ready, name):
+            journal.check_version(finished=finished)
+            if not ready.incomplete:  # what is missing would be reported as a difference
+                before, known = journal.kept(Identity), ready.known(name)
+                _check_same(ready, name, journal, finished, with_unknown_of(before, known) if before else known)
+    raise_all(errors)
 
 
 def check_begun_with(ready: Prepared) -> None:
     """Check the same of texts, activations and the environment. Raises ResumeError, UsageError, DiskError."""
     if ready.incomplete:
         return
+    errors: list[LowmemAimError] = []
     for name, journal, finished in _begun(ready):
         if ready.unread:
             what = f"whether `{printable(str(ready.folder(name)))}` is of the same job"
             ready.notes.append(f"{what} is not known until the texts are fetched")
         else:
-            _check_same(ready, name, journal, finished, ready.identity(name))
+            with noted(errors), _told_whose(ready, name):
+                _check_same(ready, name, journal, finished, ready.identity(name))
+    raise_all(errors)
+
+
+@contextlib.contextmanager
+def _told_whose(ready: Prepared, name: str) -> Iterator[None]:
+    """Say of errors which of several recipes they are of."""
+    try:
+        yield
+    except LowmemAimError as error:
+        if len(ready.plans) > 1:
+            error.add_before_problems(whose([name]))
+        raise
 
 
 def _begun(ready: Prepared) -> Iterator[tuple[str, Journal, bool]]:
@@ -302,7 +322,7 @@ def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
 
 def _is_measured(ready: Prepared, measurement: Measurement) -> bool:
     """Whether the activations of the base are at hand, from the cache or from an interrupted run."""
-    unfinished = ready.unfinished()
+    unfinished = [name for name in ready.unfinished() if ready.recipes[name].aim]
     if not unfinished or any(_has_activations(ready, name) for name in unfinished):
         return True
     mixed = any(_kept(ready, name, AcceptedEnvironments) for name in unfinished)  # then the cache is not used

@@ -16,7 +16,8 @@ from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printab
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.answers import FOLDER, Answers
 from lowmem_aim.evaluating.code_scoring import require_processes
-from lowmem_aim.evaluating.models import to_evaluate, tokenizer_of
+from lowmem_aim.evaluating.harness_settings import THINKING, THOUGHT
+from lowmem_aim.evaluating.models import require_chat_template, to_evaluate, tokenizer_of
 from lowmem_aim.evaluating.origin import digest_of_model, origin_of
 from lowmem_aim.evaluating.scores import Scores, write_scores
 from lowmem_aim.evaluating.tasks import Asked, Loaded
@@ -106,6 +107,8 @@ def _evaluated(
         run.emit(Notice(text))
     meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
     tokenizer = tokenizer_of(checkpoint)
+    if asked.chat_template:
+        require_chat_template(checkpoint, tokenizer)
     loaded = tasks.loaded(asked)
     _check_writing(checkpoint, meta_model, tokenizer, loaded, asked, forwards, run)
     digest = digest_of_model(checkpoint, run.emit)
@@ -140,11 +143,13 @@ def _scores(
     from lowmem_aim.evaluating.likelihoods import BlockwiseModel
 
     blockwise = BlockwiseModel(checkpoint, meta_model, run, space, forwards.spill)
+    length, thought = forwards.max_length, asked.settings.get(THOUGHT)
     writing = WritingModel(
-        checkpoint, meta_model, tokenizer, run, space, forwards.max_length, forwards.batch_size, asked.seed
+        checkpoint, meta_model, tokenizer, run, space, length, forwards.batch_size, asked.seed, thought
     )
     ask, write = partial(blockwise.answers, known=known), partial(writing.texts, known=known)
-    return scored(AskedModel(meta_model.model.config, tokenizer, ask, write, forwards.max_length), loaded, asked)
+    template = {key: value for key, value in asked.settings.items() if key == THINKING}
+    return scored(AskedModel(meta_model.model.config, tokenizer, ask, write, length, template), loaded, asked)
 
 
 def _check_writing(
@@ -190,7 +195,7 @@ def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked, fo
             "limit": asked.limit,
             "num_fewshot": asked.num_fewshot,
             "chat_template": asked.chat_template,
-            "settings": {"max_length": forwards.max_length} if forwards.max_length else {},
+            "settings": {**asked.settings, **({"max_length": forwards.max_length} if forwards.max_length else {})},
         },
         **origin,
     )

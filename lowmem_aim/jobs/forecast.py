@@ -6,7 +6,7 @@ are measured for two seconds, and the slowest of reading, computing and writing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -105,3 +105,47 @@ def _largest(need: Requirement, stages: Mapping[str, Forecast]) -> Requirement:
     if not name or others[name].least <= need.least:
         return need
     return replace(others[name], there=need.there, why=f"stage `{name}`: {others[name].why}")
+
+
+# --- several merges ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the models, of which several outputs are made."""
+
+    read_bytes: int  # once over
+    output_bytes: Mapping[str, int]  # name -> bytes of the disk that the output takes
+
+
+@dataclass(frozen=True)
+class ForecastOfMany:
+    """What the merges by several recipes would do and need: each pass, and all of them together."""
+
+    passes: tuple[Pass, ...]  # in their order; outputs that are finished are in none
+    together: Forecast  # its needs are those of the pass that needs the most, its steps those of all
+
+
+def in_passes(forecasts: Sequence[Forecast], errors: list[LowmemAimError]) -> Forecast:
+    """The forecast of merges that are made one after another, each as a reading of the models; `errors` are of any."""
+    last, error = forecasts[-1], joined(errors) if errors else None
+    names = [f"reading {number}" for number in range(1, len(forecasts))] + [""]
+    steps = [
+        replace(step, phase=label_of(step.phase, name))
+        for name, one in zip(names, forecasts, strict=True)
+        for step in one.steps
+    ]
+    needs: dict[str, Requirement] = {}
+    for need in (need for one in forecasts for need in one.needs):
+        if need.what not in needs or need.least > needs[need.what].least:
+            needs[need.what] = need
+    return replace(
+        last,
+        needs=tuple(needs.values()),
+        problems=error.problems if error else (),
+        hints=error.hints if error else (),
+        exit_code=error.exit_code if error else 0,
+        steps=tuple(steps),
+        speeds={name: speed for one in forecasts for name, speed in one.speeds.items()},
+        notes=tuple(dict.fromkeys(note for one in forecasts for note in one.notes)),
+    )

@@ -74,12 +74,14 @@ def _is_left(ready: Prepared, name: str, space: Workspace) -> bool:
 def planned(ready: Prepared, names: Sequence[str]) -> Planned:
     """The event that says what a merge will do: it makes the outputs with these names."""
     plans: Mapping[str, Plan] = {name: ready.plans[name] for name in names}
-    recipe, budget = plans[names[0]].recipe, ready.run.budget
-    phases: list[Phase] = ["calibrate"] if isinstance(ready.calibration, Measurement) else []
-    phases += ["compare"] if recipe.acm else []
+    recipes, budget = [plan.recipe for plan in plans.values()], ready.run.budget
+    relaxed = any(recipe.aim for recipe in recipes)
+    phases: list[Phase] = ["calibrate"] if relaxed and isinstance(ready.calibration, Measurement) else []
+    phases += ["compare"] if any(recipe.acm for recipe in recipes) else []
     layers = Counter("" if task.layer is None else str(task.layer) for plan in plans.values() for task in plan.tasks)
+    surveyed = survey(plans, ready.inputs)
     return Planned(
-        recipe.title,
+        surveyed.title,
         (*phases, "merge", "finish"),
         str(ready.run.device),
         torch.get_num_threads(),
@@ -87,7 +89,7 @@ def planned(ready: Prepared, names: Sequence[str]) -> Planned:
         budget.vram,
         tensors=sum(len(plan.tasks) for plan in plans.values()),
         layers=_in_order(layers),
-        about=survey(plans, ready.inputs).as_json(),
+        about=surveyed.as_json(),
     )
 
 

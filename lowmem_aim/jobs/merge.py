@@ -17,6 +17,7 @@ from lowmem_aim.jobs.stages import Stages
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
 from lowmem_aim.merging.loop import merge_tensors
 from lowmem_aim.merging.merged_weights import MergedWeights
+from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.targets import SummedProgress, Target
 from lowmem_aim.models.opening import FETCHED
 from lowmem_aim.output.folder import ACTIVATIONS, PRIVATE, is_finished
@@ -59,7 +60,7 @@ def _merge(recipe: Recipe, out: Path, options: Options, feed: Feed) -> Path:
         feed(Notice(notice, "warning"))
     if recipe.stages:
         return _merge_stages(recipe, out, options, feed)
-    with prepared(recipe, out, options, feed) as ready:
+    with prepared(one_by_one(recipe), out, options, feed) as ready:
         ready.refuse()
         with holding(out, ready.plans, fresh=options.fresh) as spaces:
             if outputs := agreed(ready, spaces):
@@ -130,40 +131,53 @@ def _note_stages(stages: Stages, outputs: Sequence[HeldOutput]) -> None:
 # --- calibrate --------------------------------------------------------------------------------------------------------
 
 
-def calibrated(ready: Prepared, outputs: Sequence[HeldOutput]) -> Activations | None:
+def calibrated(
+    ready: Prepared, outputs: Sequence[HeldOutput], measured: dict[str, Activations] | None = None
+) -> Activations | None:
     """The base's activations, for AIM: given, kept by an interrupted run, from the cache, or measured now.
 
-    Measured activations are kept beside each output until the output is finished, whatever becomes of the cache. Raises
-    ModelError, MemoryBudgetError, DiskError.
+    Measured activations are kept beside each output until the output is finished, whatever becomes of the cache.
+    `measured` has those that this run has measured for other outputs, and gets these. Raises ModelError,
+    MemoryBudgetError, DiskError.
     """
     calibration, run = ready.calibration, ready.run
-    if calibration is None:
+    relaxed = [output for output in outputs if output.plan.recipe.aim]
+    if calibration is None or not relaxed:
         return None
-    spaces = [output.space for output in outputs]
+    spaces = [output.space for output in relaxed]
     if isinstance(calibration, GivenActivations):
         activations = calibration.activations
     else:
-        activations = _measured(calibration, run, spaces)
+        activations = _measured(calibration, run, spaces, {} if measured is None else measured)
         calibration.tell_unseen(activations, run.emit)
     for space in spaces:
         space.forget_calibration()
-    check_activations(activations, calibration.base, calibration.aim)
-    for part in idle_exclusions(activations, calibration.base, calibration.aim):
+    idle = dict[str, None]()
+    for aim in ready.aims:
+        check_activations(activations, calibration.base, aim)
+        idle |= dict.fromkeys(idle_exclusions(activations, calibration.base, aim))
+    for part in idle:
         run.emit(Notice(f"`aim.exclude`: `{printable(part)}` matches no weight that AIM relaxes", "warning"))
     return activations
 
 
-def _measured(measurement: Measurement, run: Run, spaces: Sequence[Workspace]) -> Activations:
+def _measured(
+    measurement: Measurement, run: Run, spaces: Sequence[Workspace], known: dict[str, Activations]
+) -> Activations:
+    what = measurement.digest()
     lacking = [space for space in spaces if not activations_kept(space.private, space.journal)]
     kept = next((space for space in spaces if space not in lacking), None)
     if kept:
         run.emit(Notice("resuming: the activations are already measured"))
         activations = Activations.load(kept.private / ACTIVATIONS)
+    elif what in known:
+        activations = known[what]
     else:
         # What was measured in two environments must not reach the cache, from which other merges take.
         mixed = any(space.journal.kept(AcceptedEnvironments) for space in spaces)
         use_cache = run.options.use_cache and not mixed
         activations = measurement.activations(run, spaces[0].private, spaces[0].journal, use_cache=use_cache)
+    known[what] = activations
     if lacking:
         weights = measurement.weights(activations)
         for space in lacking:
@@ -190,7 +204,7 @@ def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: A
         relaxation = _relaxation(ready, output, activations)
         space = output.space
         shards = Shards(output.plan, space.staging, space.journal, progress.of(number), output.name)
-        targets.append(Target(output.plan, shards, relaxation))
+        targets.append(Target(output.plan, shards, relaxation, ReadLog(inputs)))
     return merge_tensors(targets, inputs, run, ready.shares(grown=True))
 
 
@@ -204,7 +218,7 @@ def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | 
             what = f"{counted(len(output.weaker), 'weight')}, such as `{printable(output.weaker[0])}`"
             ready.run.emit(Notice(f"{aim.title}: it takes back less than AIM in {what}"))
         relaxation = relaxation.then(by_channel)
-    if ready.comparison:
+    if ready.comparison and output.plan.recipe.acm:
         merged = partial(MergedWeights, output.plan, inputs, relaxation)
         output.consensus = ready.comparison.consensus(
             output.plan, inputs, merged, ready.outline(), ready.run, output.space
@@ -219,12 +233,12 @@ def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | 
 def finish(
     ready: Prepared, outputs: Sequence[HeldOutput], activations: Activations | None, merged: Sequence[Merged]
 ) -> None:
-    """Make the small files of every output, then give all its files their names. Raises DiskError."""
+    """Make the small files of every output, and give all its files their names. Raises DiskError."""
     # Emitted before cards and pictures are made: making them takes a second, which belongs to no other phase.
     ready.emit(PhaseStarted("finish", sum(len(found.shards) for found in merged), "files"))
-    files = [_small_files(ready, output, activations, found) for output, found in zip(outputs, merged, strict=True)]
-    for output, found, own in zip(outputs, merged, files, strict=True):
-        publish(output.space, found.shards, {shard.name: shard.nbytes for shard in output.plan.shards}, own)
+    for output, found in zip(outputs, merged, strict=True):
+        files = _small_files(ready, output, activations if output.plan.recipe.aim else None, found)
+        publish(output.space, found.shards, {shard.name: shard.nbytes for shard in output.plan.shards}, files)
     ready.emit(PhaseEnded("finish"))
 
 

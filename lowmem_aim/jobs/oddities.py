@@ -14,9 +14,9 @@ from lowmem_aim.recipe.recipe import Setting
 
 def tell_oddities(ready: Prepared) -> None:
     """Emit a warning for each; none of them stops the merge."""
-    plan = next(iter(ready.plans.values()))
     known = not ready.incomplete  # else the files of the reference could not be read
-    for text in (*_idle_filters(plan), *(_missing_tokenizer(ready) if known else ())):
+    idle = [text for plan in ready.plans.values() for text in _idle_filters(plan)]
+    for text in dict.fromkeys([*idle, *(_missing_tokenizer(ready) if known else ())]):
         ready.emit(Notice(text, "warning"))
 
 

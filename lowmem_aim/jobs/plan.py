@@ -23,6 +23,7 @@ from lowmem_aim.jobs.stages import Stages
 from lowmem_aim.models.opening import Finder
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.survey import survey
+from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.memory import Kind, enough
 from lowmem_aim.system.options import DEFAULTS, Options
@@ -45,22 +46,17 @@ def plan(
     among the forecast's.
     """
     warnings: list[str] = []
-
-    def noting(event: Event) -> None:
-        if isinstance(event, Notice) and event.level == "warning":
-            warnings.append(event.text)
-        emit(event)
-
+    told = noting(emit, warnings)
     for notice in (notice for part in recipe.in_order.values() for notice in part.notices):
-        noting(Notice(notice, "warning"))
+        told(Notice(notice, "warning"))
     with contextlib.ExitStack() as stack:
         hub = Headers(stack)
         finder = Finder(hub.find, has_weights=lambda folder: not hub.stands_in(folder), fetches=False)
-        stages = stack.enter_context(Stages(recipe, out, options, noting, finder))
+        stages = stack.enter_context(Stages(recipe, out, options, told, finder))
         forecasts: dict[str, Forecast] = {}
 
         def visit(name: str, ready: Prepared) -> None:
-            forecasts[name] = _Estimate(ready, hub).forecast(measure)
+            forecasts[name] = Estimate(ready, hub).forecast(measure)
 
         errors = stages.check(visit, reread=False)
         if "" not in forecasts:  # of an output that cannot be planned, or without the device, nothing can be told
@@ -69,14 +65,26 @@ def plan(
     return replace(found, warnings=tuple(dict.fromkeys(warnings)))
 
 
+def noting(emit: Emit, warnings: list[str]) -> Emit:
+    """An Emit that passes events on, and adds to `warnings` what was warned of."""
+
+    def noted_too(event: Event) -> None:
+        if isinstance(event, Notice) and event.level == "warning":
+            warnings.append(event.text)
+        emit(event)
+
+    return noted_too
+
+
 @dataclass(frozen=True)
-class _Estimate:
+class Estimate:
     """The needs of a prepared merge on this machine, and the time that it would take."""
 
     ready: Prepared
     hub: Headers
 
     def forecast(self, measure: bool) -> Forecast:
+        """The forecast of the merge; `measure`: also how long it would take. Problems stay in `Prepared.errors`."""
         ready = self.ready
         surveyed = survey(ready.plans, ready.inputs, self.hub.missing)
         is_left = bool(ready.unfinished())
@@ -141,30 +149,43 @@ class _Estimate:
         ready, run = self.ready, self.ready.run
         real = [folder for folder in ready.inputs.folders if ready.finder.has_weights(folder)]
         files = [file for folder in real for file in sorted(folder.glob("*.safetensors"))]
-        first = next(iter(ready.plans.values()))
-        merged = [task for task in first.tasks if task.action == "merge"]
-        shares = ready.shares()
         with noted(ready.errors):
             disk = disk_speed(existing_folder(ready.out), files, MEASURED_SECONDS)
             speeds = ({"read": disk.read} if disk.read else {}) | {"write": disk.write}
-            if merged:
-                task = max(merged, key=lambda task: task.numel)
-                speeds["compute"] = merge_speed(
-                    first.recipe.method,
-                    task.parameters,
-                    len(task.experts),
-                    device=run.device,
-                    relaxed=ready.recipe.relaxed,
-                    dtype=task.dtype.torch,
-                    threads=shares.workers,
-                    seconds=MEASURED_SECONDS / 2,
-                    slice_elements=shares.slice_elements,
-                )
+            speeds |= self._merge_speeds()
             for model_run in ready.model_runs:
                 seconds = MEASURED_SECONDS / 2
                 speeds[model_run.speed] = matmul_speed(run.device, model_run.dtype, seconds, tokens=model_run.length)
             return speeds
         return {}
+
+    def _merge_speeds(self) -> dict[str, float]:
+        """Elements of the output per second, by `_compute` of each method."""
+        shares, by_method = self.ready.shares(), dict[str, list[Plan]]()
+        for plan in self.ready.plans.values():
+            by_method.setdefault(self._compute(plan), []).append(plan)
+        speeds = {}
+        for name, plans in by_method.items():
+            merged = [task for task in plans[0].tasks if task.action == "merge"]
+            if merged:
+                task = max(merged, key=lambda task: task.numel)
+                speeds[name] = merge_speed(
+                    plans[0].recipe.method,
+                    task.parameters,
+                    len(task.experts),
+                    device=self.ready.run.device,
+                    relaxed=any(plan.recipe.relaxed for plan in plans),
+                    dtype=task.dtype.torch,
+                    threads=shares.workers,
+                    seconds=MEASURED_SECONDS / 2 / len(by_method),
+                    slice_elements=shares.slice_elements,
+                )
+        return speeds
+
+    def _compute(self, plan: Plan) -> str:
+        """The name of a method's arithmetic among the speeds."""
+        methods = {other.recipe.method.name for other in self.ready.plans.values()}
+        return "compute" if len(methods) == 1 else f"compute by {plan.recipe.method.name}"
 
     def _steps(self, read: int, write: int, speeds: Mapping[str, float]) -> Iterator[Step]:
         plans = self.ready.plans
@@ -176,8 +197,12 @@ class _Estimate:
             if "read" in speeds:
                 limits["read"] = model_run.models * sum(task.nbytes for task in blocks) / speeds["read"]
             yield Step(model_run.phase, limits)
-        elements = sum(task.numel for plan in plans.values() for task in plan.tasks if task.action == "merge")
+        computing = [
+            sum(task.numel for task in plan.tasks if task.action == "merge") / speeds[self._compute(plan)]
+            for plan in plans.values()
+            if self._compute(plan) in speeds
+        ]
         limits = {"write": write / speeds["write"]}
-        limits |= {"compute": elements / speeds["compute"]} if "compute" in speeds else {}
+        limits |= {"compute": sum(computing)} if computing else {}
         limits |= {"read": read / speeds["read"]} if "read" in speeds else {}
         yield Step("merge", limits)

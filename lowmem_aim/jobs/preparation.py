@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from lowmem_aim.errors import (
     UsageError,
     joined,
     noted,
+    of_some,
     printable,
     raise_all,
 )
@@ -47,33 +48,38 @@ from lowmem_aim.system.options import Options, wrong_options
 
 @contextlib.contextmanager
 def prepared(
-    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
     out: Path,
     options: Options,
     emit: Emit,
     finder: Finder = FETCHED,
     position: Position = ALONE,
+    *,
+    together: bool = True,
 ) -> Iterator[Prepared]:
     """Open, plan and check everything; the errors of single checks are kept in the result.
+
+    `recipes` are by the output's folder in `out` (see `one_by_one`); one reading of the models serves all of them (see
+    `recipe.readings`). Unless they are made `together`, it is enough if each has the memory and the disk to itself.
 
     Raises the errors of models that cannot be opened or planned, together with all that can be checked without them.
     """
     _check_options(options)
-    names = list(one_by_one(recipe))
+    recipe = next(iter(recipes.values()))
     errors: list[LowmemAimError] = []
     if not position.over:
         with noted(errors):
-            _check_output(out, [out / name for name in names])
+            _check_output(out, [out / name for name in recipes])
     if options.keep_stages and not position.stage and not recipe.stages:
         errors.append(UsageError("`--keep-stages`: the recipe has no named stages", hint="leave it out"))
-    errors += _missing_texts(recipe)
+    errors += of_some({name: [*_missing_texts(one)] for name, one in recipes.items()})
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader(options.use_cache))
         opened = stack.enter_context(opened_models(recipe, options.read, emit, finder, reader, errors))
         _point_to_comments(recipe, errors)
         # No process is started to find more problems; but `plan` describes the merge even if its output is in the way.
         reader.alone = bool(errors) and (finder.fetches or None in opened.values())
-        inputs, plans, unfit = None, {}, list[LowmemAimError]()
+        inputs, plans, unfit = None, dict[str, Plan](), list[LowmemAimError]()
         with contextlib.suppress(ReaderNeeded), noted(unfit):
             inputs = compared(recipe, opened, reader, emit, unfit)
             if inputs:
@@ -81,7 +87,8 @@ def prepared(
         if inputs and not unfit and None not in opened.values():
             with noted(unfit):
                 check_repeated(inputs, finder.has_weights)
-                plans = _plans(recipe, inputs, options)
+                plans, refused = _plans(recipes, inputs, options)
+                unfit += refused
         errors += unfit
         if not inputs or not plans:
             with noted(errors):
@@ -90,7 +97,7 @@ def prepared(
             raise AssertionError("models are opened, or it is told why not")
         reader.alone = False
         ready = Prepared(
-            recipe,
+            recipes,
             out,
             options,
             emit,
@@ -102,6 +109,7 @@ def prepared(
             notes=list(_local_names(recipe)),
             incomplete=not position.known,
             position=position,
+            together=together,
         )
         _make(AT_ONCE, ready)
         if not errors and not ready.is_settled():
@@ -154,19 +162,22 @@ def _check_output(out: Path, folders: list[Path]) -> None:
         check_writable(existing_folder(out))
 
 
-def _plans(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Plan]:
-    """The plan of each output."""
-    return {
-        name: make_plan(
-            one,
-            inputs,
-            seed=options.seed,
-            shard_bytes=options.shard_bytes,
-            shard_parameters=options.shard_parameters,
-            nonfinite=options.nonfinite,
-        )
-        for name, one in one_by_one(recipe).items()
-    }
+def _plans(
+    recipes: Mapping[str, Recipe], inputs: Inputs, options: Options
+) -> tuple[dict[str, Plan], list[LowmemAimError]]:
+    """The plan of each output, and what is wrong with those that have none."""
+    plans, wrong = dict[str, Plan](), dict[str, list[LowmemAimError]]()
+    for name, recipe in recipes.items():
+        with noted(wrong.setdefault(name, [])):
+            plans[name] = make_plan(
+                recipe,
+                inputs,
+                seed=options.seed,
+                shard_bytes=options.shard_bytes,
+                shard_parameters=options.shard_parameters,
+                nonfinite=options.nonfinite,
+            )
+    return plans, of_some(wrong)
 
 
 def _make(checks: tuple[Check, ...], ready: Prepared) -> None:

@@ -22,7 +22,7 @@ from lowmem_aim.models.reader import Reader
 from lowmem_aim.output.folder import PRIVATE, check_writable, existing_folder, is_finished, staged_bytes
 from lowmem_aim.output.records import Identity
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import Options
 from lowmem_aim.system.run import Run, start
@@ -77,16 +77,19 @@ ALONE = Position()
 
 @dataclass
 class Prepared:
-    """A merge that could begin, unless there are `errors`. Nothing has been written."""
+    """A merge that could begin, unless there are `errors`. Nothing has been written.
 
-    recipe: Recipe
+    It may have several outputs, each with a recipe of its own, of which one reading of the models serves all.
+    """
+
+    recipes: Mapping[str, Recipe]  # by the output's folder in `out`; "" where the output is `out` itself
     out: Path
     options: Options
     emit: Emit
     finder: Finder
     reader: Reader  # closed before the work begins
     inputs: Inputs
-    plans: Mapping[str, Plan]  # by the output's folder in `out`; "" where the output is `out` itself
+    plans: Mapping[str, Plan]  # by name, as the recipes
     errors: list[LowmemAimError]
     copied: Mapping[str, bytes] = field(default_factory=dict)  # small files that the output takes from the reference
     config: Mapping[str, Any] = field(default_factory=dict)  # of the output
@@ -97,6 +100,22 @@ class Prepared:
     unread: bool = False  # some texts are on the Hub, and were not fetched
     incomplete: bool = False  # something that tells this job from others could not be had
     position: Position = ALONE
+    together: bool = True  # the outputs are made at once; else so many at a time as fit, and one does at least
+
+    @property
+    def recipe(self) -> Recipe:
+        """The first of the recipes, for all that they have in common: models, slices, dtype and tokenizer."""
+        return next(iter(self.recipes.values()))
+
+    @property
+    def aims(self) -> list[Aim]:
+        """AIM's tables, each once; they are measured for alike."""
+        return list(dict.fromkeys(recipe.aim for recipe in self.recipes.values() if recipe.aim))
+
+    @property
+    def acm(self) -> Acm | None:
+        """The table of ACM, if any output has it: all that do have the same."""
+        return next((recipe.acm for recipe in self.recipes.values() if recipe.acm), None)
 
     @functools.cached_property
     def run(self) -> Run:
@@ -114,8 +133,8 @@ class Prepared:
             plan,
             self.inputs,
             self.copied,
-            self.calibration,
-            self.comparison,
+            self.calibration if plan.recipe.aim else None,
+            self.comparison if plan.recipe.acm else None,
             self.run.device,
             self.position.made_of,
             self.finder.planned,
@@ -128,12 +147,12 @@ class Prepared:
 
     def lasting(self, name: str) -> Identity:
         """The part of that identity which a finished output is compared with; torch only for what was measured."""
-        return self.identity(name) if self.measures else self.known(name)
+        return self.identity(name) if self.plans[name].recipe.relaxed else self.known(name)
 
     @property
     def measures(self) -> bool:
-        """Whether the outputs depend on activations or texts, which only torch or the tokenizer can read."""
-        return self.recipe.aim is not None or self.recipe.acm is not None
+        """Whether any output depends on activations or texts, which only torch or the tokenizer can read."""
+        return any(recipe.relaxed for recipe in self.recipes.values())
 
     def unfinished(self) -> list[str]:
         """The names of the outputs that are still to be made: none is for an output that is finished."""
@@ -159,13 +178,17 @@ class Prepared:
         return not self.unfinished() and not self.measures and self.options.device in ("auto", "cpu")
 
     def needs(self) -> shares.Needs:
-        """The memory that the merge itself takes."""
-        return shares.Needs.of([*self.plans.values()], self.inputs, self.run.device)
+        """The memory that the merge itself takes: of all outputs that are left, or of the one that takes the most."""
+        left = [self.plans[name] for name in self.unfinished()] or [*self.plans.values()]
+        on_host = self.run.budget.vram is None
+        each = [left] if self.together else [[plan] for plan in left]
+        needs = [shares.Needs.of(plans, self.inputs, self.run.device) for plans in each]
+        return max(needs, key=lambda need: need.least_ram(on_host))
 
     @functools.cached_property
     def reached(self) -> int:
         """The most bytes of RAM that were in use while the code of the merge was compiled and loaded, once for all."""
-        return rehearse(next(iter(self.plans.values())), self.run.budget)
+        return rehearse([*self.plans.values()], self.run.budget)
 
     def shares(self, *, grown: bool = False) -> shares.Shares:
         """Divide what is left of the budget now, for the merge itself; `grown`: the merge has begun.
@@ -176,14 +199,16 @@ class Prepared:
         return shares.share_out(self.run.budget, self.run.device, self.needs(), reached, grown=grown)
 
     def merging_bytes(self) -> int:
-        """Bytes of RAM that merging weights on demand takes, while ACM compares."""
-        return self.needs().one_by_one(ELEMENTS)
+        """Bytes of RAM that merging weights on demand takes, while ACM compares, one output after another."""
+        compared = [plan for plan in self.plans.values() if plan.recipe.acm]
+        needs = [shares.Needs.of([plan], self.inputs, self.run.device) for plan in compared]
+        return max((need.one_by_one(ELEMENTS) for need in needs), default=0)
 
     def bytes_to_write(self) -> int:
-        """Bytes of the outputs that earlier runs have not yet taken of the disk."""
+        """Bytes of the outputs that earlier runs have not yet taken of the disk; if not `together`, of the largest."""
         copied = sum(map(len, self.copied.values()))
         sizes = [self.plans[name].output_bytes + copied - staged_bytes(self.folder(name)) for name in self.unfinished()]
-        return sum(sizes)
+        return sum(sizes) if self.together else max(sizes, default=0)
 
     def bytes_to_spill(self) -> int:
         """Bytes of hidden states that may go to the disk at worst: all of them, and two snapshots."""

@@ -13,7 +13,7 @@ from lowmem_aim.evaluating.scores import Scores, read_scores
 from lowmem_aim.events import PointScored
 from lowmem_aim.jobs.swept import Swept
 from lowmem_aim.output.records import SweepSize
-from lowmem_aim.output.sweep_folder import SweepFolder
+from lowmem_aim.output.sweep_folder import SweepFolder, is_scored
 from lowmem_aim.recipe.points import Point
 
 
@@ -34,9 +34,8 @@ class ScoredPoints:
 
     @property
     def left(self) -> list[Point]:
-        """The points that are not scored yet; those whose models are there, or begun, come first."""
-        left = [point for point in self.swept.points if not self.is_scored(point)]
-        return sorted(left, key=lambda point: not self.model(point).is_dir())
+        """The points that are not scored yet."""
+        return [point for point in self.swept.points if not self.is_scored(point)]
 
     @property
     def done(self) -> int:
@@ -49,14 +48,14 @@ class ScoredPoints:
 
     def is_scored(self, point: Point) -> bool:
         """Whether the scores of a point are there."""
-        return self.folder.scores_of(point.name).is_file()
+        return is_scored(self.folder.out, point.name)
 
     def keep_size(self, *, finished: bool = False) -> None:
         """Keep in the journal how much is done. Raises DiskError."""
         self.folder.journal.keep(SweepSize(self.done, self.of, finished))
 
     def comparison(self, *, draws: bool = False) -> Comparison:
-        """What is scored so far, compared; the points of earlier sweeps in the folder too. Raises UsageError.
+        """The comparison of all that is scored so far; the points of earlier sweeps here too. Raises UsageError.
 
         With `draws`, gains have standard errors, which takes a moment for each point.
         """

@@ -49,15 +49,15 @@ def search(searched: Searched, out: Path, options: Options = DEFAULTS, emit: Emi
     Raises the errors of `merge` and `evaluate`, before any work where that is possible.
     """
     with reported("sweep", out, emit, options.command) as feed, contextlib.ExitStack() as stack:
-        experts, nbytes = checked_search(searched, out, options, feed)
+        ready = checked_search(searched, out, options, feed)
         folder, is_first = _entered(out, options.fresh, stack)
         if is_first:
             feed.record_in([folder.private])
         else:
             feed(Notice("another process searches in this folder: this one takes part"))
         options = replace(options, fresh=False)  # what was there is gone
-        points = ScoredPoints(searched.swept, folder, experts)
-        return _Worker(searched, SweepRun(points, experts, nbytes, options, feed)).work()
+        run = SweepRun(ScoredPoints(searched.swept, folder, ready.experts), ready, options, feed)
+        return _Worker(searched, run).work()
 
 
 def _entered(out: Path, fresh: bool, stack: contextlib.ExitStack) -> tuple[SweepFolder, bool]:
@@ -143,7 +143,7 @@ class _Worker:
 
     def _score_experts(self) -> None:
         """Score the experts that no other worker scores, and wait for the rest."""
-        left = dict(self.run.experts)
+        left = dict(self.run.ready.experts)
         while left:
             for name, reference in list(left.items()):
                 with locked_if_free(self.folder.lock_of(f"expert-{name}")) as held:
@@ -233,7 +233,7 @@ class _Worker:
     # -- scores
 
     def _experts(self) -> list[Scores]:
-        return [read_scores(self.folder.scores_of_expert(name)) for name in self.run.experts]
+        return [read_scores(self.folder.scores_of_expert(name)) for name in self.run.ready.experts]
 
     def _values(self, point: Point) -> list[float]:
         """The objectives of a point that is scored."""

@@ -12,7 +12,7 @@ from lowmem_aim.evaluating.scores import UNITS
 from lowmem_aim.evaluating.tasks import Loaded
 from lowmem_aim.events import Emit
 from lowmem_aim.jobs.study import missing_optuna
-from lowmem_aim.jobs.swept import Swept, checked
+from lowmem_aim.jobs.swept import Checked, Swept, checked
 from lowmem_aim.recipe.search_space import Space
 from lowmem_aim.system.options import Options
 
@@ -34,22 +34,18 @@ class Searched:
         return {"search": self.space.as_json()}
 
 
-def checked_search(searched: Searched, out: Path, options: Options, emit: Emit) -> tuple[dict[str, str], int]:
-    """Make all checks before work. Returns (name -> reference of each expert, bytes of the largest merged model).
-
-    Raises every error that there is, at once.
-    """
+def checked_search(searched: Searched, out: Path, options: Options, emit: Emit) -> Checked:
+    """Make all checks before work. Raises every error that there is, at once."""
     errors: list[LowmemAimError] = [*missing_optuna()]
     if searched.trials < 1:
         errors.append(UsageError("`--search` needs one trial or more", "such as `--search 20`"))
     if len(set(searched.objectives)) < len(searched.objectives):
         errors.append(UsageError("`--objective` names a task twice", "name each once"))
+    options = replace(options, fresh=False)  # the points by which all is checked are never made
     with noted(errors):
-        experts, forecast = checked(
-            searched.swept, out, replace(options, fresh=False), emit, lambda loaded: _of_tasks(searched, loaded)
-        )
+        ready = checked(searched.swept, out, options, emit, of_tasks=lambda loaded: _of_tasks(searched, loaded))
     raise_all(errors)
-    return experts, forecast.largest_output
+    return ready
 
 
 def _of_tasks(searched: Searched, loaded: Loaded) -> Iterator[LowmemAimError]:

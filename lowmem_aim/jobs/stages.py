@@ -68,7 +68,8 @@ class Stages:
             options = replace(options, fresh=False)
         emit = of_stage(self._new if held else self._first, name)
         position = self._position(name, held)
-        with _located(name), prepared(recipe, self.folder(name), options, emit, self._find(), position) as ready:
+        recipes, folder = one_by_one(recipe), self.folder(name)
+        with _located(name), prepared(recipes, folder, options, emit, self._find(), position) as ready:
             yield ready
 
     def _first(self, event: Event) -> None:

@@ -7,40 +7,38 @@ that are there say what is done: a killed sweep goes on with the rest.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_aim.errors import DiskError, MemoryBudgetError, ResumeError, printable
+from lowmem_aim.errors import ResumeError, printable
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.comparison import Comparison
 from lowmem_aim.evaluating.fronts import fronts_of
 from lowmem_aim.evaluating.origin import digest_of_model
 from lowmem_aim.evaluating.recommended import recommended
 from lowmem_aim.evaluating.report import write_report
-from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.events import Emit, silent
 from lowmem_aim.jobs.by_ray import made_by_ray
 from lowmem_aim.jobs.evaluate import score
 from lowmem_aim.jobs.merge_many import merge_many
 from lowmem_aim.jobs.resume import agree
 from lowmem_aim.jobs.scored_points import ScoredPoints
-from lowmem_aim.jobs.swept import Swept, checked
+from lowmem_aim.jobs.swept import Checked, Swept, checked, largest
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.output.folder import is_finished
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.records import Identity
 from lowmem_aim.output.sweep_folder import sweep_folder
 from lowmem_aim.recipe.points import Point
 from lowmem_aim.recipe.written import written
-from lowmem_aim.system.files import disk_errors, write_file
+from lowmem_aim.system.files import write_file
 from lowmem_aim.system.options import DEFAULTS, Options
-from lowmem_aim.units import counted, shown
+from lowmem_aim.units import counted
 from lowmem_aim.view.feed import Feed, Part, reported
-
-FREE_SHARE = 0.5  # of the disk's free bytes, for merged models
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,11 @@ def sweep(swept: Swept, out: Path, options: Options = DEFAULTS, emit: Emit = sil
     Raises the errors of `merge` and `evaluate`, before any work where that is possible.
     """
     with reported("sweep", out, emit, options.command) as feed:
-        experts, forecast = checked(swept, out, options, feed)
+        ready = checked(swept, out, options, feed)
         with sweep_folder(out, fresh=options.fresh) as folder:
             feed.record_in([folder.private])
             options = replace(options, fresh=False)  # what was there is gone
-            points = ScoredPoints(swept, folder, experts)
-            return SweepRun(points, experts, forecast.largest_output, options, feed).run()
+            return SweepRun(ScoredPoints(swept, folder, ready.experts), ready, options, feed).run()
 
 
 @dataclass
@@ -71,24 +68,29 @@ class SweepRun:
     """A sweep while it runs."""
 
     points: ScoredPoints
-    experts: Mapping[str, str]  # name -> reference
-    nbytes: int  # of a merged model
+    ready: Checked
     options: Options
     feed: Feed
 
     def run(self) -> Result:
         """Do what is left of the sweep. Raises as `sweep`."""
         self._agree()
-        for name, reference in self.experts.items():
+        for name, reference in self.ready.experts.items():
             self.score_expert(name, reference)
         for point in self.points.swept.points:
             if self.points.is_scored(point):
                 self.feed(self.points.event_of(point.name, earlier=True))
+        for point in self.points.left:
+            if is_finished(self.points.model(point)):  # by a run that was interrupted before it was scored
+                self._score(point)
         if self.points.swept.ray and self.points.left:
             self._make_by_ray(self.points.left)
-        while left := self.points.left:
-            for point in self._merged(left):
-                self._score(point)
+            return self.finished()
+        for batch in self.ready.merges.batches:
+            self._merge(list(batch.output_bytes))
+            for point in self.points.left:
+                if point.name in batch.output_bytes:
+                    self._score(point)
         return self.finished()
 
     # -- what this sweep is
@@ -136,41 +138,13 @@ class SweepRun:
 
     # -- merge
 
-    def _merged(self, left: Sequence[Point]) -> Sequence[Point]:
-        """Merge as many of the points that are left as disk and memory hold at a time; returns these."""
-        batch = left[: self._room(left)]
-        while True:
-            recipes = {point.name: point.recipe for point in batch}
-            try:
-                merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self.title()))
-                return batch
-            except MemoryBudgetError:
-                if len(batch) == 1:
-                    raise
-            batch = batch[: len(batch) // 2]
-            self.feed(Notice(f"the memory holds fewer merges at a time: trying {len(batch)}"))
+    def _merge(self, names: Sequence[str]) -> None:
+        recipes = {point.name: point.recipe for point in self.points.swept.points if point.name in names}
+        merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self.title()))
 
     def title(self) -> str:
         """What is done so far, in words."""
         return f"sweep, {self.points.done} of {counted(self.points.of, 'point')} scored"
-
-    def _room(self, left: Sequence[Point]) -> int:
-        """The number of merged models for which there is disk. Raises DiskError if there is none for one."""
-        disk, out = self.points.swept.disk, self.points.folder.out
-        with disk_errors(out):
-            free = shutil.disk_usage(out).free
-        begun = sum(self.points.model(point).is_dir() for point in left)
-        room = disk - self._kept_bytes() if disk is not None else int(free * FREE_SHARE) + begun * self.nbytes
-        if room < self.nbytes:
-            what = "half of what is free" if disk is None else "`--disk`"
-            raise DiskError(
-                f"a merged model takes {shown(self.nbytes)}, and {what} leaves {shown(max(0, room))} for it",
-                hint="free some space, give a larger `--disk`, or keep fewer models (`--keep`)",
-            )
-        return room // max(1, self.nbytes)
-
-    def _kept_bytes(self) -> int:
-        return len(self.points.staying()) * self.nbytes
 
     # -- score
 
@@ -191,7 +165,9 @@ class SweepRun:
 
     def _make_by_ray(self, left: Sequence[Point]) -> None:
         swept, out = self.points.swept, self.points.folder.out
-        emit, at_once = Part(self.feed, self.title()), self._room(left)
+        one = max(1, largest(self.ready.merges.batches))
+        at_once = max(1, swept.room(out) // one - swept.staying)
+        emit = Part(self.feed, self.title())
         for point in made_by_ray(left, swept, out, self.options, emit, address=swept.ray, at_once=at_once):
             self._tell(point)
 
@@ -203,8 +179,8 @@ class SweepRun:
 
     # -- finish
 
-    def finished(self, *, whole: bool = True) -> Result:
-        """Write the report and the recommended recipes; `whole`: nothing is left to do. Raises DiskError."""
+    def finished(self) -> Result:
+        """Write the report and the recommended recipes. Raises DiskError."""
         folder = self.points.folder
         self.points.remove_models()
         found = self.points.comparison(draws=True)
@@ -213,7 +189,7 @@ class SweepRun:
         best, recipes = recommended(found), folder.noted()
         for what, name in best.items():
             write_file(folder.out / f"{what}.yml", (self._comment(what, name) + recipes[name]).encode())
-        self.points.keep_size(finished=whole)
+        self.points.keep_size(finished=True)
         return Result(folder.out, found, best)
 
     def _comment(self, what: str, name: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lowmem_aim.merging.slices import TensorInputs
+from lowmem_aim.merging.slices import TensorInputs, TensorReader
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Replaced
 from lowmem_aim.output.shards import Read
@@ -17,24 +17,26 @@ Place = tuple[Path, ...]  # the folders of a model, see `Checkpoint.place`
 
 
 class ReadLog:
-    """A log of what this run, and those before it, have read of each model."""
+    """A log of what this run, and those before it, have read of each model for one output."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._digests: dict[Place, dict[str, str]] = {}  # model -> tensor -> xxh3-128 of its rows as read
         self._replaced: dict[Place, dict[str, int]] = {}  # model -> tensor -> elements that were not finite
 
-    def add(self, tensor: TensorInputs) -> Read:
+    def add(self, tensor: TensorInputs, found: Mapping[TensorReader, str], *, with_base: bool) -> Read:
         """Add a tensor that has been read to its end, and return the facts about it.
 
-        Raises ModelError if a model's file has changed meanwhile.
+        `found` are its `TensorInputs.digests`. Unless `with_base`, the output does without the base, whatever other
+        outputs that were made of the same rows do.
         """
         digests: dict[str, dict[str, str]] = {}
         replaced: dict[str, dict[str, int]] = {}
         for reader in tensor.sources:
-            reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
+            if reader is tensor.base and not with_base:
+                continue
             model = str(self._inputs.places.index(reader.checkpoint.place))
-            digests.setdefault(model, {})[reader.tensor] = reader.digest()
+            digests.setdefault(model, {})[reader.tensor] = found[reader]
             if count := tensor.replaced_of(reader):
                 replaced.setdefault(model, {})[reader.tensor] = count
         read = Read(digests, replaced)

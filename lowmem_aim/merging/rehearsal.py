@@ -16,7 +16,7 @@ from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Rounds, Rows
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.planning.layout import subject_of
-from lowmem_aim.planning.tasks import Plan, Task
+from lowmem_aim.planning.tasks import Plan, Task, as_read
 from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.dtypes import Dtype
 from lowmem_aim.system.memory import Budget, trim
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 COLUMNS, ROWS = 256, 4  # of the random tensors, at most
 
 
-def rehearse(plan: Plan, budget: Budget) -> int:
-    """Merge random tensors as the plan merges those that differ in kind; return the most RAM that was in use, in bytes.
+def rehearse(plans: Sequence[Plan], budget: Budget) -> int:
+    """Merge random tensors as the plans merge those that differ in kind; return the most RAM that was in use, in bytes.
 
     Nothing is held to the budget yet. The compiled loops depend on dtypes, on the number of experts, and on the method.
     Where a device with memory of its own computes, only the check of what is read is rehearsed.
     """
     trim()
-    for checkpoint in {source.checkpoint for task in plan.tasks for source in task.sources(with_base=True)}:
+    for checkpoint in {source.checkpoint for task in as_read(plans) for source in task.sources(with_base=True)}:
         checkpoint.warm_up()
     most = budget.ram_used()
-    for task in _kinds(plan):
+    for plan, task in _kinds(plans):
         # A method may refuse numbers that no model has: the merge itself will tell of what is wrong.
         with contextlib.suppress(Exception):
             _merge(task, plan, computed=budget.vram is None)
@@ -48,13 +48,15 @@ def rehearse(plan: Plan, budget: Budget) -> int:
     return most
 
 
-def _kinds(plan: Plan) -> Iterator[Task]:
-    """The first of all tasks that take the same way through the code."""
+def _kinds(plans: Sequence[Plan]) -> Iterator[tuple[Plan, Task]]:
+    """The first of all tasks that take the same way through the code, with their plans."""
     seen = set()
-    for task in plan.tasks:
-        if task.action == "merge" and (kind := _kind(task)) not in seen:
-            seen.add(kind)
-            yield task
+    for plan in plans:
+        way = plan.recipe.method.name, plan.recipe.relaxed
+        for task in plan.tasks:
+            if task.action == "merge" and (kind := (way, _kind(task))) not in seen:
+                seen.add(kind)
+                yield plan, task
 
 
 def _kind(task: Task) -> Hashable:

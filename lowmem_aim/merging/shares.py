@@ -1,6 +1,6 @@
 """Memory that a merge takes, and the division of a budget for it. All figures are bytes, unless they say otherwise.
 
-    held       what the method holds of the two tensors under way, whatever the slices' size; and what the run grows by
+    held       what the methods hold of the two tensors under way, whatever the slices' size; and what the run grows by
     slices     those read ahead, computed and waiting to be written: at least small ones must fit
     kept       whole tensors, between their passes: they get what is left
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lowmem_aim.errors import LowmemAimError, raise_all
@@ -22,7 +22,7 @@ from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.writer import WAITING
 from lowmem_aim.planning.layout import subject_of
-from lowmem_aim.planning.tasks import Plan, Task
+from lowmem_aim.planning.tasks import Plan, Task, as_read
 from lowmem_aim.system.dtypes import DTYPES
 from lowmem_aim.system.memory import Budget, Kind, too_small
 from lowmem_aim.system.on_demand import torch
@@ -37,6 +37,8 @@ GPU_SLICE_ELEMENTS = 1 << 22
 LEAST_SLICE_ELEMENTS = 1 << 15
 # What the run grows by once the budget is divided: threads, the journal, the card.
 GROWTH_BYTES = 32 << 20
+# The same of each further output: threads, the journal, the log.
+OUTPUT_BYTES = 1 << 20
 # Slices read ahead where the budget allows it.
 AHEAD = 4
 # Slices on a GPU at the same time: one copied in, one computed, one copied out.
@@ -55,16 +57,17 @@ class Needs:
     largest: int  # elements of the largest tensor
     stored: int  # of one element, in all models
     written: int  # of one element, in all outputs
-    footprint: Footprint  # the most that the method takes of any tensor; `tensor` is of the two under way
+    footprint: Footprint  # the most that the methods take of any tensor; `tensor` is of the two under way
     compiled: bool  # numba's loops do the arithmetic
     passes: int = 2  # over a tensor, at most: after the first, slices are read again
+    outputs: int = 1  # written at the same time
     reading: Footprint = field(default_factory=Footprint)  # of all models' readers, besides the rows that they give
 
     @classmethod
     def of(cls, plans: Sequence[Plan], inputs: Inputs, device: torch.device) -> Needs:
-        """The needs of a merge that writes all `plans` at once; the plans differ in their relaxation only."""
-        plan, method = plans[0], plans[0].recipe.method
-        tasks = [task for task in plan.tasks if task.action == "merge"]
+        """The needs of a merge that writes all `plans` at once; they differ in method and relaxation only."""
+        methods = [plan.recipe.method for plan in plans]
+        tasks = [task for task in as_read(plans) if task.action == "merge"]
         filled = any(task.filling for task in tasks)
         # Beside base and experts, the rows that stand where a model has none.
         models = max((len(task.experts) for task in tasks), default=0) + 1 + filled
@@ -73,7 +76,7 @@ class Needs:
         stored = max((dtype.itemsize for dtype in dtypes), default=4)
         stored = max(stored, *(task.given_dtype.itemsize for task in tasks if task.filling)) if filled else stored
         loops = device.type == "cpu" and kernels.available()
-        footprint = _footprint(plan, tasks, loops)
+        footprint = _footprint(plans, loops)
         if (loops and len(dtypes) > 1) or not dtypes <= {DTYPES["BF16"], DTYPES["F32"]}:
             footprint = _plus_element(footprint, 4 * models)  # the loops take float32 copies
         return cls(
@@ -82,8 +85,9 @@ class Needs:
             stored=models * stored,
             written=widest * len(plans),
             footprint=footprint | _finishing(plans, tasks),
-            compiled=method.compiled and loops,
-            passes=1 + method.rounds[1],
+            compiled=loops and all(method.compiled for method in methods),
+            passes=1 + max(method.rounds[1] for method in methods),
+            outputs=len(plans),
             reading=_reading(inputs),
         )
 
@@ -94,7 +98,7 @@ class Needs:
 
     def held(self) -> int:
         """Bytes of RAM that do not depend on the slices."""
-        return self.footprint.tensor + self.reading.tensor + GROWTH_BYTES
+        return self.footprint.tensor + self.reading.tensor + GROWTH_BYTES + OUTPUT_BYTES * (self.outputs - 1)
 
     def slices(self, elements: int, workers: int, ahead: int, on_host: bool) -> int:
         """Bytes of RAM of all slices that are alive at once, of so many elements of each model."""
@@ -193,16 +197,22 @@ def _refused(kind: Kind, least: int, used: int, budget: int) -> LowmemAimError:
 # --- what the plan's tensors take -------------------------------------------------------------------------------------
 
 
-def _footprint(plan: Plan, tasks: Sequence[Task], loops: bool) -> Footprint:
-    """The most that the method takes of any tensor; of what it holds, that of the two tensors with the most."""
-    recipe, whole = plan.recipe, Footprint()
-    held = [0, 0]
-    for task in tasks:
-        subject = subject_of(task, recipe, plan.seed)
-        own = recipe.method.footprint(subject, task.parameters, loops)
+def _footprint(plans: Sequence[Plan], loops: bool) -> Footprint:
+    """The most that the methods take of any tensor; of what they hold, that of the two tensors with the most."""
+    whole, held = Footprint(), [0, 0]
+    for alike in zip(*(plan.tasks for plan in plans), strict=True):
+        own = sum(_footprints(plans, alike, loops), Footprint())
         whole |= own
         held = sorted([*held, own.tensor])[1:]
     return Footprint(whole.element, whole.slice, whole.part, sum(held))
+
+
+def _footprints(plans: Sequence[Plan], alike: Sequence[Task], loops: bool) -> Iterator[Footprint]:
+    """Yield what each way of merging a tensor takes; `alike` are its tasks in the plans."""
+    ways = {plan.way(task): (plan, task) for plan, task in zip(plans, alike, strict=True) if task.action == "merge"}
+    for plan, task in ways.values():
+        subject = subject_of(task, plan.recipe, plan.seed)
+        yield plan.recipe.method.footprint(subject, task.parameters, loops)
 
 
 def _reading(inputs: Inputs) -> Footprint:
@@ -212,11 +222,12 @@ def _reading(inputs: Inputs) -> Footprint:
 
 
 def _finishing(plans: Sequence[Plan], tasks: Sequence[Task]) -> Footprint:
-    """Memory between combine and the rounded rows: float32 rows for each output, and what relaxing them takes."""
-    if not plans[0].recipe.relaxed:
-        return Footprint(element=4 * len(plans) + 4)
+    """Memory between combine and the rounded rows: float32 rows, a copy of them, and what relaxing them takes."""
+    merged = 4 * min(len(plans), 2) + 4  # a copy is relaxed for each output but the last, one after another
+    if not any(plan.recipe.relaxed for plan in plans):
+        return Footprint(element=merged)
     rows = max((matrix_shape(task.shape)[0] for task in tasks), default=0)
-    return Footprint(element=4 * len(plans) + 24, slice=16 * rows)  # which row of the statistics each row takes
+    return Footprint(element=merged + 20, slice=16 * rows)  # which row of the statistics each row takes
 
 
 def _plus_element(footprint: Footprint, nbytes: int) -> Footprint:

@@ -212,6 +212,11 @@ class TensorInputs:
         self._means: dict[TensorReader, Tensor] = {}  # of models' rows, where those beyond the tokens are a mean
 
     @property
+    def base(self) -> TensorReader | None:
+        """The reader of the base; None if the base is not read."""
+        return self._base
+
+    @property
     def readers(self) -> list[TensorReader]:
         """The readers of all models, the base's first if the base is read."""
         return [*([self._base] if self._base else []), *self._experts]
@@ -220,6 +225,15 @@ class TensorInputs:
     def sources(self) -> list[TensorReader]:
         """The readers of all that is read: beside `readers`, of the rows that stand where models have none."""
         return [*self.readers, *self._givers]
+
+    def digests(self) -> dict[TensorReader, str]:
+        """xxh3-128 of what each of the `sources` gave, once the first pass is over.
+
+        Raises ModelError if a model's file has changed meanwhile.
+        """
+        for reader in self.sources:
+            reader.checkpoint.check_unchanged()  # else a change between reading and computing would be kept
+        return {reader: reader.digest() for reader in self.sources}
 
     def replaced_of(self, reader: TensorReader) -> int:
         """The number of elements, of one of the `readers`, that took the base's value."""

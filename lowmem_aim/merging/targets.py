@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
-from lowmem_aim.merging.slices import finite
+from lowmem_aim.merging.reads import ReadLog
+from lowmem_aim.merging.slices import TensorInputs, TensorReader, finite
 from lowmem_aim.methods import kernels
-from lowmem_aim.methods.method import Rows
-from lowmem_aim.output.merged import DeltaKept, Merged, Replaced
-from lowmem_aim.output.shards import Read, Shards
+from lowmem_aim.methods.method import Rounds, Rows
+from lowmem_aim.output.merged import DeltaKept, Merged
+from lowmem_aim.output.shards import Shards
+from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.delta_sampler import DeltaSampler
 from lowmem_aim.relaxing.relaxation import Relax, Relaxation
@@ -26,22 +28,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """One output: its plan, its shards, and how it relaxes merged rows."""
+    """One output: its plan, its shards, how it relaxes merged rows, and what was read for it."""
 
     plan: Plan
     shards: Shards  # entered by the loop
     relaxation: Relaxation
+    reads: ReadLog
 
     @functools.cached_property
     def left(self) -> dict[str, Task]:
         """The tasks that no earlier run has finished, by tensor name; known once the shards are entered."""
         return {task.name: task for task in self.shards.left}
 
-    def merged(self, models: Sequence[tuple[str, str]], replaced: Sequence[Replaced]) -> Merged:
-        """Digests and figures of what was written, in the plan's order; `models` and `replaced` are of all targets."""
+    def uses_base(self, task: Task) -> bool:
+        """Whether the base's rows of a tensor go into this output."""
+        return self.plan.recipe.builds_on_base or self.relaxation.touches(task)
+
+    def merged(self) -> Merged:
+        """Digests and figures of what was read and written, in the plan's order."""
         shards = {shard.name: self.shards.digests[shard.name] for shard in self.plan.shards}
         kept = {task.name: self.shards.kept[task.name] for task in self.plan.tasks if task.name in self.shards.kept}
-        return Merged(shards, models, replaced, kept)
+        return Merged(shards, self.reads.model_digests(), self.reads.replaced_elements(self.plan), kept)
 
 
 class SummedProgress:
@@ -87,6 +94,12 @@ class TargetTensor:
         """The tensor of a task that the target lacks."""
         return cls(target, task, target.relaxation.of(task), DeltaSampler(task))
 
+    def begun(self) -> Rounds:
+        """The rounds of the target's method over the tensor, none of them run yet."""
+        plan = self.target.plan
+        subject = subject_of(self.task, plan.recipe, plan.seed)
+        return Rounds(plan.recipe.method.start(subject, self.task.parameters))
+
     def finish(self, merged: Tensor, rows: Rows, streams: DeviceStreams) -> FinishedRows:
         """Relax and round a merged slice, (rows, columns) float32, which is overwritten. The result is on the CPU.
 
@@ -104,11 +117,44 @@ class TargetTensor:
         self.sampler.add(finished.before, finished.after)  # not in `finish`: a slice that fails is computed again
         self.target.shards.append(self.task, finished.rows)
 
-    def done(self, read: Read) -> None:
-        """Mark the tensor as finished once all rows are written; `read` is what was read of it. Raises DiskError."""
+    def done(self, tensor: TensorInputs, digests: Mapping[TensorReader, str]) -> None:
+        """Mark the tensor as finished once all rows are written; `digests` are of what was read of it.
+
+        Raises DiskError, and ModelError if it was relaxed by another base's activations.
+        """
+        read = self.target.reads.add(tensor, digests, with_base=self.target.uses_base(self.task))
+        # Before the tensor is kept: what was relaxed for another base must not stay.
+        base = self.task.base
+        self.target.relaxation.check_base(self.task, self.target.reads.digest_of(base) if base else None)
         if self.relax is not None:
             read = replace(read, kept={self.task.name: DeltaKept(*self.sampler.sums())})
         self.target.shards.tensor_done(self.task, read)
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor merged once, for all targets that have the same method and parameters and only relax it differently.
+
+    `rounds` are to be driven to their end before `finish`.
+    """
+
+    rounds: Rounds
+    parts: Sequence[TargetTensor]
+
+    @classmethod
+    def all_of(cls, parts: Sequence[TargetTensor]) -> list[MergedTensor]:
+        """One for each way in which targets merge the tensor; together they have all `parts`, in another order."""
+        alike: dict[Hashable, list[TargetTensor]] = {}
+        for part in parts:
+            alike.setdefault(part.target.plan.way(part.task), []).append(part)
+        return [cls(own[0].begun(), own) for own in alike.values()]
+
+    def finish(self, rows: Rows, streams: DeviceStreams) -> list[FinishedRows]:
+        """Merge a slice, and finish it for each of the parts. Raises ModelError as `TargetTensor.finish`."""
+        merged = self.rounds.combine(rows)
+        # Relaxing overwrites. One copy after another, so that no more than one is in memory.
+        finished = [part.finish(merged.clone(), rows, streams) for part in self.parts[:-1]]
+        return [*finished, self.parts[-1].finish(merged, rows, streams)]
 
 
 def copied(stored: Tensor, task: Task) -> Tensor:

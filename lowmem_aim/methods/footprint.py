@@ -31,6 +31,15 @@ class Footprint:
             max(self.tensor, other.tensor),
         )
 
+    def __add__(self, other: Footprint) -> Footprint:
+        """The footprint of two methods that take turns at each slice: both hold what they hold."""
+        return Footprint(
+            max(self.element, other.element),
+            max(self.slice, other.slice),
+            self.part + other.part,
+            self.tensor + other.tensor,
+        )
+
 
 def by_default(shape: Sequence[int], experts: int, rounds: int) -> Footprint:
     """The footprint of a method that declares none, of another package perhaps.

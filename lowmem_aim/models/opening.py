@@ -216,10 +216,8 @@ def _in_the_references_names(other: Checkpoint, inputs: Inputs, reader: Reader, 
 
 def _inputs_of(recipe: Recipe, opened: Mapping[str, Checkpoint | None]) -> Inputs | None:
     base = opened[recipe.base] if recipe.base else None
-    references = [model.reference for model in recipe.models]
-    experts = tuple(found for reference in references if (found := opened[reference]))
-    merges_base = recipe.builds_on_base or recipe.base in references or recipe.tokenizer is not None
-    reference = base if recipe.base and merges_base else opened[references[0]]
+    experts = tuple(found for model in recipe.models if (found := opened[model.reference]))
+    reference = opened[recipe.reference]
     there = {name: model for name, model in opened.items() if model and name in recipe.references}
     return Inputs(base, experts, reference, NO_ROLES, opened=there) if reference else None
 

@@ -22,6 +22,7 @@ card.py             the model card
 heatmap.py          how much of the delta is left, by layer and kind of module
 drawing.py          matplotlib apart from the user's settings, files and terminal
 picture.py          the heat map as a PNG
+sweep_folder.py     the folder of a sweep: recipes, models, scores and the report
 strays.py           files in a finished output that the run did not write
 verify.py           the list of digests, and the check against it
 """

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
+from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, printable, raise_all
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.system.faults import named
 from lowmem_aim.system.files import (
@@ -211,12 +211,15 @@ def snapshot_bytes(private: Path) -> int:
 
 def check_outputs(out: Path, folders: Iterable[Path], inputs: Sequence[Path]) -> None:
     """Raise UsageError or DiskError for what is in the way of the output, or of the outputs in it."""
+    errors: list[LowmemAimError] = []
     for folder in folders:
-        check_output(folder, inputs)
+        with noted(errors):
+            check_output(folder, inputs)
+    raise_all(errors)
     with input_errors(out, DiskError):
         taken = os.path.lexists(out / PRIVATE) and not _holds_only_stages(out / PRIVATE)
     if out not in folders and (taken or os.path.lexists(out / CONFIG)):
         raise UsageError(
-            f"the output folder `{printable(str(out))}` holds a merge: each of several omegas needs a folder in it",
+            f"the output folder `{printable(str(out))}` holds a merge: each of several outputs needs a folder in it",
             hint="name a new folder",
         )

@@ -89,10 +89,17 @@ class SweepFolder:
                 shutil.rmtree(folder)
 
     def remove_report(self) -> None:
-        """Remove the report, to be written anew. Raises DiskError."""
-        with disk_errors(self.report):
+        """Remove the report and the recommended recipes, to be written anew. Raises DiskError."""
+        with disk_errors(self.out):
             if is_folder(self.report):
                 shutil.rmtree(self.report)
+            for name in (ADDS_MOST, LOSES_LEAST):
+                (self.out / f"{name}.yml").unlink(missing_ok=True)
+
+
+def is_scored(out: Path, name: str) -> bool:
+    """Whether the scores of a point are there."""
+    return (out / SCORES / f"{name}.json").is_file()
 
 
 def lock_in(out: Path, name: str) -> Path:

@@ -18,6 +18,7 @@ from lowmem_aim.planning.modules import portions, unnamed
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe
 
+TOLD = 3  # titles of several merges
 LARGEST_CARD = 1_000_000  # bytes; a README.md beyond this is an error
 _LICENCE = re.compile(r"^license:\s*(\S[^\n]{0,100})$", re.MULTILINE)
 
@@ -80,23 +81,32 @@ def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int]
     """
     first = next(iter(plans.values()))
     recipe, tasks = first.recipe, first.tasks
-    common = _common(tasks)
+    recipes = [plan.recipe for plan in plans.values()]
+    commons = [_common(plan.tasks) for plan in plans.values()]
+    common = commons[0]
     names = [name for name in plans if name]
-    # Several omegas are listed in AIM's line, not among the settings.
     return Survey(
-        title=recipe.title,
-        source=recipe.method.source,
+        title=all_told([recipe.title for recipe in recipes]),
+        source=all_told([recipe.method.source for recipe in recipes]),
         models=tuple(_models(inputs, missing or {})),
         outputs=tuple(names),
-        settings={key: text for key, text in common.items() if key != "omega" or len(names) < 2},
-        aim=_aim(recipe.aim, names) if recipe.aim else None,
-        acm=_acm(recipe.acm) if recipe.acm else None,
+        settings={key: text for key, text in common.items() if all(own.get(key) == text for own in commons)},
+        aim=_aim([one.aim for one in recipes if one.aim], listed=bool(names)),
+        acm=next((_acm(one.acm) for one in recipes if one.acm), None),
         kinds=tuple(_kinds(tasks, common)),
         left_out=_left_out(tasks, recipe, inputs),
         shards=len(first.shards),
-        read_bytes=_read_bytes(tasks, with_base=inputs.base is not None and (recipe.builds_on_base or recipe.relaxed)),
+        read_bytes=_read_bytes(
+            tasks, with_base=inputs.base is not None and any(one.builds_on_base or one.relaxed for one in recipes)
+        ),
         write_bytes=sum(plan.output_bytes for plan in plans.values()),
     )
+
+
+def all_told(texts: Sequence[str]) -> str:
+    """The first few of several texts, each once, and the number of the others."""
+    distinct = list(dict.fromkeys(texts))
+    return ", ".join(distinct[:TOLD]) + f" and {len(distinct) - TOLD} more" * (len(distinct) > TOLD)
 
 
 def _models(inputs: Inputs, missing: Mapping[str, int]) -> Iterator[Model]:
@@ -179,10 +189,14 @@ def _span(texts: Sequence[str]) -> str:
     return distinct[0] if len(distinct) == 1 else f"{distinct[0]} ... {distinct[-1]}"
 
 
-def _aim(aim: Aim, outputs: Sequence[str]) -> dict[str, Any]:
-    omega = aim.omega.value if not aim.omega.filtered else "by tensor"
+def _aim(aims: Sequence[Aim], *, listed: bool) -> dict[str, Any] | None:
+    """The table of the first, with the omegas of all; `listed`: as a list of texts."""
+    if not aims:
+        return None
+    aim, omegas = aims[0], [one.omega.value if not one.omega.filtered else "by tensor" for one in aims]
+    texts = [f"{omega}".removesuffix(".0") for omega in omegas]
     return {
-        "omega": [name.removeprefix("omega-") for name in outputs] or omega,
+        "omega": list(dict.fromkeys(texts)) if listed else omegas[0],
         "scaling": aim.scaling,
         "exclude": list(aim.exclude),
         "calibration": aim.calibration,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,6 +101,10 @@ class Plan:
         """The tasks of all shards, in order."""
         return tuple(task for shard in self.shards for task in shard.tasks)
 
+    def way(self, task: Task) -> Hashable:
+        """All that the merge of one of the tensors follows from, beside its inputs: method and parameters."""
+        return self.recipe.method.name, repr(sorted(task.parameters.items()))
+
     @property
     def output_bytes(self) -> int:
         """Bytes of all shards, headers included."""
@@ -123,6 +127,15 @@ class Plan:
     def index(self) -> bytes:
         """The content of model.safetensors.index.json."""
         return index_of(self.shards)
+
+
+def as_read(plans: Sequence[Plan]) -> list[Task]:
+    """The tasks of plans that differ in method, parameters and relaxation only, as rows are read for all of them.
+
+    A tensor is whole if any of the methods needs its rows in one slice.
+    """
+    together = zip(*(plan.tasks for plan in plans), strict=True)
+    return [next((task for task in alike if task.whole), alike[0]) for alike in together]
 
 
 def index_of(shards: Sequence[Shard]) -> bytes:

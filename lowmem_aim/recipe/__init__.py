@@ -1,6 +1,7 @@
 """Recipes: mergekit's YAML and the command line, read and checked.
 
 recipe.py         what a recipe is: frozen dataclasses
+readings.py       which recipes can be merged in one reading of their models
 references.py     references to models: a model, and the adapter that is added to it
 words.py          the words that a recipe's values may be
 yaml_tree.py      YAML as a tree that keeps file, line and column
@@ -15,4 +16,6 @@ stages.py         the named stages of several documents, and their order
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
 starting.py       the text of a recipe to start from
+points.py         the points of a sweep: the recipe of each, made from one recipe by other values
+written.py        the tree of a recipe as YAML that can be run from any folder
 """

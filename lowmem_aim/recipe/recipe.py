@@ -230,6 +230,16 @@ class Recipe:
         return self.method.builds_on(self.base)
 
     @property
+    def reference(self) -> str:
+        """The model whose names, shapes, config and tokenizer the output has.
+
+        That is the base where it is merged or owns the tokenizer, else the first model.
+        """
+        listed = [model.reference for model in self.models]
+        merges_base = self.builds_on_base or self.base in listed or self.tokenizer is not None
+        return self.base if self.base and merges_base else listed[0]
+
+    @property
     def tokenizer_model(self) -> str:
         """The model whose tokenizer the output has; empty if that is the base's, or one of several."""
         return "" if self.tokenizer is None or self.tokenizer.source in SOURCES else self.tokenizer.source

@@ -6,6 +6,7 @@ plan_lines.py    a plan as lines for people
 doctor_lines.py  the report of `doctor` as lines for people
 plain_lines.py   a run as plain lines, or as lines of JSON
 wrapping.py      long lines, broken at spaces for a terminal
+point_rows.py    the rows of the screen that show a sweep: the best points, and the front
 layer_rows.py    the rows of the screen with a cell for each layer
 screen.py        a run as one picture
 terminal.py      the terminal while a dashboard is shown

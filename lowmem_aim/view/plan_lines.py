@@ -114,6 +114,25 @@ def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
     yield f"verdict   {verdict if forecast['fits'] else 'it would not run: see below'}"
 
 
+def sweep_lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of a SweepPlan, as JSON has it: the points, the merges, what they need, and the evaluations."""
+    kinds = [f"{plan['families']} unrelaxed", f"{plan['relaxed']} relaxed", f"{plan['controls']} controls"]
+    scored = f"; {plan['scored']} are scored already" if plan["scored"] else ""
+    yield f"points    {len(plan['points'])}: {', '.join(kinds)}{scored}"
+    yield f"          {', '.join(map(printable, plan['points']))}"
+    models = len(plan["points"]) - plan["scored"] + len(plan["experts"])
+    experts, tasks = (", ".join(map(printable, plan[key])) for key in ("experts", "tasks"))
+    yield f"scored    {experts} first; {models} models on {tasks}"
+    batches = [len(batch["output_bytes"]) for batch in plan["batches"]]
+    if batches:
+        times = "once" if len(batches) == 1 else f"{len(batches)} times, for {', '.join(map(str, batches))} points"
+        yield f"inputs    read {times}: {shown(plan['read_bytes'])} in all"
+        yield f"models    {shown(plan['disk_bytes'])} of disk at most"
+    if merges := plan["merges"]:
+        yield from forecast_lines({**merges, "needs": [need for need in merges["needs"] if need["what"] != "disk"]})
+        yield "          the time is that of the merges; how long the models take on the tasks is seen with the first"
+
+
 def _slowest(step: Mapping[str, Any]) -> str:
     limits = step["limits"]
     return f" (limit: {max(limits, key=limits.__getitem__)})" if len(limits) > 1 else ""

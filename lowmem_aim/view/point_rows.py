@@ -20,7 +20,8 @@ def point_rows(run: Progress, width: int) -> Iterator[Text]:
     if not run.points:
         return
     last = next(reversed(run.points.values()))
-    yield _row("points", Text(f"{last.done} of {last.of} scored; {len(last.front)} on the front" if last.front else ""))
+    front = f"; {len(last.front)} on the front" if last.front else ""
+    yield _row("points", Text(f"{last.done} of {last.of} scored{front}"))
     best = best_points(run)
     tasks = list(last.scores)[: max(1, (width - LABEL - NAME) // CELL - 2)]
     if best:

@@ -15,7 +15,14 @@ from typing import Any, Literal
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, printable
 from lowmem_aim.output.folder import ACTIVATIONS, LOG, PRIVATE, check_private, is_finished
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import CalibrationSnapshot, KeptActivations, KeptAnswers, KeptComparison, PlanSize
+from lowmem_aim.output.records import (
+    CalibrationSnapshot,
+    KeptActivations,
+    KeptAnswers,
+    KeptComparison,
+    PlanSize,
+    SweepSize,
+)
 from lowmem_aim.system import interrupts
 from lowmem_aim.system.files import input_errors, is_folder
 from lowmem_aim.system.lock import Owner, is_held, owner_of
@@ -49,6 +56,8 @@ class Status:
     job: str = ""  # of the last run, from its log
     asked: int = 0  # requests of an evaluation; 0 if none is known
     holds: str = ""  # what the finished file of a calibration holds
+    points: int = 0  # of a sweep, that are scored
+    points_total: int = 0  # 0 if it is no sweep
 
     def as_json(self) -> dict[str, Any]:
         """The status as `--json` prints it."""
@@ -58,6 +67,8 @@ class Status:
         """The status as lines for people."""
         if self.holds:
             return [f"finished: {self.holds}", "merges take it as `--calibration`"]
+        if self.state == "finished" and self.points_total:
+            return [f"finished: {self.points} points are scored; the report is in `report`"]
         if self.state == "finished":
             return ["finished; `lowmem-aim verify` checks it"]
         if self.state == "interrupted":
@@ -82,6 +93,8 @@ class Status:
             share = self.bytes / self.bytes_total if self.bytes_total else 0.0
             sizes = f"{share:.0%}, {shown(self.bytes)} of {shown(self.bytes_total)}"
             yield f"{self.tensors}/{self.tensors_total} tensors, {sizes} are finished"
+        if self.points_total:
+            yield f"{self.points}/{self.points_total} points are scored"
         if self.asked:
             yield f"{self.answered}/{self.asked} requests are answered"
         if self.activations:
@@ -105,9 +118,11 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
             hint="name the output of a merge or of a calibration; a run that kept nothing leaves nothing there",
         )
     check_private(out)
-    finished = is_finished(out)
-    running = not finished and is_held(private / "lock")
     with Journal(private, read_only=True) as journal:
+        sweep = journal.kept(SweepSize)
+        finished = sweep.finished if sweep else is_finished(out)
+        running = is_held(private / "lock") and (sweep is not None or not finished)
+        finished = finished and not running
         size = journal.kept(PlanSize) or PlanSize()
         calibration = journal.kept(CalibrationSnapshot)
         last = {name: groups[-1] for name in size.shards if (groups := journal.groups(name))}
@@ -116,7 +131,7 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
         activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
         kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
         answers = journal.kept(KeptAnswers)
-        kept = kept or answers is not None or any(map(keeps_something, stages))
+        kept = kept or answers is not None or sweep is not None or any(map(keeps_something, stages))
         progress = None if finished else _now(private / LOG)
         return Status(
             state="finished" if finished else "running" if running else "interrupted",
@@ -136,6 +151,8 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
             kept=kept,
             answered=answers.answered if answers else 0,
             asked=answers.of if answers else 0,
+            points=sweep.scored if sweep else 0,
+            points_total=sweep.of if sweep else 0,
             job=progress.started.job if progress and progress.started else "",
             command=progress.started.command if progress and progress.started else "",
         )

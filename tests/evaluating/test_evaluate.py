@@ -260,6 +260,23 @@ def test_words_that_a_task_would_fetch_are_missed_before_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_models_chat_template_is_applied_or_missed_before_work(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[str] = []
+    monkeypatch.setattr(
+        WritingModel, "texts", lambda self, requests, known: [contexts.append(text) or "" for text, _ in requests]
+    )
+    own = line(place, tmp_path / "out.json", "--chat-template", "--limit", "1", names="writes")
+    refused = run(*own)
+    assert (refused.code, "`model` has no chat template" in refused.err) == (3, True), refused.err
+    assert not list(tmp_path.glob("out*"))
+    model = tiny.perturbed(place / "model", tmp_path / "chats", scale=0)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    assert run(own[0], model, *own[2:]).code == 0
+    assert contexts == [f"<user>{ITEMS[0]['q']}"]
+
+
 def test_a_better_task_is_proposed() -> None:
     (text,) = tasks.better(Asked(names=("hendrycks_math_algebra", "sums")))
     assert "`minerva_math`" in text

@@ -18,9 +18,9 @@ from lowmem_aim.evaluating.scores import Score, Scores, write_scores
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Event, PointScored
 from lowmem_aim.jobs import one_point, search, sweep
-from lowmem_aim.jobs.merge_many import ManyForecast
+from lowmem_aim.jobs.forecast import Pass
 from lowmem_aim.jobs.searched import Searched
-from lowmem_aim.jobs.swept import Swept
+from lowmem_aim.jobs.swept import Checked, Merges, Swept
 from lowmem_aim.output.sweep_folder import ADDS_MOST
 from lowmem_aim.recipe.points import Grid, points_of
 from lowmem_aim.recipe.ranges import Range, domain_of, number_text
@@ -111,9 +111,9 @@ TRIALS = "search.jsonl"
 def world(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(llama, tmp_path / "out")
     experts = {name: str(llama / name) for name in ("math", "code")}
-    monkeypatch.setattr(search, "checked_search", lambda *asked: (experts, MB))
-    forecast = ManyForecast(largest_output=MB)
-    monkeypatch.setattr(sweep, "checked", lambda *asked: (experts, forecast))
+    batches = [Pass(0, dict.fromkeys(("ties-density-0.3", "ties-density-0.6"), MB))]  # of the grid
+    monkeypatch.setattr(search, "checked_search", lambda *asked: Checked(experts, Merges((), None)))
+    monkeypatch.setattr(sweep, "checked", lambda *asked: Checked(experts, Merges(batches, None)))
     for module in (one_point, sweep):
         monkeypatch.setattr(module, "merge_many", lambda *asked: made.merge_many(*asked))
         monkeypatch.setattr(module, "score", lambda *asked: made.score(*asked))

@@ -57,6 +57,10 @@ def test_the_best_of_the_compared_models_is_marked() -> None:
     assert "60.00*" in lines[-1]
     assert not [line for line in lines[:-1] if "*" in line], "neither the population nor who is alone"
     assert not [line for line in table_lines(compared([PLAIN]), None) if "*" in line]
+    control = merge("control", {"a": 0.8, "b": 0.8}, omega=0.4, control="uniform")
+    lines = list(table_lines(compared([PLAIN, RELAXED, control]), None, str.upper))
+    assert "60.00*" in lines[-2]
+    assert "*" not in lines[-1], "a control is no model to choose"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160, None])

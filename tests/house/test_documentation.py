@@ -28,6 +28,7 @@ from lowmem_aim.events import (
     PhaseEnded,
     PhaseStarted,
     Planned,
+    PointScored,
     RunEnded,
     RunStarted,
     Sampled,
@@ -99,7 +100,8 @@ def test_a_commands_section_names_its_flags_and_no_others(name: str) -> None:
 
 
 def test_shared_flags_are_named_as_shared_by_those_who_take_them() -> None:
-    kinds = ("AIM flags", "Calibration flags", "Output flags", "Machine flags", "Run flags", "Format flags")
+    kinds = ("AIM flags", "Calibration flags", "Output flags", "Task flags", "Machine flags")
+    kinds += ("Run flags", "Format flags")
     for heading in (*kinds, "Flags of mergekit"):
         takers = [name for name, section in OF_COMMANDS.items() if heading in sections_shared_by(section)]
         shared = re.match(r"\s*Shared by ([^.;]+)", COMMAND_LINE[heading])
@@ -277,6 +279,17 @@ EXAMPLES: list[tuple[float, Event]] = [
     (10.0, SAMPLE),
     (11.0, Paused(True)),
     (12.0, Notice("`math`: its `rope_theta` differs; the output has the base's", "warning")),
+    (
+        12.5,
+        PointScored(
+            "ties-omega-0.4",
+            {"gsm8k": 0.6411, "ifeval": 0.2191},
+            3,
+            10,
+            gain=0.2272,
+            front=("Math", "ties-omega-0.4"),
+        ),
+    ),
     (13.25, RunEnded("failed", 4, (FULL,), "free some space", TRACEBACK, FULL, ("free some space",))),
 ]
 OF_KINDS = {name: timed for timed in EXAMPLES for name, kind in KINDS.items() if type(timed[1]) is kind}

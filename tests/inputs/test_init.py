@@ -10,7 +10,7 @@ import pytest
 import tiny
 import yaml
 from conftest import Run
-from hub_server import OLD, Hub
+from hub.server import OLD, Hub
 from long_cases import others_long
 from merge_cases import digests
 

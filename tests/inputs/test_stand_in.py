@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import Run
-from hub_server import NEW, OLD, PIECE, Hub, weights
+from hub.server import NEW, OLD, PIECE, Hub, weights
 from safetensors.torch import save_file
 
 from lowmem_aim.errors import LowmemAimError, ModelError, NetworkError

@@ -133,13 +133,13 @@ def test_the_log_tells_why_a_run_failed_and_where(
     out = tmp_path / "out"
     count = iter(range(100))
 
-    def fail(self: Any, *arguments: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         if next(count) == 5:
             raise DiskError("the disk is full", hint="free some space")
-        return real(self, *arguments)
+        return real(*arguments)
 
-    real = merge._Loop._done
-    monkeypatch.setattr(merge._Loop, "_done", fail)
+    real = merge._done
+    monkeypatch.setattr(merge, "_done", fail)
     with pytest.raises(DiskError):
         work(recipe(llama, "linear"), out, SHARDS)
     ended = logged(out)[0][-1]

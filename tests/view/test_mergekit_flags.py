@@ -10,7 +10,7 @@ import mergekit_options
 import pytest
 import torch
 from conftest import Place, Run
-from hub_server import OLD, Hub
+from hub.server import OLD, Hub
 
 from lowmem_aim.cli import mergekit_flags
 from lowmem_aim.cli.commands import cli

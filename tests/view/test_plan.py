@@ -12,7 +12,7 @@ import tiny
 import torch
 import yaml
 from conftest import Place, Run
-from hub_server import OLD, Hub, weights
+from hub.server import OLD, Hub, weights
 from merge_cases import recipe as merge_recipe
 from safetensors.torch import load_file, save_file
 from stopping import Stopped, stopping_after

@@ -26,6 +26,7 @@ EXAMPLES: list[Any] = [
     events.PhaseEnded("merge"),
     SAMPLE,
     events.Paused(True),
+    events.PointScored("a", {"x": 0.5}, 1, 2, False, 0.25, ("a", "b"), True),
     Notice("careful: \x1b[2J \ud800", "warning"),
     RunEnded("failed", 4, ("full",), "free some space", "Traceback"),
 ]

@@ -117,7 +117,7 @@ def out_is_in_an_input(scene: Scene) -> None:
     (scene.math / "out").mkdir()
 
 
-@refusal(2, "each of several omegas needs a folder in it")
+@refusal(2, "each of several outputs needs a folder in it")
 def out_has_one_merge_and_several_are_asked_for(scene: Scene) -> None:
     merge(read_recipe(load_tree(scene.job())), scene.place.out)
     scene.aim()

@@ -1,4 +1,7 @@
-"""A small server that plays the Hub, redirects large files to another host as there, and counts what it sends."""
+"""A small server that plays the Hub: models and data sets, each a folder on this machine.
+
+Large files are redirected to another host, as there, and what is sent is counted. Tests start it by `hub.playing`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,15 +17,23 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 OLD, NEW = "a" * 40, "b" * 40  # commits
+MODEL = "tiny/model"
 PIECE = 64 << 10  # bytes, sent at a time
+LARGE = (".safetensors", ".parquet")  # files that the Hub keeps elsewhere, and redirects to
 
 
 @dataclass
 class Hub:
-    """One repository, `tiny/model`, and what it does wrong."""
+    """The model `tiny/model` with its commits, other models and data sets with one each, and what the Hub does wrong.
+
+    `commits` of `tiny/model` are folders by their hashes. `models` and `datasets` are folders by `owner/name`.
+    """
 
     commits: dict[str, Path] = field(default_factory=dict)
     main: str = OLD
+    models: dict[str, Path] = field(default_factory=dict)
+    datasets: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)  # of other hosts: by their paths, which begin with /
     listed: dict[str, bytes] = field(default_factory=dict)  # more files: paths that no folder could hold
     gated: bool = False
     ranges: bool = True
@@ -37,6 +49,13 @@ class Hub:
     def of_weights(self) -> dict[str, int]:
         """Bytes that were sent of each file of weights."""
         return {name: count for name, count in self.sent.items() if not name.endswith((".json", ".jinja"))}
+
+    def commits_of(self, kind: str, name: str) -> dict[str, Path]:
+        """The commits of a repository, by their hashes; {} if there is none. `kind`: `models` or `datasets`."""
+        if (kind, name) == ("models", MODEL):
+            return self.commits
+        folders = self.datasets if kind == "datasets" else self.models
+        return {OLD: folders[name]} if name in folders else {}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,42 +74,51 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.tokens[self.server.role].add(self.headers.get("Authorization"))
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(path)
-        match path.split("/", 5)[1:]:
-            case ["api", "models", "tiny", "model", rest] if rest.startswith("revision/"):
-                self.info(rest.removeprefix("revision/"))
-            case ["api", "models", "tiny", "model", rest] if rest.startswith("tree/"):
-                self.tree(rest.removeprefix("tree/"))
-            case ["tiny", "model", "resolve", commit, name]:
-                self.resolve(commit, name)
+        match path.split("/")[1:]:
+            case _ if path in self.hub.files:
+                self.answer(self.hub.files[path])
+            case ["api", "models" | "datasets" as kind, owner, name]:
+                self.about(kind, f"{owner}/{name}", "revision", "main", "")
+            case ["api", "models" | "datasets" as kind, owner, name, what, revision, *rest]:
+                self.about(kind, f"{owner}/{name}", what, revision, "/".join(rest))
+            case ["datasets", owner, name, "resolve", revision, *rest]:
+                self.resolve("datasets", f"{owner}/{name}", revision, "/".join(rest))
+            case [owner, name, "resolve", revision, *rest]:
+                self.resolve("models", f"{owner}/{name}", revision, "/".join(rest))
             case _:
                 self.refuse(404, "RepoNotFound")
 
-    def info(self, revision: str) -> None:
+    def about(self, kind: str, name: str, what: str, revision: str, path: str) -> None:
+        """Tell of a repository: which commit a revision is, or of all its files (`tree`), or those below `path`."""
+        commits = self.hub.commits_of(kind, name)
         commit = self.hub.main if revision == "main" else revision
-        if commit not in self.hub.commits:
-            return self.refuse(404, "RevisionNotFound")
-        if self.hub.pushes:
-            self.hub.main = NEW
-        return self.answer(json.dumps({"id": "tiny/model", "sha": commit, "siblings": [], "tags": []}).encode())
+        if commit not in commits:
+            return self.refuse(404, "RevisionNotFound" if commits else "RepoNotFound")
+        if what == "revision":
+            if self.hub.pushes:
+                self.hub.main = NEW
+            told = {"id": name, "sha": commit, "siblings": [], "tags": []}
+            return self.answer(json.dumps(told).encode())
+        found = entries(commits[commit], self.hub.listed if name == MODEL else {})
+        below = f"{path}/" if path else ""
+        return self.answer(json.dumps([some for some in found if some["path"].startswith(below)]).encode())
 
-    def tree(self, commit: str) -> None:
-        folder = self.hub.commits[commit]
-        entries = [entry(f.relative_to(folder).as_posix(), f) for f in sorted(folder.rglob("*")) if f.is_file()]
-        entries += [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in self.hub.listed.items()]
-        self.answer(json.dumps(entries).encode())
-
-    def resolve(self, commit: str, name: str) -> None:
-        file = self.hub.commits[commit] / name
+    def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
+        """Send a file of a repository, or say where it is."""
+        commits = self.hub.commits_of(kind, name)
+        commit = self.hub.main if revision == "main" else revision
         if self.hub.gated:
             self.refuse(403, "GatedRepo")
-        elif not file.is_file():
-            self.refuse(404, "EntryNotFound")
-        elif name.endswith(".safetensors") and self.server.role == "hub":
+        elif commit not in commits:
+            self.refuse(404, "RevisionNotFound" if commits else "RepoNotFound")
+        elif not (file := commits[commit] / path).is_file():
+            self.refuse(404, "EntryNotFound", **{"X-Repo-Commit": commit})
+        elif path.endswith(LARGE) and self.server.role == "hub":
             size, etag = file.stat().st_size, digest(file)
             more = {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{etag}"', "X-Repo-Commit": commit}
-            self.answer(b"", 302, Location=f"{self.hub.cdn}/tiny/model/resolve/{commit}/{quote(name)}", **more)
+            self.answer(b"", 302, Location=self.hub.cdn + quote(urlsplit(self.path).path), **more)
         else:
-            self.send_file(file, commit, name)
+            self.send_file(file, commit, path)
 
     def send_file(self, file: Path, commit: str, name: str) -> None:
         size = stop = file.stat().st_size
@@ -117,8 +145,8 @@ class Handler(BaseHTTPRequestHandler):
                 stop -= len(piece)
         self.close_connection = self.close_connection or self.hub.drops
 
-    def refuse(self, status: int, code: str) -> None:
-        self.answer(b"", status, **{"X-Error-Code": code})
+    def refuse(self, status: int, code: str, **headers: str) -> None:
+        self.answer(b"", status, **{"X-Error-Code": code, **headers})
 
     def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.head(status, len(body), headers)
@@ -157,11 +185,19 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def entries(folder: Path, listed: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """What the Hub's listing of a repository says: of each file and folder in it, and of what is `listed`."""
+    found = [entry(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*"))]
+    return found + [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in listed.items()]
+
+
 def entry(path: str, file: Path) -> dict[str, Any]:
-    """What the Hub's listing of a repository says of a file."""
+    """What the Hub's listing of a repository says of a file, or of a folder."""
+    if file.is_dir():
+        return {"type": "directory", "path": path, "oid": "0" * 40}
     size, oid = file.stat().st_size, digest(file)
     found: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": oid}
-    if path.endswith(".safetensors"):
+    if path.endswith(LARGE):
         found["lfs"] = {"size": size, "oid": oid, "pointerSize": 130}
     return found
 
