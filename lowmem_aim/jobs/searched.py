@@ -1,4 +1,4 @@
-"""What a search is asked to do, and all that is checked of it before work."""
+"""The request for a search, and all that is checked of it before work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Searched:
     controls: bool = True  # of the recommended merges
 
     def identity(self) -> dict[str, Any]:
-        """What makes two searches the same, beside what they have in common with a grid."""
+        """The part of what makes two searches the same that a grid does not have."""
         return {"search": self.space.as_json()}
 
 

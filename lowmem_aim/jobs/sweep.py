@@ -96,7 +96,7 @@ class SweepRun:
     # -- what this sweep is
 
     def identity(self, **more: Any) -> Identity:
-        """What all scores of this sweep follow from, but for the points; `more`: of other ways to choose those."""
+        """All that the scores of this sweep follow from, but for the points; `more`: of other ways to choose those."""
         swept = self.points.swept
         job: dict[str, Any] = {
             "tasks": {**asdict(swept.asked), "folders": [str(path) for path in swept.asked.folders]},
@@ -143,7 +143,7 @@ class SweepRun:
         merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self.title()))
 
     def title(self) -> str:
-        """What is done so far, in words."""
+        """A title for what comes next: how much is done so far."""
         return f"sweep, {self.points.done} of {counted(self.points.of, 'point')} scored"
 
     # -- score

@@ -48,7 +48,7 @@ class Space:
     flags: Mapping[str, Any] = field(default_factory=dict)  # of AIM's calibration, as `merge` takes them
 
     def chosen(self, trial: Suggests) -> dict[str, str]:
-        """What a trial chooses: name -> value, as texts."""
+        """The values that a trial chooses: name -> value, as text."""
         methods = tuple(self.parameters)
         found = {METHOD: str(trial.suggest_categorical(METHOD, methods)) if len(methods) > 1 else methods[0]}
         for name, domain in self.parameters[found[METHOD]].items():
