@@ -1,4 +1,4 @@
-"""What the merges by several recipes would do and need, found without doing it: how often their models are read.
+"""The plan of merges by several recipes, found without doing it: how often their models are read.
 
 They are checked as `merge_many` checks them, but for space: outputs that do not fit the disk or the memory together are
 divided among several passes.

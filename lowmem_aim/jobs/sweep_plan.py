@@ -18,7 +18,7 @@ SCHEMA = 1  # of `sweep --plan --json`
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would do and need."""
+    """The plan of a sweep: all that it would do and need."""
 
     points: Sequence[str]
     families: int  # unrelaxed merges

@@ -12,7 +12,7 @@ import yaml
 from conftest import Run
 from merge_cases import digests
 
-from lowmem_aim.errors import DiskError, MemoryBudgetError
+from lowmem_aim.errors import DiskError
 from lowmem_aim.evaluating import report
 from lowmem_aim.evaluating.comparison import compared
 from lowmem_aim.evaluating.recommended import recommended
@@ -21,7 +21,7 @@ from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Event, PointScored, silent
 from lowmem_aim.jobs import sweep as sweep_job
 from lowmem_aim.jobs.sweep import Result, sweep
-from lowmem_aim.jobs.swept import Keep, Swept, checked
+from lowmem_aim.jobs.swept import Keep, Swept, checked, largest
 from lowmem_aim.output import small_files
 from lowmem_aim.recipe.points import Grid, points_of
 from lowmem_aim.recipe.yaml_tree import load_tree
@@ -98,8 +98,9 @@ def test_from_experts_to_a_report_and_two_recipes(place: Path, run: Run) -> None
     scores = read_scores(out / "scores" / "dare_linear-omega-0.2-uniform.json")
     assert (scores.name, scores.control) == ("dare_linear-omega-0.2-uniform", "uniform")
     # Both recipes give, in a folder of their own, the model that was scored.
-    files = (out / "adds-most.yml", out / "loses-least.yml")
-    best = {file.stem: file.read_text().splitlines()[0].removeprefix("# ") for file in files}
+    best = {file.stem: file.read_text().splitlines()[0].removeprefix("# ") for file in out.glob("*.yml")}
+    gains = [model["hv_gain"] for model in found["models"] if not model["name"].endswith("uniform")]
+    assert set(best) == {"loses-least", *(["adds-most"] if max(gains) > 0 else [])}
     assert models_in(out) == set(best.values())
     assert not any(name.endswith("uniform") for name in best.values())
     for what, name in best.items():
@@ -143,44 +144,48 @@ def test_a_killed_sweep_goes_on_with_what_is_not_scored(place: Path, undrawn: No
     assert all((out / "scores" / name).stat().st_mtime_ns == time for name, time in first.items())
 
 
-def test_points_are_added_and_no_more_merged_at_a_time_than_the_memory_holds(
+def test_points_are_added_and_no_more_merged_at_a_time_than_the_disk_holds(
     place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches, own = list[list[str]](), sweep_job.merge_many
-
-    def one_by_one(recipes: Any, *rest: Any) -> None:
-        batches.append(list(recipes))
-        if len(recipes) > 1:
-            raise MemoryBudgetError("too small")
-        own(recipes, *rest)
-
-    monkeypatch.setattr(sweep_job, "merge_many", one_by_one)
-    first = done(place, keep="all", omegas="1", controls=False)
-    assert [row.name for row in first.comparison.rows] == ["ties"]
-    second = done(place, keep="all", omegas="0.2,0.5", controls=False)
-    names = ["ties", "ties-omega-0.2", "ties-omega-0.5"]
-    assert [row.name for row in second.comparison.rows] == names
-    assert batches == [["ties"], names[1:], [names[1]], [names[2]]]
-    assert models_in(place / "out") == set(names)
-    assert len(json.loads((place / "out" / "report" / "report.json").read_text())["models"]) == 3
-
-
-def test_no_more_are_merged_at_a_time_than_the_disk_holds(
-    place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches, own = list[list[str]](), sweep_job.merge_many
+    out, batches, own = place / "out", list[list[str]](), sweep_job.merge_many
 
     def noting(recipes: Any, *rest: Any) -> None:
         batches.append(list(recipes))
         own(recipes, *rest)
 
     monkeypatch.setattr(sweep_job, "merge_many", noting)
-    one = checked(swept(place), place / "out", OPTIONS, silent)[1].largest_output
-    with pytest.raises(DiskError, match="3 merged models at a time"):
-        done(place, keep="all", disk=2 * one)
+    first = done(place, keep="none", omegas="1")
+    assert [row.name for row in first.comparison.rows] == ["ties"]
+    one = largest(checked(swept(place), out, OPTIONS, silent).merges.batches)
+    names = ["ties", "ties-omega-0.2", "ties-omega-0.3", "ties-omega-0.4"]
+    with pytest.raises(DiskError, match="4 merged models at a time"):
+        done(place, keep="all", disk=2 * one, omegas="0.2,0.3,0.4", controls=False)
+    second = done(place, keep="none", disk=2 * one, omegas="0.2,0.3,0.4", controls=False)
+    assert [row.name for row in second.comparison.rows] == names
+    assert batches == [["ties"], names[1:3], names[3:]]
+    assert len(json.loads((out / "report" / "report.json").read_text())["models"]) == 4
+
+
+def test_all_models_can_stay(place: Path, undrawn: None) -> None:
+    done(place, keep="all", controls=False)
+    assert models_in(place / "out") == {"ties", "ties-omega-0.2"}
+
+
+def test_a_plan_tells_points_readings_disk_and_time(place: Path, run: Run) -> None:
+    line = ("sweep", place / "recipe.yml", place / "out", "--tasks", "sums", "--include-path", place / "tasks")
+    found = json.loads(run(*line, "--plan", "--json").out)
+    assert (found["points"], found["experts"], found["tasks"]) == (POINTS, ["math", "code"], ["sums"])
+    assert (found["families"], found["relaxed"], found["controls"], found["scored"]) == (1, 1, 1, 0)
+    [batch] = found["batches"]
+    assert found["read_bytes"] == batch["read_bytes"] > 0
+    assert found["disk_bytes"] == sum(batch["output_bytes"].values())
+    assert found["merges"]["steps"]
+    told = run(*line, "--plan")
+    assert told.code == 0
+    for text in ("points    3: 1 unrelaxed, 1 relaxed, 1 controls", "inputs    read once", "of disk at most", "time "):
+        assert text in told.out
     assert not (place / "out").exists()
-    done(place, keep="none", disk=2 * one)
-    assert batches == [POINTS[:2], POINTS[2:]]
+    assert run(*line, "--plan", "--ram", "1MB").code == 5
 
 
 def test_everything_that_is_wrong_is_told_before_work(place: Path, run: Run) -> None:
