@@ -82,6 +82,8 @@ def made_by_ray(
     Raises UsageError if there is no such cluster, or none with the resources, and the errors of `merge` and `evaluate`
     in a task; the other tasks are ended then.
     """
+    if not points:
+        return
     with _connected(address) as ray:
         share = share_of((node["Resources"] for node in ray.nodes() if node["Alive"]), options)
         emit(Notice(f"each task of Ray gets {_words(share)}"))

@@ -40,7 +40,7 @@ from lowmem_aim.view.feed import Part, reported
 
 JOIN_SECONDS = 10.0  # for the worker that came first to say that this is a search
 TURN_SECONDS = 600.0  # the longest that a worker changes what all share: it may write a report
-POLL_SECONDS = 0.5
+POLL_SECONDS = 2.0
 
 
 def search(searched: Searched, out: Path, options: Options = DEFAULTS, emit: Emit = silent) -> Result:
@@ -89,6 +89,7 @@ class _Worker:
     minimised: Sequence[bool] = (False,)  # of each objective, whether less is better
     chosen: dict[int, Point] = field(default_factory=dict)  # trial -> what it has chosen
     judges: dict[str, Point] = field(default_factory=dict)  # by name: what the recommended merges are compared with
+    size: tuple[int, int] = (0, 0)  # points that are scored, and all, as the journal has them
     told: set[str] | None = None  # the names of points whose scores this worker has shown; None: it has yet to look
 
     @property
@@ -251,7 +252,9 @@ class _Worker:
         points.swept = replace(self.searched.swept, points=[*own, *self.judges.values()])
         points.repeated = sum(trial.is_finished for trial in repeating)
         points.unchosen = max(0, self.searched.trials - len(trials)) + len(repeating) - points.repeated
-        points.keep_size()
+        if (points.done, points.of) != self.size:  # not at every look of a worker that waits
+            points.keep_size()
+            self.size = points.done, points.of
         scored = [point.name for point in points.swept.points if points.is_scored(point)]
         for name in scored:
             if self.told is None or name not in self.told:

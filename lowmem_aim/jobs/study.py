@@ -158,7 +158,9 @@ def _opened(file: Path, directions: Sequence[str]) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(file), lock_obj=_Held()))
-    return optuna.create_study(storage=storage, study_name=_STUDY, directions=directions, load_if_exists=True)
+    if any(study.study_name == _STUDY for study in storage.get_all_studies()):  # else each opening would add a line
+        return optuna.load_study(storage=storage, study_name=_STUDY)
+    return optuna.create_study(storage=storage, study_name=_STUDY, directions=directions)
 
 
 def _trial(trial: Any) -> Trial:

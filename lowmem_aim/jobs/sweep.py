@@ -80,13 +80,12 @@ class SweepRun:
         for point in self.points.swept.points:
             if self.points.is_scored(point):
                 self.feed(self.points.event_of(point.name, earlier=True))
+        if self.points.swept.ray:
+            self._make_by_ray(self.points.left)
         for point in self.points.left:
             if is_finished(self.points.model(point)):  # by a run that was interrupted before it was scored
                 self._score(point)
-        if self.points.swept.ray and self.points.left:
-            self._make_by_ray(self.points.left)
-            return self.finished()
-        for batch in self.ready.merges.batches:
+        for batch in self.ready.merges.batches if self.points.left else ():
             self._merge(list(batch.output_bytes))
             for point in self.points.left:
                 if point.name in batch.output_bytes:

@@ -233,7 +233,8 @@ def test_half_a_line_of_a_killed_worker_is_cut_off_and_no_pickle_is_read(
     monkeypatch.setattr(pickle, "loads", refuse)
     monkeypatch.setattr(pickle, "load", refuse)
     world.search(4)
-    assert all(json.loads(line) for line in (world.out / TRIALS).read_text().splitlines())
+    lines = [json.loads(line) for line in (world.out / TRIALS).read_text().splitlines()]
+    assert [line["op_code"] for line in lines].count(0) == 1  # the study is begun once, however often it is opened
     assert len(world.densities()) == 4
 
 
