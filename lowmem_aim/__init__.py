@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowmem_aim import errors, events
     from lowmem_aim.errors import LowmemAimError
-    from lowmem_aim.jobs.api import calibrate, merge, plan, read_recipe, relax, verify
+    from lowmem_aim.jobs.api import calibrate, compare, evaluate, merge, plan, read_recipe, relax, verify
     from lowmem_aim.jobs.forecast import Forecast
     from lowmem_aim.recipe.recipe import Recipe
     from lowmem_aim.system.options import Options
@@ -27,7 +27,9 @@ __all__ = [
     "Options",
     "Recipe",
     "calibrate",
+    "compare",
     "errors",
+    "evaluate",
     "events",
     "merge",
     "plan",
@@ -41,7 +43,9 @@ _HOMES = {
     "LowmemAimError": "lowmem_aim.errors",
     "Options": "lowmem_aim.system.options",
     "Recipe": "lowmem_aim.recipe.recipe",
-    **dict.fromkeys(("calibrate", "merge", "plan", "read_recipe", "relax", "verify"), "lowmem_aim.jobs.api"),
+    **dict.fromkeys(
+        ("calibrate", "compare", "evaluate", "merge", "plan", "read_recipe", "relax", "verify"), "lowmem_aim.jobs.api"
+    ),
 }
 
 

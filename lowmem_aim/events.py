@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert", "evaluate"]
+Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert", "fetch", "evaluate"]
 Job = Literal["merge", "calibrate", "evaluate", "sweep"]
-Unit = Literal["blocks", "bytes", "files", "requests"]
+Unit = Literal["blocks", "bytes", "files", "data sets", "requests"]
 Stage = Literal["read", "compute", "write"]
 Outcome = Literal["finished", "interrupted", "failed"]
 

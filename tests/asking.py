@@ -38,6 +38,15 @@ def choices(count: int, seed: int = 0) -> list[Instance]:
     return found[:count]
 
 
+def endings(count: int, context: int = 60, choices: int = 4, seed: int = 2) -> list[Instance]:
+    """Contexts of so many tokens with several endings each, of 2 to 15 tokens."""
+    rng, found = random.Random(seed), list[Instance]()
+    for _ in range(count):
+        asked = _text(rng, context)
+        found += [Instance("loglikelihood", {}, (asked, _text(rng, rng.randint(2, 15))), n) for n in range(choices)]
+    return found
+
+
 def texts(count: int, seed: int = 1) -> list[Instance]:
     """Texts to read whole: some shorter than a model's length, some several times as long."""
     rng = random.Random(seed)

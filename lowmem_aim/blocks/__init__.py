@@ -6,6 +6,7 @@ offload.py      the weights of a block, or of one module, loaded and dropped
 calls.py        the calls of blocks, and the object that decides what happens at each
 embeddings.py   an embedding's weight of which only the rows asked for are read
 beside.py       the parts beside the blocks: weights loaded, embeddings read by row
+past.py         keys and values of the tokens that come before a forward's own
 runner.py       a model that hands its blocks and its output head to whoever runs a forward
 head.py         the output head, read a few rows at a time
 forwards.py     forwards that record, end, stop at or load each block

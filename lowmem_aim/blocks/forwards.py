@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowmem_aim.blocks.calls import Call, Forward
+from lowmem_aim.blocks.past import without_past
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.system.tensor_store import Stored
 from lowmem_aim.system.tensors import digest
@@ -35,19 +36,19 @@ class _Handed(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Any:
-        # A first dimension above 1 is a stack of states (Gemma 3n): there `[0]` really asks for the first of them.
-        taken_from_tuple = type(index) is int and index == 0 and self.shape[0] == 1
+        # With four dimensions, the first above 1, it is a stack of states (Gemma 3n): `[0]` asks for the first of them.
+        taken_from_tuple = type(index) is int and index == 0 and (self.shape[0] == 1 or self.dim() == 3)
         return self.as_subclass(Tensor) if taken_from_tuple else super().__getitem__(index)
 
 
 @dataclass
 class RecordingForward(Forward):
-    """A forward of one sequence that records each block's arguments; every block passes its input on unchanged."""
+    """A forward that records each block's arguments; every block passes its input on unchanged."""
 
     runner: BlockRunner
     shared: dict[tuple[Any, ...], Stored]  # masks and rotary tables, which sequences of one length have in common
     calls: list[Call]  # of each block so far; their tensors are in the runner's store
-    state: Tensor | None = None  # what the first block is given: (1, tokens, hidden)
+    state: Tensor | None = None  # what the first block is given: (rows, tokens, hidden)
     _met: dict[tuple[int, int], tuple[Tensor, Stored]] = field(default_factory=dict)  # by id and version
 
     def block(self, index: int, call: Call) -> Any:
@@ -68,7 +69,7 @@ class RecordingForward(Forward):
 
     def _put_away(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            return without_past(value)
         known = self._met.get((id(value), value._version))  # most blocks are given the same mask
         if known is not None:
             return known[1]
@@ -87,7 +88,7 @@ class TailForward(Forward):
     runner: BlockRunner
     state: Tensor  # what the last block gives
     counted: bool  # whether the inputs of modules after the last block count
-    head_input: Tensor | None = None  # (1, tokens, hidden), once the head has been called
+    head_input: Tensor | None = None  # (rows, tokens, hidden), once the head has been called
 
     def block(self, index: int, call: Call) -> Any:
         """Pass the block's input on; at the last block, give the true hidden state.

@@ -22,18 +22,22 @@ CANARY_TOKENS = 32
 
 
 def recorded_calls(
-    runner: BlockRunner, tokens: Tensor, shared: dict[tuple[Any, ...], Stored], counted: bool
+    runner: BlockRunner,
+    tokens: Tensor,
+    shared: dict[tuple[Any, ...], Stored],
+    counted: bool,
+    past: int | None = None,
 ) -> tuple[list[Call], Stored]:
     """Return what each block is called with in one text's forward, and the hidden state that the first block is given.
 
-    `tokens`: (tokens,) int64. `shared` collects masks and rotary tables, which several texts' calls have in common. The
-    inputs of modules before the first block count if `counted`. Raises Broken if the model's blocks cannot be left out,
-    or are not called once each, in order.
+    `tokens`: int64, (tokens,) or (rows, tokens); `past` as in `BlockRunner.forward`. `shared` collects masks and rotary
+    tables, which several texts' calls have in common. The inputs of modules before the first block count if `counted`.
+    Raises Broken if the model's blocks cannot be left out, or are not called once each, in order.
     """
     forward = RecordingForward(runner, shared, [])
     try:
         with runner.watch.counting(counted):
-            runner.forward(tokens, forward)
+            runner.forward(tokens, forward, past)
     except ForwardFailed as error:
         raise Broken(f"this model's blocks cannot be left out ({error})") from error
     if forward.state is None or len(forward.calls) != len(runner.blocks):

@@ -22,6 +22,7 @@ from lowmem_aim.blocks.beside import Beside
 from lowmem_aim.blocks.calls import Call, Forward, model_code
 from lowmem_aim.blocks.observer import Watch
 from lowmem_aim.blocks.offload import ReadWhileAbsent, Source, Weights
+from lowmem_aim.blocks.past import as_if_after
 from lowmem_aim.blocks.shares import BOUNDLESS, SHORTER, SMALLEST_PAGED, Shares, owners, paged, size_of
 from lowmem_aim.errors import MemoryBudgetError, printable
 from lowmem_aim.events import Emit, Notice, Worked, silent
@@ -65,14 +66,18 @@ class BlockRunner:
         self._beside = [(path, part) for path, part in self.model.named_modules() if id(part) not in inside]
         self._current = threading.local()  # suspended forwards run in threads of their own
 
-    def forward(self, tokens: Tensor, forward: Forward) -> Any:
-        """Run one forward of the model on `tokens`, (tokens,) int64, unpadded; `forward` handles blocks and head.
+    def forward(self, tokens: Tensor, forward: Forward, past: int | None = None) -> Any:
+        """Run one forward of the model on `tokens`, int64, (tokens,) or (rows, tokens); `forward` handles blocks, head.
 
-        Returns what the model gives. Raises ForwardFailed for what the model's code raises; so does `run_block`.
+        `past`: how many tokens come before these, whose keys and values the blocks are given; None: blocks neither take
+        nor keep any. Returns what the model gives. Raises ForwardFailed for what the model's code raises; so does
+        `run_block`.
         """
         self._current.now = forward
         with model_code(), self.watch.experts(self._beside):
-            given = self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+            before = {} if past is None else {"past_key_values": as_if_after(self.model, past)}
+            read = tokens if tokens.dim() == 2 else tokens[None]
+            given = self.model(input_ids=read.to(self.device), use_cache=past is not None, **before)
         trim()  # else tensors kept from many forwards end up between the holes that those forwards leave
         return given
 

@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -15,12 +14,11 @@ import click
 from lowmem_aim.cli import completion, usage
 from lowmem_aim.cli.flags import DATA_FLAGS, flags_of
 from lowmem_aim.cli.values import PathType
-from lowmem_aim.errors import UsageError, noted, printable, raise_all
+from lowmem_aim.errors import printable
 
 if TYPE_CHECKING:
-    from lowmem_aim.errors import LowmemAimError
     from lowmem_aim.evaluating.comparison import Comparison
-    from lowmem_aim.evaluating.fronts import Front, Pair
+    from lowmem_aim.evaluating.fronts import Front
     from lowmem_aim.view.dashboard import Style
 
 _flag = flags_of("")
@@ -106,52 +104,20 @@ def compare_command(
     """
     import json
 
-    from lowmem_aim.evaluating.comparison import compared, read_all
-    from lowmem_aim.evaluating.fronts import check_pairs, fronts_of
-    from lowmem_aim.evaluating.report import as_json, check_new, write_report
+    from lowmem_aim.evaluating.report import as_json
+    from lowmem_aim.jobs.compare import compare
 
-    errors: list[LowmemAimError] = []
-    with noted(errors):
-        _check_installed(["moocore"] * bool(against) + ["matplotlib"] * (output is not None))
-    if output is not None:
-        with noted(errors):
-            check_new(output)
-    with noted(errors):
-        chosen = [_pair(text) for text in pairs]
-    with noted(errors):
-        models, population = read_all(scores, against)
-        found = compared(models, population, tasks=_words(tasks), sort=sort, forced=force)
-        if not errors:
-            check_pairs(chosen, found.tasks)
-    raise_all(errors)
-    fronts = fronts_of(found, chosen)
-    if output is not None:
-        write_report(found, fronts, output)
+    found, fronts = compare(scores, against, output, tasks=_words(tasks), pairs=pairs, sort=sort, force=force)
     if style == "json":
         click.echo(json.dumps(as_json(found)))
     else:
-        print_comparison(found, fronts if chosen else [])
+        print_comparison(found, fronts if pairs else [])
     if output is not None:
         click.echo(f"the report is in `{printable(str(output))}`", err=True)
 
 
-def _check_installed(packages: Sequence[str]) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise UsageError(
-            f"`compare` needs {' and '.join(missing)} for this", hint="install them: pip install 'lowmem-aim[report]'"
-        )
-
-
 def _words(text: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _pair(text: str) -> Pair:
-    first, comma, second = (word.strip() for word in text.partition(","))
-    if not (first and comma and second) or "," in second:
-        raise UsageError(f"`--pair {printable(text)}` is not two tasks", hint="write `--pair gsm8k,humaneval`")
-    return first, second
 
 
 def print_comparison(found: Comparison, fronts: Sequence[Front] = (), *, err: bool = False) -> None:

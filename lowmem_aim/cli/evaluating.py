@@ -102,11 +102,12 @@ def _fetch(flags: dict[str, Any], style: Style) -> None:
         if context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         and parameter.name not in _OF_FETCHING
     ]
+    from lowmem_aim.evaluating.tasks import fetch_command
+
     if given:
-        raise UsageError(
-            [f"`{name}` means nothing beside `--fetch`" for name in given],
-            hint=f"write `lowmem-aim evaluate --fetch --tasks {flags['tasks']}`",
-        )
+        problems = [f"`{name}` means nothing beside `--fetch`" for name in given]
+        only = asked_for({**flags, "metric": (), "settings": ()}, flags["seed"])
+        raise UsageError(problems, hint=f"write `{fetch_command(only)}`")
     from lowmem_aim.jobs.fetch import fetch
 
     asked = asked_for(flags, flags["seed"])

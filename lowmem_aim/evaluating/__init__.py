@@ -3,6 +3,7 @@
 questions.py      log-likelihood questions as token ids, and the forwards that answer them
 answers.py        answers that a model has given, kept for the next run
 scoring.py        continuations scored from what the output head is given, without its logits in memory
+outlook.py        the cost of log-likelihoods, told before work
 likelihoods.py    log-likelihoods from a model of which one block at a time is in memory
 whole_model.py    a model loaded whole, to write texts: spread over the device, RAM and disk
 generation.py     texts that a model writes, kept batch by batch
@@ -12,6 +13,7 @@ code_scoring.py   programs that a model has written, each tried in a child proce
 task_code.py      code that the files of tasks bring along: found without running any of it
 task_data.py      data that tasks need from elsewhere: whether they are on this machine, and how they come here
 harness_settings.py settings of the harness that have no flag: which there are, and where they act
+task_index.py     the harness' index of its own tasks, of the few folders that matter
 tasks.py          the harness' tasks: found by name, and checked before anything of them runs
 writing_tasks.py  tasks that let the model write: how much at most, and what that costs
 harness.py        the harness run on a model, and the one number of each task that counts

@@ -21,16 +21,17 @@ BOOTSTRAPS = 1000
 
 def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
     """The score of a model, an `LM` of the harness, on each task. Raises UsageError for a metric that a task lacks."""
-    from lm_eval.api import metrics
+    from lm_eval.api import metrics, task
     from lm_eval.evaluator import evaluate
 
     metrics.print = lambda *told: None  # stdout is for the result
+    task.tqdm = lambda items, **_: items  # a script may have imported tqdm before `quiet` could silence it
     # `simple_evaluate` would do these, and run git and pip to describe the machine.
     random.seed(asked.seed)
     numpy.random.seed(asked.seed)
     torch.manual_seed(asked.seed)
-    for task in loaded.tasks["tasks"].values():
-        _set_up(task, asked)
+    for one in loaded.tasks["tasks"].values():
+        _set_up(one, asked)
     results = evaluate(
         lm=model,
         task_dict=loaded.tasks,

@@ -33,16 +33,20 @@ def _is_switch(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+    return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
 
 
 # A key, whether a value is right for it, and what the value must be.
 KNOWN: Mapping[str, tuple[Is, str]] = {
-    SYSTEM: (lambda value: isinstance(value, str), "a text"),
+    SYSTEM: (_is_text, "a text"),
     MULTITURN: (_is_switch, "true or false"),
     THINKING: (_is_switch, "true or false"),
-    THOUGHT: (lambda value: isinstance(value, str) or _is_count(value), "a text, or the number of a token"),
+    THOUGHT: (lambda value: _is_text(value) or _is_count(value), "a text, or the number of a token"),
     f"{GENERATION}.max_gen_toks": (_is_count, "a number of tokens, 1 or more"),
     f"{GENERATION}.until": (_is_texts, "a text, or a list of texts, at which the model stops"),
     f"{GENERATION}.do_sample": (_is_switch, "true or false"),

@@ -2,13 +2,13 @@
 
 A question is a context and its continuation. The forward for it reads both but the last token, and the continuation is
 scored at the last positions: as many as it has tokens. Questions whose forwards read the same tokens share one; choices
-of one token (` A`, ` B`, ...) all do.
+of one token (` A`, ` B`, ...) all do. What else forwards share is in `measuring/batches.py`.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
@@ -71,15 +71,3 @@ def readings_of(questions: Sequence[Question], numbers: Iterable[int]) -> list[R
         read = questions[number].read
         found.setdefault(read.tobytes(), Reading(read)).questions.append(number)
     return [found[key] for key in sorted(found, key=lambda key: (-len(key), key))]
-
-
-def rounds_of(readings: Sequence[Reading], tokens: int, most: int) -> Iterator[Sequence[Reading]]:
-    """Yield parts of the readings: at most so many `tokens` together, and at most `most`; or a single reading."""
-    begin, count = 0, 0
-    for place, reading in enumerate(readings):
-        if count and (count + len(reading.tokens) > tokens or place - begin == most):
-            yield readings[begin:place]
-            begin, count = place, 0
-        count += len(reading.tokens)
-    if begin < len(readings):
-        yield readings[begin:]

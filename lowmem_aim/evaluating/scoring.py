@@ -19,7 +19,7 @@ from lowmem_aim.blocks.head import OutputHead
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.errors import ModelError
 from lowmem_aim.evaluating.questions import Answer, Question
-from lowmem_aim.measuring.ways import Purpose
+from lowmem_aim.measuring.purpose import Purpose
 from lowmem_aim.system.tensor_store import Stored
 
 # Fixed, so that no answer depends on the budget: sums that are cut elsewhere round otherwise.

@@ -19,6 +19,7 @@ from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewh
 from lowmem_aim.evaluating.harness_settings import set_generation, wrong_settings
 from lowmem_aim.evaluating.task_code import codes
 from lowmem_aim.evaluating.task_data import is_offline, missing, missing_punkt
+from lowmem_aim.evaluating.task_index import index_of
 
 HARNESS = "lm_eval"
 _INSTALL = "`pip install 'lowmem-aim[eval]'`"
@@ -165,11 +166,16 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
 
 
 def fetching(asked: Asked) -> str:
-    """The hint for tasks whose data are not here: the command that downloads them."""
+    """The hint for tasks whose data are not here."""
+    return f"with a network, and HF_HUB_OFFLINE unset: `{fetch_command(asked)}`"
+
+
+def fetch_command(asked: Asked) -> str:
+    """The command that downloads the data of tasks, for people to type."""
     folders = [word for folder in asked.folders for word in ("--include-path", str(folder))]
     allowed = ["--allow-task-code"] if asked.allow_code else []
     words = ["lowmem-aim", "evaluate", "--fetch", "--tasks", ",".join(asked.names), *folders, *allowed]
-    return f"with a network, and HF_HUB_OFFLINE unset: `{printable(shlex.join(words), 1000)}`"
+    return printable(shlex.join(words), 1000)
 
 
 def _metrics(asked: Asked, tasks: Mapping[str, Any]) -> Iterator[UsageError]:
@@ -190,14 +196,14 @@ def _scored(manager: Any, name: str) -> list[str]:
 
 
 def _manager(asked: Asked) -> Any:
-    """The harness' index of tasks: of the user's folders alone where they have all, since its own take seconds."""
+    """The harness' index of tasks: of the user's folders alone where they have all, else of its own, too."""
     from lm_eval.tasks import TaskManager
 
     folders = [str(folder) for folder in asked.folders]
     own = TaskManager(include_path=folders or None, include_defaults=False) if folders else None
     if own is not None and all(name in own.task_index for name in asked.names):
         return own
-    return TaskManager(include_path=folders or None)
+    return index_of(asked.names, folders)
 
 
 def _unknown(asked: Asked, manager: Any) -> Iterator[UsageError]:

@@ -20,6 +20,8 @@ sweep.py         the sweep: many merges, each scored, all compared, the best of 
 study.py         the trials of a search, in a file of optuna's
 searched.py      the request for a search, and all that is checked of it before work
 search.py        the search: a sweep whose points are chosen one after the other, by several processes
+asked.py         requests for an evaluation, from keys and values
+compare.py       the comparison of models by their scores, from files to a report
 convert.py       pickled weights turned into safetensors, in a new folder
 oddities.py      what a merge warns of before it works: idle filters, a missing tokenizer
 identity.py      the identity of a run: all that its output depends on

@@ -17,8 +17,11 @@ from typing import Any
 from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.events import Emit, Event, silent
 from lowmem_aim.jobs import calibrate as calibrate_job
+from lowmem_aim.jobs import compare as compare_job
+from lowmem_aim.jobs import evaluate as evaluate_job
 from lowmem_aim.jobs import merge as merge_job
 from lowmem_aim.jobs import plan as plan_job
+from lowmem_aim.jobs.asked import asked_for
 from lowmem_aim.jobs.forecast import Forecast
 from lowmem_aim.jobs.preparation import sound_recipe
 from lowmem_aim.output.verify import verify_outputs
@@ -122,6 +125,49 @@ def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:
     Raises VerifyError naming all files that differ, UsageError if there is no finished output.
     """
     return verify_outputs(_path(out), _emit(on_event))
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    out: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    options: Options = DEFAULTS,
+    on_event: OnEvent | None = None,
+) -> Path:
+    """Score a model on tasks of lm-evaluation-harness, into the new file `out` (.json); returns `out`.
+
+    `model` is a model folder or Hub id. `settings` holds the flags of `lowmem-aim evaluate` that say how: `limit`,
+    `num_fewshot`, `include_path` (a list), `metric` (a mapping), `dtype`, ... Raises the errors of `merge`.
+    """
+    asked, forwards = asked_for(tasks, settings or {})
+    with _alone():
+        return evaluate_job.evaluate(str(model), asked, _path(out), forwards, options, _emit(on_event))
+
+
+def compare(
+    scores: Sequence[str | Path],
+    against: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    pairs: Sequence[str] = (),
+    sort: str = "family",
+    force: bool = False,
+) -> dict[str, Any]:
+    """Compare models by their files of scores; return the population and the models, as `compare --json` prints them.
+
+    The hypervolume gain is that over the models of `against`. `out`: a new folder for the report; `tasks`: those to
+    compare; `pairs` of tasks, such as `gsm8k,humaneval`, to draw; `force`: compare even what was evaluated otherwise.
+    Raises UsageError, with all that forbids it, and DiskError.
+    """
+    report = None if out is None else _path(out)
+    files, others = list(map(_path, scores)), list(map(_path, against))
+    from lowmem_aim.evaluating.report import as_json
+
+    found, _ = compare_job.compare(files, others, report, tasks=tasks, pairs=pairs, sort=sort, force=force)
+    return as_json(found)
 
 
 def _path(out: str | Path) -> Path:

@@ -8,7 +8,7 @@ from lowmem_aim.errors import LowmemAimError, NetworkError, noted, raise_all
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.task_data import data_sets, fetched, fetched_punkt, is_offline, not_here
 from lowmem_aim.evaluating.tasks import Asked
-from lowmem_aim.events import Emit, Notice, silent
+from lowmem_aim.events import Advanced, Emit, Notice, PhaseEnded, PhaseStarted, silent
 
 
 def fetch(asked: Asked, emit: Emit = silent) -> None:
@@ -23,13 +23,16 @@ def fetch(asked: Asked, emit: Emit = silent) -> None:
     asked = replace(asked, allow_execution=True)  # no program is run where nothing is scored
     found = tasks.found(asked)
     needed, errors = data_sets(found.entries), list[LowmemAimError]()
-    for data in needed:
+    emit(PhaseStarted("fetch", len(needed), "data sets"))
+    for number, data in enumerate(needed, start=1):
         with noted(errors):
             emit(Notice(fetched(data)))
+        emit(Advanced(number, data.place))
     with noted(errors):
         for text in fetched_punkt(found.entries):
             emit(Notice(text))
     raise_all(errors)
+    emit(PhaseEnded("fetch"))
     tasks.loaded(asked, found)  # and with it whatever the code of the tasks fetches
     raise_all(
         [

@@ -33,10 +33,11 @@ from lowmem_aim.view.feed import AnyFeed
 def merge_many(recipes: Mapping[str, Recipe], out: Path, options: Options, feed: AnyFeed) -> None:
     """Make the folder out/NAME for each recipe, or resume it; the inputs are read once for all of them.
 
-    They are read once for each group of `recipe.readings`. `out` must hold no run of its own. All checks of `merge` are
-    made for all recipes before any work, and all problems are raised at once, with the names of the recipes in front if
-    they are not of all. Raises the errors of `merge`, and MemoryBudgetError before any work if the budget is too small
-    for so many outputs at a time. What is finished when a run fails, or is killed, stays for the next one.
+    They are read once for each group of `recipe.readings`. `out` must hold no run of its own; events are recorded
+    beside each output, unless the feed records them elsewhere already. All checks of `merge` are made for all recipes
+    before any work, and all problems are raised at once, with the names of the recipes in front if they are not of all.
+    Raises the errors of `merge`, and MemoryBudgetError before any work if the budget is too small for so many outputs
+    at a time. What is finished when a run fails, or is killed, stays for the next one.
     """
     for notice in dict.fromkeys(notice for recipe in recipes.values() for notice in recipe.notices):
         feed(Notice(notice, "warning"))
@@ -47,7 +48,8 @@ def merge_many(recipes: Mapping[str, Recipe], out: Path, options: Options, feed:
         for reading in found:
             reading.outputs = agreed(reading.ready, reading.spaces)
         if left := [reading for reading in found if reading.outputs]:
-            feed.record_in([output.space.private for reading in left for output in reading.outputs])
+            if not feed.recorded:
+                feed.record_in([output.space.private for reading in left for output in reading.outputs])
             feed(_planned(left))
             _make(left)
 
@@ -98,15 +100,15 @@ def _measure_once(all_ready: Sequence[Prepared]) -> None:
 def _check(recipes: Mapping[str, Recipe]) -> None:
     wrong: dict[str, list[LowmemAimError]] = {}
     for name, recipe in recipes.items():
-        wrong[name] = []
-        if not name or Path(name).name != name:
-            wrong[name].append(UsageError(f"`{printable(name)}` is no name of a folder", "name each merge in a word"))
+        own = wrong[name] = []
+        if Path(name).name != name or name.startswith("."):
+            own.append(UsageError(f"`{printable(name)}` is no name of a folder", "name each merge in a word"))
         if recipe.stages:
             hint = "merge the stages first, and name their folders in the recipe"
-            wrong[name].append(UsageError("a recipe with named stages cannot be one of several merges", hint))
+            own.append(UsageError("a recipe with named stages cannot be one of several merges", hint))
         if recipe.aim and recipe.aim.omegas:
             hint = "give a recipe for each of them"
-            wrong[name].append(UsageError("a recipe with several omegas cannot be one of several merges", hint))
+            own.append(UsageError("a recipe with several omegas cannot be one of several merges", hint))
     raise_all(of_some(wrong))
 
 

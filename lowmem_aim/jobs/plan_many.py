@@ -13,16 +13,18 @@ from pathlib import Path
 
 from lowmem_aim.errors import raise_all
 from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.jobs.forecast import Forecast, ForecastOfMany, Pass, Step, in_passes
+from lowmem_aim.jobs.forecast import Forecast, ForecastOfMany, Pass, Requirement, Step, in_passes
 from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.jobs.merge_many import prepared_together
 from lowmem_aim.jobs.plan import Estimate, noting
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.merging.shares import Needs
 from lowmem_aim.models.opening import Finder
+from lowmem_aim.output.folder import SMALL_FILES_BYTES
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.memory import enough
 from lowmem_aim.system.options import DEFAULTS, Options
+from lowmem_aim.units import shown
 
 
 def plan_many(
@@ -34,7 +36,7 @@ def plan_many(
     disk: int | None = None,
     measure: bool = True,
 ) -> ForecastOfMany:
-    """Forecast the merges by several recipes, made by one `merge_many` for each of the passes that it tells.
+    """Forecast the merges by at least one recipe, made by one `merge_many` for each of the passes that it tells.
 
     `disk` is the most bytes of outputs that lie on the disk at a time, unless a single one has more; without it all
     stay. `measure`: also how long it would take. Raises the errors of models that cannot be opened, and of options that
@@ -59,9 +61,12 @@ def plan_many(
             own = [*_passes(reading.ready, forecast, disk)]
             passes += own
             forecasts.append(_read_by_each(forecast, len(own)))
-        return ForecastOfMany(
-            tuple(passes), replace(in_passes(forecasts, errors), warnings=tuple(dict.fromkeys(warnings)))
-        )
+        whole = replace(in_passes(forecasts, errors), warnings=tuple(dict.fromkeys(warnings)))
+        if disk is None:
+            written = sum(reading.ready.bytes_to_write() for reading in found)
+        else:
+            written = max((sum(one.output_bytes.values()) for one in passes), default=0)
+        return ForecastOfMany(tuple(passes), _with_disk(whole, written))
 
 
 def _passes(ready: Prepared, forecast: Forecast, disk: int | None) -> Iterator[Pass]:
@@ -77,6 +82,16 @@ def _passes(ready: Prepared, forecast: Forecast, disk: int | None) -> Iterator[P
         batch = grown
     if batch:
         yield Pass(forecast.survey["read_bytes"], batch)
+
+
+def _with_disk(whole: Forecast, written: int) -> Forecast:
+    """The forecast with the need of disk space for `written` bytes of outputs that lie there at a time."""
+
+    def all_of(need: Requirement) -> Requirement:
+        why = f"outputs at a time {shown(written)}; of the largest: {need.why}"
+        return replace(need, least=max(need.least, written + SMALL_FILES_BYTES), why=why)
+
+    return replace(whole, needs=tuple(all_of(need) if need.what == "disk" else need for need in whole.needs))
 
 
 def _fit_memory(ready: Prepared, names: list[str]) -> bool:

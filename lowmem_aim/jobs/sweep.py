@@ -56,7 +56,7 @@ def sweep(swept: Swept, out: Path, options: Options = DEFAULTS, emit: Emit = sil
     Raises the errors of `merge` and `evaluate`, before any work where that is possible.
     """
     with reported("sweep", out, emit, options.command) as feed:
-        ready = checked(swept, out, options, feed)
+        ready = checked(swept, out, options, Part(feed, "sweep"))
         with sweep_folder(out, fresh=options.fresh) as folder:
             feed.record_in([folder.private])
             options = replace(options, fresh=False)  # what was there is gone

@@ -30,8 +30,9 @@ from lowmem_aim.blocks.shares import BOUNDLESS, Needs, Shares, share_out
 from lowmem_aim.errors import MemoryBudgetError, ModelError, printable
 from lowmem_aim.events import Emit, PhaseEnded, PhaseStarted, silent
 from lowmem_aim.measuring.by_weight import gathered
+from lowmem_aim.measuring.purpose import Progress
 from lowmem_aim.measuring.snapshots import Snapshots
-from lowmem_aim.measuring.ways import Progress, run_blocks
+from lowmem_aim.measuring.ways import run_blocks
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.output.folder import check_disk, snapshot_bytes

@@ -161,11 +161,11 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     left = max(0, budget.ram - used) + (GROWTH_BYTES if grown else 0)
     errors: list[LowmemAimError] = []
     if left < (least := needs.least_ram(on_host, reached - used)):
-        errors.append(_refused("RAM", least, used, budget.ram))
+        errors.append(_refused(needs, "RAM", least, used, budget.ram))
     if budget.vram is not None:
         vram_left = budget.vram_left(device)
         if vram_left < (least := needs.least_vram()):
-            errors.append(_refused("VRAM", least, budget.vram - vram_left, budget.vram))
+            errors.append(_refused(needs, "VRAM", least, budget.vram - vram_left, budget.vram))
     raise_all(errors)
     rest = left - needs.held()
     for workers, ahead in ((torch.get_num_threads() if on_host else STREAMS, AHEAD), (1, 1)):
@@ -190,8 +190,9 @@ def _most_elements(room: int, taken: Callable[[int], int]) -> int:
     return max(0, (room - fixed - 1) * many // (taken(many) - fixed + 1))  # each figure is rounded up
 
 
-def _refused(kind: Kind, least: int, used: int, budget: int) -> LowmemAimError:
-    return too_small("this merge", kind, least, used, budget, "merging fewer models at a time takes less")
+def _refused(needs: Needs, kind: Kind, least: int, used: int, budget: int) -> LowmemAimError:
+    fewer = "making fewer outputs" if needs.outputs > 1 else "merging fewer models"
+    return too_small("this merge", kind, least, used, budget, f"{fewer} at a time takes less")
 
 
 # --- what the plan's tensors take -------------------------------------------------------------------------------------

@@ -137,6 +137,13 @@ class SweepSize(Record):
 
 
 @dataclass(frozen=True)
+class RunAlone(Record):
+    """The finding that a model's sequences cannot be run together: an evaluation that is resumed need not try again."""
+
+    kind = "alone"
+
+
+@dataclass(frozen=True)
 class MadeStage(Record):
     """A named stage of the recipe that an output was made of: what is known of it once its folder is gone."""
 

@@ -103,6 +103,11 @@ class Part:
         self._feed, self._title = feed, title
         self._told = feed.told
 
+    @property
+    def recorded(self) -> list[Path]:
+        """The folders with a log of the larger run."""
+        return self._feed.recorded
+
     def record_in(self, folders: Sequence[Path]) -> None:
         """Leave the folders without a log: that of the larger run holds everything."""
 

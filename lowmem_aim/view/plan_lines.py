@@ -15,6 +15,7 @@ from lowmem_aim.units import clock, shown
 INDENT = 10  # columns of a heading
 KINDS_LISTED = 40  # shown; a model of many different modules has more
 MOST_LEFT_OUT = 5  # names shown for one reason
+MOST_POINTS = 12  # of a sweep, whose names are shown
 STARTING_SECONDS = 3.0  # importing torch, opening the models
 
 
@@ -119,7 +120,8 @@ def sweep_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     kinds = [f"{plan['families']} unrelaxed", f"{plan['relaxed']} relaxed", f"{plan['controls']} controls"]
     scored = f"; {plan['scored']} are scored already" if plan["scored"] else ""
     yield f"points    {len(plan['points'])}: {', '.join(kinds)}{scored}"
-    yield f"          {', '.join(map(printable, plan['points']))}"
+    more = f" and {len(plan['points']) - MOST_POINTS} more" if len(plan["points"]) > MOST_POINTS else ""
+    yield f"          {', '.join(map(printable, plan['points'][:MOST_POINTS]))}{more}"
     models = len(plan["points"]) - plan["scored"] + len(plan["experts"])
     experts, tasks = (", ".join(map(printable, plan[key])) for key in ("experts", "tasks"))
     yield f"scored    {experts} first; {models} models on {tasks}"
@@ -139,8 +141,8 @@ def _slowest(step: Mapping[str, Any]) -> str:
 
 
 def _speed(name: str, value: float) -> str:
-    if name == "compute":
-        return f"computing {value / 1e6:.0f} M elements/s"
+    if name.startswith("compute"):  # `compute by ties` where there are several methods
+        return f"{name.replace('compute', 'computing', 1)} {value / 1e6:.0f} M elements/s"
     if name.startswith("forward"):
         return f"{name} {value / 1e9:.0f} GFLOP/s"
     return f"{name} {shown(value)}/s"

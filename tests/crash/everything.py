@@ -36,6 +36,7 @@ SUITES = (
     "changed_afterwards",
     "memory_cap",
     "clock_jumps",
+    "evaluations",
 )
 
 

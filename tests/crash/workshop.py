@@ -22,6 +22,7 @@ from typing import Any
 
 # Before torch is imported: forks must not inherit threads that are not there.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 
 import tiny
 from reading_here import read_here

@@ -16,7 +16,6 @@ from conftest import Run
 from PIL import Image
 from scoring import CODE, DARE, DARE_AIM, MATH, TASKS, by_hand, fractions, merge, model, paper, written
 
-from lowmem_aim.cli import comparing
 from lowmem_aim.errors import UsageError
 from lowmem_aim.evaluating.comparison import compared, read_all
 from lowmem_aim.evaluating.families import curves_of
@@ -25,6 +24,7 @@ from lowmem_aim.evaluating.hypervolume import hv_gain
 from lowmem_aim.evaluating.plots import omega_figure, pareto_figure
 from lowmem_aim.evaluating.report import write_report
 from lowmem_aim.evaluating.scores import Score
+from lowmem_aim.jobs import compare
 from lowmem_aim.output import drawing
 
 
@@ -188,7 +188,7 @@ class TestRefusals:
     def test_everything_that_is_wrong_is_told_at_once(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(comparing, "find_spec", lambda name: None)
+        monkeypatch.setattr(compare, "find_spec", lambda name: None)
         file = tmp_path / "percent.json"
         file.write_text('{"name": "m", "scores": {"a": 52.1}}')
         (tmp_path / "report").mkdir()
@@ -209,7 +209,7 @@ class TestRefusals:
     def test_only_what_is_needed_must_be_installed(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(comparing, "find_spec", lambda name: None)
+        monkeypatch.setattr(compare, "find_spec", lambda name: None)
         monkeypatch.setattr(drawing, "find_spec", lambda name: None)
         files = written(tmp_path, model("m", {"a": 0.5}), model("n", {"a": 0.6}))
         assert run("compare", *files).code == 0

@@ -170,6 +170,7 @@ def test_all_wrong_settings_are_told_before_work(place: Path, tmp_path: Path, ru
         (["gen_kwargs.temperature=.nan", "gen_kwargs.do_sample=true"], False),
         (["gen_kwargs.until=3"], True),
         (["gen_kwargs.until=[3]"], False),
+        (["gen_kwargs.until="], False),  # it would stop every text before its first token
         (["system_instruction=Say: yes"], True),
         (["enable_thinking=true"], False),
         (["enable_thinking=true", "think_end_token=151668"], True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import asking
@@ -9,11 +10,14 @@ import pytest
 import tiny
 from calibrating import llama_forward
 from long_cases import others_long
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from lowmem_aim.blocks.past import no_past
 from lowmem_aim.errors import MemoryBudgetError, ModelError
-from lowmem_aim.evaluating.questions import Question, readings_of, rounds_of
+from lowmem_aim.evaluating.questions import Question, readings_of
 from lowmem_aim.events import Advanced, Emit, Event, Notice, PhaseStarted, Worked
+from lowmem_aim.measuring import recorded
 from lowmem_aim.system.interrupts import Interrupted
 from lowmem_aim.system.options import Options
 
@@ -112,6 +116,57 @@ def test_a_model_whose_blocks_cannot_be_run_one_by_one_is_scored_all_the_same(
     assert any(isinstance(event, Notice) and "hidden state" in event.text for event in seen)
 
 
+# --- requests that are run together -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", others_long(("llama", "gemma3_text", "mamba"), ("llama", "mamba")))
+def test_what_requests_begin_with_alike_is_run_once(architecture: str, tmp_path: Path) -> None:
+    folder = tiny.build(architecture, tmp_path / "model")
+    seen: list[Event] = []
+    assert asking.compared(folder, tmp_path / "work", {KINDS[0]: asking.endings(10)}, emit=seen.append) < 1e-5
+    told = [event.text for event in seen if isinstance(event, Notice) and event.level == "warning"]
+    calls = [event for event in seen if isinstance(event, Worked) and event.stage == "compute" and event.item]
+    if architecture == "mamba":  # more than keys and values go from token to token
+        assert told == [
+            "this model passes on more than keys and values: what requests begin with alike is read for each"
+        ]
+    else:
+        assert not told
+        # A beginning and its endings each, one request alone to compare, and the canary twice.
+        assert len(calls) <= (10 + 10 + 3) * tiny.LAYERS
+
+
+def test_what_it_takes_is_told_before_work(llama: Path, tmp_path: Path) -> None:
+    requests, seen = asking.endings(10), list[Event]()
+    asking.ours(llama, tmp_path / "work", {KINDS[0]: requests[:8]})
+    asking.ours(llama, tmp_path / "work", {KINDS[0]: requests}, spill=60_000, emit=seen.append)
+    place = next(place for place, event in enumerate(seen) if isinstance(event, Notice))
+    assert not any(isinstance(event, Worked) for event in seen[:place])
+    told = seen[place]
+    assert isinstance(told, Notice)
+    numbers = [int(number) for number in re.findall(r"\d+", told.text.split(" round")[0])]
+    asked, known, texts, tokens, computed, rounds = numbers
+    assert (asked, known, texts) == (40, 8, 32)
+    assert 32 * 60 < tokens < 32 * 75
+    assert 8 * (60 + 4 * 2) < computed < tokens / 2
+    assert rounds == sum(isinstance(event, Advanced) for event in seen) / tiny.LAYERS > 1
+    assert "read from disk" in told.text
+
+
+def test_a_model_that_cannot_run_requests_together_runs_them_alone(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = {KINDS[0]: asking.endings(10)}
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    monkeypatch.setattr(recorded, "copies", lambda cache, rows: no_past(model))  # what came before is lost
+    seen: list[Event] = []
+    with pytest.raises(Interrupted):
+        asking.ours(llama, tmp_path / "work", requests, emit=_stopping(2))
+    assert asking.compared(llama, tmp_path / "work", requests, emit=seen.append) < 1e-5
+    told = [event.text for event in seen if isinstance(event, Notice)]
+    assert [text[:9] for text in told] == ["log-likel", "resuming:"]  # it did not try again
+
+
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
@@ -120,14 +175,6 @@ def test_questions_that_read_the_same_share_a_forward() -> None:
     questions.append(Question.of([1, 2], [3, 9], 10))
     (reading,) = readings_of(questions, range(4))
     assert (list(reading.tokens), reading.questions) == ([1, 2, 3], [0, 1, 2, 3])
-
-
-def test_a_round_holds_no_more_tokens_than_it_may() -> None:
-    questions = [Question.of([number], [*range(length)], 50) for number, length in enumerate((1, 2, 20, 3, 9))]
-    readings = readings_of(questions, range(5))
-    rounds = [[len(reading.tokens) for reading in some] for some in rounds_of(readings, 12, 2)]
-    assert rounds == [[20], [9, 3], [2, 1]]
-    assert [len(some) for some in rounds_of(readings, 1000, 2)] == [2, 2, 1]
 
 
 def test_a_continuation_longer_than_the_model_reads_is_an_error() -> None:

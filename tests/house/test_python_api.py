@@ -28,7 +28,8 @@ from lowmem_aim.recipe.yaml_tree import load_tree
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 # What each block makes, and whether it prints.
-MAKES = [({"merged"}, True), ({"from-code"}, True), ({"with-task_arithmetic", "with-ties"}, False), (set[str](), True)]
+MAKES = [({"merged"}, True), ({"from-code"}, True), ({"with-task_arithmetic", "with-ties"}, False)]
+MAKES += [(set[str](), True), (set[str](), True)]
 RECIPE = """
 merge_method: ties
 base_model: base
@@ -37,7 +38,18 @@ models:
   - {model: code, parameters: {weight: 0.4, density: 0.5}}
 aim: {omega: 0.4, calibration: texts.jsonl, block_size: 32}
 """
-FUNCTIONS = ("calibrate", "merge", "plan", "read_recipe", "relax", "verify")
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/items.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: 0
+doc_to_choice: choices
+metric_list: [{metric: acc}]
+"""
+FUNCTIONS = ("calibrate", "compare", "evaluate", "merge", "plan", "read_recipe", "relax", "verify")
 NAMES = {*FUNCTIONS, "Forecast", "LowmemAimError", "Options", "Recipe", "errors", "events"}
 
 
@@ -48,6 +60,10 @@ def here(llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tiny.perturbed(llama / name, tmp_path / name, scale=0.0)
     tiny.perturbed(llama / "math", tmp_path / "merged-elsewhere", scale=0.0)
     (tmp_path / "recipe.yml").write_text(RECIPE)
+    (tmp_path / "my-tasks").mkdir()
+    (tmp_path / "my-tasks" / "sums.yaml").write_text(TASK.replace("FOLDER", str(tmp_path / "my-tasks")))
+    rows = [{"q": f"{n} + 1 =", "choices": [str(n + 1), str(n)]} for n in range(9)]
+    (tmp_path / "my-tasks" / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,7 +71,7 @@ def here(llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_every_code_block_of_the_page_runs(number: int, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = BLOCKS[number]
-    if "relax" in code:
+    if "relax" in code or "evaluate" in code:
         (here / "merged-elsewhere").rename(here / "merged")
     exec(compile(code, str(PAGE), "exec"), {"__name__": "notebook"})
     said = capfd.readouterr()
@@ -158,6 +174,16 @@ def test_errors_are_those_of_the_command_line(here: Path) -> None:
     (out / "model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(errors.VerifyError):
         lowmem_aim.verify(out)
+
+
+def test_wrong_settings_of_an_evaluation_are_usage_errors_all_at_once(here: Path) -> None:
+    wrong: dict[str, Any] = {"limit": 0, "include_path": "my-tasks", "metric": ["acc"], "dtype": "int8", "few_shot": 5}
+    with pytest.raises(errors.UsageError) as caught:
+        lowmem_aim.evaluate("base", "sums", "out.json", wrong)
+    assert len(caught.value.problems) == len(wrong) + 1
+    assert not (here / "out.json").exists()
+    with pytest.raises(errors.UsageError, match="is not two tasks"):
+        lowmem_aim.compare(["no.json"], pairs=["sums"])
 
 
 def test_wrong_options_are_usage_errors_all_at_once(here: Path) -> None:
