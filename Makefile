@@ -5,20 +5,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo lint type test test-long test-crash test-mergekit test-quantised test-architectures test-loading \
-	test-memory bench gpu-check same-bytes format clean
+.PHONY: install demo lint type test test-long test-crash test-mergekit test-quantised test-ray test-architectures \
+	test-loading test-memory bench gpu-check same-bytes format clean
 
 install: $(STAMP)
 
 # A developer's own file of defaults must reach no test and no measurement.
-test test-long test-crash test-mergekit test-quantised test-architectures test-loading test-memory bench gpu-check \
-	same-bytes: export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
+test test-long test-crash test-mergekit test-quantised test-ray test-architectures test-loading test-memory bench \
+	gpu-check same-bytes: export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): minutes, most of them for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[data,eval,report,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[data,eval,report,search,dev]'
 	touch $(STAMP)
 
 demo: install
@@ -66,6 +66,11 @@ test-mergekit: install
 # that of the libraries which made the formats.
 test-quantised: install
 	$(BIN)/python tests/quantised/compare.py
+
+# Three minutes, and Ray from the package index in an environment of its own: a sweep on two of its workers, one of which
+# is killed, has the scores of a sweep without it.
+test-ray: install
+	$(BIN)/python tests/ray_tasks/killed_worker.py
 
 # Some ten minutes: AIM on every architecture of transformers against a plain computation; writes docs/architectures.md.
 test-architectures: install

@@ -14,11 +14,14 @@ from lowmem_aim.cli.running import refuse_if_running, run
 from lowmem_aim.cli.task_flags import FORWARD_FLAGS, TASK_FLAGS, asked_for, forwards_of
 from lowmem_aim.cli.usage import Choice
 from lowmem_aim.cli.values import PathType, SizeType
-from lowmem_aim.errors import LowmemAimError, noted, printable, raise_all
+from lowmem_aim.errors import LowmemAimError, UsageError, noted, printable, raise_all
 from lowmem_aim.system.options import DEFAULT_SHARD_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lowmem_aim.events import Emit
+    from lowmem_aim.jobs.searched import Searched
     from lowmem_aim.jobs.swept import Swept
     from lowmem_aim.system.options import Options
     from lowmem_aim.view.dashboard import Style
@@ -56,7 +59,25 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
     default=True,
     help="Add a control to each merge with AIM: the same amount taken from all channels alike. [default: --controls]",
 )
-@_points("--seed", type=int, default=0, show_default=True, help="Draw the random masks with this seed.")
+@_points(
+    "--search",
+    metavar="NUMBER",
+    type=int,
+    help="Try this many merges in place of all, each chosen by what the earlier ones scored. Values may then be "
+    "ranges, such as `-p density=0.2:0.9 --omega 0:1`. Several processes may search in one OUT.",
+)
+@_points(
+    "--objective",
+    metavar="TASK,...",
+    help="Search for the best scores on these tasks. [default: the hypervolume gain over the experts]",
+)
+@_points(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Draw the random masks, and what a search tries, with this seed.",
+)
 @_points(
     "--nonfinite",
     type=Choice(["stop", "base"]),
@@ -94,6 +115,12 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
     help="Keep activations and answers in the cache and reuse those there, or make them anew. [default: --cache]",
 )
 @_run("--plan", "only_plan", is_flag=True, help="Show what the sweep would do and need, and do nothing.")
+@_run(
+    "--ray",
+    metavar="ADDRESS",
+    help="Make the points as tasks of the Ray cluster at this address, whose nodes share OUT and the models; `local` "
+    "starts one here. A task gets the cores of `--threads` and the memory of `--ram`. [default: one after the other]",
+)
 @JOB_FLAGS
 def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flags: Any) -> None:
     """Merge by RECIPE in many ways, and score each.
@@ -102,17 +129,25 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
     recipes: the one that adds most to the experts, and the one that loses least anywhere. The same command resumes an
     interrupted sweep.
     """
-    refuse_if_running(out)
-    swept = _swept(recipe, flags)
-    if only_plan:
-        _plan(swept, out, options_of(flags), style)
+    if flags["search"] is None:
+        refuse_if_running(out)
+    asked = _asked(recipe, flags, only_plan)
+    from lowmem_aim.jobs.searched import Searched
+
+    if only_plan and not isinstance(asked, Searched):
+        _plan(asked, out, options_of(flags), style)
         return
     from lowmem_aim.jobs.sweep import Result, sweep
 
     results: list[Result] = []
 
     def work(emit: Emit) -> Path:
-        results.append(sweep(swept, out, options_of(flags), emit))
+        if isinstance(asked, Searched):
+            from lowmem_aim.jobs.search import search
+
+            results.append(search(asked, out, options_of(flags), emit))
+        else:
+            results.append(sweep(asked, out, options_of(flags), emit))
         return out
 
     run(work, style)
@@ -122,26 +157,52 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
             click.echo(f"{what.replace('-', ' ')}: {name} ({printable(str(out / what))}.yml)", err=True)
 
 
-def _swept(recipe: Path, flags: dict[str, Any]) -> Swept:
+def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Searched:
     """What the command line asks for. Raises everything that is wrong with it at once."""
     from lowmem_aim.recipe.points import Grid, points_of
+    from lowmem_aim.recipe.search_space import space_of
     from lowmem_aim.recipe.yaml_tree import load_tree
 
-    errors: list[LowmemAimError] = usage.wrong_values()
-    methods = tuple(dict.fromkeys(name.strip() for name in flags["methods"].split(",") if name.strip()))
+    errors: list[LowmemAimError] = [*usage.wrong_values(), *_wrong_search(flags, only_plan)]
+    methods = _listed(flags["methods"])
     calibration = {
         name: flags[name]
         for name in ("calibration", "samples", "block_size", "calibration_seed", "pack", "calibration_dtype")
     }
     grid = Grid(methods, flags["parameter"], flags["omega"], flags["controls"], calibration)
+    space = None
     with noted(errors):
-        points = points_of(load_tree(recipe), grid)
+        if flags["search"] is not None:
+            space = space_of(load_tree(recipe), grid)
+        points = points_of(load_tree(recipe), grid) if space is None else space.samples()
     with noted(errors):
         asked = asked_for(flags, flags["tasks_seed"])
     raise_all(errors)
+    from lowmem_aim.jobs.searched import Searched
     from lowmem_aim.jobs.swept import Swept
 
-    return Swept(points, asked, forwards_of(flags), flags["keep"], flags["disk"])
+    swept = Swept(points, asked, forwards_of(flags), flags["keep"], flags["disk"], flags["ray"] or "")
+    if space is None:
+        return swept
+    return Searched(swept, space, flags["search"], _listed(flags["objective"] or ""), flags["controls"])
+
+
+def _wrong_search(flags: dict[str, Any], only_plan: bool) -> Iterator[LowmemAimError]:
+    if flags["search"] is not None and flags["search"] < 1:
+        yield UsageError("`--search` needs one trial or more", "such as `--search 20`")
+    if flags["search"] is not None and flags["ray"] is not None:
+        hint = "start the same command several times, on as many machines as you like: they share OUT"
+        yield UsageError("`--search` and `--ray` exclude each other", hint)
+    if flags["search"] is not None and only_plan:
+        hint = "`lowmem-aim plan RECIPE OUT` tells what one merge takes; each trial is one merge"
+        yield UsageError("`--search` has no plan: what it tries depends on what the first merges score", hint)
+    if flags["objective"] is not None and flags["search"] is None:
+        yield UsageError("`--objective` has no meaning without `--search`", "add `--search 20`, or leave it out")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The names that commas separate, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _plan(swept: Swept, out: Path, options: Options, style: Style) -> None:

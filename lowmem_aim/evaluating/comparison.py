@@ -14,6 +14,7 @@ from lowmem_aim.evaluating.gains import Gains, gains_over, why_no_gain
 from lowmem_aim.evaluating.scores import Score, Scores, read_scores
 from lowmem_aim.system.files import real
 
+MOST_NAMED = 3  # models, each in a note of its own
 CLEAR = 2.0  # standard errors of a difference, from which on it is not called chance
 
 
@@ -111,11 +112,13 @@ def compared(
     tasks: Sequence[str] = (),
     sort: str = "family",
     forced: bool = False,
+    draws: bool = True,
 ) -> Comparison:
     """Compare models, and their hypervolume gain over a population, on all their tasks or on those named.
 
     `sort`: `family` (unrelaxed merge, then by omega), `name`, `hv`, or a task; the best first. `forced`: also if they
-    were evaluated with other settings. A model may be in both lists. Raises UsageError with all that forbids it.
+    were evaluated with other settings. Without `draws`, gains come without standard errors, and at once. A model may be
+    in both lists. Raises UsageError with all that forbids it.
     """
     every = [*models, *(model for model in population if model not in models)]
     errors: list[LowmemAimError] = []
@@ -132,7 +135,7 @@ def compared(
     own = {model.name: model for model in every}
     models, population = ([own[model.name] for model in several] for several in (models, population))
     volume = tuple(task for task, score in every[0].scores.items() if score.in_volume)
-    gains = None if why_no_gain(population, volume) else gains_over(every, population, volume)
+    gains = None if why_no_gain(population, volume) else gains_over(every, population, volume, draws=draws)
     rows = {model.name: _row(model, parents.get(model.name), gains if model in models else None) for model in every}
     found = Comparison(
         tasks=tuple(every[0].scores),
@@ -209,9 +212,13 @@ def _notes(
         if not score.in_volume:
             what = f"is no fraction but {score.unit}" if score.unit else "is better the smaller it is"
             yield f"{printable(task)} {what}: it is left out of the HV gain"
-    for model in every:
-        if model.name not in parents and (model.relaxed or model.parent) and not _is_plain_merge(model):
-            yield f"{printable(model.name)}: its unrelaxed merge is not among the files, so no change is shown"
+    orphans = [m.name for m in every if m.name not in parents and (m.relaxed or m.parent) and not _is_plain_merge(m)]
+    if len(orphans) > MOST_NAMED:  # a search has hundreds
+        others = f"{printable(orphans[0])} and {len(orphans) - 1} others"
+        yield f"{others}: their unrelaxed merges are not among the files, so no changes are shown"
+    else:
+        for name in orphans:
+            yield f"{printable(name)}: its unrelaxed merge is not among the files, so no change is shown"
     versions = sorted({model.versions["lm_eval"] for model in every if "lm_eval" in model.versions})
     if len(versions) > 1:
         yield f"evaluated by lm-evaluation-harness {', '.join(map(printable, versions))}, whose tasks may differ"

@@ -52,19 +52,24 @@ def why_no_gain(population: Sequence[Scores], tasks: Sequence[str]) -> str:
     return ""
 
 
-def gains_over(models: Sequence[Scores], population: Sequence[Scores], tasks: Sequence[str]) -> Gains:
-    """The gains of models over a population, over these tasks; there must be no reason against it (`why_no_gain`)."""
+def gains_over(
+    models: Sequence[Scores], population: Sequence[Scores], tasks: Sequence[str], *, draws: bool = True
+) -> Gains:
+    """The gains of models over a population, over these tasks; there must be no reason against it (`why_no_gain`).
+
+    Without `draws`, which take most of the time, nothing is known of their standard errors.
+    """
     boxes = [_values(model, tasks) for model in population]
     values = {model.name: hv_gain(_values(model, tasks), boxes) for model in models}
-    if len(population) > FEW_MODELS or not all(_is_known(model, tasks) for model in population):
+    if not draws or len(population) > FEW_MODELS or not all(_is_known(model, tasks) for model in population):
         return Gains(values, {})
     drawn = list(zip(*(_drawn(model, tasks) for model in population), strict=True))
-    draws = {
+    found = {
         model.name: [hv_gain(own, others) for own, others in zip(_drawn(model, tasks), drawn, strict=True)]
         for model in models
         if _is_known(model, tasks)
     }
-    return Gains(values, draws)
+    return Gains(values, found)
 
 
 def _values(model: Scores, tasks: Sequence[str]) -> list[float]:

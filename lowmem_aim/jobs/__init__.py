@@ -15,7 +15,12 @@ evaluate.py      the scores of a model, from its questions to a scores.json
 swept.py         the request for a sweep, and all that is checked of it before work
 scored_points.py the points of a sweep in its folder: which are scored, how they compare, whose models stay
 sweep_plan.py    the plan of a sweep: points, readings, disk, memory and time
+one_point.py     one point, merged and scored by itself, beside other processes
+by_ray.py        the points of a sweep as tasks of Ray, on this machine or on a cluster
 sweep.py         the sweep: many merges, each scored, all compared, the best of them named
+study.py         the trials of a search, in a file of optuna's
+searched.py      the request for a search, and all that is checked of it before work
+search.py        the search: a sweep whose points are chosen one after the other, by several processes
 asked.py         requests for an evaluation, from keys and values
 compare.py       the comparison of models by their scores, from files to a report
 convert.py       pickled weights turned into safetensors, in a new folder

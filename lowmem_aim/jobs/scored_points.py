@@ -24,6 +24,13 @@ class ScoredPoints:
     swept: Swept
     folder: SweepFolder
     experts: Collection[str]  # by the names of their files
+    repeated: int = 0  # trials of a search that chose what an earlier one had chosen: they have no scores of their own
+    unchosen: int = 0  # trials of a search that are still to come
+
+    @property
+    def of(self) -> int:
+        """The number of points, scored or not."""
+        return len(self.swept.points) + self.repeated + self.unchosen
 
     @property
     def left(self) -> list[Point]:
@@ -33,7 +40,7 @@ class ScoredPoints:
     @property
     def done(self) -> int:
         """The number of points that are scored."""
-        return len(self.swept.points) - len(self.left)
+        return len(self.swept.points) - len(self.left) + self.repeated
 
     def model(self, point: Point) -> Path:
         """The folder of a point's merged model."""
@@ -45,14 +52,17 @@ class ScoredPoints:
 
     def keep_size(self, *, finished: bool = False) -> None:
         """Keep in the journal how much is done. Raises DiskError."""
-        self.folder.journal.keep(SweepSize(self.done, len(self.swept.points), finished))
+        self.folder.journal.keep(SweepSize(self.done, self.of, finished))
 
-    def comparison(self) -> Comparison:
-        """The comparison of all that is scored so far; the points of earlier sweeps here too. Raises UsageError."""
+    def comparison(self, *, draws: bool = False) -> Comparison:
+        """The comparison of all that is scored so far; the points of earlier sweeps here too. Raises UsageError.
+
+        With `draws`, gains have standard errors, which takes a moment for each point.
+        """
         names = dict.fromkeys([*(point.name for point in self.swept.points), *self.folder.noted()])
         scored = _read({name: self.folder.scores_of(name) for name in names})
         experts = _read({name: self.folder.scores_of_expert(name) for name in self.experts})
-        return compared(scored, experts, forced=True)
+        return compared(scored, experts, forced=True, draws=draws)
 
     def event_of(self, name: str, *, earlier: bool = False) -> PointScored:
         """The event that tells a point's scores, and how it stands among the others."""
@@ -63,7 +73,7 @@ class ScoredPoints:
             name,
             {task: score.value for task, score in row.model.scores.items()},
             self.done,
-            len(self.swept.points),
+            self.of,
             gain=row.gain.value if row.gain else None,
             front=tuple(other.name for other in front),
             earlier=earlier,
@@ -73,7 +83,7 @@ class ScoredPoints:
         """The event that tells an expert's scores."""
         scores = read_scores(self.folder.scores_of_expert(name)).scores
         values = {task: score.value for task, score in scores.items()}
-        return PointScored(name, values, self.done, len(self.swept.points), expert=True, earlier=earlier)
+        return PointScored(name, values, self.done, self.of, expert=True, earlier=earlier)
 
     def staying(self) -> set[str]:
         """The names of the scored points whose merged models stay."""

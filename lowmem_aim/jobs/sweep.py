@@ -20,11 +20,12 @@ from lowmem_aim.evaluating.origin import digest_of_model
 from lowmem_aim.evaluating.recommended import recommended
 from lowmem_aim.evaluating.report import write_report
 from lowmem_aim.events import Emit, silent
+from lowmem_aim.jobs.by_ray import made_by_ray
 from lowmem_aim.jobs.evaluate import score
 from lowmem_aim.jobs.merge_many import merge_many
 from lowmem_aim.jobs.resume import agree
 from lowmem_aim.jobs.scored_points import ScoredPoints
-from lowmem_aim.jobs.swept import Checked, Swept, checked
+from lowmem_aim.jobs.swept import Checked, Swept, checked, largest
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
 from lowmem_aim.models.reader import Reader
@@ -59,11 +60,11 @@ def sweep(swept: Swept, out: Path, options: Options = DEFAULTS, emit: Emit = sil
         with sweep_folder(out, fresh=options.fresh) as folder:
             feed.record_in([folder.private])
             options = replace(options, fresh=False)  # what was there is gone
-            return _Run(ScoredPoints(swept, folder, ready.experts), ready, options, feed).run()
+            return SweepRun(ScoredPoints(swept, folder, ready.experts), ready, options, feed).run()
 
 
 @dataclass
-class _Run:
+class SweepRun:
     """A sweep while it runs."""
 
     points: ScoredPoints
@@ -72,35 +73,43 @@ class _Run:
     feed: Feed
 
     def run(self) -> Result:
+        """Do what is left of the sweep. Raises as `sweep`."""
         self._agree()
         for name, reference in self.ready.experts.items():
-            self._score_expert(name, reference)
+            self.score_expert(name, reference)
         for point in self.points.swept.points:
             if self.points.is_scored(point):
                 self.feed(self.points.event_of(point.name, earlier=True))
+        if self.points.swept.ray:
+            self._make_by_ray(self.points.left)
         for point in self.points.left:
             if is_finished(self.points.model(point)):  # by a run that was interrupted before it was scored
                 self._score(point)
-        for batch in self.ready.merges.batches:
+        for batch in self.ready.merges.batches if self.points.left else ():
             self._merge(list(batch.output_bytes))
             for point in self.points.left:
                 if point.name in batch.output_bytes:
                     self._score(point)
-        return self._finished()
+        return self.finished()
 
     # -- what this sweep is
 
-    def _agree(self) -> None:
-        """Record what this sweep is, or check that the one which was here fits to it. Raises ResumeError."""
-        swept, folder = self.points.swept, self.points.folder
+    def identity(self, **more: Any) -> Identity:
+        """All that the scores of this sweep follow from, but for the points; `more`: of other ways to choose those."""
+        swept = self.points.swept
         job: dict[str, Any] = {
             "tasks": {**asdict(swept.asked), "folders": [str(path) for path in swept.asked.folders]},
             "forwards": {key: getattr(swept.forwards, key) for key in ("dtype", "max_length")},
             "models": dict(self._digests()),
             "seed": self.options.seed,
             "nonfinite": self.options.nonfinite,
+            **more,
         }
-        identity = Identity(job, [], versions() | {"lm-eval": tasks.version()})
+        return Identity(job, [], versions() | {"lm-eval": tasks.version()})
+
+    def _agree(self) -> None:
+        """Record what this sweep is, or check that the one which was here fits to it. Raises ResumeError."""
+        swept, folder, identity = self.points.swept, self.points.folder, self.identity()
         accept = self.options.accept_environment
         agree(folder.journal, identity, lambda number: iter(()), accept_environment=accept, emit=self.feed)
         before = folder.noted()
@@ -130,14 +139,16 @@ class _Run:
 
     def _merge(self, names: Sequence[str]) -> None:
         recipes = {point.name: point.recipe for point in self.points.swept.points if point.name in names}
-        merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self._title()))
+        merge_many(recipes, self.points.folder.models, self.options, Part(self.feed, self.title()))
 
-    def _title(self) -> str:
-        return f"sweep, {self.points.done} of {counted(len(self.points.swept.points), 'point')} scored"
+    def title(self) -> str:
+        """A title for what comes next: how much is done so far."""
+        return f"sweep, {self.points.done} of {counted(self.points.of, 'point')} scored"
 
     # -- score
 
-    def _score_expert(self, name: str, reference: str) -> None:
+    def score_expert(self, name: str, reference: str) -> None:
+        """Score an expert, unless its scores are there. Raises as `score`."""
         file = self.points.folder.scores_of_expert(name)
         earlier = file.is_file()
         if not earlier:
@@ -147,19 +158,31 @@ class _Run:
 
     def _score(self, point: Point) -> None:
         file, swept = self.points.folder.scores_of(point.name), self.points.swept
-        part = Part(self.feed, f"{self._title()}, {point.name}")
+        part = Part(self.feed, f"{self.title()}, {point.name}")
         score(str(self.points.model(point)), swept.asked, file, swept.forwards, self.options, part, point.name)
+        self._tell(point)
+
+    def _make_by_ray(self, left: Sequence[Point]) -> None:
+        swept, out = self.points.swept, self.points.folder.out
+        one = max(1, largest(self.ready.merges.batches))
+        at_once = max(1, swept.room(out) // one - swept.staying)
+        emit = Part(self.feed, self.title())
+        for point in made_by_ray(left, swept, out, self.options, emit, address=swept.ray, at_once=at_once):
+            self._tell(point)
+
+    def _tell(self, point: Point) -> None:
+        """Tell that a point is scored, and remove what is not needed any more."""
         self.points.keep_size()
         self.feed(self.points.event_of(point.name))
         self.points.remove_models()
 
     # -- finish
 
-    def _finished(self) -> Result:
+    def finished(self) -> Result:
         """Write the report and the recommended recipes. Raises DiskError."""
         folder = self.points.folder
         self.points.remove_models()
-        found = self.points.comparison()
+        found = self.points.comparison(draws=True)
         folder.remove_report()
         write_report(found, fronts_of(found), folder.report)
         best, recipes = recommended(found), folder.noted()

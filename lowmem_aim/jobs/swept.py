@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, raise_all
 from lowmem_aim.evaluating import tasks
-from lowmem_aim.evaluating.tasks import Asked
+from lowmem_aim.evaluating.tasks import Asked, Loaded
 from lowmem_aim.events import Emit
 from lowmem_aim.jobs.evaluate import Forwards, check
 from lowmem_aim.jobs.forecast import Forecast, Pass
@@ -26,6 +26,7 @@ from lowmem_aim.system.options import Options, wrong_options
 from lowmem_aim.units import counted, shown
 
 Keep = Literal["best", "all", "none"]
+OfTasks = Callable[[Loaded], Iterator[LowmemAimError]]
 NEEDED = ("moocore", "matplotlib")  # packages of the extra `report`
 MOST_RECOMMENDED = 2  # points
 FREE_SHARE = 0.5  # of the disk's free bytes, for merged models
@@ -40,6 +41,7 @@ class Swept:
     forwards: Forwards = field(default_factory=Forwards)
     keep: Keep = "best"  # which merged models stay: the recommended ones, all, or none
     disk: int | None = None  # bytes of merged models at a time; None: half of what is free
+    ray: str = ""  # the address of a Ray cluster whose workers make the points, or `local`; "": this process does
 
     @property
     def staying(self) -> int:
@@ -82,10 +84,12 @@ class Checked:
     merges: Merges
 
 
-def checked(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: bool = False) -> Checked:
+def checked(
+    swept: Swept, out: Path, options: Options, emit: Emit, *, measure: bool = False, of_tasks: OfTasks | None = None
+) -> Checked:
     """Make all checks before work; `measure`: also find out how long the merges would take.
 
-    Raises every error that there is, at once.
+    `of_tasks` makes further checks of the tasks. Raises every error that there is, at once.
     """
     errors: list[LowmemAimError] = [*_of_the_machine(swept, options)]
     with noted(errors):
@@ -95,6 +99,7 @@ def checked(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: b
         tasks.quiet()
         with noted(errors):
             loaded = tasks.loaded(swept.asked)
+            errors += of_tasks(loaded) if of_tasks else ()
     with noted(errors):
         merges = _merges(swept, out, options, emit, measure=measure)
     experts: dict[str, str] = {}
@@ -146,6 +151,8 @@ def _of_the_machine(swept: Swept, options: Options) -> Iterator[LowmemAimError]:
         yield UsageError(problems, hint="docs/python.md has the options")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         yield UsageError(f"`sweep` needs {' and '.join(missing)}", "`pip install 'lowmem-aim[eval,report]'`")
+    if swept.ray and importlib.util.find_spec("ray") is None:
+        yield UsageError("`sweep --ray` needs Ray, which is not installed", "`pip install 'lowmem-aim[ray]'`")
     yield from tasks.missing_harness()
     yield from tasks.wrong_requests(swept.asked)
 

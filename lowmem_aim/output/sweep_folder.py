@@ -7,7 +7,9 @@ OUT/scores/NAME.json    scores of the points
 OUT/report/             the comparison of all
 OUT/adds-most.yml       recommended recipes
 OUT/loses-least.yml
-OUT/.lowmem_aim/        journal, lock and log of the sweep
+OUT/search.jsonl        trials of a search, as optuna keeps them
+OUT/sampler.json        what suggests them: name, settings, seed
+OUT/.lowmem_aim/        journal, locks and log of the sweep
 """
 
 from __future__ import annotations
@@ -23,19 +25,21 @@ from lowmem_aim.errors import LowmemAimError, UsageError, printable
 from lowmem_aim.models.config import CONFIG
 from lowmem_aim.output.folder import PRIVATE, check_private, check_writable, existing_folder
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.records import PROGRESS, SweptPoint
+from lowmem_aim.output.records import PROGRESS, SweepSize, SweptPoint
 from lowmem_aim.output.requests import only_new_requests
 from lowmem_aim.system.files import disk_errors, is_folder, sync_folder, write_file
-from lowmem_aim.system.lock import locked
+from lowmem_aim.system.lock import is_held, locked, locked_error
 
 RECIPES, MODELS, EXPERTS, SCORES, REPORT = "recipes", "models", "experts", "scores", "report"
 ADDS_MOST, LOSES_LEAST = "adds-most", "loses-least"  # the recommended recipes
+TRIALS, SAMPLER = "search.jsonl", "sampler.json"
 _FOLDERS = (RECIPES, MODELS, EXPERTS, SCORES)
+_LOCK = ".lock"
 
 
 @dataclass
 class SweepFolder:
-    """The folder of a sweep while a run holds it."""
+    """The folder of a sweep while a run holds it, or has a part in it."""
 
     out: Path
     journal: Journal
@@ -62,6 +66,10 @@ class SweepFolder:
     def scores_of_expert(self, name: str) -> Path:
         """The file with the scores of an expert."""
         return self.out / EXPERTS / f"{name}.json"
+
+    def lock_of(self, name: str) -> Path:
+        """The file that a process locks while it makes a point, or scores an expert, or changes what all share."""
+        return lock_in(self.out, name)
 
     def note(self, name: str, recipe: str) -> None:
         """Keep a point and its recipe. Raises DiskError."""
@@ -92,6 +100,11 @@ class SweepFolder:
 def is_scored(out: Path, name: str) -> bool:
     """Whether the scores of a point are there."""
     return (out / SCORES / f"{name}.json").is_file()
+
+
+def lock_in(out: Path, name: str) -> Path:
+    """The same as `lock_of`, for a process that does not hold the folder."""
+    return out / PRIVATE / f"{name}{_LOCK}"
 
 
 def check_sweep_folder(out: Path) -> None:
@@ -133,6 +146,25 @@ def sweep_folder(out: Path, *, fresh: bool = False) -> Iterator[SweepFolder]:
 
 
 @contextlib.contextmanager
+def shared_sweep_folder(out: Path) -> Iterator[SweepFolder]:
+    """Have a part in the sweep of another run that holds `out`, or has held it; see `has_begun`. Raises DiskError.
+
+    Whoever uses the journal or changes what all share must hold a lock for that moment.
+    """
+    check_private(out)
+    with Journal(out / PRIVATE) as journal:
+        yield SweepFolder(out, journal)
+
+
+def has_begun(out: Path) -> bool:
+    """Whether the run that holds `out`, or has held it, has agreed on what the sweep is. Raises DiskError."""
+    if not is_folder(out / PRIVATE):
+        return False
+    with Journal(out / PRIVATE, read_only=True) as journal:
+        return journal.holds(SweepSize)
+
+
+@contextlib.contextmanager
 def _nothing_left_of_nothing(out: Path, made: Sequence[Path]) -> Iterator[None]:
     """Remove what a sweep has made at the end of the block, the folders `made` too, unless a run can build on it."""
     try:
@@ -148,10 +180,16 @@ def _nothing_left_of_nothing(out: Path, made: Sequence[Path]) -> Iterator[None]:
 
 
 def _discard(out: Path) -> None:
-    """Remove all that sweeps have made in `out`, but for the lock and the log."""
+    """Remove all that sweeps have made in `out`, but for the locks and the log.
+
+    Raises LockedError if a process is at work there that has only a part in the sweep.
+    """
+    held = [lock for lock in (out / PRIVATE).glob(f"*{_LOCK}") if is_held(lock)]
+    if held:
+        raise locked_error(held[0], None)
     with disk_errors(out):
         for name in (*_FOLDERS, REPORT):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in (ADDS_MOST, LOSES_LEAST):
-            (out / f"{name}.yml").unlink(missing_ok=True)
+        for name in (f"{ADDS_MOST}.yml", f"{LOSES_LEAST}.yml", TRIALS, SAMPLER):
+            (out / name).unlink(missing_ok=True)
         Journal.remove(out / PRIVATE)

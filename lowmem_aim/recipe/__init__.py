@@ -16,6 +16,8 @@ stages.py         the named stages of several documents, and their order
 reader.py         the tree of a recipe -> Recipe
 from_flags.py     command-line flags as edits of the tree
 starting.py       the text of a recipe to start from
+ranges.py         the values that a search may choose from: a range of numbers, or categories
 points.py         the points of a sweep: the recipe of each, made from one recipe by other values
+search_space.py   the merges that a search may choose from, and what it is asked for one after the other
 written.py        the tree of a recipe as YAML that can be run from any folder
 """

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, RecipeError, UsageError, did_you_mean, joined, noted, printable
 from lowmem_aim.methods.registry import find_method
 from lowmem_aim.recipe.from_flags import applied
+from lowmem_aim.recipe.ranges import is_range
 from lowmem_aim.recipe.reader import read_recipe
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.spelling import OF_PARAMETERS
@@ -77,12 +78,9 @@ def points_of(tree: Node, grid: Grid) -> list[Point]:
     axes: dict[str, tuple[str, ...]] = {}
     with noted(errors):
         axes = grid.axes()
-    known = dict(_known_methods(tree, grid, errors))
-    for name in axes:
-        if known and not any(name in parameters for parameters in known.values()):
-            every = sorted({parameter for parameters in known.values() for parameter in parameters})
-            text = f"--parameter: no method of this sweep has `{printable(name)}`{did_you_mean(name, every)}"
-            errors.append(RecipeError(text, f"their parameters are {', '.join(every)}"))
+        errors += _ranges(grid, axes)
+    known = dict(known_methods(tree, grid, errors))
+    errors += unknown_parameters(axes, known)
     if not errors:
         for method, parameters in known.items():
             own = {name: values for name, values in axes.items() if name in parameters}
@@ -96,7 +94,24 @@ def points_of(tree: Node, grid: Grid) -> list[Point]:
     return list(found.values())
 
 
-def _known_methods(tree: Node, grid: Grid, errors: list[LowmemAimError]) -> Iterator[tuple[str, list[str]]]:
+def _ranges(grid: Grid, axes: Mapping[str, Sequence[str]]) -> Iterator[UsageError]:
+    """Yield an error for each range: a grid has none."""
+    ranges = [f"--parameter: `{name}={value}`" for name, values in axes.items() for value in values if is_range(value)]
+    ranges += [f"--omega: `{value}`" for value in (grid.omegas or "").split(",") if is_range(value)]
+    for text in ranges:
+        yield UsageError(f"{printable(text)} is a range", "`--search N` tries N points of ranges; a grid takes a list")
+
+
+def unknown_parameters(axes: Iterable[str], known: Mapping[str, Sequence[str]]) -> Iterator[RecipeError]:
+    """Yield an error for each parameter that none of the methods has; `known`: method -> its parameters."""
+    every = sorted({parameter for parameters in known.values() for parameter in parameters})
+    for name in axes if known else ():
+        if name not in every:
+            text = f"--parameter: no method of this sweep has `{printable(name)}`{did_you_mean(name, every)}"
+            yield RecipeError(text, f"their parameters are {', '.join(every)}")
+
+
+def known_methods(tree: Node, grid: Grid, errors: list[LowmemAimError]) -> Iterator[tuple[str, list[str]]]:
     """Each method of the sweep with its parameters; the reader tells of those that are unknown."""
     node = tree.get("merge_method")
     own = [node.value] if node is not None and isinstance(node.value, str) else []

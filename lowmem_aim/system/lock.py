@@ -87,6 +87,25 @@ def locked(file: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def locked_if_free(file: Path, patience_seconds: float = 0.0) -> Iterator[bool]:
+    """Hold `file` as a lock during the block unless another process goes on holding it; give whether it is held.
+
+    A dead process holds nothing. Raises DiskError if `file` cannot be locked.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=patience_seconds, poll_interval=PATIENCE_SECONDS / 10)
+    except Timeout:
+        pass
+    except OSError as error:
+        raise DiskError(f"{named(file)} cannot be locked: {cause(error)}", advice(error)) from error
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
 def locked_error(lock: Path, owner: Owner | None) -> LockedError:
     """The error for an output folder that another run is writing to; `lock` is the path of its lock."""
     return LockedError(

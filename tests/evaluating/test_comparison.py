@@ -65,6 +65,9 @@ class TestChanges:
         found = compared([RELAXED])
         assert found.rows[0].parent is None
         assert [note for note in found.notes if note.startswith("relaxed: its unrelaxed merge is not among the files")]
+        many = [replace(RELAXED, name=f"relaxed {number}") for number in range(4)]
+        notes = [note for note in compared(many).notes if "not among the files" in note]
+        assert [note.partition(":")[0] for note in notes] == ["relaxed 0 and 3 others"]
         assert not [note for note in compared([PLAIN]).notes if "unrelaxed" in note]
 
     def test_several_parents_are_refused(self) -> None:
