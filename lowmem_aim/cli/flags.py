@@ -68,11 +68,12 @@ def flags_of(name: str = "") -> Callable[..., Callable[[Command], Command]]:
     return partial(click.option, cls=Flag, group=name)
 
 
-def new_file(contents: str) -> Callable[[Command], Command]:
-    """The flag for the new file that a command writes; `contents` of it, for the help."""
+def new_file(contents: str, kind: type[Flag] = Flag) -> Callable[[Command], Command]:
+    """The flag, of a `kind`, for the new file that a command writes; `contents` of it, for the help."""
     return flags_of("Output")(
         "--output",
         "-o",
+        cls=kind,
         metavar="FILE",
         type=PathType(),
         required=True,
