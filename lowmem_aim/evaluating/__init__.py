@@ -10,6 +10,7 @@ generation.py     texts that a model writes, kept batch by batch
 language_model.py the model as the harness asks it: texts in, log-likelihoods or texts out
 code_program.py   the program of a child process that runs one program which a model has written
 code_scoring.py   programs that a model has written, each tried in a child process, and pass@k
+downloaded_metrics.py metrics that would be downloaded as code: none is
 task_code.py      code that the files of tasks bring along: found without running any of it
 task_data.py      data that tasks need from elsewhere: whether they are on this machine, and how they come here
 harness_settings.py settings of the harness that have no flag: which there are, and where they act

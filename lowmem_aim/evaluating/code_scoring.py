@@ -127,23 +127,6 @@ def _one_of(n: int, passed: Sequence[bool]) -> float:
     return 1 - math.comb(len(passed) - sum(passed), n) / math.comb(len(passed), n)
 
 
-@contextlib.contextmanager
-def instead_of_code_eval() -> Iterator[None]:
-    """Give tasks that are loaded in this block ours when they ask the library `evaluate` for `code_eval`."""
-    import evaluate
-
-    load = evaluate.load
-
-    def ours(path: str, *arguments: Any, **settings: Any) -> Any:
-        return CodeEval() if path == "code_eval" else load(path, *arguments, **settings)
-
-    evaluate.load = ours
-    try:
-        yield
-    finally:
-        evaluate.load = load
-
-
 def runs_elsewhere(tasks: Any) -> Iterator[UsageError]:
     """Yield an error for each loaded task that runs what the model writes in another way than by `code_eval`."""
     for name, task in tasks.items():

@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from lowmem_aim.errors import UsageError, printable
+from lowmem_aim.evaluating.downloaded_metrics import nothing_downloaded
 from lowmem_aim.evaluating.harness_settings import MULTITURN, SYSTEM
 from lowmem_aim.evaluating.scores import Score
 from lowmem_aim.evaluating.tasks import Asked, Loaded
@@ -32,17 +33,18 @@ def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
     torch.manual_seed(asked.seed)
     for one in loaded.tasks["tasks"].values():
         _set_up(one, asked)
-    results = evaluate(
-        lm=model,
-        task_dict=loaded.tasks,
-        limit=asked.limit,
-        apply_chat_template=asked.chat_template,
-        system_instruction=asked.settings.get(SYSTEM),
-        fewshot_as_multiturn=asked.settings.get(MULTITURN, True),
-        log_samples=False,
-        bootstrap_iters=BOOTSTRAPS,
-        confirm_run_unsafe_code=asked.allow_execution,
-    )
+    with nothing_downloaded():
+        results = evaluate(
+            lm=model,
+            task_dict=loaded.tasks,
+            limit=asked.limit,
+            apply_chat_template=asked.chat_template,
+            system_instruction=asked.settings.get(SYSTEM),
+            fewshot_as_multiturn=asked.settings.get(MULTITURN, True),
+            log_samples=False,
+            bootstrap_iters=BOOTSTRAPS,
+            confirm_run_unsafe_code=asked.allow_execution,
+        )
     return {name: _score(name, results, asked) for name in loaded.names}
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
-from lowmem_aim.evaluating.code_scoring import instead_of_code_eval, runs_elsewhere
+from lowmem_aim.evaluating.code_scoring import runs_elsewhere
+from lowmem_aim.evaluating.downloaded_metrics import nothing_downloaded, scored_by_downloads
 from lowmem_aim.evaluating.harness_settings import set_generation, wrong_settings
 from lowmem_aim.evaluating.task_code import codes
 from lowmem_aim.evaluating.task_data import is_offline, missing, missing_punkt
@@ -145,14 +146,17 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
         raise_all([*missing(entries, fetching(asked))])
     try:
         # What is printed is for people (nltk's downloads), and standard output is for data.
-        with instead_of_code_eval(), contextlib.redirect_stdout(io.StringIO()):
+        with nothing_downloaded(), contextlib.redirect_stdout(io.StringIO()):
             tasks = manager.load(list(asked.names))
+    except UsageError:
+        raise
     except Exception as error:  # whatever datasets, or the file of a task, raises
         raise_all([*missing(entries, fetching(asked))] if _is_of_network(error) else [])
         raise _not_loaded(error, asked) from error
     raise_all(
         [
             *runs_elsewhere(tasks["tasks"]),
+            *scored_by_downloads(tasks["tasks"]),
             *missing_punkt(entries, fetching(asked)),
             *_metrics(asked, tasks["tasks"]),
         ]
