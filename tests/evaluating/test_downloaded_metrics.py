@@ -57,6 +57,11 @@ def test_what_a_task_is_scored_by_is_looked_through(code: ModuleType) -> None:
     assert problem.startswith("the task `sums` is scored by `rouge`, which would be downloaded as code")
 
 
+def test_a_metric_that_the_harness_does_not_have_is_one() -> None:
+    [problem] = told(sums=SimpleNamespace(_metric_fn_list={"rouge": None, "acc": len}))
+    assert "`rouge`" in problem
+
+
 def test_tasks_with_a_class_of_their_own_are_too() -> None:
     [problem] = told(squad=object.__new__(SQuAD2))
     assert "`squad_v2`" in problem
