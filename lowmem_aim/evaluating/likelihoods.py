@@ -99,7 +99,8 @@ class BlockwiseModel:
     ) -> Outlook:
         sequences = [reading.tokens for reading in readings]
         members = [number for groups in rounds for group in groups for number in group.members]
-        sizes = [size for groups in rounds for group in groups for size in lengths_of(group, sequences)]
+        shared = sum(group.common * (len(group.members) - 1) for groups in rounds for group in groups)
+        tokens = sum(len(sequences[number]) for number in members)
         budget, device = self.run.budget, torch.device(self.run.device)
         needs = max((self._needs(groups, sequences) for groups in rounds), key=lambda needs: needs.least)
         on_host = budget.vram is None
@@ -107,8 +108,8 @@ class BlockwiseModel:
             requests=requests,
             known=requests - left,
             sequences=len(members),
-            tokens=sum(len(sequences[number]) for number in members),
-            computed=sum(sizes),
+            tokens=tokens,
+            computed=tokens - shared,
             rounds=len(rounds),
             stored=self.checkpoint.nbytes,
             least=budget.ram_used() + needs.least_ram(on_host) if on_host else needs.least,

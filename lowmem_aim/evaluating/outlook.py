@@ -15,7 +15,7 @@ class Outlook:
     known: int  # of these, from an earlier run
     sequences: int  # that are read for the others: requests that read the same share one
     tokens: int  # of these sequences
-    computed: int  # tokens that are run through the blocks: common beginnings once, with what fills up short rows
+    computed: int  # of these tokens: common beginnings count once
     rounds: int
     stored: int  # bytes of the model on disk
     least: int  # bytes of memory, of the device if that has its own, without which it does not run

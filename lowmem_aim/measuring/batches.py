@@ -147,8 +147,9 @@ def _side_by_side(
     found = list[list[int]]()
     for number in numbers:
         if found:
-            longest = lengths[found[-1][0]]
-            if len(found[-1]) < most and (len(found[-1]) + 1) * longest <= max(SIDE_BY_SIDE, before + longest):
+            longest, rows = lengths[found[-1][0]], len(found[-1]) + 1
+            fits = rows <= most and rows * longest <= max(SIDE_BY_SIDE, before + longest)
+            if fits and (before or 2 * lengths[number] >= longest):  # else more would fill up than be read
                 found[-1].append(number)
                 continue
         found.append([number])
