@@ -45,7 +45,7 @@ class Planned:
     tensors: int = 0  # of all outputs
     layers: Mapping[str, int] = field(default_factory=dict)  # "0", "1", ... and "" (outside them) -> tensors
     about: Mapping[str, Any] = field(default_factory=dict)
-    # The phases of the recipe's named stages, which come before `phases`: (name, phase).
+    # The phases before `phases`, of the recipe's named stages or of other readings of the models: (name, phase).
     stages: tuple[tuple[str, Phase], ...] = ()
 
     @property
@@ -62,7 +62,7 @@ class PhaseStarted:
     total: int
     unit: Unit
     done: float = 0
-    stage: str = ""  # the name of the recipe's stage that the phase belongs to; "": the output itself
+    stage: str = ""  # the name of the recipe's stage, or of the reading, that the phase belongs to; "": the last
 
     @property
     def label(self) -> str:
@@ -99,7 +99,7 @@ class TensorDone:
     # Sums of the delta's absolute values before and after AIM and ACM; None: the tensor is not relaxed.
     kept: tuple[float, float] | None = None
     earlier: bool = False  # found finished when the run began
-    output: str = ""  # the folder of this output, if there are several omegas
+    output: str = ""  # the folder of this output, if there are several
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class ForecastOfMany:
-    """The forecast of merges by several recipes: each pass, and all of them together."""
+    """The forecast of the merges by several recipes: each pass, and all of them together."""
 
     passes: tuple[Pass, ...]  # in their order; outputs that are finished are in none
     together: Forecast  # its needs are those of the pass that needs the most, its steps those of all

@@ -1,4 +1,4 @@
-"""The plan of merges by several recipes, found without doing it: how often their models are read.
+"""A forecast of the merges by several recipes, found without making them: above all, how often their models are read.
 
 They are checked as `merge_many` checks them, but for space: outputs that do not fit the disk or the memory together are
 divided among several passes.
