@@ -9,11 +9,10 @@ import click
 from click.core import ParameterSource
 
 from lowmem_aim.cli import completion, usage
-from lowmem_aim.cli.flags import JOB_FLAGS, flags_of, options_of
+from lowmem_aim.cli.flags import JOB_FLAGS, flags_of, new_file, options_of
 from lowmem_aim.cli.running import refuse_if_running, run
 from lowmem_aim.cli.task_flags import FORWARD_FLAGS, TASK_FLAGS, asked_for, forwards_of
 from lowmem_aim.cli.usage import Flag
-from lowmem_aim.cli.values import PathType
 from lowmem_aim.errors import UsageError
 from lowmem_aim.recipe.words import DTYPES
 
@@ -54,15 +53,7 @@ class _Flag(_UnlessFetching, Flag): ...
     help="Run the model in float32, float16 or bfloat16. [default: as it is stored]",
 )
 @FORWARD_FLAGS
-@_output(
-    "--output",
-    "-o",
-    cls=_Flag,
-    metavar="FILE",
-    type=PathType(),
-    required=True,
-    help="Write the scores to this new .json file.",
-)
+@new_file("scores to this new .json", _Flag)
 @_output(
     "--cache/--no-cache",
     default=True,

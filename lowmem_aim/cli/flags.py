@@ -68,6 +68,19 @@ def flags_of(name: str = "") -> Callable[..., Callable[[Command], Command]]:
     return partial(click.option, cls=Flag, group=name)
 
 
+def new_file(contents: str, kind: type[Flag] = Flag) -> Callable[[Command], Command]:
+    """The flag, of a `kind`, for the new file that a command writes; `contents` of it, for the help."""
+    return flags_of("Output")(
+        "--output",
+        "-o",
+        cls=kind,
+        metavar="FILE",
+        type=PathType(),
+        required=True,
+        help=f"Write the {contents} file.",
+    )
+
+
 _DTYPES = completion.words(*DTYPES)
 _recipe, _aim, _calibration = flags_of("Recipe"), flags_of("AIM"), flags_of("Calibration")
 _output, _machine, _run = flags_of("Output"), flags_of("Machine"), flags_of("Run")

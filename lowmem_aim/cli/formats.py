@@ -29,6 +29,7 @@ RUNS = {
     "relax",
     "calibrate",
     "evaluate",
+    "sweep",
     "verify",
     "convert",
 }  # the commands that take the file's format

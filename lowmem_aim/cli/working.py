@@ -26,6 +26,7 @@ from lowmem_aim.cli.flags import (
     RECIPE_FLAGS,
     STAGE_FLAGS,
     flags_of,
+    new_file,
     options_of,
 )
 from lowmem_aim.cli.from_mergekit import mergekit_flags
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from lowmem_aim.view.dashboard import Style
 
 
-_flag, _machine, _output, _relaxation = map(flags_of, ("", "Machine", "Output", "Relaxation"))
+_flag, _machine, _relaxation = map(flags_of, ("", "Machine", "Relaxation"))
 
 
 _PATHS = click.argument(
@@ -251,14 +252,7 @@ def relax_command(merged: str, out: Path, style: Style, **flags: Any) -> None:
 
 @click.command("calibrate", cls=usage.Command)
 @click.argument("base", shell_complete=completion.folders)
-@_output(
-    "--output",
-    "-o",
-    metavar="FILE",
-    type=PathType(),
-    required=True,
-    help="Write the activations to this new .safetensors file.",
-)
+@new_file("activations to this new .safetensors")
 @CALIBRATION_FLAGS
 @JOB_FLAGS
 def calibrate_command(base: str, output: Path, style: Style, **flags: Any) -> None:

@@ -59,9 +59,12 @@ def data_sets(entries: Sequence[Any]) -> list[DataSet]:
 
 
 def _is_elsewhere(path: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a data set is on the Hub, or its files are anywhere but on this machine."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FORMATS
 
-    return any(_elsewhere(settings.get("data_files"))) if path in FORMATS else not Path(path).is_dir()
+    if path in FORMATS:
+        return any(_elsewhere(settings.get("data_files")))
+    return path.startswith("hf://") or not (Path(path).is_absolute() or path.count("/") > 1 or Path(path).is_dir())
 
 
 def _elsewhere(files: Any) -> Iterator[str]:
@@ -97,8 +100,8 @@ def _offline() -> Iterator[None]:
 
 def missing(entries: Sequence[Any], hint: str) -> Iterator[NetworkError]:
     """Yield an error for each repository, and for nltk's data, that tasks need and that is not on this machine."""
-    for label in not_here(data_sets(entries)):
-        yield NetworkError(f"the data set {label} is not on this machine", hint)
+    for name in not_here(data_sets(entries)):
+        yield NetworkError(f"the data set {name} is not on this machine", hint)
     yield from missing_punkt(entries, hint)
 
 

@@ -10,6 +10,7 @@ merge.py         the merge, from a recipe to a finished folder
 merge_many.py    the merges by several recipes, their models read once for as many as can share that
 calibrate.py     the calibration by itself, into a file
 fetch.py         the data that tasks need, downloaded, so that they can be evaluated without a network
+new_file.py      the new file that a job writes, checked before work
 evaluate.py      the scores of a model, from its questions to a scores.json
 swept.py         the request for a sweep, and all that is checked of it before work
 scored_points.py the points of a sweep in its folder: which are scored, how they compare, whose models stay

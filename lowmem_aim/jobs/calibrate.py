@@ -9,6 +9,7 @@ from pathlib import Path
 from lowmem_aim.errors import LowmemAimError, UsageError, joined, noted, printable
 from lowmem_aim.events import Emit, Planned, silent
 from lowmem_aim.jobs.identity import identity_of_calibration
+from lowmem_aim.jobs.new_file import check_absent, check_new_file
 from lowmem_aim.jobs.preparation import missing_texts
 from lowmem_aim.jobs.resume import agree, differing_weights
 from lowmem_aim.measuring.calibration import Measurement, calibration_of
@@ -16,7 +17,7 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import local_model, locate
 from lowmem_aim.models.opening import opened, parts_found
 from lowmem_aim.models.reader import Reader
-from lowmem_aim.output.folder import ACTIVATIONS, check_output, check_writable
+from lowmem_aim.output.folder import ACTIVATIONS
 from lowmem_aim.output.workspace import workspace
 from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import is_activations_file
@@ -66,7 +67,7 @@ def _calibrate(base: str, aim: Aim, output: Path, options: Options, feed: Feed) 
             measured = calibration.measure(run, space.private, space.journal)
             calibration.tell_unseen(measured, run.emit)
             measured.save(made)
-            _check_new(output, unfinished)  # again: another run may have made the file meanwhile
+            check_absent(output)  # again: another run may have made the file meanwhile
             with disk_errors(output):
                 os.replace(made, output)
                 sync_folder(output.absolute().parent)
@@ -81,7 +82,7 @@ def _opened(base: str, aim: Aim, output: Path, options: Options, emit: Emit) -> 
         if problems := list(wrong_options(options)):
             raise UsageError(problems, hint="docs/python.md has the options")
     with noted(errors):
-        _check_output(output, partial_folder(output))
+        check_new_file(output, ".safetensors", "activations.safetensors")
     errors += missing_texts(aim.calibration)
     if is_activations_file(aim.calibration):
         errors.append(UsageError("calibrate needs texts, not activations", hint="pass `--calibration file.jsonl`"))
@@ -90,32 +91,10 @@ def _opened(base: str, aim: Aim, output: Path, options: Options, emit: Emit) -> 
             checkpoint = opened(base, lambda part, is_adapter: locate(part, emit, is_adapter), options.read, reader)
             if set(map(real, checkpoint.place)) & set(real(output).parents):
                 checkpoint.close()
-                raise UsageError(f"the output `{output}` lies inside the input model", hint="name a file elsewhere")
+                raise UsageError(
+                    f"the output `{printable(str(output))}` lies inside the input model", hint="name a file elsewhere"
+                )
             if not errors:
                 return checkpoint
             checkpoint.close()
     raise joined(errors)
-
-
-def _check_output(output: Path, unfinished: Path) -> None:
-    """Check that `output` is a new file that can be written. Raises UsageError, DiskError."""
-    if output.suffix != ".safetensors":
-        named = output.with_suffix(".safetensors") if output.name else output / "activations.safetensors"
-        raise UsageError(f"the output `{output}` must end in .safetensors", f"name it `{named}`")
-    _check_new(output, unfinished)
-    if not os.path.isdir(output.absolute().parent):
-        raise UsageError(f"there is no folder `{output.absolute().parent}`", "make that folder first")
-    check_writable(output.absolute().parent)
-    check_output(unfinished, [])
-
-
-def _check_new(output: Path, unfinished: Path) -> None:
-    if os.path.lexists(output):
-        left = (
-            f"; `{printable(str(unfinished))}` is left over from an interrupted run"
-            if os.path.lexists(unfinished)
-            else ""
-        )
-        raise UsageError(
-            f"`{printable(str(output))}` exists already", hint=f"name a new file, or remove that one{left}"
-        )

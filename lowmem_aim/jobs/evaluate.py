@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,13 +23,14 @@ from lowmem_aim.evaluating.tasks import Asked, Loaded
 from lowmem_aim.evaluating.writing_tasks import costs, too_long, writing_tasks
 from lowmem_aim.events import Emit, Notice, Planned, silent
 from lowmem_aim.jobs.identity import identity_on
+from lowmem_aim.jobs.new_file import check_absent, check_new_file
 from lowmem_aim.jobs.resume import agree, differing_weights
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.hub import locate
 from lowmem_aim.models.opening import opened
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.vetted import tokenizer_files
-from lowmem_aim.output.folder import ANSWERS, check_output, check_writable
+from lowmem_aim.output.folder import ANSWERS
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.workspace import Workspace, workspace
 from lowmem_aim.system.files import cache_folder, partial_folder, real
@@ -120,7 +120,7 @@ def _evaluated(
         file = cache_folder() / FOLDER / f"{key}.sqlite" if options.use_cache else space.private / ANSWERS
         with Answers(file) as known:
             scores = _scores(checkpoint, meta_model, tokenizer, loaded, asked, forwards, known, space, run)
-        _check_new(output)  # again: another run may have made the file meanwhile
+        check_absent(output)  # again: another run may have made the file meanwhile
         found = scores_of(checkpoint, digest, scores, asked, forwards)
         write_scores(output, replace(found, name=name or found.name))
         space.spent = True
@@ -212,7 +212,7 @@ def _opened(model: str, asked: Asked, output: Path, options: Options, emit: Emit
         if problems := list(wrong_options(options)):
             raise UsageError(problems, hint="docs/python.md has the options")
     with noted(errors):
-        _check_output(output)
+        check_new_file(output, ".json", "scores.json")
     errors += [*tasks.missing_harness(), *tasks.wrong_requests(asked)]
     with noted(errors), Reader(options.use_cache) as reader:
         checkpoint = opened(model, lambda part, is_adapter: locate(part, emit, is_adapter), options.read, reader)
@@ -229,23 +229,6 @@ def _opened(model: str, asked: Asked, output: Path, options: Options, emit: Emit
         finally:
             checkpoint.close()
     raise joined(errors)
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix != ".json":
-        named = output.with_suffix(".json") if output.name else output / "scores.json"
-        raise UsageError(f"the output `{printable(str(output))}` must end in .json", f"name it `{named}`")
-    _check_new(output)
-    folder = output.absolute().parent
-    if not os.path.isdir(folder):
-        raise UsageError(f"there is no folder `{printable(str(folder))}`", "make that folder first")
-    check_writable(folder)
-    check_output(partial_folder(output), [])
-
-
-def _check_new(output: Path) -> None:
-    if os.path.lexists(output):
-        raise UsageError(f"`{printable(str(output))}` exists already", hint="name a new file, or remove that one")
 
 
 def _agreed(space: Workspace, checkpoint: Checkpoint, asked: Asked, forwards: Forwards, digest: str, run: Run) -> None:

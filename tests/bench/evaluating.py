@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +23,7 @@ from models import build
 
 HERE = Path(__file__).parent
 RAM = "1GB"
+IMPORTS = "import datasets, torch, transformers, lm_eval.evaluator, lm_eval.tasks, lm_eval.models.huggingface"
 TASK = """
 task: requests
 dataset_path: json
@@ -51,10 +54,20 @@ def main() -> None:
                 print(f"{name:8} {costs[-1].as_dict()}", flush=True)
         found = {name: json.loads((tasks / f"{name}.json").read_text()) for name in runs}
     ours, harness = (statistics.median(cost.wall for cost in costs) for costs in runs.values())
+    cpu = [statistics.median(cost.cpu for cost in costs) for costs in runs.values()]
     peaks = [max(cost.anonymous for cost in costs) / 1e9 for costs in runs.values()]
     print(f"wall: {ours:.0f} s against {harness:.0f} s, {ours / harness:.2f} times")
+    print(f"CPU: {cpu[0]:.0f} s against {cpu[1]:.0f} s, {cpu[0] / cpu[1]:.2f} times; load {os.getloadavg()[1]:.1f}")
     print(f"peak anonymous memory: {peaks[0]:.2f} GB (allowed: {RAM}) against {peaks[1]:.2f} GB")
+    print(f"of that, the imports of torch, transformers and the harness: {_imports():.2f} GB")
     print(f"accuracy: {found['ours']['scores']['requests']['value']} against {found['harness']}")
+
+
+def _imports() -> float:
+    """GB of anonymous memory of a program that only imports what the harness needs."""
+    code = f"{IMPORTS}; print(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[1]) * 1024 / 1e9
 
 
 def _save_task(folder: Path, model: Path, requests: int) -> None:

@@ -246,11 +246,11 @@ def test_outside_the_blocks_states_leave_the_device_once(llama: Path, monkeypatc
     expected = measured(llama / "base")
     forward, calls, moved = runner.BlockRunner.forward, [0], [0]
 
-    def fails(scene: Any, tokens: Tensor, driver: Any) -> None:
+    def fails(scene: Any, tokens: Tensor, driver: Any, past: int | None = None) -> None:
         calls[0] += 1
         if calls[0] in (2, 7):  # while recording, and in a tail
             raise torch.OutOfMemoryError("CUDA out of memory")
-        forward(scene, tokens, driver)
+        forward(scene, tokens, driver, past)
 
     def leave(store: TensorStore) -> bool:
         moved[0] += 1

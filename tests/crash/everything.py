@@ -37,6 +37,7 @@ SUITES = (
     "memory_cap",
     "clock_jumps",
     "evaluations",
+    "sweeps",
 )
 
 

@@ -13,7 +13,7 @@ from hub.data_sets import write_data_sets
 from hub.playing import asked_for_data_sets, playing
 from hub.server import Hub
 
-from lowmem_aim.errors import NetworkError
+from lowmem_aim.errors import NetworkError, UsageError
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.jobs.fetch import fetch
@@ -68,6 +68,21 @@ def test_a_model_comes_from_the_hub_too(folder: Path, tmp_path: Path, run: Any, 
     assert done.code == 0, done.err
     scores = json.loads(out.read_text())
     assert (scores["name"], scores["scores"]["here"]["n"]) == ("tiny/chat", 2)
+
+
+def test_items_on_this_machine_are_not_fetched_or_missed(folder: Path, tmp_path: Path, run: Any) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text('{"prompt": "say a"}\n')
+    paths = {"files": "json", "whole": str(rows), "gone": str(tmp_path / "gone")}
+    for name, path in paths.items():
+        more = f"dataset_kwargs: {{data_files: {{train: {rows}/train.jsonl}}}}\n" if name == "files" else ""
+        (folder / f"{name}.yaml").write_text(TASK.replace("NAME", name).replace("PATH", path) + more)
+    with asked_for_data_sets(NOBODY, tmp_path / "cache"):
+        done = run("evaluate", "--fetch", "--tasks", "files,whole", "--include-path", folder)
+        assert (done.code, "fetch: 0 of 0 data sets" in done.err) == (0, True), done.err
+    with asked_for_data_sets("", tmp_path / "cache"), pytest.raises(UsageError, match="gone"):
+        tasks.loaded(Asked(("gone",), (folder,)))
 
 
 def test_all_that_does_not_come_is_told(folder: Path, run: Any, online: None) -> None:

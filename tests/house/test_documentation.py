@@ -148,7 +148,7 @@ def commands_in(text: str) -> list[list[str]]:
 def test_every_command_line_of_a_document_can_be_parsed(page: str) -> None:
     for name, *words in commands_in((ROOT / page).read_text()):
         words = words[: words.index("|")] if "|" in words else words  # completion, into another program
-        cli.commands[name].make_context(name, words)
+        cli.commands[name].make_context(name, words, help_option_names=["-h", "--help"])  # which click keeps
 
 
 def test_the_readme_has_each_command_that_starts_work() -> None:
