@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def share_of(nodes: Iterable[dict[str, float]], options: Options) -> Share:
 
 def made_by_ray(
     points: Sequence[Point], swept: Swept, out: Path, options: Options, emit: Emit, *, address: str, at_once: int
-) -> Iterator[Point]:
+) -> Generator[Point]:
     """Make and score the points, at most `at_once` at a time, and yield each when it is scored.
 
     Raises UsageError if there is no such cluster, or none with the resources, and the errors of `merge` and `evaluate`

@@ -166,28 +166,31 @@ class _Worker:
 
     def _make_all(self, left: Callable[[Study], Iterator[Point]]) -> None:
         """Make the points that are `left` and that no other worker makes, and wait for those."""
-        waits = False
+        has_said = False
         while True:
             with contextlib.ExitStack() as held:
                 with self._study() as study:
                     self._show(study)
-                    is_left, point = False, None
-                    for point in left(study):
-                        is_left = True
-                        if held.enter_context(locked_if_free(self.folder.lock_of(point.name))):
-                            self.folder.note(point.name, written(point.tree))
-                            break
-                    else:
-                        point = None
+                    is_left, point = self._taken(left(study), held)
                 if point is not None:
                     self._make(point)
+                    continue
             if not is_left:
                 return
-            if point is None:
-                if not waits:
-                    self.run.feed(Notice("waiting for what other processes are making"))
-                    waits = True
-                _wait()
+            if not has_said:
+                self.run.feed(Notice("waiting for what other processes are making"))
+                has_said = True
+            _wait()
+
+    def _taken(self, points: Iterator[Point], held: contextlib.ExitStack) -> tuple[bool, Point | None]:
+        """Whether there are any points, and the first that no other worker makes, whose lock `held` then has."""
+        any_left = False
+        for point in points:
+            any_left = True
+            if held.enter_context(locked_if_free(self.folder.lock_of(point.name))):
+                self.folder.note(point.name, written(point.tree))
+                return True, point
+        return any_left, None
 
     def _make(self, point: Point) -> None:
         """Merge and score a point whose lock this worker holds, and tell the others."""

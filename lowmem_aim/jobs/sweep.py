@@ -7,6 +7,7 @@ that are there say what is done: a killed sweep goes on with the rest.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -167,8 +168,10 @@ class SweepRun:
         one = max(1, largest(self.ready.merges.batches))
         at_once = max(1, swept.room(out) // one - swept.staying)
         emit = Part(self.feed, self.title())
-        for point in made_by_ray(left, swept, out, self.options, emit, address=swept.ray, at_once=at_once):
-            self._tell(point)
+        made = made_by_ray(left, swept, out, self.options, emit, address=swept.ray, at_once=at_once)
+        with contextlib.closing(made):  # if telling fails, the tasks are ended before the folder is given back
+            for point in made:
+                self._tell(point)
 
     def _tell(self, point: Point) -> None:
         """Tell that a point is scored, and remove what is not needed any more."""

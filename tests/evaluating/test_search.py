@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from run_events import MB
+from stopping import held
 
 from lowmem_aim.errors import DiskError, LockedError, RecipeError, ResumeError
 from lowmem_aim.evaluating.scores import Score, Scores, write_scores
@@ -408,6 +411,29 @@ def test_a_search_end_to_end(place: Path, run: Any) -> None:
     assert len(json.loads((out / "report" / "report.json").read_text())["models"]) == len(scores)
     assert (out / f"{LOSES_LEAST}.yml").is_file()
     assert json.loads((out / "sampler.json").read_text())["objectives"] == ["plus"]
+
+
+@pytest.mark.long
+def test_a_process_takes_over_the_trial_of_one_that_was_killed(place: Path, run: Any) -> None:
+    out = place / "out"
+    flags = ("--search", "2", "-p", "density=0.2:0.9", "--omega", "0.5", "--objective", "plus", "--no-controls")
+    words = line(place, *flags, "--keep", "all")
+    first = held("lowmem_aim.jobs.one_point.score", *words)  # trial-0000 is merged
+
+    def killing() -> None:
+        while not (out / "scores" / "trial-0001.json").exists():
+            time.sleep(0.05)
+        first.kill()
+
+    with first:
+        merged = (out / "models" / "trial-0000" / "model.safetensors").stat()
+        threading.Thread(target=killing, daemon=True).start()
+        done = run(*words)
+    assert done.code == 0, done.err
+    assert "waiting for what other processes are making" in done.err
+    assert {"trial-0000.json", "trial-0001.json"} <= {file.name for file in (out / "scores").iterdir()}
+    after = (out / "models" / "trial-0000" / "model.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (merged.st_ino, merged.st_mtime_ns)
 
 
 def test_everything_that_is_wrong_is_told_at_once_and_before_work(place: Path, run: Any) -> None:
