@@ -30,6 +30,10 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
 
 
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
 def _is_limit(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
@@ -40,6 +44,7 @@ _TASKS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> field
     "limit": ("limit", _is_limit, "a number above 0"),
     "num_fewshot": ("num_fewshot", _is_count(0), "a whole number of at least 0"),
     "chat_template": ("chat_template", _is_flag, "True or False"),
+    "set": ("settings", _is_settings, "a mapping from other settings to their values"),
     "seed": ("seed", _is_count(0), "a whole number of at least 0"),
     "allow_task_code": ("allow_code", _is_flag, "True or False"),
     "allow_code_execution": ("allow_execution", _is_flag, "True or False"),
