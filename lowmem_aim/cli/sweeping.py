@@ -64,7 +64,8 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
     metavar="NUMBER",
     type=int,
     help="Try this many merges in place of all, each chosen by what the earlier ones scored. Values may then be "
-    "ranges, such as `-p density=0.2:0.9 --omega 0:1`. Several processes may search in one OUT.",
+    "ranges, such as `-p density=0.2:0.9 --omega 0:1`. Several processes may search in one OUT. "
+    "[default: try all]",
 )
 @_points(
     "--objective",

@@ -50,8 +50,9 @@ def scored_by_downloads(tasks: Mapping[str, Any]) -> Iterator[UsageError]:
     """Yield an error for each such metric of loaded tasks, in their files or in what they are scored by."""
     for name, task in tasks.items():
         asked = {metric for function in _functions_of(task) for metric in _asked_for(function, set())}
-        # The harness has none of that name, and was given none when it asked the library.
-        asked |= {metric for metric, function in getattr(task, "_metric_fn_list", {}).items() if function is None}
+        if getattr(getattr(task, "config", None), "process_results", None) is None:
+            # The harness has none of that name, and was given none when it asked the library.
+            asked |= {metric for metric, function in getattr(task, "_metric_fn_list", {}).items() if function is None}
         yield from (refusal(f"the task `{printable(name)}`", metric) for metric in sorted(asked))
 
 

@@ -115,11 +115,13 @@ def checked(
 
 def _merges(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: bool) -> Merges:
     """Plan the merges of the points that are not scored. Raises everything that is wrong with them."""
-    recipes = {point.name: point.recipe for point in swept.points if not is_scored(out, point.name)}
+    # What `--fresh` discards is there until all is checked: the merges are planned as if it were not.
+    scored = [] if options.fresh else [point for point in swept.points if is_scored(out, point.name)]
+    recipes = {point.name: point.recipe for point in swept.points if point not in scored}
     if not recipes:
         return Merges((), None)
-    room = swept.room(out)
-    found = plan_many(recipes, out / MODELS, options, emit, disk=room, measure=measure)
+    room, models = swept.room(out), out / (f"{MODELS}.fresh" if options.fresh else MODELS)
+    found = plan_many(recipes, models, options, emit, disk=room, measure=measure)
     if found.together.problems:
         raise found.together.error()
     one = largest(found.passes)

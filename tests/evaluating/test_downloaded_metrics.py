@@ -62,6 +62,12 @@ def test_a_metric_that_the_harness_does_not_have_is_one() -> None:
     assert "`rouge`" in problem
 
 
+def test_names_of_what_a_tasks_own_function_gives_are_none(code: ModuleType) -> None:
+    own = scored_by(code.by_itself)
+    own._metric_fn_list = {"strict": None}
+    assert not told(own=own)
+
+
 def test_tasks_with_a_class_of_their_own_are_too() -> None:
     [problem] = told(squad=object.__new__(SQuAD2))
     assert "`squad_v2`" in problem

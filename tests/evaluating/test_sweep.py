@@ -220,6 +220,7 @@ def test_another_sweep_in_the_same_folder_is_refused(place: Path, undrawn: None,
     assert (refused.code, "1 point of the sweep in this folder had another recipe" in refused.err) == (7, True)
     assert digests(out) == before
     assert run(*line, "--tasks", "sums", "--fresh").code == 0
+    assert digests(out).keys() == before.keys()
     assert digests(out) != before
 
 
