@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,9 @@ _points, _tasks, _output, _run = flags_of("Points"), flags_of("Tasks"), flags_of
 def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flags: Any) -> None:
     """Merge by RECIPE in many ways, and score each.
 
-    The new folder OUT gets the scores, a report with Pareto fronts, the recipe of each point, and two recommended
-    recipes: the one that adds most to the experts, and the one that loses least anywhere. The same command resumes an
-    interrupted sweep.
+    A RECIPE of `-` is read from stdin. The new folder OUT gets the scores, a report with Pareto fronts, the recipe of
+    each point, and two recommended recipes: the one that adds most to the experts, and the one that loses least
+    anywhere. The same command resumes an interrupted sweep.
     """
     if flags["search"] is None:
         refuse_if_running(out)
@@ -162,7 +163,7 @@ def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Sear
     """What the command line asks for. Raises everything that is wrong with it at once."""
     from lowmem_aim.recipe.points import Grid, points_of
     from lowmem_aim.recipe.search_space import space_of
-    from lowmem_aim.recipe.yaml_tree import load_tree
+    from lowmem_aim.recipe.yaml_tree import load_tree, read_tree
 
     errors: list[LowmemAimError] = [*usage.wrong_values(), *_wrong_search(flags, only_plan)]
     methods = _listed(flags["methods"])
@@ -173,9 +174,10 @@ def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Sear
     grid = Grid(methods, flags["parameter"], flags["omega"], flags["controls"], calibration)
     space = None
     with noted(errors):
+        tree = read_tree(sys.stdin.buffer, "stdin") if str(recipe) == "-" else load_tree(recipe)
         if flags["search"] is not None:
-            space = space_of(load_tree(recipe), grid)
-        points = points_of(load_tree(recipe), grid) if space is None else space.samples()
+            space = space_of(tree, grid)
+        points = points_of(tree, grid) if space is None else space.samples()
     with noted(errors):
         asked = asked_for(flags, flags["tasks_seed"])
     raise_all(errors)
