@@ -48,7 +48,7 @@ class Toll:
         phase, done = lines[-1].split() if lines else ("start", "0")
         self.kills[phase] += 1
         if phase == "calibrate" and not (kept and kept.activations):
-            self.blocks = max(self.blocks, int(done) - (kept.blocks if kept else 0))
+            self.blocks = max(self.blocks, int(float(done)) - (kept.blocks if kept else 0))
         if phase == "merge":
             self.bytes = max(self.bytes, int(done) - (kept.bytes if kept else 0))
 
