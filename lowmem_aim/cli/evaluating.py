@@ -24,7 +24,7 @@ _OF_FETCHING = {"fetch", "tasks", "include_path", "allow_task_code", "format", "
 
 
 class _UnlessFetching(click.Parameter):
-    """What the command cannot do without, unless `--fetch` is given."""
+    """A parameter that is required, unless `--fetch` is given."""
 
     def value_is_missing(self, value: Any) -> bool:
         return super().value_is_missing(value) and not click.get_current_context().params.get("fetch")

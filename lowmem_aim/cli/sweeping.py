@@ -160,7 +160,7 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
 
 
 def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Searched:
-    """What the command line asks for. Raises everything that is wrong with it at once."""
+    """The sweep, or the search, that the command line asks for. Raises everything that is wrong with it at once."""
     from lowmem_aim.recipe.points import Grid, points_of
     from lowmem_aim.recipe.search_space import space_of
     from lowmem_aim.recipe.yaml_tree import load_tree, read_tree

@@ -165,7 +165,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def _result(ray: Any, one: Any) -> list[Notice]:
-    """What a task has warned of. Raises what it has raised, and LowmemAimError for one whose worker died every time."""
+    """The warnings of a task. Raises what it has raised, and LowmemAimError for one whose worker died every time."""
     try:
         found: list[Notice] = ray.get(one)
     except ray.exceptions.RayTaskError as error:

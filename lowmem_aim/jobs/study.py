@@ -141,7 +141,7 @@ class Study:
 
 
 class _Held:
-    """In the place of optuna's own lock of its file: whoever opens a study holds the workers' lock."""
+    """A lock that locks nothing, for optuna: whoever opens a study holds the workers' lock already."""
 
     def acquire(self) -> bool:
         """Nothing to wait for."""

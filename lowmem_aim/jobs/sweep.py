@@ -125,7 +125,7 @@ class SweepRun:
         self.points.keep_size()
 
     def _digests(self) -> Iterator[tuple[str, str]]:
-        """What every model is, the base too: (reference, digest)."""
+        """Yield (reference, digest) of every model, the base too."""
         named = dict.fromkeys(name for point in self.points.swept.points for name in point.recipe.references)
         for reference in named:
             with Reader(self.options.use_cache) as reader:

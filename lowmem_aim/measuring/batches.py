@@ -165,7 +165,7 @@ def _filled(rows: Sequence[array[int]]) -> Tensor:
 
 
 def _common(one: array[int], other: array[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """The number of tokens that two sequences have in common at their beginning."""
     length = min(len(one), len(other))
     differ = numpy.asarray(one[:length]) != numpy.asarray(other[:length])
     return int(differ.argmax()) if differ.any() else length

@@ -93,7 +93,7 @@ def _record(runner: BlockRunner, texts: Sequence[Batch], counted: int) -> tuple[
 
 
 def _pasts(texts: Sequence[Batch]) -> list[int | None]:
-    """How many tokens come before those of each text; None for one that neither continues another nor is continued."""
+    """The number of tokens before those of each text; None for one that neither continues another nor is continued."""
     pasts = [None if text.after is None else len(texts[text.after].tokens[0]) for text in texts]
     for text in texts:
         if text.after is not None:

@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Writer:
-    """What a model is asked to write, in the place of one that writes."""
+    """A stand-in for a model that writes: it keeps what it is asked to write."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
