@@ -1,6 +1,6 @@
 """A store for tensors between two uses: on the device, in RAM or in a file, as near to the device as the budget allows.
 
-The file has no name (or, on systems that do not allow this, loses it with its last handle): nothing is left of it,
+Several threads may use a store at once, each its own slots. The file has no name (or, on systems that do not allow this, loses it with its last handle): nothing is left of it,
 however the program ends.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,10 +55,16 @@ class TensorStore:
         self._on_device: set[Stored] = set()
         self._file: IO[bytes] | None = None
         self._end = 0  # bytes of the file that are given out
+        self._free: list[tuple[int, int]] = []  # parts of the file that were given back: (bytes, offset)
+        self._lock = threading.RLock()
 
     def put(self, value: Tensor, slot: Stored | None = None) -> Stored:
         """Keep `value`, which must not change from now on, in `slot` or in a new place. Raises DiskError."""
         slot = Stored() if slot is None else slot
+        with self._lock:
+            return self._put(value, slot)
+
+    def _put(self, value: Tensor, slot: Stored) -> Stored:
         nbytes = value.numel() * value.element_size()
         place = self._place_for(value, nbytes, instead=slot)
         # Everything that can fail comes first: after a failure the slot still holds what it held before.
@@ -85,12 +92,17 @@ class TensorStore:
             return slot.value.to(self._device)
         assert slot.like is not None, "an empty slot"
         value = torch.empty_like(slot.like, device="cpu")
-        self._read(slot, memoryview(raw(value)))
+        with self._lock:
+            self._read(slot, memoryview(raw(value)))
         return value.to(self._device)
 
     def drop(self, slot: Stored) -> None:
-        """Forget the tensor in a slot."""
-        self._clear(slot)
+        """Forget the tensor in a slot; its part of the file may be given to others."""
+        with self._lock:
+            self._clear(slot)
+            if slot.capacity:
+                self._free.append((slot.capacity, slot.offset))
+                slot.capacity = 0
 
     def leave_device(self) -> bool:
         """Move all tensors off the device, to RAM or the file, for good. Returns False if there were none."""
@@ -121,8 +133,7 @@ class TensorStore:
 
     def _write(self, slot: Stored, value: Tensor, nbytes: int) -> None:
         if nbytes > slot.capacity:
-            slot.offset, slot.capacity = self._end, nbytes
-            self._end += nbytes
+            self._reserve(slot, nbytes)
         assert self._folder is not None
         with disk_errors(self._folder):
             if self._file is None:
@@ -131,6 +142,16 @@ class TensorStore:
             left = memoryview(raw(value))
             while left:
                 left = left[self._file.write(left) :]
+
+    def _reserve(self, slot: Stored, nbytes: int) -> None:
+        """Give a slot a part of the file: the smallest that was given back and is large enough, or one at the end."""
+        found = min((part for part in self._free if part[0] >= nbytes), default=None)
+        if found is None:
+            slot.offset, slot.capacity = self._end, nbytes
+            self._end += nbytes
+        else:
+            self._free.remove(found)
+            slot.capacity, slot.offset = found
 
     def _read(self, slot: Stored, into: memoryview) -> None:
         assert self._file is not None
