@@ -205,7 +205,7 @@ def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: A
         space = output.space
         shards = Shards(output.plan, space.staging, space.journal, progress.of(number), output.name)
         targets.append(Target(output.plan, shards, relaxation, ReadLog(inputs)))
-    return merge_tensors(targets, inputs, run, ready.shares(grown=True))
+    return merge_tensors(targets, inputs, run, ready.shares(grown=True), outputs[0].space.private)
 
 
 def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | None) -> Relaxation:

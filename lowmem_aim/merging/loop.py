@@ -23,6 +23,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lowmem_aim.errors import printable
@@ -33,19 +34,25 @@ from lowmem_aim.merging.shares import Shares
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.merging.targets import FinishedRows, MergedTensor, Target, TargetTensor, copied
 from lowmem_aim.methods.method import Fold, Rows
+from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.planning.tasks import Task, as_read
 from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
 from lowmem_aim.system.memory import give_back_at_once
 from lowmem_aim.system.run import Run
+from lowmem_aim.system.tensor_store import TensorStore
 from lowmem_aim.units import counted
 
 R = TypeVar("R")
 
 
-def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: Shares) -> list[Merged]:
+def merge_tensors(
+    targets: Sequence[Target], inputs: Inputs, run: Run, shares: Shares, folder: Path | None = None
+) -> list[Merged]:
     """Write all shards of each target, durably; tensors that are finished already are checked and kept.
+
+    `folder` takes matrices that do not fit in memory.
 
     The targets' plans differ only in how rows are merged and relaxed (see `recipe.readings`), so that inputs are read
     once for all of them. Raises ModelError (NaN, changed inputs), DiskError, and MemoryBudgetError if not even a row
@@ -61,7 +68,8 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
         stride = Stride(shares.slice_elements, run.options.slice_rows, run.emit)
         streams = DeviceStreams(run.device)
         settings = PassSettings(stride, shares, run.emit, streams.release)
-        loop = _Loop(as_read([target.plan for target in targets]), targets, streams, settings)
+        space = stack.enter_context(_space(run, shares, folder))
+        loop = _Loop(as_read([target.plan for target in targets]), targets, streams, settings, space)
         # Left in reverse order: after an error reading stops first, then computing, then writing.
         workers = stack.enter_context(Workers(shares.workers))
         stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
@@ -75,6 +83,14 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
     return merged
 
 
+@contextlib.contextmanager
+def _space(run: Run, shares: Shares, folder: Path | None) -> Iterator[MatrixSpace]:
+    """The space for the matrices of methods that solve."""
+    device_bytes, ram_bytes = shares.device_matrices, shares.matrices
+    with TensorStore(run.device, device_bytes=device_bytes, ram_bytes=ram_bytes, folder=folder) as store:
+        yield MatrixSpace(store, run.device, shares.workers, lambda text: run.emit(Notice(text, "warning")))
+
+
 @dataclass(frozen=True)
 class _Loop:
     """The loop over the tensors that any target lacks."""
@@ -83,6 +99,7 @@ class _Loop:
     targets: Sequence[Target]
     streams: DeviceStreams
     settings: PassSettings
+    space: MatrixSpace
 
     def left(self) -> Iterator[Task]:
         """The tasks that any of the targets lacks, in the plan's order."""
@@ -109,7 +126,7 @@ class _Loop:
             # Not through the device, which may not have the dtype.
             yield _last(passes, parts, lambda rows: [FinishedRows(copied(rows.stored_experts[0], task))] * len(parts))
             return
-        merges = MergedTensor.all_of(parts)
+        merges = MergedTensor.all_of(parts, self.space)
         for round_ in itertools.zip_longest(*(merge.rounds for merge in merges)):  # some methods have fewer
             folds = [fold for fold in round_ if fold is not None]
             yield passes.measuring(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_aim.merging.slices import Stride, TensorInputs, runs
 from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Combine, Rounds, Rows
+from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.layout import subject_of
@@ -45,6 +47,7 @@ class MergedWeights:
         self._asked: set[str] = set()  # tensors of this block that were asked for
         self._kept: dict[str, Stored] = {}
         self._store = self._new_store()
+        self._space = MatrixSpace(self._new_store(), torch.device("cpu"), torch.get_num_threads())
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in the output's dtype. Raises ModelError, DiskError."""
@@ -68,8 +71,8 @@ class MergedWeights:
             return _rows_of(task.experts[0], start, stop)
         if (places := _places(task)) is not None:
             return self._of_tokens(task, places[start:stop], start)
-        if task.whole:
-            return self.tensor(name).view(-1, 1)[start:stop]
+        if task.tile:
+            return self.tensor(name).view(matrix_shape(task.shape))[start:stop]
         part = torch.empty(stop - start, matrix_shape(task.shape)[1], dtype=task.dtype.torch)
         self._fill(task, part, start)
         return part
@@ -92,10 +95,16 @@ class MergedWeights:
             part.copy_(_rows_of(task.experts[0], start, start + len(part)))
             return
         finished, read = self._finished(task), self._read(task)
-        step = len(part) if task.whole else self._stride.rows(part.shape[1])
-        for first in range(0, len(part), step):
-            stop = min(first + step, len(part))
-            part[first:stop] = finished(read.rows(start + first, start + stop))
+        for first, last in self._cuts(task, start, start + len(part)):
+            part[first - start : last - start] = finished(read.rows(first, last))
+
+    def _cuts(self, task: Task, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of each slice of the rows; where slices have a fixed size, `start` is the tensor's."""
+        columns = matrix_shape(task.shape)[1]
+        while start < end:
+            stop = min(task.stop(start, self._stride.rows(columns)), end)
+            yield start, stop
+            start = stop
 
     def _read(self, task: Task) -> TensorInputs:
         if task.name not in self._opened:
@@ -115,10 +124,10 @@ class MergedWeights:
 
     def _measured(self, task: Task) -> Combine:
         """Run the method's rounds over the tensor, and return the method's combine."""
-        subject = subject_of(task, self._plan.recipe, self._plan.seed)
+        subject = replace(subject_of(task, self._plan.recipe, self._plan.seed), space=self._space)
         rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
-        cuts = [(0, matrix_shape(task.shape)[0])] if task.whole else list(self._stride.cuts(task.shape))
+        cuts = list(self._cuts(task, 0, matrix_shape(task.shape)[0]))
         for fold in rounds:
             for start, stop in cuts:
                 fold.add(fold.part(read.rows(start, stop)))
@@ -152,7 +161,9 @@ class MergedWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._made.clear()
         self._store.__exit__(None, None, None)
+        self._space.store.__exit__(None, None, None)
 
 
 def _places(task: Task) -> Tensor | None:

@@ -66,7 +66,7 @@ class TensorPasses:
         """Free what can be freed after a failed allocation, and have slices halved. Raises MemoryBudgetError."""
         self._settings.release()
         columns = rows.stored_experts[0].shape[1]
-        self._settings.stride.too_large(rows.count, columns, self.task.name, whole=self.task.whole)
+        self._settings.stride.too_large(rows.count, columns, self.task.name, fixed=bool(self.task.tile))
 
     def _slices(self, last: bool) -> Iterator[Rows]:
         if self._stream is not None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.merging.slices import finite
 from lowmem_aim.merging.targets import rounded
-from lowmem_aim.methods.method import Rounds, Rows
+from lowmem_aim.methods.method import Rounds, Rows, Subject
+from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task, as_read
@@ -21,6 +23,7 @@ from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.dtypes import Dtype
 from lowmem_aim.system.memory import Budget, trim
 from lowmem_aim.system.on_demand import torch
+from lowmem_aim.system.tensor_store import TensorStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +82,13 @@ def _merge(task: Task, plan: Plan, *, computed: bool) -> None:
     if not all(map(finite, (base, *experts))) or not computed:
         return
     rows = Rows(base, tuple(experts), 0)
-    subject = subject_of(task, plan.recipe, plan.seed, shape)
+    place = torch.device("cpu")
+    with TensorStore(place, device_bytes=0, ram_bytes=0, folder=None) as store:
+        subject = replace(subject_of(task, plan.recipe, plan.seed, shape), space=MatrixSpace(store, place))
+        _run_through(plan, task, subject, rows)
+
+
+def _run_through(plan: Plan, task: Task, subject: Subject, rows: Rows) -> None:
     rounds = Rounds(plan.recipe.method.start(subject, task.parameters))
     for fold in rounds:
         fold.add(fold.part(rows))

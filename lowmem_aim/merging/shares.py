@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowmem_aim.errors import LowmemAimError, raise_all
 from lowmem_aim.methods import kernels
@@ -53,7 +53,7 @@ AMPLE = 4
 class Needs:
     """Figures of a merge's plans and models that decide how much memory slices of a size take."""
 
-    row: int  # elements of the longest row
+    row: int  # elements of the longest row, or of the largest tile
     largest: int  # elements of the largest tensor
     stored: int  # of one element, in all models
     written: int  # of one element, in all outputs
@@ -147,6 +147,8 @@ class Shares:
     workers: int  # slices computed at the same time
     ahead: int  # slices read ahead
     kept_bytes: int  # a tensor of at most so many bytes, all models together, is kept between its passes
+    matrices: int = 0  # bytes of RAM for those that methods hold from slice to slice
+    device_matrices: int = 0  # the same, of a device's own memory
     tight: bool = False  # what is freed must go back to the system at once
 
 
@@ -180,8 +182,12 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
     elements = max(needs.row, min(elements, on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS))
     slices = taken(elements)
+    # Matrices first: they would be read again for every slice.
+    matrices = min(needs.footprint.matrices, max(0, rest - slices))
+    device_matrices = max(0, vram_left - needs.on_device(elements, workers)) if budget.vram is not None else 0
     # Two tensors may be kept: the next one's first pass begins before this one's last pass ends.
-    return Shares(elements, workers, ahead, max(0, rest - slices) // 3, tight=rest < AMPLE * slices)
+    kept = max(0, rest - slices - matrices) // 3
+    return Shares(elements, workers, ahead, kept, matrices, device_matrices, tight=rest < AMPLE * slices)
 
 
 def _most_elements(room: int, taken: Callable[[int], int]) -> int:
@@ -200,12 +206,13 @@ def _refused(needs: Needs, kind: Kind, least: int, used: int, budget: int) -> Lo
 
 def _footprint(plans: Sequence[Plan], loops: bool) -> Footprint:
     """The most that the methods take of any tensor; of what they hold, that of the two tensors with the most."""
-    whole, held = Footprint(), [0, 0]
+    whole, held, matrices = Footprint(), [0, 0], [0, 0]
     for alike in zip(*(plan.tasks for plan in plans), strict=True):
         own = sum(_footprints(plans, alike, loops), Footprint())
         whole |= own
         held = sorted([*held, own.tensor])[1:]
-    return Footprint(whole.element, whole.slice, whole.part, sum(held))
+        matrices = sorted([*matrices, own.matrices])[1:]
+    return Footprint(whole.element, whole.slice, whole.part, sum(held), sum(matrices))
 
 
 def _footprints(plans: Sequence[Plan], alike: Sequence[Task], loops: bool) -> Iterator[Footprint]:
@@ -232,9 +239,9 @@ def _finishing(plans: Sequence[Plan], tasks: Sequence[Task]) -> Footprint:
 
 
 def _plus_element(footprint: Footprint, nbytes: int) -> Footprint:
-    return Footprint(footprint.element + nbytes, footprint.slice, footprint.part, footprint.tensor)
+    return replace(footprint, element=footprint.element + nbytes)
 
 
 def _row(task: Task) -> int:
     rows, columns = matrix_shape(task.shape)
-    return max(rows, columns) if task.whole else columns
+    return min(task.tile, rows) * columns if task.tile else columns

@@ -51,15 +51,15 @@ class Stride:
         """The number of rows in a slice of a tensor with so many columns, at least 1."""
         return self._rows or max(1, self.elements // max(columns, 1))
 
-    def too_large(self, count: int, columns: int, name: str, *, whole: bool = False) -> None:
+    def too_large(self, count: int, columns: int, name: str, *, fixed: bool = False) -> None:
         """Halve the stride, since an allocation for `count` rows of the tensor `name` has failed.
 
-        Raises MemoryBudgetError for a single row, and for a tensor that must come in one slice (`whole`).
+        Raises MemoryBudgetError for a single row, and for a tensor whose slices must have so many rows (`fixed`).
         """
-        if count <= 1 or whole:
-            columns = max(columns, count) if whole else columns
+        if count <= 1 or fixed:
+            size = f"{counted(count, 'row')} of `{printable(name)}` ({counted(columns, 'column')})"
             raise MemoryBudgetError(
-                f"one row of `{printable(name)}` ({columns} columns) does not fit the memory that is left",
+                f"{size} does not fit the memory that is left",
                 hint="close other programs, give a larger `--ram` or `--vram`, or use `--device cpu`",
             )
         with self._lock:
@@ -250,7 +250,7 @@ class TensorInputs:
         rows, columns = matrix_shape(self.task.shape)
         start = 0
         while start < rows:
-            stop = rows if self.task.whole else min(start + self._stride.rows(columns), rows)
+            stop = self.task.stop(start, self._stride.rows(columns))
             try:
                 pieces = self._pieces(start, stop)
                 read = self._assembled(pieces, start, stop - start, columns)
@@ -262,7 +262,7 @@ class TensorInputs:
                     raise
                 read = None
             if read is None:
-                self._stride.too_large(stop - start, columns, self.task.name, whole=self.task.whole)
+                self._stride.too_large(stop - start, columns, self.task.name, fixed=bool(self.task.tile))
                 continue
             if first_pass:  # not before this: rows that fail to be allocated are read again, but digested once
                 self._look_at(pieces)

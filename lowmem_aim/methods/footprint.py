@@ -21,6 +21,7 @@ class Footprint:
     slice: int = 0  # temporaries for each slice in work, however few rows it has
     part: int = 0  # what a round measures of a slice, from then on until it is added to the others
     tensor: int = 0  # what is held from slice to slice, and what the end of a round takes
+    matrices: int = 0  # large ones, held from slice to slice: they may lie in a file
 
     def __or__(self, other: Footprint) -> Footprint:
         """The footprint of two steps that follow each other."""
@@ -29,6 +30,7 @@ class Footprint:
             max(self.slice, other.slice),
             max(self.part, other.part),
             max(self.tensor, other.tensor),
+            max(self.matrices, other.matrices),
         )
 
     def __add__(self, other: Footprint) -> Footprint:
@@ -38,6 +40,7 @@ class Footprint:
             max(self.slice, other.slice),
             self.part + other.part,
             self.tensor + other.tensor,
+            self.matrices + other.matrices,
         )
 
 

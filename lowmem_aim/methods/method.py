@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from lowmem_aim.errors import did_you_mean, printable
 from lowmem_aim.methods.footprint import Footprint, by_default
+from lowmem_aim.methods.moments import MatrixSpace, Moment
 from lowmem_aim.system.on_demand import torch
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Subject:
     seed: int = 0  # of the random masks
     based: bool = True  # whether the result builds on the base; if not, `Rows` has none, or one for AIM alone
     input_dim: int = -1  # the dimension of the module's input channels; -2: embeddings (their tokens), GPT-2's linears
+    linear: bool = False  # inside the layers, inputs are multiplied with it: a matrix, or a stack of them
+    space: MatrixSpace | None = None  # for the matrices of methods that solve; None while nothing is merged
+    # For methods that measure texts: the moments of its inputs, for each matrix and expert (None: no text reached it).
+    moments: Sequence[Sequence[Moment | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,9 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
 # listed: it is merged only where it is listed among the models; elsewhere it is the reference that AIM needs.
 # averaged: it is one more of the models.
 BaseUse = Literal["required", "optional", "listed", "averaged"]
+# The texts whose inputs of every linear a method is given the moments of:
+# experts: each expert's own, run through the expert; merged: the same, each block given what the merged blocks make.
+Texts = Literal["", "experts", "merged"]
 # Gives what is wrong with a tensor or its parameters, or an empty text; called before any work.
 Check = Callable[[Subject, Mapping[str, Any]], str]
 # Gives the memory that merging a tensor takes; the switch says whether the compiled loops run.
@@ -234,6 +242,8 @@ class Method:
     whole_rows: bool  # a 1-D tensor counts as one row, and comes in one slice
     rounds: tuple[int, int]  # folds that it yields, at least and at most, depending on parameters and tensor
     check: Check
+    rows_of_linears: int  # that slices of linears inside the layers have; 0: any number
+    texts: Texts  # that it measures
     package: str = ""  # the other package that brings it, with its version
 
     def builds_on(self, base: str | None) -> bool:
@@ -270,6 +280,8 @@ def merge_method(
     whole_rows: bool = False,
     rounds: tuple[int, int] = (0, 0),
     check: Check = lambda tensor, parameters: "",
+    rows_of_linears: int = 0,
+    texts: Texts = "",
 ) -> Callable[[Callable[..., Script]], Callable[..., Script]]:
     """Register a script under its recipe name. Raises ValueError if another script has the name.
 
@@ -285,7 +297,7 @@ def merge_method(
         parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
         table = {p.name: p for p in parameters}
         METHODS[name] = Method(
-            name, script, base, fewest, most, source, table, compiled, takes, whole_rows, rounds, check
+            name, script, base, fewest, most, source, table, compiled, takes, whole_rows, rounds, check, rows_of_linears, texts
         )
         return script
 

@@ -13,6 +13,7 @@ from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.methods import (  # noqa: F401  (imported for what they register)
     arcee_fusion,
     breadcrumbs,
+    covariance,
     dare,
     della,
     karcher,
@@ -22,6 +23,7 @@ from lowmem_aim.methods import (  # noqa: F401  (imported for what they register
     nearswap,
     nuslerp,
     ram,
+    regmean,
     sce,
     slerp,
     task_vectors,

@@ -5,7 +5,7 @@ The roles come from transformers' model; see `models.reader`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,3 +76,14 @@ def _as_json(section: Section) -> dict[str, Any]:
 
 _SETS = ("vocabulary", "buffers", "inputs_first", "after_layers", "head", "optional")
 NO_ROLES = TensorRoles({}, frozenset(), frozenset(), frozenset())
+
+
+def is_linear(tensor: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a layer is a matrix that inputs are multiplied with, or a stack of them, by name and shape.
+
+    It is no bias of stacked experts, no convolution, no embedding, and no state such as a Mamba's `A_log`.
+    """
+    module, _, own = tensor.rpartition(".")
+    if len(shape) not in (2, 3) or min(shape[-2:]) < 2 or "bias" in own or "embed" in module:
+        return False
+    return "weight" in own or "proj" in own

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, UsageError
-from lowmem_aim.methods.method import Subject
+from lowmem_aim.methods.method import Method, Subject
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.roles import is_linear
 from lowmem_aim.planning.sources import Match, matches
 from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.recipe.recipe import Recipe
@@ -73,6 +74,7 @@ def _task(match: Match, recipe: Recipe) -> Task:
     if match.lacking or match.part is None:
         experts, filling = (match.model,), match.filling
         return Task(match.name, match.shape, dtype, "copy", {}, experts, filling=filling, layer=match.layer)
+    linear = match.layer is not None and is_linear(match.name, match.shape)
     return Task(
         match.name,
         match.shape,
@@ -84,10 +86,18 @@ def _task(match: Match, recipe: Recipe) -> Task:
         match.filling,
         vocabulary=match.vocabulary,
         inputs_first=match.inputs_first,
-        whole=recipe.method.whole_rows and len(info.shape) < 2,
+        tile=_tile(recipe.method, match, linear=linear),
+        linear=linear,
         omega=recipe.aim.omega_at(match.name, match.t) if recipe.aim else 1.0,
         layer=match.layer,
     )
+
+
+def _tile(method: Method, match: Match, *, linear: bool) -> int:
+    """Rows that slices of a tensor must have; 0: any number."""
+    if len(match.shape) < 2:
+        return math.prod(match.shape) if method.whole_rows else 0
+    return method.rows_of_linears if linear else 0
 
 
 def subject_of(task: Task, recipe: Recipe, seed: int, shape: tuple[int, ...] | None = None) -> Subject:
@@ -101,6 +111,7 @@ def subject_of(task: Task, recipe: Recipe, seed: int, shape: tuple[int, ...] | N
         seed,
         based=recipe.builds_on_base,
         input_dim=-2 if task.inputs_first else -1,
+        linear=task.linear,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.planning.layers import kind_of
 from lowmem_aim.planning.sources import Filling, Source
 from lowmem_aim.recipe.recipe import Recipe
@@ -29,7 +30,8 @@ class Task:
     filling: Filling | None = None  # rows for tokens that a model lacks
     vocabulary: bool = False  # it has a row for each token
     inputs_first: bool = False  # stored (in, out), not (out, in)
-    whole: bool = False  # its rows must come in one slice
+    tile: int = 0  # rows that its slices must have, in each matrix of a stack; 0: as many as fit
+    linear: bool = False  # inside the layers, inputs are multiplied with it: a matrix, or a stack of them
     omega: float = 1.0  # AIM's; 1.0 without AIM
     layer: int | None = None  # None: outside the layers
     begin: int = 0  # byte offset of the data in its shard's file
@@ -43,6 +45,14 @@ class Task:
     def nbytes(self) -> int:
         """Bytes of the data in the output."""
         return self.numel * self.dtype.itemsize
+
+    def stop(self, start: int, most: int) -> int:
+        """The row before which the slice that begins at row `start` ends; `most`: its rows, if that may be chosen."""
+        rows = matrix_shape(self.shape)[0]
+        if not self.tile:
+            return min(start + most, rows)
+        height = self.shape[-2] if len(self.shape) > 1 else rows
+        return min(start + self.tile, (start // height + 1) * height)
 
     def sources(self, *, with_base: bool) -> tuple[Source, ...]:
         """All models' tensors that are read; the base's, if it is read, is the first."""
@@ -132,10 +142,10 @@ class Plan:
 def as_read(plans: Sequence[Plan]) -> list[Task]:
     """The tasks of plans that differ in method, parameters and relaxation only, as rows are read for all of them.
 
-    A tensor is whole if any of the methods needs its rows in one slice.
+    A tensor is read in tiles if any of the methods needs that.
     """
     together = zip(*(plan.tasks for plan in plans), strict=True)
-    return [next((task for task in alike if task.whole), alike[0]) for alike in together]
+    return [next((task for task in alike if task.tile), alike[0]) for alike in together]
 
 
 def index_of(shards: Sequence[Shard]) -> bytes:

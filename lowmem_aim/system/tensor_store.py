@@ -1,7 +1,7 @@
 """A store for tensors between two uses: on the device, in RAM or in a file, as near to the device as the budget allows.
 
-Several threads may use a store at once, each its own slots. The file has no name (or, on systems that do not allow this, loses it with its last handle): nothing is left of it,
-however the program ends.
+Several threads may use a store at once, each its own slots. The file has no name (or, on systems that do not allow
+this, loses it with its last handle): nothing is left of it, however the program ends.
 """
 
 from __future__ import annotations
