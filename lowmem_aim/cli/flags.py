@@ -126,7 +126,15 @@ RECIPE_FLAGS = bundle(
         metavar="MODEL",
         multiple=True,
         shell_complete=completion.folders,
-        help="Merge this model, or MODEL+ADAPTER; repeat the flag for each. [default: the recipe's models]",
+        help="Merge this model, or MODEL+ADAPTER; repeat the flag for each. MODEL=TEXTS names texts such as it was "
+        "tuned on, for methods that measure them. [default: the recipe's models]",
+    ),
+    _recipe(
+        "--solve-calibration",
+        metavar="TEXTS",
+        shell_complete=completion.texts,
+        help="Measure experts that have no texts of their own on these: a .jsonl or .txt file, `builtin`, or the Hub "
+        "id of a dataset.",
     ),
     _recipe(
         "--weight",

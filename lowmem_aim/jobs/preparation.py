@@ -192,6 +192,8 @@ def _make(checks: tuple[Check, ...], ready: Prepared) -> None:
 def _missing_texts(recipe: Recipe) -> Iterator[ModelError]:
     names = [recipe.aim.calibration] if recipe.aim else []
     names += [recipe.acm.calibration] if recipe.acm and not is_activations_file(recipe.acm.calibration) else []
+    if recipe.solve:
+        names += [texts for expert in recipe.models if (texts := expert.calibration or recipe.solve.calibration)]
     for name in dict.fromkeys(names):
         for error in missing_texts(name, recipe.looked(name)):
             error.add_before_problems(recipe.at(name))

@@ -297,7 +297,20 @@ def merge_method(
         parameters = [_parameter(p.name, hints[p.name], p.default) for p in declared]
         table = {p.name: p for p in parameters}
         METHODS[name] = Method(
-            name, script, base, fewest, most, source, table, compiled, takes, whole_rows, rounds, check, rows_of_linears, texts
+            name,
+            script,
+            base,
+            fewest,
+            most,
+            source,
+            table,
+            compiled,
+            takes,
+            whole_rows,
+            rounds,
+            check,
+            rows_of_linears,
+            texts,
         )
         return script
 

@@ -49,6 +49,9 @@ def portable_recipe(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     if recipe.acm:
         acm = {key: value for key, value in vars(recipe.acm).items() if value != ""}
         portable["acm"] = acm | {"calibration": calibration_label(recipe.acm.calibration)}
+    if recipe.solve:
+        solve, shared = recipe.solve.keys, recipe.solve.calibration
+        portable["solve"] = solve | ({"calibration": calibration_label(shared)} if shared else {})
     return portable
 
 
@@ -111,8 +114,9 @@ def local_labels(recipe: Recipe, inputs: Inputs) -> list[str]:
     if recipe.tokenizer_model and inputs.tokenizer:
         named.setdefault(recipe.tokenizer_model, inputs.tokenizer.owner)
     local = [label for reference, model in named.items() for label in _local(reference, model)]
-    tables = [table.calibration for table in (recipe.aim, recipe.acm) if table]
-    return local + [calibration_label(name) for name in tables if name not in ("", BUILTIN) and is_here(name)]
+    tables = [table.calibration for table in (recipe.aim, recipe.acm, recipe.solve) if table]
+    texts = [*tables, *(expert.calibration for expert in recipe.models)]
+    return local + [calibration_label(name) for name in texts if name not in ("", BUILTIN) and is_here(name)]
 
 
 def _local(reference: str, model: Checkpoint) -> list[str]:
@@ -162,6 +166,8 @@ def _model(entry: ModelEntry, inputs: Inputs) -> dict[str, Any]:
     written: dict[str, Any] = {"model": inputs.opened[entry.reference].label}
     if entry.layers is not None:
         written["layer_range"] = [entry.layers.start, entry.layers.stop]
+    if entry.calibration:
+        written["calibration"] = calibration_label(entry.calibration)
     return written | ({"parameters": _settings(entry.parameters)} if entry.parameters else {})
 
 

@@ -57,12 +57,15 @@ def make_plan(
             f"a shard size of {shard_parameters} parameters is too small", hint="write it in full, or as 2B"
         )
     tasks = [_task(match, recipe) for match in matches(recipe, inputs)]
+    if recipe.method.texts:  # what lies outside the layers first: it waits for nothing
+        tasks.sort(key=_block)
     _check(tasks, recipe, seed)
     if shard_parameters is None:
         groups = _grouped(tasks, shard_bytes, lambda task: task.nbytes)
     else:
         groups = _grouped(tasks, shard_parameters, lambda task: math.prod(task.shape))
-    shards = tuple(shard_of(_name(number, len(groups)), group) for number, group in enumerate(groups, start=1))
+    order = _block if recipe.method.texts else None
+    shards = tuple(shard_of(_name(number, len(groups)), group, order) for number, group in enumerate(groups, start=1))
     return Plan(recipe, shards, seed, nonfinite)
 
 
@@ -145,9 +148,19 @@ def _name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def shard_of(name: str, tasks: Sequence[Task]) -> Shard:
-    """The file of that name with the tensors of these tasks, its header and every offset laid out."""
+def _block(task: Task) -> int:
+    """The place of a tensor's layer in the model; -1 outside the layers."""
+    return -1 if task.layer is None else task.layer
+
+
+def shard_of(name: str, tasks: Sequence[Task], order: Callable[[Task], int] | None = None) -> Shard:
+    """The file of that name with the tensors of these tasks, its header and every offset laid out.
+
+    With an `order`, that comes before dtypes and names.
+    """
     ordered = sorted(tasks, key=lambda t: (-_DTYPE_ORDER.index(_DTYPE_NAMES[t.dtype]), t.name))
+    if order is not None:
+        ordered.sort(key=order)
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for task in ordered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,11 @@ def applied(tree: Node, flags: dict[str, Any], errors: list[LowmemAimError] | No
         # Arithmetic is float32 whatever the recipe says; the flag sets the dtype of the output.
         tree = tree.with_item("out_dtype", _node(flags["dtype"], "dtype"))
     tree = _with_models(tree, flags, wrong)
+    if flags.get("solve_calibration") is not None:
+        table = tree.switched_on("solve") or empty_recipe()
+        tree = tree.with_item(
+            "solve", table.with_item("calibration", _node(flags["solve_calibration"], "solve_calibration"))
+        )
     for assignment in flags.get("parameter", ()):
         with noted(wrong):
             tree = _with_assignment(tree, assignment)
@@ -128,13 +134,21 @@ def _node(value: Any, flag: str) -> Node:
 def _with_models(tree: Node, flags: dict[str, Any], wrong: list[LowmemAimError]) -> Node:
     experts: Sequence[str] = flags.get("expert", ())
     if experts:
-        listed = [empty_recipe().with_item("model", _node(expert, "expert")) for expert in experts]
+        listed = [_expert(expert) for expert in experts]
         tree = tree.with_item("models", _node(listed, "expert"))
         if not flags.get("weight") and not _top_level(tree, "weight") and _takes_weight(tree):
             flags = flags | {"weight": ("1",)}
     for name in ("weight", "density"):
         tree = _with_values(tree, name, flags.get(name, ()), wrong)
     return tree
+
+
+def _expert(text: str) -> Node:
+    """A model as `--expert` names it: `FOLDER`, or `FOLDER=TEXTS` with texts of its own."""
+    model, equals, texts = text.rpartition("=")
+    if not equals or not model or not texts or os.path.lexists(os.path.expanduser(text)):
+        return empty_recipe().with_item("model", _node(text, "expert"))
+    return empty_recipe().with_item("model", _node(model, "expert")).with_item("calibration", _node(texts, "expert"))
 
 
 def _takes_weight(tree: Node) -> bool:

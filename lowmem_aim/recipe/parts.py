@@ -10,6 +10,7 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.recipe.parameters import settings_of
 from lowmem_aim.recipe.recipe import ModelEntry, Module, Setting, Slice
 from lowmem_aim.recipe.references import same_reference
+from lowmem_aim.recipe.solving import own_texts
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.yaml_tree import Node
 
@@ -148,7 +149,7 @@ class Parts:
         if not isinstance(item.value, dict):
             self.read.problem(item, "a model is a table: `- model: folder-or-id`", _MODEL_HINT)
             return None
-        keys = ("model", "parameters", *(["layer_range"] if sliced else []))
+        keys = ("model", "parameters", "calibration", *(["layer_range"] if sliced else []))
         meant = self.read.check_keys(item, keys, {}, ignoring=True)
         self.complete &= "parameters" not in meant
         reference = self.read.model(item.get("model"), "model")
@@ -157,7 +158,8 @@ class Parts:
         parameters = settings_of(self.read, item, self.method, of_model=True)
         layers = self._layers(item, meant) if sliced else None
         self.complete &= layers is not None or not sliced  # the model is looked for all the same
-        return ModelEntry(reference, parameters, item.where, layers) if reference else None
+        texts = own_texts(self.read, item)
+        return ModelEntry(reference, parameters, item.where, layers, texts) if reference else None
 
     def _layers(self, item: Node, meant: Collection[str]) -> range | None:
         """The layers that a source takes; None after a problem."""

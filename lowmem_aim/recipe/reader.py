@@ -17,6 +17,7 @@ from lowmem_aim.recipe.parts import WAYS, Parts
 from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Slice
 from lowmem_aim.recipe.references import same_reference
 from lowmem_aim.recipe.relaxations import acm_table, aim_table
+from lowmem_aim.recipe.solving import solve_of
 from lowmem_aim.recipe.spelling import in_one_spelling
 from lowmem_aim.recipe.stages import in_order, stages_by_name
 from lowmem_aim.recipe.tokenizers import chat_template_of, tokenizer_of
@@ -36,6 +37,7 @@ TOP_KEYS = (
     "chat_template",
     "aim",
     "acm",
+    "solve",
 )
 # Keys of mergekit's that are refused rather than ignored -> why, and what to do.
 UNSUPPORTED_KEYS = {
@@ -72,6 +74,7 @@ class _Reader(Values):
         aim = self._aim(base)
         acm = self._acm(base, aim)
         self._check_bases(slices, base, [key for key, table in (("aim", aim), ("acm", acm)) if table])
+        solve = solve_of(self, self.root.switched_on("solve"), method, slices, by_flags=self.by_flags)
         dtype = self._dtype()
         listed = [entry.reference for part in slices for entry in part.entries]
         tokenizer = tokenizer_of(self, self.root, list(dict.fromkeys([*([base] if base else []), *listed])))
@@ -93,6 +96,7 @@ class _Reader(Values):
             tuple(dict.fromkeys(self.preferred)),
             self.sought,
             self.named_at,
+            solve=solve,
         )
 
     def _is_recipe(self) -> bool:

@@ -55,6 +55,7 @@ class _Rows:
     tokenizer: Any
     chat_template: str | None
     layers_of_base: bool  # sliced layers take after the base's
+    texts: Hashable  # of experts, that are measured: the order of all tensors follows from that
 
 
 def _rows(recipe: Recipe) -> _Rows:
@@ -66,6 +67,7 @@ def _rows(recipe: Recipe) -> _Rows:
         recipe.tokenizer,
         recipe.chat_template,
         recipe.sliced and recipe.builds_on_base,
+        (recipe.method.texts, recipe.solve),
     )
 
 
@@ -74,4 +76,4 @@ def _slice(part: Slice) -> Hashable:
 
 
 def _entry(entry: ModelEntry) -> Hashable:
-    return entry.reference, entry.layers
+    return entry.reference, entry.layers, entry.calibration

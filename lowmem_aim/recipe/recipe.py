@@ -57,6 +57,7 @@ class ModelEntry:
     parameters: Mapping[str, Setting]
     where: str
     layers: range | None = None  # those that a slice takes of it; None: all
+    calibration: str = ""  # texts of its own, for methods that measure them
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,23 @@ class Acm:
 
 
 @dataclass(frozen=True)
+class Solve:
+    """The `solve:` key: the texts that experts are run on, where they have none of their own, and how they are read."""
+
+    calibration: str = ""  # "": each expert has its own
+    samples: int = 64  # of each expert
+    block_size: int = 512
+    seed: int = 42
+    pack: bool = False
+    dtype: str = ""  # of the forwards; "": the checkpoints'
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of the table that say something, with their values."""
+        return {key: value for key, value in vars(self).items() if value != ""}
+
+
+@dataclass(frozen=True)
 class TokenRow:
     """The source of a token's row in the models that lack the token; with `force`, in all of them."""
 
@@ -184,6 +202,7 @@ class Recipe:
     named_at: Mapping[str, str] = field(default_factory=dict, compare=False)  # model or file -> `file:line:column`
     # By name, in the order in which they are made: what the recipe, and those further back, take for models.
     stages: Mapping[str, Recipe] = field(default_factory=dict)
+    solve: Solve | None = None  # None: the method measures no texts
 
     @property
     def modules(self) -> tuple[Module, ...]:

@@ -37,7 +37,7 @@ def aim_table(read: Values, node: Node) -> Aim:
     keys = {key: item for key, item in node.value.items() if key in AIM_KEYS and item.value is not None}
     readers: dict[str, Callable[[Values, Node], Any]] = {"omega": _omega, "exclude": _exclude}
     checked: dict[str, Any] = {
-        key: readers[key](read, item) if key in readers else _plain(read, key, item) for key, item in keys.items()
+        key: readers[key](read, item) if key in readers else plain_value(read, key, item) for key, item in keys.items()
     }
     if isinstance(checked.get("omega"), tuple):
         checked["omegas"] = checked.pop("omega")
@@ -116,11 +116,11 @@ def _acm_value(read: Values, key: str, node: Node) -> Any:
             return read.value(node, _THETA)
         read.problem(node, "`acm.theta` must be a number: it is the same for all layers")
         return None
-    return _plain(read, key, node, "acm")
+    return plain_value(read, key, node, "acm")
 
 
-def _plain(read: Values, key: str, node: Node, table: str = "aim") -> Any:
-    """One value of the `aim` table, or of a key that `acm` shares with it, checked; None after a problem."""
+def plain_value(read: Values, key: str, node: Node, table: str = "aim") -> Any:
+    """One value of the `aim` table, or of a key that another table shares with it, checked; None after a problem."""
     value = node.value
     whole = isinstance(value, int) and not isinstance(value, bool)
     correct = {
