@@ -40,6 +40,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "della_linear": {"weight": (0.3, 0.4, 0.5), "density": (0.3, 0.5, 0.7), "epsilon": (0.1, 0.4, 0.0)},
     "sce": {"select_topk": 0.3},
     "arcee_fusion": {},
+    "covariance": {"weight": (0.3, 0.4, 0.5)},
+    "regmean": {"weight": (0.3, 0.4, 0.5), "rest": "task_arithmetic", "lambda": 0.9},
+    "regmean_plus": {"weight": (0.3, 0.4, 0.5)},
 }
 
 

@@ -43,6 +43,6 @@ def covariance(
             for moment, w, square in zip(moments, weights, squares, strict=True)
         ]
         mu = sum(weights) / max(tensor.shape[tensor.input_dim], 1)
-        return Goal(shares_of(weights), tuple(terms), ridge * mu, to_base=True)
+        return Goal(shares_of(weights), tuple(terms), ridge, mu, to_base=True)
 
     return (yield from solved(tensor, goal, None, lambda_))

@@ -51,7 +51,7 @@ def regmean_plus(
     shrink: Fraction = 0.9,
     rest: Rest = "average",
 ) -> Script:
-    """As `regmean`, but the experts' blocks are given what the merged blocks before them make of the texts."""
+    """The formula of `regmean`, where the experts' blocks are given what the merged blocks before make of the texts."""
     return (yield from regmean(tensor, weight=weight, lambda_=lambda_, ridge=ridge, shrink=shrink, rest=rest))
 
 
@@ -65,6 +65,6 @@ def _goal(weight: tuple[float, ...], ridge: float, shrink: float) -> Callable[[M
                 terms.append(None)
             else:
                 terms.append(Term(moment, w * shrink / mean, diagonal * (w * (1.0 - shrink) / mean)))
-        return Goal(shares_of(weight), tuple(terms), ridge * sum(weight) / len(weight), to_base=False)
+        return Goal(shares_of(weight), tuple(terms), ridge, sum(weight), to_base=False)
 
     return goal

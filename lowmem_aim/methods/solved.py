@@ -1,4 +1,4 @@
-"""What the methods that solve have in common: the delta X that is nearest to what every expert does with its inputs.
+"""Solved deltas: the delta X of a linear that is nearest to what every expert does with its inputs.
 
 X minimises sum ci |(X - Di) Mi^(1/2)|^2 + r |X - A|^2, where Mi is the second moment of expert i's inputs, and A is
 what the ridge r pulls to: 0 (the base), or the experts' mean. From any delta Y the minimum is one step away:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS = 256  # of a linear, solved at a time
+LEAST_RIDGE = 1e-7  # a tenth of the first that takes the place of none
 RAISES = 3  # of the ridge, tenfold each, before the mean is taken instead
 Rest = Annotated[str, OneOf(("average", "task_arithmetic"))]
 # The moments of a matrix, one for each expert; None where no text has reached it.
@@ -68,25 +69,28 @@ class Goal:
 
     shares: tuple[float, ...]  # of each expert in the mean: they add up to 1, or are all 0
     terms: tuple[Term | None, ...]  # ci Mi of each expert
-    ridge: float  # r
+    ridge: float  # in units of `unit`: r is ridge times unit
+    unit: float  # the mean of the diagonal of sum ci Mi
     to_base: bool  # the ridge pulls to the base; else to the mean
 
 
 class Solution:
     """The solution for one matrix, row by row; the mean where the system cannot be solved."""
 
+    _system: System | None
+
     def __init__(self, goal: Goal, space: MatrixSpace, name: str) -> None:
         """Factorise the system, with a larger ridge if it is singular. `name`: of the tensor, for the notice."""
-        self._goal, self._terms = goal, [term for term in goal.terms if term is not None]
-        self._system: System | None = None
-        for _ in range(1 + RAISES if self._terms else 0):
-            try:
-                self._system = System(self._terms, self._goal.ridge, space)
+        self._goal, self._system = goal, None
+        terms = [term for term in goal.terms if term is not None]
+        ridges = [goal.ridge, *((goal.ridge or LEAST_RIDGE) * 10.0**power for power in range(1, RAISES + 1))]
+        for ridge in ridges if terms else ():
+            self._goal = replace(goal, ridge=ridge)
+            self._system = _factorised(terms, ridge * goal.unit, space)
+            if self._system is not None:
                 break
-            except NotPositive:
-                self._goal = replace(self._goal, ridge=self._goal.ridge * 10)
-        if self._terms and self._goal is not goal:
-            done = f"solved with {self._goal.ridge / goal.ridge:g} times the ridge" if self._system else "averaged"
+        if terms and (self._system is None or self._goal.ridge > goal.ridge):
+            done = "averaged" if self._system is None else f"solved with a ridge of {self._goal.ridge:g}"
             space.tell(f"`{printable(name)}` is {done}: its system is singular")
 
     def of(self, deltas: Sequence[Tensor]) -> Tensor:
@@ -96,11 +100,19 @@ class Solution:
             mean += delta * share
         if self._system is None:
             return mean
-        pull = mean * -self._goal.ridge if self._goal.to_base else torch.zeros_like(mean)
+        pull = mean * (-self._goal.ridge * self._goal.unit) if self._goal.to_base else torch.zeros_like(mean)
         for term, delta in zip(self._goal.terms, deltas, strict=True):
             if term is not None:
                 term.times(delta - mean, pull)
         return mean.add_(self._system.solve(pull))
+
+
+def _factorised(terms: Sequence[Term], ridge: float, space: MatrixSpace) -> System | None:
+    """The system of these terms; None if it is singular."""
+    try:
+        return System(terms, ridge, space)
+    except NotPositive:
+        return None
 
 
 def solved(
@@ -239,13 +251,17 @@ def takes_solved(tensor: Subject, parameters: Mapping[str, Any], loops: bool) ->
         return takes_deltas(tensor, parameters, loops)
     deltas = FLOAT * (tensor.experts + 1)
     tiles = 6 * FLOAT * TILE * min(TILE, Linears.of(tensor).inputs)
-    return Footprint(element=2 * deltas + 5 * FLOAT, slice=tiles, part=deltas * ROWS * tensor.shape[-1], tensor=tiles)
+    return Footprint(
+        element=2 * deltas + 5 * FLOAT,
+        slice=tiles,
+        part=deltas * ROWS * tensor.shape[-1],
+        tensor=tiles,
+        matrices=_matrix_bytes(tensor),
+    )
 
 
-def matrix_bytes(tensor: Subject) -> int:
-    """Bytes of all matrices that solving a tensor keeps between its rounds, without those of texts."""
-    if not tensor.linear:
-        return 0
+def _matrix_bytes(tensor: Subject) -> int:
+    """Bytes of all matrices that solving a tensor keeps between its rounds."""
     linears = Linears.of(tensor)
     kept = (tensor.experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
     return linears.count * ((tensor.experts + 1) * moment_bytes(linears.inputs) + kept)

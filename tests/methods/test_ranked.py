@@ -147,5 +147,5 @@ class TestArceeFusion:
 
 
 def test_a_whole_row_that_does_not_fit_ends_the_merge_instead_of_being_cut() -> None:
-    with pytest.raises(MemoryBudgetError, match="one row"):
-        Stride(1 << 20).too_large(5000, 1, NAME, whole=True)
+    with pytest.raises(MemoryBudgetError, match="5000 rows"):
+        Stride(1 << 20).too_large(5000, 1, NAME, fixed=True)
