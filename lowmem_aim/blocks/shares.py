@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_aim.blocks.observer import CHUNK_NUMEL
+from lowmem_aim.blocks.means import CHUNK_NUMEL
 from lowmem_aim.errors import LowmemAimError, printable, raise_all
 from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.system.memory import Budget, Kind, too_small
