@@ -17,6 +17,7 @@ from lowmem_aim.errors import ResumeError, UsageError
 from lowmem_aim.events import Notice
 from lowmem_aim.measuring.calibration import Measurement, measurement_of
 from lowmem_aim.measuring.mean_activations import needs_of, shares_for
+from lowmem_aim.measuring.texts import TextSettings
 from lowmem_aim.measuring.two_models import information_between
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -26,7 +27,7 @@ from lowmem_aim.output.records import Group, KeptComparison
 from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.planning.modules import text_slices
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import Acm, Aim
+from lowmem_aim.recipe.recipe import Acm
 from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.relaxing.acm import EMBEDDING, HEAD, NORM, freezing
 from lowmem_aim.relaxing.relaxation import Consensus
@@ -140,9 +141,9 @@ def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Pla
     return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest + merging_bytes)
 
 
-def texts_of(acm: Acm) -> Aim:
+def texts_of(acm: Acm) -> TextSettings:
     """The texts that ACM compares with, as the settings that `measurement_of` reads."""
-    return Aim(calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT, dtype=acm.dtype)
+    return TextSettings(acm.calibration, acm.samples, LONGEST_TEXT, pack=False, dtype=acm.dtype)
 
 
 def _place(group: str) -> tuple[int, int]:
