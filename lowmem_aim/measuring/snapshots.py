@@ -40,7 +40,7 @@ SECONDS = 60.0
 class BlockProgress:
     """The progress of a calibration: what its blocks have made so far."""
 
-    calls: Sequence[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
+    calls: list[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
     states: Sequence[Stored]  # of each text: the hidden state after the last finished block
     outputs: list[Call] = field(default_factory=list)  # each block's output for the canary, as the only argument
     texts: int = 0  # those that have also passed the block under way
@@ -129,7 +129,7 @@ class Snapshots:
         )
         # The record once its file is durable, the file before it only then: one of the two is always whole.
         self._journal.keep(snapshot)
-        remove_snapshots(self._folder, but=file.name)
+        remove_snapshots(self._folder, but=[file.name])
         self._kept = so_far.done
 
     def restore(self, runner: BlockRunner, so_far: BlockProgress) -> None:
@@ -139,7 +139,7 @@ class Snapshots:
         """
         self._recorded = recorded_digest(so_far, runner)
         last = self._journal.kept(CalibrationSnapshot)
-        remove_snapshots(self._folder, but=last.file if last else "")
+        remove_snapshots(self._folder, but=[last.file] if last else ())
         if last is None:
             return
         file = self._folder / last.file

@@ -38,7 +38,7 @@ class Steps:
         """`texts`: (tokens,) int64 each."""
         self.runner, self.texts = runner, len(texts)
         self._tokens = [*texts, texts[0][:CANARY_TOKENS]]  # the canary's copy comes last
-        self.so_far = BlockProgress([], [])
+        self.so_far = BlockProgress([], [])  # not begun
         self._shared: dict[tuple[Any, ...], Stored] = {}  # parts of calls that several of them have
         self._canary = SuspendedForward(runner, self._tokens[-1])
         self._stack = contextlib.ExitStack()
@@ -59,7 +59,7 @@ class Steps:
 
     def record(self, take: Take = ignore) -> None:
         """Record every text; `take` is given the state before its first block."""
-        calls, states = [], []
+        calls, states = list[Sequence[Call]](), list[Stored]()
         for number in range(len(self._tokens)):
             own, state = self._recorded(number)
             calls.append(own)
@@ -68,6 +68,13 @@ class Steps:
                 take(number, self.runner.store.get(state))
         self.so_far = BlockProgress(calls, states)
         self._stack.enter_context(self._canary)
+
+    def record_calls(self) -> None:
+        """Record every text for `beside` alone: without states, and without the canary."""
+        for number in range(self.texts):
+            own, state = self._recorded(number)
+            self.so_far.calls.append(own)
+            self.runner.store.drop(state)
 
     def _recorded(self, number: int) -> tuple[list[Call], Stored]:
         """All calls of a forward, and the hidden state before the first block."""
@@ -123,6 +130,21 @@ class Steps:
         output = runner.with_block(index, drive)
         self.so_far.outputs.append(in_store(output, runner))
         self._canary.step(output)
+
+    def beside(self, index: int, state_of: Callable[[int], Tensor]) -> None:
+        """Run block `index` on other states than the texts' own, for what its modules are given; that counts.
+
+        `state_of`: text -> the hidden state before the block. The outputs are dropped.
+        """
+        left = deque(range(self.texts))
+
+        def drive() -> None:
+            while left:
+                self._through(index, left[0], state_of(left[0]), counted=True)
+                self.runner.watch.commit()
+                left.popleft()
+
+        self.runner.with_block(index, drive)
 
     def _through(self, index: int, number: int, state: Tensor, *, counted: bool) -> Tensor:
         """A text's hidden state after block `index`; the canary's copy never counts."""
