@@ -1,7 +1,8 @@
 """A model run one block at a time, its weights loaded when they are needed and dropped afterwards.
 
 shares.py       memory that running a model takes, and the division of a budget for it
-observer.py     the mean |x| of each input channel, collected while modules run
+observer.py     the inputs of weights, seen while modules run and given to a statistic
+means.py        the mean |x| of each input channel
 offload.py      the weights of a block, or of one module, loaded and dropped
 calls.py        the calls of blocks, and the object that decides what happens at each
 embeddings.py   an embedding's weight of which only the rows asked for are read

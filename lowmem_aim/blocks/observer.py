@@ -1,10 +1,7 @@
-"""The mean |x| of each input channel of every weight that AIM scales, collected while the modules run.
+"""The inputs of every weight that is multiplied with them, seen while the modules run, and given to a statistic.
 
-The statistic of a weight is the mean over the tokens (and heads: all dimensions but the last) of one call, then over
-calls, in float64. A module is called once a sequence, so this is the mean over sequences; an expert's mean is over the
-sequences that sent the expert a token. Modules are observed through forward hooks, fused experts (one 3-D parameter, no
-`.weight`; or the rows of one matrix, as DBRX has them) through the matrix products in which slices of that parameter
-take part.
+Modules are observed through forward hooks, fused experts (one 3-D parameter, no `.weight`; or the rows of one matrix,
+as DBRX has them) through the matrix products in which slices of that parameter take part.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,66 +17,75 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_aim.errors import ModelError
 from lowmem_aim.models.meta_model import MetaModel
-
-# Numbers that are converted to float64 at a time (8 MiB), however long the sequence is.
-CHUNK_NUMEL = 1 << 20
 
 # The products that experts use: linear computes x @ W.T, the others x @ W.
 _LINEAR = frozenset({F.linear})
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm})
 
 
-def mean_abs(x: Tensor) -> Tensor:
-    """Mean of |x| over all dimensions but the last: (..., channels) -> (channels,).
+@dataclass(frozen=True)
+class Operand:
+    """A parameter that inputs are multiplied with: one vector or matrix, or one for each fused expert."""
 
-    The result is float64, and float32 on Apple GPUs, which have no float64.
+    parameter: str  # its name
+    matrices: int
+    channels: int  # inputs of each
+    shape: tuple[int, ...]  # of a value for each input channel, which broadcasts against the parameter
+
+    @classmethod
+    def of(cls, parameter: str, weight: Tensor, *, transposed: bool) -> Operand:
+        """Describe the weight of a module, (out, in), or (in, out) if `transposed`; or a vector."""
+        channels = weight.shape[0] if transposed else weight.shape[-1]
+        shape = (channels,) if weight.dim() == 1 else (channels, 1) if transposed else (1, channels)
+        return cls(parameter, 1, channels, shape)
+
+
+class Statistic(Protocol):
+    """A statistic of inputs, such as their mean.
+
+    Inputs are noted first and counted by `commit`, so that a forward that fails half-way can be run again.
     """
-    rows = x.detach().reshape(-1, x.shape[-1])
-    step = max(1, CHUNK_NUMEL // rows.shape[-1])
-    total = torch.zeros(rows.shape[-1], dtype=_wide(x.device), device=x.device)
-    for start in range(0, rows.shape[0], step):
-        total += rows[start : start + step].abs().to(total.dtype).sum(0)
-    return total / rows.shape[0]
+
+    def meet(self, weight: Operand) -> None:
+        """Take notice of a weight that is observed from now on, and may never be used."""
+        ...
+
+    def note(self, weight: Operand, number: int, x: Tensor, *, padded: bool = False) -> None:
+        """Note `x`, (..., channels), the input of one product with matrix `number` of a weight.
+
+        `padded`: rows of zeros stand for tokens that are routed elsewhere.
+        """
+        ...
+
+    def commit(self) -> None:
+        """Count all that is noted. Never fails for lack of memory."""
+        ...
+
+    def discard(self) -> None:
+        """Drop all that is noted: the forward that gave it has failed."""
+        ...
+
+    def settle(self) -> None:
+        """Do what counting has put off. If an allocation fails, the next call goes on there."""
+        ...
+
+    def check(self, prefix: str) -> None:
+        """Settle, and raise ModelError naming a module under `prefix` whose inputs are not finite."""
+        ...
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
-
-
-@dataclass
-class Tally:
-    """Sums of means for one parameter: a row for each expert, or a single row."""
-
-    total: Tensor  # (rows, channels)
-    calls: list[int]  # the number of means in each row
-    shape: tuple[int, ...]  # of the statistic, which broadcasts against the parameter
-
-    def add(self, row: int, mean: Tensor) -> None:
-        """Add the mean of one call, (channels,), to a row."""
-        self.total[row] += mean
-        self.calls[row] += 1
-
-    def sums(self) -> Tensor:
-        """The sums of means, float64 on the CPU, in `shape`."""
-        return self.total.cpu().double().reshape(self.shape)
-
-    def counts(self) -> Tensor:
-        """The number of means in each sum, float64 in `shape`."""
-        return torch.tensor(self.calls, dtype=torch.float64)[:, None].expand(self.total.shape).reshape(self.shape)
+def routed(x: Tensor) -> Tensor:
+    """The rows of `x`, (tokens, channels), that are not zero."""
+    return x[x.ne(0).any(-1)]
 
 
 class Watch:
-    """The tallies of a calibration. Inputs count only within `counting`, so that the canary's do not.
+    """Gives the inputs of weights to a statistic. They count only within `counting`, so that the canary's do not."""
 
-    Means are noted first and counted by `commit`, so that a forward that fails half-way can be run again.
-    """
-
-    def __init__(self) -> None:
-        self.tallies: dict[str, Tally] = {}  # by parameter name
+    def __init__(self, statistic: Statistic) -> None:
+        self.statistic = statistic
         self._counts = False
-        self._seen: list[tuple[Tally, int, Tensor]] = []  # (tally, its row, a mean), not yet counted
 
     @contextlib.contextmanager
     def counting(self, on: bool) -> Iterator[None]:
@@ -99,19 +105,13 @@ class Watch:
         """Whether inputs are counted now."""
         return self._counts
 
-    def note(self, tally: Tally, row: int, mean: Tensor) -> None:
-        """Note a mean for one row of a tally; only `commit` counts the mean."""
-        self._seen.append((tally, row, mean))
-
     def commit(self) -> None:
-        """Count all noted means."""
-        for tally, row, mean in self._seen:
-            tally.add(row, mean)
-        self._seen.clear()
+        """Count all noted inputs."""
+        self.statistic.commit()
 
     def discard(self) -> None:
-        """Drop all noted means: the forward that gave them has failed."""
-        self._seen.clear()
+        """Drop all noted inputs: the forward that gave them has failed."""
+        self.statistic.discard()
 
     @contextlib.contextmanager
     def on(self, parts: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
@@ -139,45 +139,28 @@ class Watch:
 
         Does nothing unless inputs count now and the last dimension of `x` is that of the weight's input channels.
         """
-        channels = weight.shape[0] if transposed else weight.shape[-1]
-        if self.counts and x.is_floating_point() and x.dim() and x.shape[-1] == channels and x.numel():
-            self.note(self._tally(parameter, weight, x.device, transposed=transposed), 0, mean_abs(x))
+        self._take(Operand.of(parameter, weight, transposed=transposed), x)
 
     def check(self, prefix: str) -> None:
         """Commit, then raise ModelError naming a module under `prefix` whose inputs are not finite."""
         self.commit()
-        for name, tally in self.tallies.items():
-            if name.startswith(prefix) and not bool(tally.total.isfinite().all()):
-                raise ModelError(
-                    f"calibration: the inputs of `{name.removesuffix('.weight')}` overflow or are not numbers",
-                    hint="is the base model sound? if it is, calibrate in a wider dtype (`aim: {dtype: float32}`)",
-                )
+        self.statistic.check(prefix)
+
+    def _take(self, weight: Operand, x: Tensor) -> None:
+        if self.counts and x.is_floating_point() and x.dim() and x.shape[-1] == weight.channels and x.numel():
+            self.statistic.note(weight, 0, x)
 
     def _hook(self, parameter: str, module: nn.Module) -> Any:
-        transposed = isinstance(module, Conv1D)
-        weight = module.get_parameter("weight")  # for its shape only
+        # By the weight's shape: weights come and go.
+        weight = Operand.of(parameter, module.get_parameter("weight"), transposed=isinstance(module, Conv1D))
 
         def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if x is not None:
-                self.count(parameter, weight, x, transposed=transposed)
+                self._take(weight, x)
 
-        self._tally(parameter, weight, None, transposed=transposed)
+        self.statistic.meet(weight)
         return hook
-
-    def _tally(self, name: str, weight: Tensor, device: torch.device | None, *, transposed: bool) -> Tally:
-        """Return the tally of a module, made when the module is first met.
-
-        A module that is never called thus has a tally too, and counts as unreached.
-        """
-        tally = self.tallies.get(name)
-        if tally is None:
-            channels = weight.shape[0] if transposed else weight.shape[-1]
-            shape = (channels,) if weight.dim() == 1 else (channels, 1) if transposed else (1, channels)
-            tally = self.tallies[name] = Tally(torch.zeros(1, channels, dtype=torch.float64), [0], shape)
-        if device is not None and tally.total.device != device:
-            tally.total = tally.total.to(device, _wide(device))
-        return tally
 
 
 def _is_scaled(part: nn.Module) -> bool:
@@ -254,12 +237,13 @@ class _ExpertProducts(TorchFunctionMode):
         channels, outputs = weight.shape[channel], weight.shape[other]
         last = weight.stride(channel) == value.stride(-1) and channels == value.shape[-1]
         rows = (outputs if last else channels) if value.dim() == 2 else value.shape[1]  # of one expert's matrix
-        tally = self._tally(stack.name, value, rows, last=last)
+        operand = _operand(stack, rows, last=last)
         if weight.dim() == 3:
-            self._note_all(tally, x)
+            for expert, inputs in enumerate(x):  # one batched product over all experts, x (experts, tokens, channels)
+                self.watch.statistic.note(operand, expert, inputs, padded=True)
         else:
             offset = (weight.data_ptr() - value.data_ptr()) // value.element_size()
-            self.watch.note(tally, offset // (rows * value.shape[-1]), mean_abs(x))
+            self.watch.statistic.note(operand, offset // (rows * value.shape[-1]), x)
 
     def _stack_of(self, weight: Tensor) -> Stack | None:
         """Find the stack that a weight is a slice of: a slice is a view and shares its stack's storage."""
@@ -269,24 +253,13 @@ class _ExpertProducts(TorchFunctionMode):
                 return stack
         return None
 
-    def _tally(self, name: str, value: Tensor, rows: int, *, last: bool) -> Tally:
-        tally = self.watch.tallies.get(name)
-        if tally is None:
-            columns = value.shape[-1]
-            experts, channels = value.numel() // (rows * columns), columns if last else rows
-            total = torch.zeros(experts, channels, dtype=_wide(value.device), device=value.device)
-            shape: tuple[int, ...] = (experts, 1, channels) if last else (experts, channels, 1)
-            # A matrix that is used as a whole has a linear's statistic.
-            shape = shape[1:] if value.dim() == 2 and experts == 1 else shape
-            tally = self.watch.tallies[name] = Tally(total, [0] * experts, shape)
-        return tally
 
-    def _note_all(self, tally: Tally, x: Tensor) -> None:
-        """Note one batched product over all experts, x (experts, tokens, channels).
-
-        Rows of zeros stand for tokens that are routed elsewhere.
-        """
-        for expert, rows in enumerate(x):
-            routed = rows[rows.ne(0).any(-1)]
-            if routed.shape[0]:
-                self.watch.note(tally, expert, mean_abs(routed))
+def _operand(stack: Stack, rows: int, *, last: bool) -> Operand:
+    """Describe a stack of matrices with so many rows each. `last`: their input channels are in the last dimension."""
+    value = stack.value
+    columns = value.shape[-1]
+    experts, channels = value.numel() // (rows * columns), columns if last else rows
+    shape: tuple[int, ...] = (experts, 1, channels) if last else (experts, channels, 1)
+    # A matrix that is used as a whole has a linear's statistic.
+    shape = shape[1:] if value.dim() == 2 and experts == 1 else shape
+    return Operand(stack.name, experts, channels, shape)

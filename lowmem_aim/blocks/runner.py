@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from lowmem_aim.blocks.beside import Beside
 from lowmem_aim.blocks.calls import Call, Forward, model_code
-from lowmem_aim.blocks.observer import Watch
+from lowmem_aim.blocks.means import Means
+from lowmem_aim.blocks.observer import Statistic, Watch
 from lowmem_aim.blocks.offload import ReadWhileAbsent, Source, Weights
 from lowmem_aim.blocks.past import as_if_after
 from lowmem_aim.blocks.shares import BOUNDLESS, SHORTER, SMALLEST_PAGED, Shares, owners, paged, size_of
@@ -47,15 +48,18 @@ class BlockRunner:
         budget: Budget | None = None,
         spill: Path | None = None,
         emit: Emit = silent,
+        statistic: Statistic | None = None,
     ) -> None:
         """Prepare the runner; the model itself is changed only by `set_up`.
 
-        `shares` are the parts of `budget`; `spill` is a folder for hidden states that do not fit in memory.
+        `shares` are the parts of `budget`; `spill` is a folder for hidden states that do not fit in memory. Inputs that
+        count go to `statistic` (None: to `means`).
         """
         self.meta_model, self.device, self._emit = meta_model, device, emit
         self.model, self.blocks = meta_model.model, meta_model.blocks
         self.weights = Weights(base, meta_model, device, emit)
-        self.watch = Watch()
+        self.means = Means()
+        self.watch = Watch(statistic or self.means)
         self.store = TensorStore(device, device_bytes=shares.device_states, ram_bytes=shares.ram_states, folder=spill)
         self.shares, self._room = shares, shares.weights  # _room: bytes of a block's weights in memory at a time
         self._budget = budget
@@ -84,10 +88,11 @@ class BlockRunner:
     def run_block(self, index: int, call: Call) -> Any:
         """Run block `index`, whose weights must be loaded, and return its output.
 
-        Means noted in a run that fails are discarded; those of a run that succeeds count once they are committed, by
+        Inputs noted in a run that fails are discarded; those of a run that succeeds count once they are committed, by
         the caller or by the next run.
         """
         self.watch.commit()
+        self.watch.statistic.settle()
         if self._budget is not None and self._budget.ram_left() < self.shares.ram_work:
             trim()  # what earlier sequences freed may lie in the heap, in pieces of the wrong size
         begun = time.perf_counter()

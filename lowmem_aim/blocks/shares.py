@@ -11,13 +11,13 @@ block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_aim.blocks.observer import CHUNK_NUMEL
+from lowmem_aim.blocks.means import CHUNK_NUMEL
 from lowmem_aim.errors import LowmemAimError, printable, raise_all
 from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.system.memory import Budget, Kind, too_small
@@ -84,6 +84,11 @@ class Shares:
     device_states: int = UNLIMITED  # on a device with memory of its own
     ram_states: int = UNLIMITED
     ram_work: int = 0  # what one sequence in a block may take in RAM
+
+    def part(self, number: int, of: int) -> Shares:
+        """Copy the shares, with only `number` parts out of `of` of the memory for hidden states."""
+        device, ram = (states * number // of for states in (self.device_states, self.ram_states))
+        return replace(self, device_states=device, ram_states=ram)
 
     def spilled(self, states: int) -> int:
         """Bytes of hidden states that go to a file, if there are `states` bytes in all."""

@@ -20,6 +20,7 @@ from lowmem_aim.jobs.oddities import tell_oddities
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import RESUME_HINT, activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
+from lowmem_aim.measuring.texts import TextSettings
 from lowmem_aim.merging.shares import GROWTH_BYTES
 from lowmem_aim.methods import kernels
 from lowmem_aim.output.copied import copied_files
@@ -30,7 +31,6 @@ from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActiva
 from lowmem_aim.output.tokenizer_files import with_tokenizer
 from lowmem_aim.planning.modules import portions
 from lowmem_aim.planning.sources import patterns
-from lowmem_aim.recipe.recipe import Aim
 from lowmem_aim.recipe.words import PILE, is_here
 from lowmem_aim.relaxing.relaxation import check_activations
 from lowmem_aim.system.lock import PATIENCE_SECONDS, is_held, locked_error, owner_of
@@ -81,7 +81,7 @@ def check_calibration(ready: Prepared) -> None:
     aims, base = ready.aims, ready.inputs.base
     if not aims or base is None:
         return
-    if not _are_texts_here(ready, "calibrate", aims[0]):
+    if not _are_texts_here(ready, "calibrate", TextSettings.of(aims[0])):
         return
     calibration = ready.calibration = calibration_of(aims[0], base, ready.reader, ready.emit)
     if isinstance(calibration, GivenActivations):
@@ -303,20 +303,20 @@ LATER: tuple[Check, ...] = (
 # --- what is to be run ------------------------------------------------------------------------------------------------
 
 
-def _are_texts_here(ready: Prepared, phase: str, aim: Aim) -> bool:
+def _are_texts_here(ready: Prepared, phase: str, texts: TextSettings) -> bool:
     """Whether texts can be read; if they are on the Hub and not to be fetched, reckon with full sequences instead."""
     base = ready.inputs.base
-    if ready.finder.fetches or is_here(aim.calibration or PILE) or base is None:
+    if ready.finder.fetches or is_here(texts.calibration or PILE) or base is None:
         return True
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where a model is to be run
 
     ready.reader.roles(base)  # under limits, as before every building of a model in this process
     ready.unread = True
     ready.notes.append(f"{phase}: the texts are on the Hub, and were not fetched: full blocks are assumed")
-    meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
+    meta_model = load_meta_model(base, dtype_named(texts.dtype) if texts.dtype else None)
     if phase == "calibrate":
         _note_unreached(ready, meta_model)
-    ready.model_runs.append(_model_run(ready, phase, meta_model, [range(aim.block_size)] * aim.samples))
+    ready.model_runs.append(_model_run(ready, phase, meta_model, [range(texts.block_size)] * texts.samples))
     return False
 
 

@@ -69,7 +69,7 @@ def _sums_by_name(runner: BlockRunner) -> dict[str, _Sum]:
     """Checkpoint name -> what was counted for it, by whichever modules use it (Zamba's blocks share theirs)."""
     meta_model = runner.meta_model
     sums: dict[str, _Sum] = {}
-    for parameter, tally in runner.watch.tallies.items():
+    for parameter, tally in runner.means.tallies.items():
         if parameter != f"{meta_model.head}.weight":
             totals = meta_model.weights.scatter(parameter, tally.sums())
             calls = dict(meta_model.weights.scatter(parameter, tally.counts()))

@@ -18,7 +18,7 @@ import xxhash
 
 from lowmem_aim.errors import DiskError, LowmemAimError, ModelError, printable
 from lowmem_aim.events import Emit, Notice
-from lowmem_aim.measuring.texts import token_sequences
+from lowmem_aim.measuring.texts import TextSettings, token_sequences
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.untied import as_tied
@@ -57,7 +57,7 @@ class GivenActivations:
 class Measurement:
     """A measurement of a base's activations; the texts are tokenised, and the model is checked, before any work."""
 
-    aim: Aim
+    settings: TextSettings
     base: Checkpoint
     meta_model: MetaModel  # of the base, in the forward's dtype
     sequences: Sequence[Tensor]  # each (tokens,) int64
@@ -65,7 +65,7 @@ class Measurement:
     def digest(self) -> str:
         """xxh3-128 of what is to be measured: the texts' tokens, the forward's dtype and the base's config."""
         config = sorted(self.base.config.items())
-        facts = (self.aim.dtype, [sequence.tolist() for sequence in self.sequences], config)
+        facts = (self.settings.dtype, [sequence.tolist() for sequence in self.sequences], config)
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def activations(self, run: Run, folder: Path, journal: Journal, *, use_cache: bool) -> Activations:
@@ -142,7 +142,7 @@ class Measurement:
         versions = (torch.__version__, metadata.version("transformers"), FORMAT, COUNTING)
         threads = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()) if device == "cpu" else 0
         tokens = [sequence.tolist() for sequence in self.sequences]
-        what = (self.base.fingerprint(), tokens, self.aim.dtype, device, threads, versions)
+        what = (self.base.fingerprint(), tokens, self.settings.dtype, device, threads, versions)
         return xxhash.xxh3_128_hexdigest(repr(what).encode())
 
 
@@ -157,10 +157,10 @@ def calibration_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Ca
     if is_activations_file(aim.calibration):
         found = Activations.load(Path(aim.calibration).expanduser())
         return GivenActivations(aim, base, replace(found, tied={}) if as_tied(base) else found)
-    return measurement_of(aim, base, reader, emit)
+    return measurement_of(TextSettings.of(aim), base, reader, emit)
 
 
-def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Measurement:
+def measurement_of(settings: TextSettings, base: Checkpoint, reader: Reader, emit: Emit) -> Measurement:
     """Read and tokenise the texts, in blocks no longer than the base's context.
 
     Raises ModelError, NetworkError, UsageError.
@@ -168,15 +168,15 @@ def measurement_of(aim: Aim, base: Checkpoint, reader: Reader, emit: Emit) -> Me
     from lowmem_aim.models.meta_model import load_meta_model  # transformers: only where texts are to be read
 
     reader.roles(base)  # under limits: that model cannot fill the memory of this process, which builds it now
-    meta_model = load_meta_model(base, dtype_named(aim.dtype) if aim.dtype else None)
+    meta_model = load_meta_model(base, dtype_named(settings.dtype) if settings.dtype else None)
     meta_model.require_blocks()
     context = getattr(meta_model.model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and 16 <= context < aim.block_size:
+    if isinstance(context, int) and 16 <= context < settings.block_size:
         emit(Notice(f"the sequences have {context} tokens: `{printable(base.label)}` allows no more"))
-        aim = replace(aim, block_size=context)
-    sequences = token_sequences(aim, partial(reader.encode, base), emit)
+        settings = replace(settings, block_size=context)
+    sequences = token_sequences(settings, partial(reader.encode, base), emit)
     _check_ids(base, meta_model, sequences)
-    return Measurement(aim, base, meta_model, sequences)
+    return Measurement(settings, base, meta_model, sequences)
 
 
 def _check_ids(base: Checkpoint, meta_model: MetaModel, sequences: Sequence[Tensor]) -> None:

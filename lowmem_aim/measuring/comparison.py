@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +12,12 @@ import xxhash
 
 from lowmem_aim.blocks.offload import Source
 from lowmem_aim.blocks.runner import BlockRunner
-from lowmem_aim.blocks.shares import Needs, Shares
+from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.errors import ResumeError, UsageError
 from lowmem_aim.events import Notice
 from lowmem_aim.measuring.calibration import Measurement, measurement_of
 from lowmem_aim.measuring.mean_activations import needs_of, shares_for
+from lowmem_aim.measuring.texts import TextSettings
 from lowmem_aim.measuring.two_models import information_between
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -26,7 +27,7 @@ from lowmem_aim.output.records import Group, KeptComparison
 from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.planning.modules import text_slices
 from lowmem_aim.planning.tasks import Plan
-from lowmem_aim.recipe.recipe import Acm, Aim
+from lowmem_aim.recipe.recipe import Acm
 from lowmem_aim.recipe.words import is_activations_file
 from lowmem_aim.relaxing.acm import EMBEDDING, HEAD, NORM, freezing
 from lowmem_aim.relaxing.relaxation import Consensus
@@ -124,7 +125,7 @@ class Comparison:
         layers = chosen or range(len(meta_model.blocks))
         with merged(space.private) as weights:
             base_runner, merged_runner = (
-                BlockRunner(source, of, run.device, _part(shares, thirds), run.budget, space.private, run.emit)
+                BlockRunner(source, of, run.device, shares.part(thirds, 3), run.budget, space.private, run.emit)
                 for source, of, thirds in ((base, meta_model, 2), (weights, merged_meta_model, 1))
             )
             found = information_between(base_runner, merged_runner, texts, run.emit, weights.forget, layers)
@@ -140,19 +141,14 @@ def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Pla
     return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest + merging_bytes)
 
 
-def texts_of(acm: Acm) -> Aim:
+def texts_of(acm: Acm) -> TextSettings:
     """The texts that ACM compares with, as the settings that `measurement_of` reads."""
-    return Aim(calibration=acm.calibration, samples=acm.samples, pack=False, block_size=LONGEST_TEXT, dtype=acm.dtype)
+    return TextSettings(acm.calibration, acm.samples, LONGEST_TEXT, pack=False, dtype=acm.dtype)
 
 
 def _place(group: str) -> tuple[int, int]:
     """The sort key of a group: its place in the model."""
     return (1, int(group)) if group.isdecimal() else ({EMBEDDING: 0, NORM: 2, HEAD: 3}[group], 0)
-
-
-def _part(shares: Shares, thirds: int) -> Shares:
-    """Copy the shares, with only so many thirds of the memory for hidden states."""
-    return replace(shares, device_states=shares.device_states * thirds // 3, ram_states=shares.ram_states * thirds // 3)
 
 
 def is_of(kept: KeptComparison, inputs: Inputs) -> bool:

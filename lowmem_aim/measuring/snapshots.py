@@ -10,27 +10,27 @@ that stops the run, also in the middle of a block, of the texts that have passed
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 
 from lowmem_aim.blocks.calls import Call
-from lowmem_aim.blocks.observer import Tally
+from lowmem_aim.blocks.means import Tally
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.events import Emit, Notice, Snapshot
+from lowmem_aim.measuring.tensor_file import digest_of_file, durable_tensors, taken
 from lowmem_aim.output.folder import SNAPSHOTS, remove_snapshots
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import CalibrationSnapshot
 from lowmem_aim.system import interrupts
-from lowmem_aim.system.files import disk_errors, open_to_read, sync_folder
+from lowmem_aim.system.files import disk_errors, open_to_read
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensor_store import Stored
-from lowmem_aim.system.tensors import dtype_name, dtype_named, raw
+from lowmem_aim.system.tensors import raw
 
 # Not after every block, where blocks are quick: a snapshot of a 13B model's hidden states has some 600 MB.
 SECONDS = 60.0
@@ -40,7 +40,7 @@ SECONDS = 60.0
 class BlockProgress:
     """The progress of a calibration: what its blocks have made so far."""
 
-    calls: Sequence[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
+    calls: list[Sequence[Call]]  # of each text, the canary's last: every block's call without the hidden state
     states: Sequence[Stored]  # of each text: the hidden state after the last finished block
     outputs: list[Call] = field(default_factory=list)  # each block's output for the canary, as the only argument
     texts: int = 0  # those that have also passed the block under way
@@ -109,16 +109,12 @@ class Snapshots:
     def _keep(self, runner: BlockRunner, so_far: BlockProgress) -> None:
         runner.weights.base.check_unchanged()  # else a change between reading and computing would be kept
         file = self._folder / SNAPSHOTS.replace("*", f"{so_far.blocks}-{so_far.texts}")
-        store, tallies = runner.store, runner.watch.tallies
-        with disk_errors(file), _whole_or_absent(file) as stream:
-            out = _Out(stream)
+        store, tallies = runner.store, runner.means.tallies
+        with durable_tensors(file) as out:
             # In the order in which `restore` reads.
             states = [out.put(store.get(stored)) for stored in so_far.states]
             outputs = [out.put(call.from_store(store).args[0]) for call in so_far.outputs]
             sums = [(name, out.put(t.total), t.calls, t.shape) for name, t in tallies.items()]
-            stream.flush()
-            os.fsync(stream.fileno())
-            sync_folder(self._folder)
         snapshot = CalibrationSnapshot(
             recorded=self._recorded,
             file=file.name,
@@ -133,7 +129,7 @@ class Snapshots:
         )
         # The record once its file is durable, the file before it only then: one of the two is always whole.
         self._journal.keep(snapshot)
-        remove_snapshots(self._folder, but=file.name)
+        remove_snapshots(self._folder, but=[file.name])
         self._kept = so_far.done
 
     def restore(self, runner: BlockRunner, so_far: BlockProgress) -> None:
@@ -141,26 +137,26 @@ class Snapshots:
 
         A damaged snapshot counts as none, and so does one of other embeddings or masks than the progress begins with.
         """
-        self._recorded = _digest_of(so_far, runner)
+        self._recorded = recorded_digest(so_far, runner)
         last = self._journal.kept(CalibrationSnapshot)
-        remove_snapshots(self._folder, but=last.file if last else "")
+        remove_snapshots(self._folder, but=[last.file] if last else ())
         if last is None:
             return
         file = self._folder / last.file
-        if last.recorded != self._recorded or _digest_of_file(file) != last.digest:
+        if last.recorded != self._recorded or digest_of_file(file) != last.digest:
             return
         with disk_errors(file), open_to_read(file, follow=False) as stream:
             for slot, stored in zip(so_far.states, last.states, strict=True):
-                runner.store.put(_taken(stream, stored), slot)
-            outputs = [_taken(stream, stored) for stored in last.outputs]
+                runner.store.put(taken(stream, stored), slot)
+            outputs = [taken(stream, stored) for stored in last.outputs]
             tallies = {
-                name: Tally(_taken(stream, stored), calls, tuple(shape))
+                name: Tally(taken(stream, stored), calls, tuple(shape))
                 for name, stored, calls, shape in last.tallies  # in the file's order
             }
         so_far.outputs[:] = [in_store(output, runner) for output in outputs]
         so_far.texts = last.texts
         self._kept = so_far.done
-        runner.watch.tallies = tallies
+        runner.means.tallies = tallies
         runner.weights.digests.update(last.weights)
 
     def forget(self) -> None:
@@ -177,71 +173,7 @@ def in_store(output: Any, runner: BlockRunner) -> Call:
     )
 
 
-# --- the file -----------------------------------------------------------------------------------------------------
-
-
-class _Out:
-    """Appends tensors to a file, and digests what it appends."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._state = stream, xxhash.xxh3_128()
-
-    def put(self, value: Any) -> Any:
-        """Append the tensors in a value, and return a description of the value from which `_taken` restores it.
-
-        A tensor is described by its dtype and shape, a tuple by its parts, anything else by itself.
-        """
-        if isinstance(value, tuple):
-            return [self.put(part) for part in value]
-        if not isinstance(value, torch.Tensor):
-            return value
-        data = raw(value.cpu().contiguous())
-        self._stream.write(data)
-        self._state.update(data)
-        return {"dtype": dtype_name(value.dtype), "shape": list(value.shape)}
-
-    def digest(self) -> str:
-        """xxh3-128 of all that was appended, as 32 hex digits."""
-        return str(self._state.hexdigest())
-
-
-def _taken(stream: IO[bytes], stored: Any) -> Any:
-    """Read the next value of the file; `stored` is what `_Out.put` returned for it."""
-    if isinstance(stored, list):
-        return tuple(_taken(stream, part) for part in stored)
-    if not isinstance(stored, dict):
-        return stored
-    value = torch.empty(stored["shape"], dtype=dtype_named(stored["dtype"]))
-    stream.readinto(raw(value))  # type: ignore[attr-defined]
-    return value
-
-
-def _digest_of_file(file: Path) -> str:
-    """xxh3-128 of a file; empty if the file cannot be read."""
-    state = xxhash.xxh3_128()
-    try:
-        with open_to_read(file, follow=False) as stream:
-            while data := stream.read(8 << 20):
-                state.update(data)
-    except OSError:
-        return ""
-    return str(state.hexdigest())
-
-
-@contextlib.contextmanager
-def _whole_or_absent(file: Path) -> Iterator[IO[bytes]]:
-    """Open a new file, and remove it again if writing it fails."""
-    try:
-        file.unlink(missing_ok=True)  # an older one of this number, or a link that leads elsewhere
-        with file.open("xb") as stream:
-            yield stream
-    except BaseException:
-        with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
-        raise
-
-
-def _digest_of(so_far: BlockProgress, runner: BlockRunner) -> str:
+def recorded_digest(so_far: BlockProgress, runner: BlockRunner) -> str:
     """xxh3-128 of what the recorder found: the hidden states before the first block, and the tensors in all calls."""
     state, seen = xxhash.xxh3_128(), set[int]()
     calls = (call for own in so_far.calls for call in own)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -29,38 +30,56 @@ FEWEST_TOKENS = 16
 _FORMS = 'a line of .jsonl is {"text": "..."}; in .txt, blank lines separate the texts'
 AT_ONCE = 64  # texts of a dataset that are read ahead, to find those that are short enough
 
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The texts that are run through a model, and how they become sequences: what several tables of recipes say."""
+
+    calibration: str  # a file, a dataset or `builtin`; "": the AIM authors' Pile set
+    samples: int  # texts at most
+    block_size: int  # tokens of a sequence at most
+    pack: bool  # whether texts are joined, and cut into blocks
+    dtype: str  # of the forward; "": the checkpoint's
+    seed: int = 42  # of the order of a dataset
+
+    @classmethod
+    def of(cls, aim: Aim) -> TextSettings:
+        """Return what the `aim:` table says of its texts."""
+        return cls(aim.calibration, aim.samples, aim.block_size, aim.pack, aim.dtype, aim.seed)
+
+
 Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> token ids of each
 
 
-def token_sequences(aim: Aim, encode: Encode, emit: Emit) -> list[Tensor]:  # each (tokens,) int64
+def token_sequences(settings: TextSettings, encode: Encode, emit: Emit) -> list[Tensor]:  # each (tokens,) int64
     """Return the sequences to run, each (tokens,) int64.
 
     Raises ModelError for a file that is missing, malformed or too short, NetworkError, UsageError.
     """
-    encoded = [tokens for tokens in encode(_texts(aim, encode)) if tokens]
-    if aim.pack:
+    encoded = [tokens for tokens in encode(_texts(settings, encode)) if tokens]
+    if settings.pack:
         joined = [token for tokens in encoded for token in tokens]
-        blocks = [joined[i : i + aim.block_size] for i in range(0, len(joined), aim.block_size)]
-        if len(blocks) > 1 and len(blocks[-1]) < aim.block_size:
+        blocks = [joined[i : i + settings.block_size] for i in range(0, len(joined), settings.block_size)]
+        if len(blocks) > 1 and len(blocks[-1]) < settings.block_size:
             blocks.pop()
     else:
-        blocks = [tokens[: aim.block_size] for tokens in encoded]
+        blocks = [tokens[: settings.block_size] for tokens in encoded]
     count = sum(map(len, blocks))
-    source = printable(aim.calibration or PILE)
+    source = printable(settings.calibration or PILE)
     if count < FEWEST_TOKENS:
         tokens = f"{count} token{'s' * (count != 1)}"
         raise ModelError(
             f"the calibration text `{source}` has only {tokens}; at least {FEWEST_TOKENS} are needed",
             hint="give more text; `--calibration builtin` takes the small set that comes with this tool",
         )
-    if aim.pack and count < aim.block_size:
+    if settings.pack and count < settings.block_size:
         emit(Notice(f"the calibration text `{source}` fills less than one block: {count} tokens in all", "warning"))
     return [torch.tensor(block, dtype=torch.int64) for block in blocks]
 
 
-def _texts(aim: Aim, encode: Encode) -> list[str]:
+def _texts(settings: TextSettings, encode: Encode) -> list[str]:
     """Return at most `samples` texts, stripped, none of them empty."""
-    calibration = aim.calibration or PILE
+    calibration = settings.calibration or PILE
     path = Path(calibration).expanduser()
     if calibration == BUILTIN:
         lines = resources.files("lowmem_aim").joinpath("data", "calibration.jsonl").read_text(encoding="utf-8")
@@ -68,9 +87,9 @@ def _texts(aim: Aim, encode: Encode) -> list[str]:
     elif is_here(calibration):
         found = _from_file(path)
     else:
-        found = _from_hub(calibration, aim, encode)
+        found = _from_hub(calibration, settings, encode)
     texts = (text.strip() for text in found)
-    return [text for _, text in zip(range(aim.samples), filter(None, texts), strict=False)]
+    return [text for _, text in zip(range(settings.samples), filter(None, texts), strict=False)]
 
 
 def _from_file(path: Path) -> Iterator[str]:
@@ -138,7 +157,7 @@ def _from_its_cache() -> Iterator[None]:
         config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
+def _from_hub(dataset: str, settings: TextSettings, encode: Encode) -> Iterator[str]:
     """Yield the texts of a Hub dataset in the AIM authors' order: shuffled by `seed`, too long ones skipped."""
     shown = printable(dataset)
     hint = "pass your own text file, or the small set of this tool: `--calibration file.jsonl|file.txt|builtin`"
@@ -153,7 +172,7 @@ def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
         with contextlib.nullcontext() if reached else _from_its_cache():
             splits = get_dataset_split_names(dataset)
             split = next(name for name in ("validation", "test", "train", *splits) if name in splits)
-            rows = load_dataset(dataset, split=split).shuffle(seed=aim.seed)
+            rows = load_dataset(dataset, split=split).shuffle(seed=settings.seed)
     except Exception as error:  # the library raises whatever its readers and its network layer do
         why = printable(str(error)) if reached else "the Hub cannot be reached, and nothing of it is in the cache"
         raise NetworkError(f"the calibration dataset `{shown}` cannot be loaded: {why}", hint) from error
@@ -161,4 +180,6 @@ def _from_hub(dataset: str, aim: Aim, encode: Encode) -> Iterator[str]:
         raise ModelError(f"the calibration dataset `{shown}` has no column `text`", hint)
     texts = (row["text"].strip() for row in rows)
     while batch := list(islice(texts, AT_ONCE)):
-        yield from (text for text, tokens in zip(batch, encode(batch), strict=True) if len(tokens) <= aim.block_size)
+        yield from (
+            text for text, tokens in zip(batch, encode(batch), strict=True) if len(tokens) <= settings.block_size
+        )

@@ -8,23 +8,21 @@ model's. The first model's outputs wait in the store for the second's. Each weig
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_aim.blocks.calls import Call, ForwardFailed, hidden_of, raised_here
-from lowmem_aim.blocks.forwards import Broken, SuspendedForward, TailForward
+from lowmem_aim.blocks.calls import ForwardFailed, hidden_of, raised_here
+from lowmem_aim.blocks.forwards import Broken
 from lowmem_aim.blocks.head import OutputHead
-from lowmem_aim.blocks.recorder import CANARY_TOKENS, must_be_same, recorded_calls
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Advanced, Emit, PhaseEnded, PhaseStarted
 from lowmem_aim.measuring.mutual_information import CHUNK, PairCounts
+from lowmem_aim.measuring.steps import Steps, Take
 from lowmem_aim.relaxing.acm import EMBEDDING, HEAD, NORM
 from lowmem_aim.system.tensor_store import Stored
 
@@ -53,18 +51,16 @@ def information_between(
     emit(PhaseStarted("compare", len(merged.blocks), "blocks"))
     with torch.no_grad(), contextlib.ExitStack() as stack:
         try:
-            sides = [_Side(runner, [*texts, texts[0][:CANARY_TOKENS]]) for runner in (base, merged)]
-            for side in sides:
-                stack.enter_context(side)
+            sides = [stack.enter_context(Steps(runner, texts)) for runner in (base, merged)]
             found = _Pairs(sides, len(texts))
-            information = {EMBEDDING: found.of(_Side.embedded)}
+            information = {EMBEDDING: found.of(_embedded)}
             for index, ((path, _), of_base) in enumerate(zip(merged.blocks, layers, strict=True)):
                 sides[0].come_to(of_base)
-                information[str(index)] = found.of(_Side.over_block)
+                information[str(index)] = found.of(_over_block)
                 between()
                 emit(Advanced(index + 1, path))
             sides[0].come_to(len(base.blocks))
-            information[NORM] = found.of(_Side.finished)
+            information[NORM] = found.of(Steps.finish)
             if _has_own_head(base) and _has_own_head(merged):
                 information[HEAD] = _of_heads(sides, len(texts))
         except Broken as reason:
@@ -77,32 +73,27 @@ def information_between(
     return information
 
 
-Take = Callable[[int, Tensor], None]  # number of the text, output
-
-
 @dataclass
 class _Pairs:
     """Compares both models' outputs of one step: the base's are kept until the merged model's come."""
 
-    sides: Sequence[_Side]
+    sides: Sequence[Steps]
     texts: int
     slots: list[Stored] = field(default_factory=list)
 
-    def of(self, run: Callable[[_Side, Take], None]) -> list[float]:
+    def of(self, run: Callable[[Steps, Take], None]) -> list[float]:
         """Mutual information, in nats, of what `run` gives for both models, for each text."""
         base, merged = self.sides
         self.slots = self.slots or [Stored() for _ in range(self.texts)]
         found = [0.0] * self.texts
 
         def keep(number: int, output: Tensor) -> None:
-            if number < self.texts:  # the canary comes after them
-                base.runner.store.put(output.contiguous(), self.slots[number])
+            base.runner.store.put(output.contiguous(), self.slots[number])
 
         def compare(number: int, output: Tensor) -> None:
-            if number < self.texts:
-                counts = PairCounts()
-                _count(counts, base.runner.store.get(self.slots[number]), output)
-                found[number] = counts.mutual_information()
+            counts = PairCounts()
+            _count(counts, base.runner.store.get(self.slots[number]), output)
+            found[number] = counts.mutual_information()
 
         run(base, keep)
         run(merged, compare)
@@ -116,99 +107,23 @@ def _count(counts: PairCounts, x: Tensor, y: Tensor) -> None:
         raise ModelError(f"ACM: {error} among the outputs that are compared", hint="are both models sound?") from error
 
 
-class _Side:
-    """One of the two models, and the hidden state that each text has reached in it. A context manager."""
+def _embedded(steps: Steps, take: Take) -> None:
+    """Record every text; `take` is given its embedding."""
+    with _watching(steps.runner.model.get_input_embeddings()) as seen:
+        steps.record(lambda number, state: take(number, seen[-1]))
 
-    def __init__(self, runner: BlockRunner, texts: Sequence[Tensor]) -> None:
-        self.runner, self._texts = runner, texts
-        self._calls: list[list[Call]] = []  # of each text: every block's call, without the hidden state
-        self.states: list[Stored] = []
-        self._shared: dict[tuple[Any, ...], Stored] = {}  # parts of calls that several of them have
-        self._next = 0  # the block before which the states are
-        self._canary = SuspendedForward(runner, texts[-1])
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> _Side:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.runner.set_up())
-            self._stack = stack.pop_all()
-        return self
+def _over_block(steps: Steps, take: Take) -> None:
+    """Run every text through the next block; `take` is given the output of the block's MLP."""
+    path, block = steps.runner.blocks[steps.next]
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def passed(number: int, state: Tensor) -> None:
+        if not seen:
+            raise ModelError(f"ACM: `{printable(path)}` does not call its MLP", _WITHOUT)
+        take(number, seen.pop())
 
-    def embedded(self, take: Take) -> None:
-        """Record every text; `take` is given its embedding."""
-        with _watching(self.runner.model.get_input_embeddings()) as seen:
-            for number, tokens in enumerate(self._texts):
-                calls, state = self._recorded(tokens)
-                self._calls.append(calls)
-                self.states.append(state)
-                take(number, seen[-1])
-        self._stack.enter_context(self._canary)
-
-    def _recorded(self, tokens: Tensor) -> tuple[list[Call], Stored]:
-        """All calls of a forward, and the hidden state before the first block."""
-        runner = self.runner
-        return runner.with_less(partial(recorded_calls, runner, tokens, self._shared, counted=False))
-
-    def come_to(self, index: int) -> None:
-        """Bring every text to the block `index`: from where it is, or, if that is beyond, from the beginning."""
-        if index < self._next:
-            self._start_again()
-        while self._next < index:
-            self.over_block(lambda number, output: None)
-
-    def _start_again(self) -> None:
-        store = self.runner.store
-        for number, tokens in enumerate(self._texts):
-            _, state = self._recorded(tokens)
-            store.put(store.get(state), self.states[number])
-            store.drop(state)
-        self._canary.__exit__()
-        self._canary = self._stack.enter_context(SuspendedForward(self.runner, self._texts[-1]))
-        self._next = 0
-
-    def over_block(self, take: Take) -> None:
-        """Run every text through the next block; `take` is given the output of the block's MLP."""
-        runner, store, canary, index = self.runner, self.runner.store, self._canary, self._next
-        path, block = runner.blocks[index]
-        true = canary.call.hidden if canary.index == index else None
-        must_be_same(true, store.get(self.states[-1]), path)
-        left = deque(range(len(self._texts)))  # so that what is done is not done again after a failed allocation
-
-        def drive() -> Any:
-            with _watching(_mlp_of(path, block)) as seen:
-                while left:
-                    number = left[0]
-                    call = self._calls[number][index].from_store(store).having(store.get(self.states[number]))
-                    output = runner.run_block(index, call)
-                    if not seen:
-                        raise ModelError(f"ACM: `{printable(path)}` does not call its MLP", _WITHOUT)
-                    take(number, seen.pop())
-                    store.put(hidden_of(output), self.states[number])
-                    left.popleft()
-                return runner.run_block(index, canary.call)
-
-        canary.step(runner.with_block(index, drive))
-        self._next += 1
-
-    def finished(self, take: Take) -> None:
-        """Run the rest of every forward; `take` is given the output head's input, which becomes the text's state."""
-        head_inputs = []
-        for number, tokens in enumerate(self._texts):
-            forward = self.runner.with_less(partial(self._tail, tokens, number))
-            if forward.head_input is None:
-                raise Broken("this model does not call its output head")
-            self.runner.store.put(forward.head_input, self.states[number])
-            take(number, forward.head_input)
-            head_inputs.append(forward.head_input if number == len(self._texts) - 1 else None)
-        must_be_same(self._canary.head_input, head_inputs[-1], "the output head")
-
-    def _tail(self, tokens: Tensor, number: int) -> TailForward:
-        forward = TailForward(self.runner, self.runner.store.get(self.states[number]), counted=False)
-        self.runner.forward(tokens, forward)
-        return forward
+    with _watching(_mlp_of(path, block)) as seen:
+        steps.over_block(passed)
 
 
 @contextlib.contextmanager
@@ -246,11 +161,11 @@ def _has_own_head(runner: BlockRunner) -> bool:
     return runner.meta_model.has_head and f"{head}.weight" not in runner.model.all_tied_weights_keys
 
 
-def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
+def _of_heads(sides: Sequence[Steps], texts: int) -> list[float]:
     """Compare the heads some rows at a time: the logits of all texts would be as many as tokens times vocabulary."""
     store = sides[0].runner.store
     counts = [PairCounts(store) for _ in range(texts)]
-    longest = max(store.get(state).shape[-2] for state in sides[0].states[:texts])
+    longest = max(store.get(state).shape[-2] for state in sides[0].so_far.states[:texts])
     heads = [OutputHead(side.runner) for side in sides]
     rows = min(head.rows for head in heads)
     step = max(1, min(CHUNK // longest, HEAD_ELEMENTS // max(head.columns for head in heads)))
@@ -258,7 +173,7 @@ def _of_heads(sides: Sequence[_Side], texts: int) -> list[float]:
         parts = [head.part(start, min(start + step, rows)) for head in heads]
         for number, counted in enumerate(counts):
             logits = [
-                nn.functional.linear(side.runner.store.get(side.states[number]), *part)
+                nn.functional.linear(side.runner.store.get(side.so_far.states[number]), *part)
                 for side, part in zip(sides, parts, strict=True)
             ]
             _count(counted, *logits)

@@ -105,15 +105,21 @@ class Tiles:
 class Moment(Tiles):
     """A sum of x^T x over rows x: symmetric, of which the lower half is kept."""
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows^T rows of `rows`, (rows, size) float32 on the device. The sum depends on how rows are grouped."""
+    def add(self, rows: Tensor, done: set[Place] | None = None) -> None:
+        """Add rows^T rows of `rows`, (rows, size) float32 on the device. The sum depends on how rows are grouped.
+
+        `done` collects the tiles to which the rows are added, and those that it has already are left: with it, a call
+        of which an allocation failed can be repeated.
+        """
+        done = set() if done is None else done
 
         def added(place: Place) -> None:
             left, right = (rows[:, self.span(part)] for part in place)
             before = self.get(place)
             self.put(place, left.T @ right if before is None else torch.addmm(before, left.T, right))
+            done.add(place)
 
-        self.space.each(added, self.places())
+        self.space.each(added, [place for place in self.places() if place not in done])
 
     def diagonal(self) -> Tensor:
         """The diagonal, (size,) float32 on the device."""

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, printable, raise_all
@@ -37,6 +37,7 @@ SEEN = "inputs.json"  # the inputs of a finished output as they were when they w
 ACTIVATIONS = "activations.safetensors"
 ANSWERS = "answers.sqlite"  # of an evaluation that keeps nothing in the cache
 SNAPSHOTS = "calibration-*.bin"
+STATES = "solving-*.bin"  # hidden states of the experts' texts, while weights are solved
 # Small files that come with the shards: config, tokenizer, card. A tokenizer may have 20 MB.
 SMALL_FILES_BYTES = 50_000_000
 
@@ -195,10 +196,10 @@ def staged_bytes(out: Path) -> int:
     return 0
 
 
-def remove_snapshots(private: Path, but: str = "") -> None:
-    """Remove the snapshots of calibration, except the file named `but`."""
-    for file in private.glob(SNAPSHOTS):
-        if file.name != but:
+def remove_snapshots(private: Path, but: Container[str] = (), kind: str = SNAPSHOTS) -> None:
+    """Remove the snapshots of calibration, or those of another kind, except the files named in `but`."""
+    for file in private.glob(kind):
+        if file.name not in but:
             with contextlib.suppress(OSError):
                 file.unlink()
 

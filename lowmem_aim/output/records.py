@@ -86,6 +86,19 @@ class CalibrationSnapshot(Record):
 
 
 @dataclass(frozen=True)
+class SolvingSnapshot(Record):
+    """The hidden states that the experts' texts have before a block, in a file (see `solving.kept_states`)."""
+
+    kind = "solving"
+
+    recorded: str  # xxh3-128 of what the recorder found
+    file: str  # name, beside the journal
+    block: int  # the block before which they are
+    sides: Sequence[Mapping[str, Sequence[Any]]]  # of each model: how its texts' states, and its outputs for the canary
+    digest: str  # xxh3-128 of the file
+
+
+@dataclass(frozen=True)
 class KeptActivations(Record):
     """Measured activations in a file beside the journal."""
 
@@ -174,6 +187,7 @@ class Group(Record):
 # The kinds that a later run can build on. If a run's folder has none of them, nothing is lost with it.
 PROGRESS: tuple[type[Record], ...] = (
     CalibrationSnapshot,
+    SolvingSnapshot,
     KeptActivations,
     KeptComparison,
     KeptAnswers,

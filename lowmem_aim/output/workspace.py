@@ -27,8 +27,10 @@ from lowmem_aim.output.folder import (
     PRIVATE,
     PUBLISHING,
     SEEN,
+    SNAPSHOTS,
     STAGES,
     STAGING,
+    STATES,
     SUMS,
     check_output,
     check_private,
@@ -105,7 +107,7 @@ def workspace(out: Path, *, fresh: bool = False, stages: Path | None = None) -> 
                     Journal.remove(private)
                     for name in (ANSWERS, LOG, FACTS, SEEN):
                         (private / name).unlink(missing_ok=True)
-                remove_snapshots(private)
+                _remove_all_snapshots(private)
             with Journal(private, read_only=finished) as journal:
                 space = Workspace(out, journal)
                 try:
@@ -151,9 +153,14 @@ def _clear(private: Path) -> None:
             (private / name).unlink(missing_ok=True)
 
 
+def _remove_all_snapshots(private: Path) -> None:
+    for kind in (SNAPSHOTS, STATES):
+        remove_snapshots(private, kind=kind)
+
+
 def _remove_half_written(private: Path) -> None:
     """Remove what a kill may have left of small files and snapshots."""
-    remove_snapshots(private)
+    _remove_all_snapshots(private)
     for file in private.glob(".*.partial"):
         with contextlib.suppress(OSError):
             file.unlink()

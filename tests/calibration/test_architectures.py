@@ -237,9 +237,9 @@ def test_a_mistake_of_this_project_during_a_forward_stays_one(tmp_path: Path, mo
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("ours")
 
-    fails.__globals__["__name__"], before = "lowmem_aim.blocks.observer", fails.__globals__["__name__"]
+    fails.__globals__["__name__"], before = "lowmem_aim.blocks.means", fails.__globals__["__name__"]
     try:
-        monkeypatch.setattr("lowmem_aim.blocks.observer.mean_abs", fails)
+        monkeypatch.setattr("lowmem_aim.blocks.means.mean_abs", fails)
         tiny.build("llama", tmp_path / "base")
         with Checkpoint.open(tmp_path / "base") as base, pytest.raises(KeyError, match="ours"):
             mean_activations(base, load_meta_model(base), tiny.sequences((20,)))

@@ -13,7 +13,7 @@ import pytest
 
 from lowmem_aim.errors import ModelError, NetworkError, UsageError
 from lowmem_aim.events import Event, Notice, silent
-from lowmem_aim.measuring.texts import token_sequences
+from lowmem_aim.measuring.texts import TextSettings, token_sequences
 from lowmem_aim.recipe.recipe import Aim
 
 
@@ -28,7 +28,7 @@ def one(text: str) -> list[int]:
 
 def sequences(path: str | Path, **settings: Any) -> list[list[int]]:
     aim = Aim(calibration=str(path), **settings)
-    return [sequence.tolist() for sequence in token_sequences(aim, encode, silent)]
+    return [sequence.tolist() for sequence in token_sequences(TextSettings.of(aim), encode, silent)]
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_samples_counts_texts_in_file_order(jsonl: Path) -> None:
 def test_less_than_one_block_is_one_block_with_a_warning(jsonl: Path) -> None:
     seen: list[Event] = []
     aim = Aim(calibration=str(jsonl), block_size=512)
-    (only,) = token_sequences(aim, encode, seen.append)
+    (only,) = token_sequences(TextSettings.of(aim), encode, seen.append)
     assert len(only) == 4 + 21 + 2 + 31
     assert [event.level for event in seen if isinstance(event, Notice)] == ["warning"]
 

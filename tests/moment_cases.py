@@ -1,0 +1,92 @@
+"""What tests of second moments share: experts with texts of their own, and what was measured of them as matrices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from torch import Tensor
+
+from lowmem_aim.methods.moments import MatrixSpace, Moment
+from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.meta_model import load_meta_model
+from lowmem_aim.solving.expert_moments import ExpertMoments
+from lowmem_aim.solving.texts import ExpertTexts
+from lowmem_aim.system.tensor_store import TensorStore
+
+CPU = torch.device("cpu")
+TEXTS = [tiny.sequences((23, 9, 40), seed=3), tiny.sequences((31, 50), seed=4)]  # of two experts
+Matrices = dict[tuple[str, int], list[Tensor | None]]  # tensor and matrix in it -> of each expert
+
+
+def expert_folders(architecture: str, folder: Path, **changes: Any) -> list[Path]:
+    """Two experts of a tiny model, in new folders."""
+    base = tiny.build(architecture, folder / "base", **changes)
+    return [tiny.perturbed(base, folder / f"expert{seed}", scale=0.05, seed=seed) for seed in (1, 2)]
+
+
+@contextlib.contextmanager
+def moments_of(
+    folders: Sequence[Path], texts: Sequence[Sequence[Tensor]] = TEXTS, store: TensorStore | None = None, **options: Any
+) -> Iterator[ExpertMoments]:
+    """The moments of these experts, not yet begun."""
+    with contextlib.ExitStack() as stack:
+        checkpoints = [stack.enter_context(Checkpoint.open(folder)) for folder in folders]
+        experts = [
+            ExpertTexts(checkpoint, load_meta_model(checkpoint), own)
+            for checkpoint, own in zip(checkpoints, texts, strict=True)
+        ]
+        store = store or stack.enter_context(TensorStore(CPU, device_bytes=0, ram_bytes=1 << 30, folder=None))
+        yield stack.enter_context(ExpertMoments(experts, MatrixSpace(store, CPU), CPU, **options))
+
+
+def names_in(folder: Path, block: int, moments: ExpertMoments) -> list[str]:
+    """The tensors of a block with two or three dimensions."""
+    with Checkpoint.open(folder) as checkpoint:
+        infos = checkpoint.tensors
+    return [name for name in sorted(infos) if moments.block_of(name) == block and len(infos[name].shape) > 1]
+
+
+def measured(
+    folders: Sequence[Path],
+    blocks: Sequence[int] = range(tiny.LAYERS),
+    *,
+    each: Callable[[ExpertMoments, int], None] = lambda moments, block: None,
+    **options: Any,
+) -> Matrices:
+    """The moments of some blocks as whole matrices; `each` is called after each block."""
+    found: Matrices = {}
+    with moments_of(folders, **options) as moments:
+        for block in blocks:
+            moments.come_to(block)
+            for name in names_in(folders[0], block, moments):
+                for number, own in enumerate(moments.of([name] * len(folders))):
+                    found[name, number] = [None if moment is None else whole(moment) for moment in own]
+            each(moments, block)
+    return found
+
+
+def whole(moment: Moment) -> Tensor:
+    """The matrix that a moment is."""
+    found = torch.zeros(moment.size, moment.size)
+    for row, column in moment.places():
+        tile = moment.get((row, column))
+        if tile is not None:
+            found[moment.span(row), moment.span(column)] = tile
+            found[moment.span(column), moment.span(row)] = tile.T
+    return found
+
+
+def same(some: Matrices, others: Matrices) -> bool:
+    """Whether both hold the same matrices, bit for bit."""
+
+    def alike(a: Tensor | None, b: Tensor | None) -> bool:
+        return (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+
+    return some.keys() == others.keys() and all(
+        alike(a, b) for key in some for a, b in zip(some[key], others[key], strict=True)
+    )
