@@ -121,6 +121,29 @@ def check_comparison(ready: Prepared) -> None:
         ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
 
 
+def check_experts(ready: Prepared) -> None:
+    """Check that there are texts to run the experts on. Raises ModelError, NetworkError, UsageError."""
+    solve = ready.recipe.solve
+    if solve is None:
+        return
+    from lowmem_aim.solving.experts import Experts  # transformers: only where models are run
+    from lowmem_aim.solving.texts import read_texts
+
+    entries = ready.recipe.slices[0].experts
+    settings = TextSettings(**vars(solve))
+    shared = [replace(settings, calibration=entry.calibration or solve.calibration) for entry in entries]
+    if not all(_are_texts_here(ready, "merge", texts) for texts in shared):
+        return
+    models = [ready.inputs.opened[entry.reference] for entry in entries]
+    measurements = read_texts(settings, [entry.calibration for entry in entries], models, ready.reader, ready.emit)
+    outline = ready.outline() if ready.recipe.method.texts == "merged" else None
+    ready.experts = Experts(measurements, outline)
+    ready.experts.check_alike()
+    tokens = ready.experts.sequences
+    run = ModelRun("merge", ready.experts.needs(), sum(map(len, tokens)), 0, ready.experts.dtype)
+    ready.model_runs.append(replace(run, length=-(-run.tokens // len(tokens))))
+
+
 def check_device(ready: Prepared) -> None:
     """Check that the device is there; tell if compiled loops are not used, or not kept. Raises UsageError."""
     if ready.run.device.type != "cpu":
@@ -273,7 +296,7 @@ def check_stages(ready: Prepared) -> None:
 Check = Callable[[Prepared], None]
 
 # Checks that find out what tells this job from others: without that, an interrupted run cannot be compared.
-OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison)
+OF_THE_IDENTITY: tuple[Check, ...] = (check_small_files, check_calibration, check_comparison, check_experts)
 
 # Checks of the folder that a merge writes to.
 OF_THE_FOLDER: tuple[Check, ...] = (check_place, check_at_work, check_disk_space, check_begun, check_begun_with)
@@ -294,6 +317,7 @@ LATER: tuple[Check, ...] = (
     check_device,
     check_calibration,
     check_comparison,
+    check_experts,
     check_merge_memory,
     check_begun_with,
     check_model_runs,

@@ -25,14 +25,15 @@ from lowmem_aim.system.tensors import digest
 
 if TYPE_CHECKING:
     from lowmem_aim.measuring.comparison import Comparison
+    from lowmem_aim.solving.experts import Experts
 
 # Keys of a job; those of the recipe start with RECIPE.
 RECIPE = "recipe: "
 SMALL, CONFIG, ROWS = "tokenizer and other small files", "config.json", "rows of the vocabulary"
-CALIBRATION, COMPARISON = "calibration", "texts of ACM"
+CALIBRATION, COMPARISON, TEXTS = "calibration", "texts of ACM", "texts of experts"
 STAGES = "stages"
 PARAMETERS, SHARDS = "parameters", "shards"
-_CONTENT = (SMALL, CONFIG, ROWS, CALIBRATION, COMPARISON)
+_CONTENT = (SMALL, CONFIG, ROWS, CALIBRATION, COMPARISON, TEXTS)
 _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
 # What shows in the low bits of matrix products on a CPU.
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
@@ -70,6 +71,7 @@ def identity_of_merge(
     copied: Mapping[str, bytes],
     calibration: Calibration | None,
     comparison: Comparison | None,
+    experts: Experts | None,
     device: torch.device,
     stages: Mapping[str, str],
     planned: Collection[Path],
@@ -81,7 +83,10 @@ def identity_of_merge(
         job[CALIBRATION] = calibration.digest()
     if comparison is not None:
         job[COMPARISON] = comparison.digest()
-    measures = comparison is not None or isinstance(calibration, Measurement)
+    if experts is not None:
+        job[TEXTS] = experts.digest()
+    solves = plan.recipe.method.rows_of_linears > 0  # by matrix products
+    measures = comparison is not None or solves or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
@@ -90,7 +95,7 @@ def identity_of_merge(
 
 def with_unknown_of(before: Identity, known: Identity) -> Identity:
     """Complete the part of an identity that is known at once with all else as it was in the run before."""
-    unknown = {key: before.job[key] for key in (CALIBRATION, COMPARISON) if key in before.job}
+    unknown = {key: before.job[key] for key in (CALIBRATION, COMPARISON, TEXTS) if key in before.job}
     return Identity({**known.job, **unknown}, known.inputs, before.environment)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from lowmem_aim.jobs.prepared import Behind, Prepared
 from lowmem_aim.jobs.resume import activations_kept, digest_of_file, digests_read
 from lowmem_aim.jobs.stages import Stages
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
-from lowmem_aim.merging.loop import merge_tensors
+from lowmem_aim.merging.given import BlockMoments, Given
+from lowmem_aim.merging.loop import matrix_space, merge_tensors
 from lowmem_aim.merging.merged_weights import MergedWeights
 from lowmem_aim.merging.reads import ReadLog
+from lowmem_aim.merging.shares import Shares
 from lowmem_aim.merging.targets import SummedProgress, Target
+from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.opening import FETCHED
 from lowmem_aim.output.folder import ACTIVATIONS, PRIVATE, is_finished
 from lowmem_aim.output.journal import Journal
@@ -205,7 +209,38 @@ def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: A
         space = output.space
         shards = Shards(output.plan, space.staging, space.journal, progress.of(number), output.name)
         targets.append(Target(output.plan, shards, relaxation, ReadLog(inputs)))
-    return merge_tensors(targets, inputs, run, ready.shares(grown=True), outputs[0].space.private)
+    shares, folder = ready.shares(grown=True), outputs[0].space.private
+    with matrix_space(run, shares, folder) as matrices, _moments(ready, outputs, shares, matrices) as moments:
+        return merge_tensors(targets, inputs, run, shares, Given(matrices, moments))
+
+
+@contextlib.contextmanager
+def _moments(
+    ready: Prepared, outputs: Sequence[HeldOutput], shares: Shares, space: MatrixSpace
+) -> Iterator[BlockMoments | None]:
+    """The moments of the experts' texts, in the memory that the merge's shares leave; None if the method takes none."""
+    if ready.experts is None:
+        yield None
+        return
+    from lowmem_aim.solving.kept_states import KeptStates  # transformers: only where models are run
+
+    plan, own = outputs[0].plan, outputs[0].space
+    kept = KeptStates(own.private, own.journal)
+    with (
+        MergedWeights(plan, ready.inputs, Relaxation(), own.private) as merged,
+        ready.experts.moments(
+            ready.run,
+            space,
+            ram=shares.models,
+            vram=shares.device_models,
+            folder=own.private,
+            kept=kept,
+            merged=merged,
+        ) as moments,
+    ):
+        merged.measured_by(moments)
+        yield moments
+    kept.forget()
 
 
 def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | None) -> Relaxation:

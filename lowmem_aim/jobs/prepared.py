@@ -31,6 +31,7 @@ from lowmem_aim.system.tensors import dtype_name
 if TYPE_CHECKING:
     from lowmem_aim.blocks.shares import Needs
     from lowmem_aim.measuring.comparison import Comparison
+    from lowmem_aim.solving.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Prepared:
     config: Mapping[str, Any] = field(default_factory=dict)  # of the output
     calibration: Calibration | None = None
     comparison: Comparison | None = None
+    experts: Experts | None = None  # that are run on texts of their own
     model_runs: list[ModelRun] = field(default_factory=list)  # the model runs that are still to be made
     notes: list[str] = field(default_factory=list)  # what `plan` reports beside the figures
     unread: bool = False  # some texts are on the Hub, and were not fetched
@@ -135,6 +137,7 @@ class Prepared:
             self.copied,
             self.calibration if plan.recipe.aim else None,
             self.comparison if plan.recipe.acm else None,
+            self.experts,
             self.run.device,
             self.position.made_of,
             self.finder.planned,
@@ -147,12 +150,13 @@ class Prepared:
 
     def lasting(self, name: str) -> Identity:
         """The part of that identity which a finished output is compared with; torch only for what was measured."""
-        return self.identity(name) if self.plans[name].recipe.relaxed else self.known(name)
+        recipe = self.plans[name].recipe
+        return self.identity(name) if recipe.relaxed or recipe.solve else self.known(name)
 
     @property
     def measures(self) -> bool:
         """Whether any output depends on activations or texts, which only torch or the tokenizer can read."""
-        return any(recipe.relaxed for recipe in self.recipes.values())
+        return any(recipe.relaxed or recipe.solve for recipe in self.recipes.values())
 
     def unfinished(self) -> list[str]:
         """The names of the outputs that are still to be made: none is for an output that is finished."""
@@ -182,8 +186,19 @@ class Prepared:
         left = [self.plans[name] for name in self.unfinished()] or [*self.plans.values()]
         on_host = self.run.budget.vram is None
         each = [left] if self.together else [[plan] for plan in left]
-        needs = [shares.Needs.of(plans, self.inputs, self.run.device) for plans in each]
+        needs = [
+            replace(shares.Needs.of(plans, self.inputs, self.run.device), running=self.running()) for plans in each
+        ]
         return max(needs, key=lambda need: need.least_ram(on_host))
+
+    def running(self) -> shares.Running | None:
+        """The memory that running experts between tensors takes; None if the method measures no texts."""
+        if self.experts is None:
+            return None
+        needs, on_host = self.experts.needs(), self.run.budget.vram is None
+        block = needs.block - needs.module if on_host else 0
+        vram = 0 if on_host else needs.least
+        return shares.Running(needs.least_ram(on_host), block, vram, self.experts.moments_bytes())
 
     @functools.cached_property
     def reached(self) -> int:

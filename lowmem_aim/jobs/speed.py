@@ -22,7 +22,7 @@ from lowmem_aim.merging.shares import CPU_SLICE_ELEMENTS, GPU_SLICE_ELEMENTS, TO
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Combine, Method, Rounds, Rows, Script, Subject
 from lowmem_aim.relaxing.aim import relax
-from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
+from lowmem_aim.system.devices import DeviceStreams, threads_an_operation
 from lowmem_aim.system.files import disk_errors
 from lowmem_aim.system.on_demand import torch
 
@@ -134,7 +134,7 @@ def merge_speed(
     subject = Subject("random", shape, shape[0] * shape[1], experts, based=based)
     shrink = torch.rand(1, COLUMNS) if relaxed else None
     sample = _Sample(lambda: method.start(subject, parameters), slices, shrink, dtype, DeviceStreams(device))
-    with one_thread_an_operation(), Workers(threads) as workers:
+    with threads_an_operation(1), Workers(threads) as workers:
         workers.run([sample.job()])  # numba compiles, allocators fill up
         sample.merged = 0
         begun = time.perf_counter()

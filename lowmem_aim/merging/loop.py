@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from lowmem_aim.errors import printable
 from lowmem_aim.events import Notice, PhaseEnded, PhaseStarted
+from lowmem_aim.merging.given import Given
 from lowmem_aim.merging.passes import PassSettings, Stream, TensorPasses, timed
 from lowmem_aim.merging.pipeline import Ahead, Job, Pass, Workers
 from lowmem_aim.merging.shares import Shares
@@ -38,8 +39,9 @@ from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.planning.tasks import Task, as_read
-from lowmem_aim.system.devices import DeviceStreams, one_thread_an_operation
+from lowmem_aim.system.devices import DeviceStreams, threads_an_operation
 from lowmem_aim.system.memory import give_back_at_once
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.run import Run
 from lowmem_aim.system.tensor_store import TensorStore
 from lowmem_aim.units import counted
@@ -47,12 +49,8 @@ from lowmem_aim.units import counted
 R = TypeVar("R")
 
 
-def merge_tensors(
-    targets: Sequence[Target], inputs: Inputs, run: Run, shares: Shares, folder: Path | None = None
-) -> list[Merged]:
+def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: Shares, given: Given) -> list[Merged]:
     """Write all shards of each target, durably; tensors that are finished already are checked and kept.
-
-    `folder` takes matrices that do not fit in memory.
 
     The targets' plans differ only in how rows are merged and relaxed (see `recipe.readings`), so that inputs are read
     once for all of them. Raises ModelError (NaN, changed inputs), DiskError, and MemoryBudgetError if not even a row
@@ -62,18 +60,20 @@ def merge_tensors(
     if shares.tight:
         give_back_at_once()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(one_thread_an_operation())  # slices run in parallel already
+        threads = torch.get_num_threads()
+        stack.enter_context(threads_an_operation(1))  # slices run in parallel already
         for target in targets:
             target.reads.add_all(stack.enter_context(target.shards).read_before)
         stride = Stride(shares.slice_elements, run.options.slice_rows, run.emit)
         streams = DeviceStreams(run.device)
         settings = PassSettings(stride, shares, run.emit, streams.release)
-        space = stack.enter_context(_space(run, shares, folder))
-        loop = _Loop(as_read([target.plan for target in targets]), targets, streams, settings, space)
+        loop = _Loop(as_read([target.plan for target in targets]), targets, streams, settings, given)
         # Left in reverse order: after an error reading stops first, then computing, then writing.
         workers = stack.enter_context(Workers(shares.workers))
         stream = stack.enter_context(Ahead(loop.read_all(), shares.ahead))
-        workers.run(loop.passes_over(task, stream) for task in loop.left())
+        for block, tasks in given.by_block(loop.left()):
+            with loop.block(block, threads):
+                workers.run(loop.passes_over(task, stream) for task in tasks)
     run.emit(PhaseEnded("merge"))
     merged = [target.merged() for target in targets]
     for label, counts in itertools.groupby(merged[0].replaced, key=lambda found: found.label):
@@ -84,8 +84,8 @@ def merge_tensors(
 
 
 @contextlib.contextmanager
-def _space(run: Run, shares: Shares, folder: Path | None) -> Iterator[MatrixSpace]:
-    """The space for the matrices of methods that solve."""
+def matrix_space(run: Run, shares: Shares, folder: Path) -> Iterator[MatrixSpace]:
+    """The space for the matrices of methods that solve; those that do not fit in memory lie in a file in `folder`."""
     device_bytes, ram_bytes = shares.device_matrices, shares.matrices
     with TensorStore(run.device, device_bytes=device_bytes, ram_bytes=ram_bytes, folder=folder) as store:
         yield MatrixSpace(store, run.device, shares.workers, lambda text: run.emit(Notice(text, "warning")))
@@ -99,7 +99,7 @@ class _Loop:
     targets: Sequence[Target]
     streams: DeviceStreams
     settings: PassSettings
-    space: MatrixSpace
+    given: Given
 
     def left(self) -> Iterator[Task]:
         """The tasks that any of the targets lacks, in the plan's order."""
@@ -118,6 +118,19 @@ class _Loop:
                 del rows  # before the next are read
             yield tensor, None
 
+    @contextlib.contextmanager
+    def block(self, number: int | None, threads: int) -> Iterator[None]:
+        """The tensors of a block, which is measured before, by operations of so many threads; None: no block's."""
+        if number is None or self.given.moments is None:
+            yield
+            return
+        with threads_an_operation(threads):
+            self.given.moments.come_to(number)
+        yield
+        for target in self.targets:
+            target.shards.settle()
+        self.given.moments.finished(number)
+
     def passes_over(self, task: Task, stream: Stream) -> Job:
         """Yield the passes over one tensor; the last one gives finished rows to the targets that lack the tensor."""
         passes = TensorPasses(self.settings, task, stream)
@@ -126,7 +139,7 @@ class _Loop:
             # Not through the device, which may not have the dtype.
             yield _last(passes, parts, lambda rows: [FinishedRows(copied(rows.stored_experts[0], task))] * len(parts))
             return
-        merges = MergedTensor.all_of(parts, self.space)
+        merges = MergedTensor.all_of(parts, self.given)
         for round_ in itertools.zip_longest(*(merge.rounds for merge in merges)):  # some methods have fewer
             folds = [fold for fold in round_ if fold is not None]
             yield passes.measuring(

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem_aim.merging.given import BlockMoments, Given
 from lowmem_aim.merging.slices import Stride, TensorInputs, runs
 from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Combine, Rounds, Rows
 from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.relaxation import Relaxation
@@ -47,7 +47,8 @@ class MergedWeights:
         self._asked: set[str] = set()  # tensors of this block that were asked for
         self._kept: dict[str, Stored] = {}
         self._store = self._new_store()
-        self._space = MatrixSpace(self._new_store(), torch.device("cpu"), torch.get_num_threads())
+        space = MatrixSpace(self._new_store(), torch.device("cpu"), torch.get_num_threads())
+        self._given = Given(space)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in the output's dtype. Raises ModelError, DiskError."""
@@ -124,7 +125,7 @@ class MergedWeights:
 
     def _measured(self, task: Task) -> Combine:
         """Run the method's rounds over the tensor, and return the method's combine."""
-        subject = replace(subject_of(task, self._plan.recipe, self._plan.seed), space=self._space)
+        subject = self._given.subject(task, self._plan)
         rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
         cuts = list(self._cuts(task, 0, matrix_shape(task.shape)[0]))
@@ -132,6 +133,10 @@ class MergedWeights:
             for start, stop in cuts:
                 fold.add(fold.part(read.rows(start, stop)))
         return rounds.combine
+
+    def measured_by(self, moments: BlockMoments) -> None:
+        """Solve weights from these moments, whose block is always that of the weights that are asked for."""
+        self._given = replace(self._given, moments=moments)
 
     def forget(self) -> None:
         """Drop what is kept of the weights so far: the next block has other ones."""
@@ -163,7 +168,7 @@ class MergedWeights:
     def __exit__(self, *_: object) -> None:
         self._made.clear()
         self._store.__exit__(None, None, None)
-        self._space.store.__exit__(None, None, None)
+        self._given.space.store.__exit__(None, None, None)
 
 
 def _places(task: Task) -> Tensor | None:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lowmem_aim.merging.given import Given
 from lowmem_aim.merging.slices import finite
 from lowmem_aim.merging.targets import rounded
 from lowmem_aim.methods.method import Rounds, Rows, Subject
 from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.headers import matrix_shape
-from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task, as_read
 from lowmem_aim.relaxing.aim import relax
 from lowmem_aim.system.dtypes import Dtype
@@ -84,7 +83,7 @@ def _merge(task: Task, plan: Plan, *, computed: bool) -> None:
     rows = Rows(base, tuple(experts), 0)
     place = torch.device("cpu")
     with TensorStore(place, device_bytes=0, ram_bytes=0, folder=None) as store:
-        subject = replace(subject_of(task, plan.recipe, plan.seed, shape), space=MatrixSpace(store, place))
+        subject = Given(MatrixSpace(store, place)).subject(task, plan, shape)
         _run_through(plan, task, subject, rows)
 
 

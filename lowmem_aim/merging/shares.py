@@ -50,6 +50,16 @@ AMPLE = 4
 
 
 @dataclass(frozen=True)
+class Running:
+    """Bytes that running experts between tensors takes, and the moments that are measured then."""
+
+    least: int  # of RAM
+    block: int  # of RAM, that a block takes if all of it is to be there
+    vram: int  # of a device's own memory, at least
+    moments: int  # of one block: they may lie in a file
+
+
+@dataclass(frozen=True)
 class Needs:
     """Figures of a merge's plans and models that decide how much memory slices of a size take."""
 
@@ -62,6 +72,7 @@ class Needs:
     passes: int = 2  # over a tensor, at most: after the first, slices are read again
     outputs: int = 1  # written at the same time
     reading: Footprint = field(default_factory=Footprint)  # of all models' readers, besides the rows that they give
+    running: Running | None = None  # of experts, between tensors
 
     @classmethod
     def of(cls, plans: Sequence[Plan], inputs: Inputs, device: torch.device) -> Needs:
@@ -98,7 +109,9 @@ class Needs:
 
     def held(self) -> int:
         """Bytes of RAM that do not depend on the slices."""
-        return self.footprint.tensor + self.reading.tensor + GROWTH_BYTES + OUTPUT_BYTES * (self.outputs - 1)
+        running = self.running.least if self.running else 0
+        own = self.footprint.tensor + self.reading.tensor + running
+        return own + GROWTH_BYTES + OUTPUT_BYTES * (self.outputs - 1)
 
     def slices(self, elements: int, workers: int, ahead: int, on_host: bool) -> int:
         """Bytes of RAM of all slices that are alive at once, of so many elements of each model."""
@@ -136,7 +149,7 @@ class Needs:
 
     def least_vram(self) -> int:
         """Least bytes of a device's own memory with which `share_out` succeeds."""
-        return self.on_device(self.least_elements, 1)
+        return self.on_device(self.least_elements, 1) + (self.running.vram if self.running else 0)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ class Shares:
     kept_bytes: int  # a tensor of at most so many bytes, all models together, is kept between its passes
     matrices: int = 0  # bytes of RAM for those that methods hold from slice to slice
     device_matrices: int = 0  # the same, of a device's own memory
+    models: int = 0  # bytes of RAM for running experts between tensors
+    device_models: int = 0  # the same, of a device's own memory
     tight: bool = False  # what is freed must go back to the system at once
 
 
@@ -182,12 +197,19 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
     elements = max(needs.row, min(elements, on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS))
     slices = taken(elements)
-    # Matrices first: they would be read again for every slice.
-    matrices = min(needs.footprint.matrices, max(0, rest - slices))
-    device_matrices = max(0, vram_left - needs.on_device(elements, workers)) if budget.vram is not None else 0
-    # Two tensors may be kept: the next one's first pass begins before this one's last pass ends.
-    kept = max(0, rest - slices - matrices) // 3
-    return Shares(elements, workers, ahead, kept, matrices, device_matrices, tight=rest < AMPLE * slices)
+    free = max(0, rest - slices)
+    spare = max(0, vram_left - needs.on_device(elements, workers)) if budget.vram is not None else 0
+    tight = rest < AMPLE * slices
+    if needs.running is None:
+        # Matrices first: they would be read again for every slice.
+        matrices = min(needs.footprint.matrices, free)
+        # Two tensors may be kept: the next one's first pass begins before this one's last pass ends.
+        return Shares(elements, workers, ahead, (free - matrices) // 3, matrices, spare, tight=tight)
+    # A block's weights go before matrices, which are read again for every slice: weights are for every text.
+    matrices = min(needs.footprint.matrices + needs.running.moments, max(0, free - needs.running.block))
+    device_matrices = max(0, spare - needs.running.vram) // 2
+    models = needs.running.least + free - matrices
+    return Shares(elements, workers, ahead, 0, matrices, device_matrices, models, spare - device_matrices, tight=tight)
 
 
 def _most_elements(room: int, taken: Callable[[int], int]) -> int:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
+from lowmem_aim.merging.given import Given
 from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.slices import TensorInputs, TensorReader, finite
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rounds, Rows
-from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.output.merged import DeltaKept, Merged
 from lowmem_aim.output.shards import Shards
-from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.delta_sampler import DeltaSampler
 from lowmem_aim.relaxing.relaxation import Relax, Relaxation
@@ -95,10 +94,10 @@ class TargetTensor:
         """The tensor of a task that the target lacks."""
         return cls(target, task, target.relaxation.of(task), DeltaSampler(task))
 
-    def begun(self, space: MatrixSpace) -> Rounds:
-        """The rounds of the target's method over the tensor, none of them run yet; its matrices lie in `space`."""
+    def begun(self, given: Given) -> Rounds:
+        """The rounds of the target's method over the tensor, none of them run yet."""
         plan = self.target.plan
-        subject = replace(subject_of(self.task, plan.recipe, plan.seed), space=space)
+        subject = given.subject(self.task, plan)
         return Rounds(plan.recipe.method.start(subject, self.task.parameters))
 
     def finish(self, merged: Tensor, rows: Rows, streams: DeviceStreams) -> FinishedRows:
@@ -143,12 +142,12 @@ class MergedTensor:
     parts: Sequence[TargetTensor]
 
     @classmethod
-    def all_of(cls, parts: Sequence[TargetTensor], space: MatrixSpace) -> list[MergedTensor]:
+    def all_of(cls, parts: Sequence[TargetTensor], given: Given) -> list[MergedTensor]:
         """One for each way in which targets merge the tensor; together they have all `parts`, in another order."""
         alike: dict[Hashable, list[TargetTensor]] = {}
         for part in parts:
             alike.setdefault(part.target.plan.way(part.task), []).append(part)
-        return [cls(own[0].begun(space), own) for own in alike.values()]
+        return [cls(own[0].begun(given), own) for own in alike.values()]
 
     def finish(self, rows: Rows, streams: DeviceStreams) -> list[FinishedRows]:
         """Merge a slice, and finish it for each of the parts. Raises ModelError as `TargetTensor.finish`."""

@@ -36,7 +36,9 @@ def regmean(
     """
     if not tensor.linear:
         return rest_of(weight, rest, lambda_)
-    return (yield from solved(tensor, _goal(weight, ridge, shrink), tensor.moments or (), lambda_))
+    if tensor.moments is None:
+        raise ValueError("regmean takes the moments of texts")
+    return (yield from solved(tensor, _goal(weight, ridge, shrink), tensor.moments, lambda_))
 
 
 @merge_method(

@@ -92,6 +92,11 @@ class Shards:
             self.digests[shard.name] = writer.close()
             del self._writers[shard.name]
 
+    def settle(self) -> None:
+        """Wait until all tensors that are done are durable. Raises DiskError."""
+        for writer in self._writers.values():
+            writer.settle()
+
     def _writer(self, shard: Shard) -> ShardWriter:
         if shard.name not in self._writers:
             prefix = self._prefixes.get(shard.name)

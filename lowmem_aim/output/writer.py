@@ -97,7 +97,7 @@ class ShardWriter:
             except BaseException:
                 self._drop()
                 raise
-        self._waiting: queue.Queue[Data | _Done | None] = queue.Queue(WAITING)
+        self._waiting: queue.Queue[Data | _Done | threading.Event | None] = queue.Queue(WAITING)
         self._to_sync: queue.Queue[Commit | bool] = queue.Queue()  # True: only sync; False: the end
         self._threads = [
             threading.Thread(target=body, daemon=True, name=name)
@@ -120,6 +120,14 @@ class ShardWriter:
         """
         self._put(_Done(facts))
 
+    def settle(self) -> None:
+        """Wait until all tensors that are done are durable and committed. Raises DiskError."""
+        settled = threading.Event()
+        self._put(settled)
+        settled.wait()
+        if self._error:
+            raise self._error
+
     def close(self) -> str:
         """Make the file durable, close it, and return its sha256 in hex. Raises DiskError."""
         self._stop()
@@ -133,7 +141,7 @@ class ShardWriter:
         self._drop()
         return str(self._hash.hexdigest())
 
-    def _put(self, item: Data | _Done) -> None:
+    def _put(self, item: Data | _Done | threading.Event) -> None:
         assert self._threads, "the shard is closed"
         if self._error:
             raise self._error
@@ -143,15 +151,27 @@ class ShardWriter:
 
     def _write_all(self) -> None:
         while (item := self._waiting.get()) is not None:
-            if self._error:
-                continue  # take the rest, so that nobody waits for this thread
             try:
-                if isinstance(item, _Done):
-                    self._count(item)
-                else:
-                    self._write(memoryview(item).cast("B"))
+                if not self._error:  # else take the rest, so that nobody waits for this thread
+                    self._take(item)
             except BaseException as error:
                 self._error = error
+            finally:
+                if isinstance(item, threading.Event):
+                    item.set()
+
+    def _take(self, item: Data | _Done | threading.Event) -> None:
+        if isinstance(item, threading.Event):
+            if self._facts:
+                self._begin_commit()
+            self._to_sync.join()
+        elif isinstance(item, _Done):
+            self._tensors += 1
+            self._facts.append(item.facts)
+            if self._written - self._committed >= GROUP_BYTES or self._written == self._size:
+                self._begin_commit()
+        else:
+            self._write(memoryview(item).cast("B"))
 
     def _write(self, view: memoryview) -> None:
         assert self._descriptor is not None
@@ -167,14 +187,11 @@ class ShardWriter:
             self._synced = self._written
             self._to_sync.put(True)
 
-    def _count(self, done: _Done) -> None:
-        self._tensors += 1
-        self._facts.append(done.facts)
-        if self._written - self._committed >= GROUP_BYTES or self._written == self._size:
-            self._to_sync.join()  # no more than one group is ever on its way
-            self._to_sync.put(Commit(self._tensors, self._written, self._hash.hexdigest(), tuple(self._facts)))
-            self._committed = self._synced = self._written
-            self._facts.clear()
+    def _begin_commit(self) -> None:
+        self._to_sync.join()  # no more than one group is ever on its way
+        self._to_sync.put(Commit(self._tensors, self._written, self._hash.hexdigest(), tuple(self._facts)))
+        self._committed = self._synced = self._written
+        self._facts.clear()
 
     def _sync_all(self) -> None:
         while (item := self._to_sync.get()) is not False:

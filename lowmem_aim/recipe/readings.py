@@ -55,7 +55,7 @@ class _Rows:
     tokenizer: Any
     chat_template: str | None
     layers_of_base: bool  # sliced layers take after the base's
-    texts: Hashable  # of experts, that are measured: the order of all tensors follows from that
+    texts: Any  # of experts, that are measured: the order of all tensors follows from that
 
 
 def _rows(recipe: Recipe) -> _Rows:
@@ -67,8 +67,13 @@ def _rows(recipe: Recipe) -> _Rows:
         recipe.tokenizer,
         recipe.chat_template,
         recipe.sliced and recipe.builds_on_base,
-        (recipe.method.texts, recipe.solve),
+        (recipe.method.texts, recipe.solve, _parameters(recipe) if recipe.method.texts == "merged" else None),
     )
+
+
+def _parameters(recipe: Recipe) -> Any:
+    """All parameters: what texts become in a merged model follows from them."""
+    return dict(recipe.parameters), [dict(expert.parameters) for expert in recipe.models]
 
 
 def _slice(part: Slice) -> Hashable:

@@ -28,7 +28,7 @@ def own_texts(read: Values, item: Node) -> str:
 
 
 def solve_of(
-    read: Values, node: Node | None, method: Method | None, slices: Sequence[Slice], *, by_flags: bool
+    read: Values, node: Node | None, method: Method | None, slices: Sequence[Slice], *, by_flags: bool, acm: bool
 ) -> Solve | None:
     """The table `solve:` of a recipe; None if the method measures no texts.
 
@@ -44,6 +44,9 @@ def solve_of(
     if any(part.sliced or part.module for part in slices):
         text = f"`{method.name}` runs whole models, and this recipe takes layers or modules of them"
         read.problem(Node(None, slices[0].where), text, _WITHOUT)
+    if acm:
+        text = f"`acm` compares a merged model before it is made, and `{method.name}` makes it block by block"
+        read.problem(Node(None, slices[0].where if slices else ""), text, f"leave `acm` out; {_WITHOUT}")
     lacking = [expert for expert in experts if not expert.calibration]
     if lacking and not table.calibration:
         where = Node(None, lacking[0].where)

@@ -36,10 +36,10 @@ def usable_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def one_thread_an_operation() -> Iterator[None]:
-    """Give each torch operation one thread during the block: slices already run in parallel."""
+def threads_an_operation(count: int) -> Iterator[None]:
+    """Give each torch operation so many threads during the block: one where slices already run in parallel."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -1,0 +1,64 @@
+"""What methods that solve are given for each tensor: space for matrices, and the moments of texts, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol
+
+from lowmem_aim.methods.method import Subject
+from lowmem_aim.methods.moments import MatrixSpace, Moment
+from lowmem_aim.planning.layout import subject_of
+from lowmem_aim.planning.tasks import Plan, Task
+
+
+class BlockMoments(Protocol):
+    """The moments of one block of all experts at a time; blocks only go forward."""
+
+    def block_of(self, name: str) -> int | None:
+        """The block that a tensor belongs to, by its name in the first expert; None: to none, or to several."""
+        ...
+
+    def come_to(self, block: int) -> None:
+        """Measure a block. Raises ModelError, MemoryBudgetError, DiskError."""
+        ...
+
+    def of(self, names: Sequence[str]) -> list[list[Moment | None]]:
+        """The moments of a tensor of the measured block: for each of its matrices, of each expert."""
+        ...
+
+    def finished(self, block: int) -> None:
+        """Take notice that the tensors of a block, and of those before, are all written durably. Raises DiskError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """What methods that solve are given."""
+
+    space: MatrixSpace
+    moments: BlockMoments | None = None  # None: no texts are measured
+
+    def subject(self, task: Task, plan: Plan, shape: tuple[int, ...] | None = None) -> Subject:
+        """The facts about a tensor, and what its method works with; `shape` in place of its own."""
+        facts = subject_of(task, plan.recipe, plan.seed, shape)
+        return replace(facts, space=self.space, moments=self._moments(task))
+
+    def block_of(self, task: Task) -> int | None:
+        """The block that must be measured before a tensor is merged."""
+        if self.moments is None or task.action == "copy":
+            return None
+        return self.moments.block_of(task.experts[0].tensor)
+
+    def by_block(self, tasks: Iterable[Task]) -> Iterator[tuple[int | None, Iterator[Task]]]:
+        """Yield tasks, in their order, with the block that must be measured before them."""
+        return groupby(tasks, key=self.block_of)
+
+    def _moments(self, task: Task) -> list[list[Moment | None]] | None:
+        if self.moments is None or not task.linear:
+            return None
+        if self.block_of(task) is None:  # no text reaches it
+            matrices = task.shape[0] if len(task.shape) == 3 else 1
+            return [[None] * len(task.experts) for _ in range(matrices)]
+        return self.moments.of([source.tensor for source in task.experts])
