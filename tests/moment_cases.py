@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.methods.moments import MatrixSpace, Moment
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -68,6 +72,52 @@ def measured(
                     found[name, number] = [None if moment is None else whole(moment) for moment in own]
             each(moments, block)
     return found
+
+
+def by_an_ordinary_forward(folder: Path, texts: list[Tensor]) -> dict[str, Tensor]:
+    """Tensor -> X^T X of its inputs in float64, by hooks; of fused experts, of what the router chooses."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad(), seen(model) as found:
+        for tokens in texts:
+            model(tokens[None], use_cache=False)
+    found.pop("lm_head.weight", None)
+    return found
+
+
+@contextlib.contextmanager
+def seen(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Yield what grows to tensor -> X^T X of its inputs in float64, by hooks, while the model or parts of it run."""
+    # Mixtral's names in files are not those of its modules.
+    old = model.config.model_type == "mixtral"
+    gate_proj, down_proj, up_proj = ("w1", "w2", "w3") if old else ("gate_proj", "down_proj", "up_proj")
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        name = f"{name.replace('mlp', 'block_sparse_moe') if old else name}.weight"
+        found[name] = found.get(name, torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)) + rows.T @ rows
+
+    def linear(name: str, module: Any, args: Any) -> None:
+        add(name, args[0])
+
+    def experts(name: str, module: Any, args: Any) -> None:
+        hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
+        for expert in chosen.unique().tolist():
+            rows = hidden[(chosen == expert).any(-1)]
+            gate, up = F.linear(rows, module.gate_up_proj[expert]).chunk(2, -1)
+            add(f"{name}.{expert}.{gate_proj}", rows)
+            add(f"{name}.{expert}.{up_proj}", rows)
+            add(f"{name}.{expert}.{down_proj}", module.act_fn(gate) * up)
+
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            handles.append(module.register_forward_pre_hook(partial(experts, name)))
+        elif isinstance(module, nn.Linear | Conv1D) or name.endswith("mlp.gate"):
+            handles.append(module.register_forward_pre_hook(partial(linear, name)))
+    yield found
+    for handle in handles:
+        handle.remove()
 
 
 def whole(moment: Moment) -> Tensor:

@@ -99,14 +99,24 @@ def covariance(deltas: Sequence[Tensor], weight: Sequence[float], ridge: float) 
 def regmean(
     deltas: Sequence[Tensor], x: Sequence[Tensor], weight: Sequence[float], ridge: float, shrink: float
 ) -> Tensor:
-    """The delta of the formula for one matrix (out, in), float64; the ridge draws to the mean."""
-    below = torch.zeros(x[0].shape[1], x[0].shape[1]).double()
-    above = torch.zeros_like(deltas[0]).double()
-    for delta, rows, w in zip(deltas, x, weight, strict=True):
-        moment = rows.double().T @ rows.double()
-        moment /= moment.diagonal().mean()
-        hat = shrink * moment + (1 - shrink) * torch.diag(moment.diagonal())
-        hat += ridge * torch.eye(len(hat)).double()
-        below += w * hat
-        above += w * delta.double() @ hat
+    """The delta of the formula for one matrix (out, in), float64, of each expert's inputs x, (rows, in)."""
+    moments = [rows.double().T @ rows.double() for rows in x]
+    return regmean_of_moments(deltas, moments, weight, ridge, shrink)
+
+
+def regmean_of_moments(
+    deltas: Sequence[Tensor],
+    moments: Sequence[Tensor | None],
+    weight: Sequence[float],
+    ridge: float = 1e-4,
+    shrink: float = 0.9,
+) -> Tensor:
+    """The same, of each expert's moment, (in, in); None where no text has reached it."""
+    below, above = torch.zeros(()).double(), torch.zeros(()).double()
+    for delta, moment, w in zip(deltas, moments, weight, strict=True):
+        hat = ridge * torch.eye(delta.shape[1]).double()
+        if moment is not None:
+            unit = moment / moment.diagonal().mean()
+            hat = hat + shrink * unit + (1 - shrink) * torch.diag(unit.diagonal())
+        below, above = below + w * hat, above + w * delta.double() @ hat
     return above @ torch.linalg.inv(below)

@@ -12,7 +12,7 @@ from lowmem_aim.recipe.recipe import ModelEntry, Slice, Solve
 from lowmem_aim.recipe.relaxations import plain_value
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.words import is_activations_file
-from lowmem_aim.recipe.yaml_tree import Node
+from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
 
 SOLVE_KEYS = ("calibration", "samples", "block_size", "seed", "pack", "dtype")
 _OWN = "give each model texts such as it was tuned on, as `calibration: texts.jsonl` beside `model:`"
@@ -95,7 +95,7 @@ def _tell_idle(read: Values, node: Node | None, method: Method, experts: Sequenc
     places += [expert.where for expert in experts if expert.calibration]
     for where in places[:1]:
         text = f"texts of experts have no meaning for `{method.name}`, which measures none"
-        if where.startswith("--") or (node is not None and _by_flag(node)):
+        if where == COMMAND_LINE or (node is not None and _by_flag(node)):
             read.problem(Node(None, where), text, "leave them out, or choose `regmean`")
         else:
             read.notices.append(Remark(where, text))

@@ -53,7 +53,7 @@ class Experts:
         models = [(one.meta_model, one.sequences) for one in self.measurements]
         if self.outline is None:
             return needs_of_moments(models)
-        return needs_of_moments([*models, (self.measurements[0].meta_model, self.sequences)])
+        return needs_of_moments([*models, (self.measurements[0].meta_model, [])])
 
     def moments_bytes(self) -> int:
         """Bytes of the moments of the largest block, of all experts."""

@@ -1,0 +1,232 @@
+"""Merges by `regmean` and `regmean_plus` against computations on whole models in memory; and always the same bytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import solving_cases as cases
+import tiny
+import torch
+from merge_cases import digests, tensors_in
+from moment_cases import by_an_ordinary_forward, seen
+from stopping import SHARDS, stop
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lowmem_aim.errors import ModelError, RecipeError
+from lowmem_aim.jobs.merge import merge
+from lowmem_aim.methods import moments as tiles
+from lowmem_aim.methods import solved
+from lowmem_aim.recipe.from_flags import applied, empty_recipe
+from lowmem_aim.recipe.reader import read_recipe
+from lowmem_aim.recipe.recipe import Recipe
+from lowmem_aim.solving import input_moments, kept_states
+from lowmem_aim.system.options import Options
+
+NAMES = ("math", "code")
+TEXTS = {
+    "math": ["two and two are four", "what is six times seven? it is forty-two.", "9 + 1 = 10"],
+    "code": ["def f(x): return x + 1", "print(sum(range(10)))"],
+}
+WEIGHT = (0.5, 1.0)
+TURNED = {"gpt2": r"\.c_\w+\.weight"}
+
+
+@pytest.fixture(autouse=True)
+def _many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tiles, solved):
+        monkeypatch.setattr(module, "TILE", 24)
+    monkeypatch.setattr(input_moments, "ROWS", 16)
+
+
+def models(architecture: str, folder: Path) -> Path:
+    """`base`, `math` and `code` in a folder, with their texts, of which each line is run by itself."""
+    base = tiny.build(architecture, folder / "base")
+    for seed, name in enumerate(NAMES, start=1):
+        tiny.perturbed(base, folder / name, scale=0.03, seed=seed)
+        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[name]]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_with_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models("llama", tmp_path_factory.mktemp("llama"))
+
+
+def job(folder: Path, method: str, **flags: Any) -> Recipe:
+    experts = tuple(f"{folder / name}={folder / name}.jsonl" for name in NAMES)
+    given = {"method": method, "base": str(folder / "base"), "expert": experts, "weight": tuple(map(str, WEIGHT))}
+    return read_recipe(applied(empty_recipe(), given | flags))
+
+
+def tokens(texts: Sequence[str]) -> list[Tensor]:
+    return [torch.tensor(tiny.tokenizer()(text)["input_ids"]) for text in texts]
+
+
+def assert_solved(
+    architecture: str, folder: Path, ours: Mapping[str, Tensor], moments: Sequence[Mapping[str, Tensor]]
+) -> int:
+    """Assert that linears with moments are as the formula says, and all else is the mean; return their number."""
+    own, *others = (tensors_in(folder / name) for name in ("base", *NAMES))
+    found = 0
+    for name, merged in ours.items():
+        deltas = [other[name].double() - own[name].double() for other in others]
+        truth = solved_delta(architecture, name, deltas, [table.get(name) for table in moments])
+        found += any(name in table for table in moments)
+        error = merged.double() - own[name].double() - truth
+        assert float(error.norm()) <= 1e-4 * float(truth.norm()), name
+    return found
+
+
+def solved_delta(architecture: str, name: str, deltas: Sequence[Tensor], moments: Sequence[Tensor | None]) -> Tensor:
+    if all(moment is None for moment in moments):
+        return (WEIGHT[0] * deltas[0] + WEIGHT[1] * deltas[1]) / sum(WEIGHT)
+    turned = architecture in TURNED and re.search(TURNED[architecture], name) is not None
+    matrices = [delta.T if turned else delta for delta in deltas]
+    found = cases.regmean_of_moments(matrices, moments, WEIGHT)
+    return found.T if turned else found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe"])
+def test_regmean_solves_every_linear_by_the_inputs_of_each_expert(architecture: str, tmp_path: Path) -> None:
+    folder = models(architecture, tmp_path)
+    ours = tensors_in(merge(job(folder, "regmean"), tmp_path / "out"))
+    moments = [by_an_ordinary_forward(folder / name, tokens(TEXTS[name])) for name in NAMES]
+    assert assert_solved(architecture, folder, ours, moments) >= 4 * tiny.LAYERS
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_regmean_plus_feeds_each_block_what_the_merged_blocks_make(architecture: str, tmp_path: Path) -> None:
+    folder = models(architecture, tmp_path)
+    ours = tensors_in(merge(job(folder, "regmean_plus"), tmp_path / "out"))
+    moments = by_merged_blocks(architecture, folder)
+    assert assert_solved(architecture, folder, ours, moments) >= 4 * tiny.LAYERS
+    plain = tensors_in(merge(job(folder, "regmean"), tmp_path / "plain"))
+    assert any(not torch.equal(plain[name], ours[name]) for name in ours)
+
+
+def by_merged_blocks(architecture: str, folder: Path) -> list[dict[str, Tensor]]:
+    """The moments of RegMean++: whole models, and a merged one that is filled block by block."""
+    base, *experts = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval() for name in ("base", *NAMES)
+    )
+    merged = copy.deepcopy(base)
+    names = {id(value): name for name, value in merged.named_parameters()}
+    prefix = "transformer.h" if architecture == "gpt2" else "model.layers"
+    found: list[dict[str, Tensor]] = [{} for _ in experts]
+
+    def fill(parameters: Any) -> None:
+        for value in parameters:
+            name = names[id(value)]
+            own = dict(base.named_parameters())[name].double()
+            deltas = [dict(expert.named_parameters())[name].double() - own for expert in experts]
+            value.copy_(own + solved_delta(architecture, name, deltas, [table.get(name) for table in found]))
+
+    with torch.no_grad():
+        fill(value for name, value in merged.named_parameters() if not name.startswith(prefix))
+        for index in range(tiny.LAYERS):
+            for number, (expert, name) in enumerate(zip(experts, NAMES, strict=True)):
+                with seen(expert) as moments:
+                    for text in tokens(TEXTS[name]):
+                        args, kwargs = call_of(merged, merged.get_submodule(f"{prefix}.{index}"), text)
+                        expert.get_submodule(f"{prefix}.{index}")(*args, **kwargs)
+                found[number] |= moments
+            fill(merged.get_submodule(f"{prefix}.{index}").parameters())
+    return found
+
+
+def call_of(model: Any, block: Any, text: Tensor) -> tuple[Any, Any]:
+    """What a block is called with when the model reads a text."""
+    calls = []
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    model(text[None], use_cache=False)
+    handle.remove()
+    return calls[0]
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus"])
+@pytest.mark.parametrize("tensors", [4, 12, 24])
+def test_an_interrupted_merge_ends_with_the_same_bytes(
+    llama_with_texts: Path, tmp_path: Path, method: str, tensors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_states, "SECONDS", 0.0)
+    recipe = job(llama_with_texts, method)
+    merge(recipe, tmp_path / "whole", SHARDS)
+    stop(recipe, tmp_path / "out", tensors)
+    merge(recipe, tmp_path / "out", SHARDS)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_budgets_and_read_mode_change_no_byte(
+    llama_with_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowmem_aim.merging import loop
+
+    given: list[int] = []
+
+    class Less(loop.TensorStore):
+        def __init__(self, device: torch.device, *, ram_bytes: int, **rest: Any) -> None:
+            given.append(ram_bytes)
+            super().__init__(device, ram_bytes=ram_bytes * (2 - len(given) % 3) // 2, **rest)  # a half, none, all
+
+    monkeypatch.setattr(loop, "TensorStore", Less)
+    made = [
+        digests(merge(job(llama_with_texts, "regmean"), tmp_path / read, Options(read=read)))  # type: ignore[arg-type]
+        for read in ("mmap", "pread")
+    ]
+    made.append(digests(merge(job(llama_with_texts, "regmean"), tmp_path / "third")))
+    assert made[0] == made[1] == made[2]
+    assert min(given) > 10_000
+
+
+def test_several_omegas_share_the_texts(llama_with_texts: Path, tmp_path: Path) -> None:
+    texts = str(llama_with_texts / "math.jsonl")
+    for method in ("regmean", "regmean_plus"):
+        flags = {"omega": "0.4,1", "calibration": texts, "samples": 2}
+        merge(job(llama_with_texts, method, **flags), tmp_path / method)
+        plain = tensors_in(merge(job(llama_with_texts, method), tmp_path / f"{method}-plain"))
+        kept, relaxed = (tensors_in(tmp_path / method / f"omega-{omega}") for omega in ("1", "0.4"))
+        assert all(torch.equal(kept[name], value) for name, value in plain.items())
+        assert any(not torch.equal(relaxed[name], value) for name, value in plain.items())
+
+
+def test_the_output_says_which_texts_it_was_made_with(llama_with_texts: Path, tmp_path: Path) -> None:
+    merge(job(llama_with_texts, "regmean"), tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "lowmem_aim.json").read_text())
+    assert [model["calibration"] for model in facts["recipe"]["models"]] == ["math.jsonl", "code.jsonl"]
+    assert facts["recipe"]["solve"] == {"samples": 64, "block_size": 512, "seed": 42, "pack": False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"expert": ("a", "b")}, r"`regmean` needs texts of `a`, `b`"),
+        ({"expert": ("a", "b"), "solve_calibration": "x.safetensors"}, "holds activations"),
+        ({"expert": ("a=x.jsonl", "b=y.jsonl"), "method": "ties"}, "no meaning for `ties`"),
+        ({"theta": 0.7}, "`acm` compares a merged model before it is made"),
+    ],
+)
+def test_texts_that_are_missing_or_idle_are_told_before_work(
+    llama_with_texts: Path, flags: dict[str, Any], told: str
+) -> None:
+    tree = empty_recipe().with_item("acm", empty_recipe()) if "theta" in flags else empty_recipe()
+    given = {"method": "regmean", "base": "base", "expert": ("a=x.jsonl",), "weight": ("1",)}
+    with pytest.raises(RecipeError, match=told):
+        read_recipe(applied(tree, given | flags))
+
+
+def test_a_file_of_texts_that_is_not_there_is_told_before_work(llama_with_texts: Path, tmp_path: Path) -> None:
+    folder = llama_with_texts
+    experts = (f"{folder / 'math'}={tmp_path / 'none.jsonl'}", f"{folder / 'code'}={folder / 'code'}.jsonl")
+    with pytest.raises(ModelError, match=r"none\.jsonl"):
+        merge(job(folder, "regmean", expert=experts), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
