@@ -13,7 +13,7 @@ import tiny
 import torch
 from calibrating import llama_forward
 from long_cases import others_long
-from moment_cases import CPU, TEXTS, expert_folders, measured, moments_of, same, whole
+from moment_cases import CPU, TEXTS, expert_folders, measured, moments_of, same, solved, whole
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -83,8 +83,8 @@ def by_an_ordinary_forward(folder: Path, texts: list[Tensor]) -> dict[str, Tenso
     return found
 
 
-def is_close(found: Tensor | None, expected: Tensor) -> bool:
-    return found is not None and bool((found - expected).norm() <= 1e-5 * expected.norm())
+def is_close(found: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    return found is not None and bool((found - expected).norm() <= tolerance * expected.norm())
 
 
 @pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
@@ -149,6 +149,58 @@ def test_a_block_that_is_measured_is_not_measured_again_and_others_are_forgotten
         assert None not in moments.of([second] * 2)[0]
         assert (moments.blocks, moments.block_of(second)) == (tiny.LAYERS, 1)
         assert moments.block_of("model.embed_tokens.weight") is None
+
+
+def by_a_whole_merged_model(folders: list[Path]) -> list[dict[str, Tensor]]:
+    """Of each expert: tensor -> X^T X on the states of the merged model, which is solved layer by layer."""
+    merged, *experts = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (folders[0], *folders)
+    )
+    with torch.no_grad():
+        for name, value in merged.named_parameters():
+            value.copy_(torch.stack([expert.get_parameter(name) for expert in experts]).mean(0))
+        found: list[dict[str, Tensor]] = [{}, {}]
+        for layer in range(tiny.LAYERS):
+            for expert, grams, texts in zip(experts, found, TEXTS, strict=True):
+                calls: list[Any] = []
+                of_merged = merged.model.layers[layer]
+                hook = of_merged.register_forward_pre_hook(
+                    lambda module, args, kwargs, calls=calls: calls.append((args, kwargs)), with_kwargs=True
+                )
+                for tokens in texts:
+                    merged(tokens[None], use_cache=False)
+                hook.remove()
+                add_moments_of(expert.model.layers[layer], f"model.layers.{layer}", calls, grams)
+            for name, value in of_merged.named_parameters(prefix=f"model.layers.{layer}"):
+                if value.dim() == 2:
+                    weights = [expert.get_parameter(name) for expert in experts]
+                    value.copy_(solved(weights, [grams[name] for grams in found]))
+    return found
+
+
+def add_moments_of(block: nn.Module, path: str, calls: list[Any], found: dict[str, Tensor]) -> None:
+    def add(name: str, module: Any, args: Any) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1]).double()
+        found[name] = found.get(name, 0) + rows.T @ rows
+
+    for name, module in block.named_modules(prefix=path):
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(partial(add, f"{name}.weight"))
+    for args, kwargs in calls:
+        block(*args, **kwargs)
+
+
+def test_with_a_merged_model_the_states_are_those_after_its_blocks(tmp_path: Path) -> None:
+    """RegMean++ (arXiv 2508.03121) against the same by whole models."""
+    folders = expert_folders("llama", tmp_path)
+    found = measured(folders, plus_plus=True)
+    expected = by_a_whole_merged_model(folders)
+    for (name, _), own in found.items():
+        for number, matrix in enumerate(own):
+            assert is_close(matrix, expected[number][name], 1e-3), name
+    plain = measured(folders)
+    last = ("model.layers.2.mlp.up_proj.weight", 0)
+    assert not is_close(plain[last][0], expected[0][last[0]], 1e-2)  # it makes a difference
 
 
 class TestErrors:
