@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_aim.methods.moments import MatrixSpace, Moment
 from lowmem_aim.models.checkpoint import Checkpoint
+from lowmem_aim.models.headers import matrix_shape
 from lowmem_aim.models.meta_model import load_meta_model
 from lowmem_aim.solving.expert_moments import ExpertMoments
-from lowmem_aim.solving.texts import ExpertTexts
+from lowmem_aim.solving.texts import ExpertTexts, MergedModel
 from lowmem_aim.system.tensor_store import TensorStore
 
 CPU = torch.device("cpu")
+RIDGE = 1e-2
 TEXTS = [tiny.sequences((23, 9, 40), seed=3), tiny.sequences((31, 50), seed=4)]  # of two experts
 Matrices = dict[tuple[str, int], list[Tensor | None]]  # tensor and matrix in it -> of each expert
 
@@ -35,17 +37,28 @@ def expert_folders(architecture: str, folder: Path, **changes: Any) -> list[Path
 
 @contextlib.contextmanager
 def moments_of(
-    folders: Sequence[Path], texts: Sequence[Sequence[Tensor]] = TEXTS, store: TensorStore | None = None, **options: Any
+    folders: Sequence[Path],
+    texts: Sequence[Sequence[Tensor]] = TEXTS,
+    store: TensorStore | None = None,
+    *,
+    plus_plus: bool = False,
+    **options: Any,
 ) -> Iterator[ExpertMoments]:
-    """The moments of these experts, not yet begun."""
+    """The moments of these experts, not yet begun; with `plus_plus` on the states of the merged model, by `Solved`."""
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(Checkpoint.open(folder)) for folder in folders]
         experts = [
             ExpertTexts(checkpoint, load_meta_model(checkpoint), own)
             for checkpoint, own in zip(checkpoints, texts, strict=True)
         ]
+        if plus_plus:
+            source = Solved(checkpoints)
+            options["merged"] = MergedModel(source, load_meta_model(checkpoints[0]))
         store = store or stack.enter_context(TensorStore(CPU, device_bytes=0, ram_bytes=1 << 30, folder=None))
-        yield stack.enter_context(ExpertMoments(experts, MatrixSpace(store, CPU), CPU, **options))
+        moments = stack.enter_context(ExpertMoments(experts, MatrixSpace(store, CPU), CPU, **options))
+        if plus_plus:
+            source.moments = moments
+        yield moments
 
 
 def names_in(folder: Path, block: int, moments: ExpertMoments) -> list[str]:
@@ -140,3 +153,50 @@ def same(some: Matrices, others: Matrices) -> bool:
     return some.keys() == others.keys() and all(
         alike(a, b) for key in some for a, b in zip(some[key], others[key], strict=True)
     )
+
+
+# --- RegMean++ in a few lines ----------------------------------------------------------------------------------------
+
+
+def solved(weights: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+    """(sum Wi Gi) (sum Gi + ridge)^-1 of weights (out, in) and moments (in, in)."""
+    wide = [gram.double() for gram in grams]
+    total = torch.stack(wide).sum(0)
+    total += RIDGE * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
+    target = sum(weight.double() @ gram for weight, gram in zip(weights, wide, strict=True))
+    return torch.linalg.solve(total, target, left=False).float()  # type: ignore[arg-type]
+
+
+class Solved:
+    """The merged model's weights: linears of the blocks solved, everything else the average. Has what `Merged` asks."""
+
+    def __init__(self, experts: Sequence[Checkpoint]) -> None:
+        self.experts = experts
+        self.moments: ExpertMoments | None = None  # set once it is there
+        self.forgotten = 0
+
+    def tensor(self, name: str) -> Tensor:
+        weights = [expert.tensor(name).float() for expert in self.experts]
+        if self.moments is None or self.moments.block_of(name) is None or weights[0].dim() < 2:
+            return torch.stack(weights).mean(0)
+        (grams,) = self.moments.of([name] * len(weights))
+        return solved(weights, [whole(gram) for gram in grams if gram is not None])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        value = self.tensor(name)
+        return value.reshape(matrix_shape(value.shape))[start:stop]
+
+    def expect(self, names: Iterable[str]) -> None:
+        pass
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+    def __enter__(self) -> Solved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

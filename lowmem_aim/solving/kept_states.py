@@ -42,9 +42,11 @@ class KeptStates:
 
     def offer(self, sides: Sequence[Steps], emit: Emit) -> None:
         """Keep the states before the next block, if the last ones are old enough, and none wait to count."""
+        self._tidy()
         block = sides[0].next
-        late = any(kept.block > self._written for kept in self._kept.values())
-        if late or not block or not self._possible or time.monotonic() - self._last < SECONDS:
+        newest = max((kept.block for kept in self._kept.values()), default=0)
+        waits = newest > self._written
+        if waits or newest >= block or not self._possible or time.monotonic() - self._last < SECONDS:
             return
         self._possible = all(side.so_far.is_whole() for side in sides)
         if self._possible:
@@ -69,11 +71,14 @@ class KeptStates:
         snapshot = SolvingSnapshot(self._recorded, name, block, described, out.digest())
         self._journal.keep(snapshot, name)  # once its file is durable
         self._kept[name] = snapshot
-        self.written(self._written)
+        self._tidy()
 
     def written(self, blocks: int) -> None:
-        """Take notice that all tensors of the first `blocks` blocks are written durably: older states are dropped."""
-        self._written = max(self._written, blocks)
+        """Take notice that all tensors of the first `blocks` blocks are written durably; from any thread."""
+        self._written = max(self._written, blocks)  # states before other blocks than the last are dropped later
+
+    def _tidy(self) -> None:
+        """Drop the states before the last that count."""
         counting = [kept.block for kept in self._kept.values() if kept.block <= self._written]
         for name, kept in list(self._kept.items()):
             if counting and kept.block < max(counting):
