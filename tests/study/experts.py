@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from skills import Item, draw
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,7 +91,10 @@ def _tune(model: Any, tokenizer: Any, skill: str) -> None:
         tokens, labels = _batch(items[step * ITEMS_A_STEP :][:ITEMS_A_STEP], tokenizer)
         # Products in bfloat16, weights and their steps in float32: a third of the time is saved.
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=tokens, labels=labels).loss
+            states = model.model(input_ids=tokens).last_hidden_state  # (items, longest, width)
+            # Position by position, the head's output foretells the next token; it is needed for answers alone.
+            asked = labels[:, 1:] != IGNORED
+            loss = cross_entropy(model.lm_head(states[:, :-1][asked]).float(), labels[:, 1:][asked])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

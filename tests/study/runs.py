@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from recipes import FORMS, PLAIN, Merge, Places
 from skills import SKILLS
-from written import GENERAL, task
+from written import GENERAL, folds, task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ class Study:
 
     work: Path
     places: Places
-    items: int  # of each skill, and at most so many of the other texts
+    items: int  # of each skill
     batch: int  # answers that are written at a time
 
     def scores(self, name: str) -> Path:
@@ -68,7 +68,8 @@ def _relaxed(merge: Merge, form: str, plain: Path, study: Study) -> Path:
     base, activations = str(study.places.base), study.work / "activations.safetensors"
     if not activations.exists():
         texts = str(study.places.texts / f"{GENERAL}.jsonl")
-        _command("calibrate", base, "--calibration", texts, "-o", str(activations))
+        few = ["--samples", "40", "--calibration-dtype", "bfloat16"]
+        _command("calibrate", base, "--calibration", texts, *few, "-o", str(activations))
     out = plain.with_name(of_form(merge, form))
     _command("relax", str(plain), str(out), "--base", base, "--calibration", str(activations), *FORMS[form])
     return out
@@ -80,7 +81,7 @@ def score(model: Path, name: str, study: Study) -> None:
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    tasks = ["--tasks", ",".join(map(task, (*SKILLS, GENERAL))), "--include-path", str(study.work / "tasks")]
+    tasks = ["--tasks", ",".join(map(task, (*SKILLS, *folds()))), "--include-path", str(study.work / "tasks")]
     many = ["--limit", str(study.items), "--batch-size", str(study.batch)]
     # In bfloat16 it takes half as long, and people run such models in it.
     with _timed(f"{name}: scored"):

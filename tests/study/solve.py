@@ -34,9 +34,12 @@ def main() -> None:
     wanted = chosen(found, options.only)
     settle(work)
     _prepare(study, options.base)
+    if options.prepare:
+        return
+    score(places.base, "base", study)
     if options.score:
         score(options.score.resolve(), options.score.resolve().name, study)
-    elif not options.prepare:
+    else:
         _run(study, wanted, options.forms)
     print(write(study, found))
 
@@ -49,8 +52,8 @@ def _prepare(study: Study, base: Path | None) -> None:
 
 
 def _run(study: Study, wanted: Sequence[Merge], forms: Sequence[str]) -> None:
-    for folder in (study.places.base, *study.places.experts.values()):
-        score(folder, folder.name, study)
+    for skill, folder in study.places.experts.items():
+        score(folder, skill, study)
     for merge in wanted:
         if missing := not_known(merge):
             print(f"{merge.name}: left out: {missing}", flush=True)
@@ -66,7 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=_names, default=["*"], metavar="NAME,...", help=only)
     forms = f"the forms in which they are scored, of {', '.join(FORMS)} [all]"
     parser.add_argument("--forms", type=_names, default=list(FORMS), metavar="FORM,...", help=forms)
-    parser.add_argument("--items", type=int, default=200, help="of each skill, and at most so many other texts [200]")
+    parser.add_argument("--items", type=int, default=200, help="asked, of each skill [200]")
     parser.add_argument("--batch", type=int, default=64, help="answers that are written at a time [64]")
     parser.add_argument("--prepare", action="store_true", help="make the models, tasks and texts, and end")
     parser.add_argument("--score", type=Path, metavar="DIR", help="score this model alone, a further row of the table")

@@ -17,13 +17,19 @@ from skills import SKILLS, Item, draw
 ITEMS = 400  # held out, of a skill; how many of them are asked, the command line says
 TEXTS = 256  # to calibrate with, of a skill
 GENERAL = "general"
-CHARACTERS = 800  # of each text that perplexity is measured on: more would cost minutes a model
+FOLDS = 9  # of the general texts: the harness has no standard error for a perplexity, but their spread gives one
+CHARACTERS = 500  # of each text that perplexity is measured on: more would cost minutes a model
 LONGEST_ANSWERS = {"math": 28, "instructions": 30, "code": 30}  # tokens
 LAST_NUMBER = r"(-?\d+)\D*$"
 
 
+def folds() -> list[str]:
+    """The names of the folds of the general texts."""
+    return [f"{GENERAL}-{fold + 1}" for fold in range(FOLDS)]
+
+
 def task(name: str) -> str:
-    """The name that the harness has for a skill's task, or for that of the general texts."""
+    """The name that the harness has for the task of a skill, or of a fold."""
     return f"study_{name}"
 
 
@@ -35,11 +41,12 @@ def held_out(skill: str) -> list[Item]:
     return items
 
 
-def general_texts() -> tuple[list[str], list[str]]:
-    """The texts that come with lowmem-aim in two halves: to measure perplexity on, and to calibrate with."""
+def general_texts() -> tuple[list[list[str]], list[str]]:
+    """The texts that come with lowmem-aim in two halves: to measure perplexity on, in folds, and to calibrate with."""
     file = resources.files("lowmem_aim").joinpath("data", "calibration.jsonl")
     texts = [str(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [text[:CHARACTERS] for text in texts[::2]], texts[1::2]
+    measured = [text[:CHARACTERS] for text in texts[::2]]
+    return [measured[fold::FOLDS] for fold in range(FOLDS)], texts[1::2]
 
 
 def write_tasks(folder: Path) -> None:
@@ -47,8 +54,8 @@ def write_tasks(folder: Path) -> None:
     for skill in SKILLS:
         items = [{"prompt": prompt(item.question), "answer": _expected(skill, item)} for item in held_out(skill)]
         _write_task(folder, skill, items, _writing(skill))
-    measured, _ = general_texts()
-    _write_task(folder, GENERAL, [{"text": text} for text in measured], _reading())
+    for fold, texts in zip(folds(), general_texts()[0], strict=True):
+        _write_task(folder, fold, [{"text": text} for text in texts], _reading())
 
 
 def _expected(skill: str, item: Item) -> str:
