@@ -41,7 +41,11 @@ class Row:
 def write(study: Study, merges: Sequence[Merge]) -> str:
     """Write results.json and results.md of all models that are scored; returns the table."""
     rows = list(_rows(study, merges))
-    text = "\n".join(_table(rows)) + "\n"
+    told = (
+        f"{study.items} held-out items of each skill: exact match, with its standard error. General texts: loss in "
+        "nats a token, and its change against the base, with the standard error of the change over the texts' folds."
+    )
+    text = "\n".join([told, "", *_table(rows)]) + "\n"
     (study.work / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     (study.work / "results.md").write_text(text, encoding="utf-8")
     return text
