@@ -10,6 +10,8 @@ counting.py       the k largest magnitudes, exactly, by counting
 gram.py           dot products between whole tensors, and of rows
 columns.py        dot products between columns
 low_rank.py       weights with a low-rank change added
+moments.py        second moments of inputs: large symmetric matrices, in tiles
+systems.py        linear systems of such matrices, factorised, and solved for rows
 kernels.py        the compiled loops as functions of tensors
 loops.py          the loops that numba compiles for the CPU
 compiled_code.py  where compiled loops are kept for the next run
@@ -29,4 +31,7 @@ ram.py            ram, ramplus_tl
 nearswap.py       nearswap
 arcee_fusion.py   arcee_fusion
 widen.py          widen
+solved.py         solved deltas of linears: what the methods below have in common
+covariance.py     covariance
+regmean.py        regmean, regmean_plus
 """

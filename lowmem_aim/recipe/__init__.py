@@ -11,6 +11,7 @@ parameters.py     the `parameters` of a recipe, a module, a slice or a model
 parts.py          the models: whole, by ranges of layers, or either in each of several modules
 spelling.py       British and American spellings of a recipe's keys
 relaxations.py    the tables `aim:` and `acm:`
+solving.py        the texts of experts: the table `solve:`, and `calibration` beside a model
 tokenizers.py     the keys `tokenizer_source`, `tokenizer` and `chat_template`
 stages.py         the named stages of several documents, and their order
 reader.py         the tree of a recipe -> Recipe

@@ -7,4 +7,5 @@ states.py           the hidden states that the texts have reached: after their o
 kept_states.py      hidden states kept durably, so that a killed merge loses one block of them
 needs.py            the memory that all of this takes
 expert_moments.py   the moments of one block for all experts, and the way from block to block
+experts.py          the experts of a merge: read and checked before any work, and measured during it
 """

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from calibrating import llama_forward
 from long_cases import others_long
 from moment_cases import CPU, TEXTS, by_an_ordinary_forward, expert_folders, measured, moments_of, same, solved, whole
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from lowmem_aim.blocks import shares
