@@ -100,6 +100,10 @@ class Means:
                     hint="is the base model sound? if it is, calibrate in a wider dtype (`aim: {dtype: float32}`)",
                 )
 
+    def leave_device(self) -> bool:
+        """Do nothing: sums of means are small."""
+        return False
+
     def _tally(self, weight: Operand) -> Tally:
         tally = self.tallies.get(weight.parameter)
         if tally is None:

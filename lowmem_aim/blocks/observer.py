@@ -74,6 +74,10 @@ class Statistic(Protocol):
         """Settle, and raise ModelError naming a module under `prefix` whose inputs are not finite."""
         ...
 
+    def leave_device(self) -> bool:
+        """Move what is kept off the device, for good. Returns False if there was nothing to move."""
+        ...
+
 
 def routed(x: Tensor) -> Tensor:
     """The rows of `x`, (tokens, channels), that are not zero."""

@@ -187,6 +187,9 @@ class BlockRunner:
         if self.store.leave_device():
             self._emit(Notice("memory ran short: hidden states leave the device", "warning"))
             return
+        if self.watch.statistic.leave_device():
+            self._emit(Notice("memory ran short: what is measured leaves the device", "warning"))
+            return
         if self._room == 0:
             raise MemoryBudgetError(
                 f"one sequence in `{printable(self.blocks[index][0])}` does not fit the memory that is "

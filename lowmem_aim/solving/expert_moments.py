@@ -142,6 +142,7 @@ class ExpertMoments:
             self._states.measure(number)
             self._found.append(moments_by_tensor(expert.meta_model, statistic.weights, statistic.taken()))
             statistic.weights.clear()
+        self._space.settle()
         self._measured = block
 
     def _all_states(self, merged: MergedModel | None) -> States:

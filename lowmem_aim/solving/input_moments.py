@@ -86,6 +86,10 @@ class InputMoments:
                     hint="is this model sound? if it is, run it in a wider dtype (`solve: {dtype: float32}`)",
                 )
 
+    def leave_device(self) -> bool:
+        """Move the moments of all experts off the device, for good. Returns False if there were none."""
+        return self._space.store.leave_device()
+
     def taken(self) -> dict[Matrix, Moment]:
         """The moments of all matrices that were given something; the next block begins with none."""
         found = {matrix: total.moment for matrix, total in self._sums.items()}

@@ -33,7 +33,7 @@ def needs_of_moments(models: Sequence[tuple[MetaModel, Texts]], beside: int = 0)
         module_path=largest.module_path,
         read=max(needs.read for needs in own),
         # What lies beside the blocks is there for all models; rows wait for one expert at a time.
-        beside=beside + sum(needs.beside for needs in own) + max(_waiting(*model) for model in models),
+        beside=beside + sum(needs.beside for needs in own) + max(waiting_bytes(*model) for model in models),
         work=max(needs.work for needs in own),
         states=sum(needs.states for needs in own),
     )
@@ -73,7 +73,7 @@ def _is_twin(block: nn.Module, path: str) -> bool:
     return here.in_features == there.in_features
 
 
-def _waiting(meta_model: MetaModel, texts: Texts) -> int:
+def waiting_bytes(meta_model: MetaModel, texts: Texts) -> int:
     """Bytes of the rows that wait to be added, and of those that are being added, in the block where they are most."""
     tokens, longest = sum(map(len, texts)), max(map(len, texts), default=0)
     used = getattr(meta_model.model.config.get_text_config(), "num_experts_per_tok", None)

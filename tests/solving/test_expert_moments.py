@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from lowmem_aim.blocks import shares
 from lowmem_aim.blocks.shares import Needs, Shares, share_out
 from lowmem_aim.errors import ModelError
+from lowmem_aim.events import Event, Notice
 from lowmem_aim.methods import moments as tiles
 from lowmem_aim.methods.moments import Moment
 from lowmem_aim.models.checkpoint import Checkpoint
@@ -255,3 +256,18 @@ def test_an_allocation_that_fails_changes_no_byte(
                 assert found is not None
                 assert matrix is not None
                 assert torch.equal(whole(found), matrix), tensor
+
+
+def test_where_memory_is_short_the_moments_leave_the_device_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Callable[[Any, str, int], list[int]]
+) -> None:
+    left = list[TensorStore]()
+    monkeypatch.setattr(TensorStore, "leave_device", lambda store: not left.append(store) if store is moving else False)
+    folders = expert_folders("llama", tmp_path)
+    seen: list[Event] = []
+    with TensorStore(CPU, device_bytes=0, ram_bytes=1 << 30, folder=None) as moving:
+        failing(nn.functional, "linear", 7)
+        with moments_of(folders, store=moving, emit=seen.append) as moments:
+            moments.come_to(0)
+    assert left == [moving]
+    assert Notice("memory ran short: what is measured leaves the device", "warning") in seen

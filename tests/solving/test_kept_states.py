@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from long_cases import others_long
 from moment_cases import TEXTS, Matrices, expert_folders, measured, same
 from stopping import Stopped
 
@@ -82,9 +84,12 @@ def expected(folders: list[Path]) -> Matrices:
     return measured(folders, range(BLOCKS))
 
 
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("late", [0, 1, 2])
-@pytest.mark.parametrize("stop_at", [1, 3])
+STOPS = list(itertools.product((1, 2, 3), (0, 1, 2), (False, True)))
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "late", "before"), others_long(STOPS, [(3, 0, False), (3, 0, True), (3, 1, False)])
+)
 def test_stopped_anywhere_it_goes_on_with_the_same_moments(
     stop_at: int, late: int, before: bool, folders: list[Path], expected: Matrices, tmp_path: Path, driven: list[int]
 ) -> None:
@@ -102,20 +107,20 @@ def test_stopped_anywhere_it_goes_on_with_the_same_moments(
     assert max(driven.count(block) for block in driven) == len(folders)
 
 
-def test_stopped_anywhere_with_merged_states_it_goes_on_with_the_same_moments(
-    folders: list[Path], tmp_path: Path, driven: list[int]
+@pytest.mark.parametrize("late", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_stopped_with_merged_states_it_goes_on_with_the_same_moments(
+    late: int, folders: list[Path], tmp_path: Path, driven: list[int]
 ) -> None:
     expected = measured(folders, range(BLOCKS), plus_plus=True)
-    for late in (0, 1):
-        merge = Merge(folders, tmp_path / f"work-{late}", late, plus_plus=True)
-        with pytest.raises(Stopped):
-            merge.run(3)
-        written = merge.written
-        driven.clear()
-        found = merge.run()
-        assert same(found, {key: own for key, own in expected.items() if key in found})
-        assert {name.split(".")[2] for name, _ in found} == {str(block) for block in range(written, BLOCKS)}
-        assert written - 1 <= min(driven)
+    merge = Merge(folders, tmp_path / "work", late, plus_plus=True)
+    with pytest.raises(Stopped):
+        merge.run(3)
+    written = merge.written
+    driven.clear()
+    found = merge.run()
+    assert same(found, {key: own for key, own in expected.items() if key in found})
+    assert {name.split(".")[2] for name, _ in found} == {str(block) for block in range(written, BLOCKS)}
+    assert written - 1 <= min(driven)
 
 
 def test_a_damaged_snapshot_and_one_of_other_texts_count_as_none(
