@@ -1,4 +1,4 @@
-"""What methods that solve are given for each tensor: space for matrices, and the moments of texts, block by block."""
+"""Space for matrices, and the moments of texts, block by block: all that methods which solve are given."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BlockMoments(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """What methods that solve are given."""
+    """All that methods which solve are given."""
 
     space: MatrixSpace
     moments: BlockMoments | None = None  # None: no texts are measured

@@ -65,7 +65,7 @@ class Linears:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a matrix is solved for, given each expert's moment."""
+    """The system of one matrix, given each expert's moment."""
 
     shares: tuple[float, ...]  # of each expert in the mean: they add up to 1, or are all 0
     terms: tuple[Term | None, ...]  # ci Mi of each expert

@@ -38,6 +38,7 @@ from lowmem_aim.events import (
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.recipe.reader import TOP_KEYS, UNSUPPORTED_KEYS, read_recipe
 from lowmem_aim.recipe.relaxations import ACM_KEYS, AIM_KEYS
+from lowmem_aim.recipe.solving import SOLVE_KEYS
 from lowmem_aim.recipe.yaml_tree import parse
 from lowmem_aim.system import interrupts
 from lowmem_aim.view.progress import seen
@@ -210,6 +211,7 @@ def test_every_key_of_a_recipe_is_told_and_no_other_is() -> None:
     assert sorted(named(page[""])) == sorted(TOP_KEYS)
     assert sorted(named(page["`aim:`"])) == sorted(AIM_KEYS)
     assert sorted(named(page["`acm:`"])) == sorted(ACM_KEYS)
+    assert sorted(named(page["`solve:`"])) == sorted(SOLVE_KEYS)
     refused = re.search(r"^(`.*), which .* is a key of mergekit and not supported", page[""], re.M)
     assert refused is not None
     assert sorted(re.findall(r"`(\w+)`", refused[1])) == sorted(UNSUPPORTED_KEYS)
