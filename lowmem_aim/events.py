@@ -98,6 +98,9 @@ class TensorDone:
     done: float
     # Sums of the delta's absolute values before and after AIM and ACM; None: the tensor is not relaxed.
     kept: tuple[float, float] | None = None
+    # Of each expert, the share of its effect on its own texts that the merge keeps (None: it has none there); None
+    # where no texts are measured.
+    effects: tuple[float | None, ...] | None = None
     earlier: bool = False  # found finished when the run began
     output: str = ""  # the folder of this output, if there are several
 

@@ -173,10 +173,13 @@ def check_certain_memory(options: Options) -> None:
 def check_merge_memory(ready: Prepared) -> None:
     """Check, before hours of calibration, that what the method holds, and slices worth while, fit the budget.
 
-    Raises MemoryBudgetError.
+    Raises MemoryBudgetError, DiskError if matrices that do not fit have no space on the disk.
     """
     if ready.unfinished():
         ready.shares()
+        if scratch := ready.scratch_bytes():
+            what = "the output, and matrices that do not fit in memory,"
+            check_disk(ready.out, ready.position.unmade_bytes + ready.bytes_to_write() + scratch, what)
 
 
 def check_model_runs(ready: Prepared) -> None:

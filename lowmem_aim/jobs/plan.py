@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,16 +20,22 @@ from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.jobs.stages import Stages
+from lowmem_aim.methods.solved import ROWS, operations
 from lowmem_aim.models.opening import Finder
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
+from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.survey import survey
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.system.memory import Kind, enough
+from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options
-from lowmem_aim.units import shown
+from lowmem_aim.units import clock, shown
 
 MEASURED_SECONDS = 1.0  # for the disk; half of it for each of the others
+SOLVE = "matrix products"  # their speed's name
+LONG_SECONDS = 3600.0
+GPU_SPEED = 2e13  # operations per second in float32, of a GPU that many have
 
 
 def plan(
@@ -128,14 +134,22 @@ class Estimate:
     def _disk(self) -> Requirement:
         """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""
         ready = self.ready
-        written, spilled = ready.bytes_to_write(), ready.bytes_to_spill()
+        written, spilled, scratch = ready.bytes_to_write(), ready.bytes_to_spill(), self._scratch()
         stages, missing = ready.position.unmade_bytes, sum(self.hub.missing.values())
         parts = [f"the output {shown(written)}, and {shown(SMALL_FILES_BYTES)} to spare"]
         parts += [f"the stages {shown(stages)}, until it is finished"] if stages else []
         parts += [f"hidden states before that, at most {shown(spilled)}"] if spilled else []
+        parts += [f"matrices {shown(scratch)} meanwhile"] if scratch else []
         parts += [f"downloads of {shown(missing)} besides, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(ready.out)).free
-        return Requirement("disk", stages + max(written, spilled) + SMALL_FILES_BYTES, free, "; ".join(parts))
+        at_once = written + spilled if ready.experts else max(written, spilled)  # experts run while it is written
+        return Requirement("disk", stages + at_once + scratch + SMALL_FILES_BYTES, free, "; ".join(parts))
+
+    def _scratch(self) -> int:
+        """Bytes of matrices in a file; 0 where a budget is too small, which is told."""
+        with contextlib.suppress(MemoryBudgetError):
+            return self.ready.scratch_bytes()
+        return 0
 
     def _tell_of_downloads(self) -> None:
         missing = [f"{printable(label)} {shown(count)}" for label, count in self.hub.missing.items() if count]
@@ -153,6 +167,8 @@ class Estimate:
             disk = disk_speed(existing_folder(ready.out), files, MEASURED_SECONDS)
             speeds = ({"read": disk.read} if disk.read else {}) | {"write": disk.write}
             speeds |= self._merge_speeds()
+            if self._solving():
+                speeds[SOLVE] = matmul_speed(run.device, torch.float32, MEASURED_SECONDS / 4, tokens=ROWS)
             for model_run in ready.model_runs:
                 seconds = MEASURED_SECONDS / 2
                 speeds[model_run.speed] = matmul_speed(run.device, model_run.dtype, seconds, tokens=model_run.length)
@@ -182,6 +198,24 @@ class Estimate:
                 )
         return speeds
 
+    def _solving(self) -> float:
+        """Floating-point operations of methods that solve, each way of merging a tensor once."""
+        experts, ways = self.ready.experts, dict[Hashable, float]()
+        for plan in self.ready.plans.values():
+            tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.method.texts else 0
+            for task in plan.tasks if plan.recipe.method.rows_of_linears else ():
+                subject = subject_of(task, plan.recipe, plan.seed)
+                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens)
+        return sum(ways.values())
+
+    def _tell_of_solving(self, seconds: float) -> None:
+        """Tell what solving costs; where that is hours, what a GPU would take."""
+        there = f", here {clock(seconds)}"
+        if self.ready.run.device.type == "cpu" and seconds > LONG_SECONDS:
+            elsewhere = clock(self._solving() / GPU_SPEED)
+            there += f"; a GPU of {GPU_SPEED / 1e12:g} TFLOP/s in float32 would take {elsewhere}"
+        self.ready.notes.append(f"solving takes {self._solving():.1e} operations{there}")
+
     def _compute(self, plan: Plan) -> str:
         """The name of a method's arithmetic among the speeds."""
         methods = {other.recipe.method.name for other in self.ready.plans.values()}
@@ -202,6 +236,9 @@ class Estimate:
             for plan in plans.values()
             if self._compute(plan) in speeds
         ]
+        if SOLVE in speeds:
+            computing.append(self._solving() / speeds[SOLVE])
+            self._tell_of_solving(computing[-1])
         limits = {"write": write / speeds["write"]}
         limits |= {"compute": sum(computing)} if computing else {}
         limits |= {"read": read / speeds["read"]} if "read" in speeds else {}

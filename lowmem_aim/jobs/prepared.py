@@ -213,6 +213,13 @@ class Prepared:
         reached = self.reached  # before the budget is looked at
         return shares.share_out(self.run.budget, self.run.device, self.needs(), reached, grown=grown)
 
+    def scratch_bytes(self) -> int:
+        """Bytes of matrices that lie in a file meanwhile, since they do not fit in memory. Raises MemoryBudgetError."""
+        needs = self.needs()
+        matrices = needs.footprint.matrices + (needs.running.moments if needs.running else 0)
+        shares = self.shares() if matrices else None
+        return max(0, matrices - shares.matrices - shares.device_matrices) if shares else 0
+
     def merging_bytes(self) -> int:
         """Bytes of RAM that merging weights on demand takes, while ACM compares, one output after another."""
         compared = [plan for plan in self.plans.values() if plan.recipe.acm]

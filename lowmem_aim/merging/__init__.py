@@ -9,6 +9,7 @@ slices.py           the matching rows of one tensor in all models, slice by slic
 pipeline.py         threads with bounded queues between them
 passes.py           the passes over one tensor
 targets.py          the outputs: how each relaxes and rounds merged rows, and where it puts them
+effects.py          what a merge keeps of each expert's effect on its own texts
 reads.py            digests of all tensors that were read
 merged_weights.py   merged weights computed on demand, for ACM and RegMean++
 """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
+from lowmem_aim.merging.effects import EffectSampler
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.moments import MatrixSpace, Moment
 from lowmem_aim.planning.layout import subject_of
@@ -43,13 +44,19 @@ class Given:
     def subject(self, task: Task, plan: Plan, shape: tuple[int, ...] | None = None) -> Subject:
         """The facts about a tensor, and what its method works with; `shape` in place of its own."""
         facts = subject_of(task, plan.recipe, plan.seed, shape)
-        return replace(facts, space=self.space, moments=self._moments(task))
+        return replace(facts, space=self.space, moments=self._moments(task) if plan.recipe.method.texts else None)
 
     def block_of(self, task: Task) -> int | None:
         """The block that must be measured before a tensor is merged."""
         if self.moments is None or task.action == "copy":
             return None
         return self.moments.block_of(task.experts[0].tensor)
+
+    def sampler(self, task: Task) -> EffectSampler | None:
+        """A sampler of the experts' effects in a tensor, whose block is measured; None where there are none."""
+        moments = self._moments(task)
+        reached = moments and any(moment for of_matrix in moments for moment in of_matrix)
+        return EffectSampler(task, moments) if moments and reached else None
 
     def by_block(self, tasks: Iterable[Task]) -> Iterator[tuple[int | None, Iterator[Task]]]:
         """Yield tasks, in their order, with the block that must be measured before them."""

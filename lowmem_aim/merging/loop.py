@@ -134,7 +134,7 @@ class _Loop:
     def passes_over(self, task: Task, stream: Stream) -> Job:
         """Yield the passes over one tensor; the last one gives finished rows to the targets that lack the tensor."""
         passes = TensorPasses(self.settings, task, stream)
-        parts = [TargetTensor.of(target, target.left[task.name]) for target in self._lacking(task)]
+        parts = [TargetTensor.of(target, target.left[task.name], self.given) for target in self._lacking(task)]
         if task.action == "copy":
             # Not through the device, which may not have the dtype.
             yield _last(passes, parts, lambda rows: [FinishedRows(copied(rows.stored_experts[0], task))] * len(parts))

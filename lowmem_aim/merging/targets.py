@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
+from lowmem_aim.merging.effects import EffectSampler
 from lowmem_aim.merging.given import Given
 from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.slices import TensorInputs, TensorReader, finite
@@ -42,13 +43,16 @@ class Target:
 
     def uses_base(self, task: Task) -> bool:
         """Whether the base's rows of a tensor go into this output."""
-        return self.plan.recipe.builds_on_base or self.relaxation.touches(task)
+        recipe = self.plan.recipe
+        return recipe.builds_on_base or self.relaxation.touches(task) or (recipe.solve is not None and task.linear)
 
     def merged(self) -> Merged:
         """Digests and figures of what was read and written, in the plan's order."""
         shards = {shard.name: self.shards.digests[shard.name] for shard in self.plan.shards}
-        kept = {task.name: self.shards.kept[task.name] for task in self.plan.tasks if task.name in self.shards.kept}
-        return Merged(shards, self.reads.model_digests(), self.reads.replaced_elements(self.plan), kept)
+        tasks = [task.name for task in self.plan.tasks]
+        kept = {name: self.shards.kept[name] for name in tasks if name in self.shards.kept}
+        effects = {name: self.shards.effects[name] for name in tasks if name in self.shards.effects}
+        return Merged(shards, self.reads.model_digests(), self.reads.replaced_elements(self.plan), kept, effects)
 
 
 class SummedProgress:
@@ -78,6 +82,7 @@ class FinishedRows:
     rows: Tensor  # (rows, columns), in the output's dtype, on the CPU
     before: int = 0  # in the units of `methods.exact`
     after: int = 0
+    effects: Tensor | None = None  # see `EffectSampler.of`
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,12 @@ class TargetTensor:
     task: Task
     relax: Relax | None
     sampler: DeltaSampler
+    effects: EffectSampler | None
 
     @classmethod
-    def of(cls, target: Target, task: Task) -> TargetTensor:
+    def of(cls, target: Target, task: Task, given: Given) -> TargetTensor:
         """The tensor of a task that the target lacks."""
-        return cls(target, task, target.relaxation.of(task), DeltaSampler(task))
+        return cls(target, task, target.relaxation.of(task), DeltaSampler(task), given.sampler(task))
 
     def begun(self, given: Given) -> Rounds:
         """The rounds of the target's method over the tensor, none of them run yet."""
@@ -105,16 +111,19 @@ class TargetTensor:
 
         Raises ModelError for values that the output's dtype cannot hold.
         """
-        if self.relax is None:
-            return FinishedRows(streams.down(rounded(merged, self.task)))
-        before = self.sampler.of(merged, rows.stored_base, rows.start)
-        relaxed = self.relax(merged, rows)
-        after = self.sampler.of(relaxed, rows.stored_base, rows.start)
-        return FinishedRows(streams.down(rounded(relaxed, self.task)), before, after)
+        before = after = 0
+        if self.relax is not None:
+            before = self.sampler.of(merged, rows.stored_base, rows.start)
+            merged = self.relax(merged, rows)
+            after = self.sampler.of(merged, rows.stored_base, rows.start)
+        effects = self.effects.of(merged, rows) if self.effects else None
+        return FinishedRows(streams.down(rounded(merged, self.task)), before, after, effects)
 
     def append(self, finished: FinishedRows) -> None:
         """Write the next rows. Raises DiskError."""
         self.sampler.add(finished.before, finished.after)  # not in `finish`: a slice that fails is computed again
+        if self.effects and finished.effects is not None:
+            self.effects.add(finished.effects)
         self.target.shards.append(self.task, finished.rows)
 
     def done(self, tensor: TensorInputs, digests: Mapping[TensorReader, str]) -> None:
@@ -128,6 +137,8 @@ class TargetTensor:
         self.target.relaxation.check_base(self.task, self.target.reads.digest_of(base) if base else None)
         if self.relax is not None:
             read = replace(read, kept={self.task.name: DeltaKept(*self.sampler.sums())})
+        if self.effects:
+            read = replace(read, effects={self.task.name: self.effects.effects()})
         self.target.shards.tensor_done(self.task, read)
 
 

@@ -265,3 +265,14 @@ def _matrix_bytes(tensor: Subject) -> int:
     linears = Linears.of(tensor)
     kept = (tensor.experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
     return linears.count * ((tensor.experts + 1) * moment_bytes(linears.inputs) + kept)
+
+
+def operations(tensor: Subject, *, tokens: int) -> float:
+    """Floating-point operations of solving a tensor; `tokens`: of all texts, or 0 where moments are of the deltas."""
+    if not tensor.linear:
+        return 0.0
+    linears, experts = Linears.of(tensor), tensor.experts
+    inputs, outputs = float(linears.inputs), tensor.numel / max(linears.count * linears.inputs, 1)
+    moments = tokens / linears.count if tokens else experts * outputs  # half of each is computed; tokens are routed
+    solving = inputs / 3 + 2 * (experts + 1) * outputs
+    return linears.count * (moments + solving) * inputs**2

@@ -19,6 +19,7 @@ code_keys.py        keys of JSON files that make a loader run code
 portable.py         the recipe in a form that others can run
 provenance.py       lowmem_aim.json: inputs, outputs, versions
 card.py             the model card
+effects.py          the shares of the experts' effects that a merge keeps, in all and by layer
 heatmap.py          how much of the delta is left, by layer and kind of module
 drawing.py          matplotlib apart from the user's settings, files and terminal
 picture.py          the heat map as a PNG

@@ -92,10 +92,29 @@ def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -
         f"---\n{yaml_text(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n"
-        f"{_warning(recipe)}{relaxed}{left}\n"
+        f"{_warning(recipe)}{relaxed}{left}{_effects(facts)}\n"
         f"## Recipe\n\n{_fenced(portable, 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
+    )
+
+
+def _effects(facts: dict[str, Any]) -> str:
+    """The section on what is kept of each expert, if texts were measured."""
+    found = facts.get("effects", [])
+    if not found:
+        return ""
+    rows = []
+    for one in found:
+        least = min(one["layers"], key=one["layers"].__getitem__, default="")
+        where = f"{one['layers'][least]:.0%} in layer {least}" if least else ""
+        rows.append(f"| {inline(one['model'])} | {one['kept']:.1%} | {where} |")
+    return (
+        "\n## What is kept of each expert\n\nAn expert's effect is what its delta adds to the outputs of a linear, for "
+        "texts of its own. The share of it that this model has too, as the mean over the linears, estimated from some "
+        "outputs of each: 100 % is all of it, 0 % what the base has.\n\n| expert | kept | least |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
     )
 
 

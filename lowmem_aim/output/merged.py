@@ -17,6 +17,18 @@ class DeltaKept(NamedTuple):
     after: float
 
 
+class Effect(NamedTuple):
+    """Sums of squares over outputs of one tensor, for one expert's own texts (see `merging.effects`)."""
+
+    lost: float  # of what the merge lacks of the expert's effect
+    whole: float  # of the expert's effect
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the effect that the merge keeps; None if there is no effect."""
+        return 1.0 - self.lost / self.whole if self.whole else None
+
+
 class Replaced(NamedTuple):
     """Elements of one tensor of a model that were NaN or Inf, and took the base's value."""
 
@@ -33,3 +45,4 @@ class Merged:
     models: Sequence[tuple[str, str]] = ()  # label, xxh3-128 over its tensors as read, by name
     replaced: Sequence[Replaced] = ()
     kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left
+    effects: Mapping[str, Sequence[Effect]] = field(default_factory=dict)  # tensor -> of each expert

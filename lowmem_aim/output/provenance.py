@@ -8,6 +8,7 @@ from typing import Any
 import lowmem_aim
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.output.effects import EffectShares
 from lowmem_aim.output.heatmap import Modules, by_module, inside, joined, shares_by
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.planning.tasks import Plan
@@ -58,6 +59,15 @@ def versions(method: Method | None = None) -> dict[str, str]:
 def kept_by_module(plan: Plan, merged: Merged) -> Modules:
     """The sums of the delta by module; a module that was not relaxed is there, without a delta."""
     return by_module((task.layer, task.kind, merged.kept.get(task.name, (0.0, 0.0))) for task in plan.tasks)
+
+
+def effects_of(plan: Plan, inputs: Inputs, merged: Merged) -> list[dict[str, Any]]:
+    """The shares of the experts' effects that are kept; empty where no texts were measured."""
+    shares = EffectShares()
+    for task in plan.tasks:
+        if task.name in merged.effects:
+            shares.add(task.layer, [effect.kept for effect in merged.effects[task.name]])
+    return shares.facts([inputs.opened[expert.reference].label for expert in plan.recipe.slices[0].experts])
 
 
 def kept_shares(kept: Modules) -> dict[str, Any]:

@@ -182,6 +182,7 @@ class Group(Record):
     digests: Mapping[str, Mapping[str, str]]  # model folder -> tensor of this group -> xxh3-128 of its bytes as read
     replaced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # likewise -> elements that were not finite
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensor -> sums, see `relaxing.delta_sampler`
+    effects: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)  # tensor -> of each expert its sums
 
 
 # The kinds that a later run can build on. If a run's folder has none of them, nothing is lost with it.

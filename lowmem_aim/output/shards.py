@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lowmem_aim.events import Emit, Notice, TensorDone, Worked
 from lowmem_aim.output.journal import Journal
-from lowmem_aim.output.merged import DeltaKept
+from lowmem_aim.output.merged import DeltaKept, Effect
 from lowmem_aim.output.records import Group
 from lowmem_aim.output.writer import Commit, Prefix, ShardWriter, finished_prefix
 from lowmem_aim.planning.tasks import Plan, Shard, Task
@@ -33,6 +33,7 @@ class Read:
     digests: ByModel[str]  # xxh3-128 of the bytes as read
     replaced: ByModel[int]  # how many elements were not finite, and took the base's value
     kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left
+    effects: Mapping[str, Sequence[Effect]] = field(default_factory=dict)  # tensor -> of each expert
 
 
 class Shards:
@@ -53,6 +54,7 @@ class Shards:
         self._done = 0  # bytes of tensors that are handed on
         self._written = 0  # bytes that have gone to the disk
         self.kept: dict[str, DeltaKept] = {}  # of every tensor that was relaxed
+        self.effects: dict[str, Sequence[Effect]] = {}  # of every tensor that texts have reached
         self.digests: dict[str, str] = {}  # file name -> sha256
         self.read_before: list[Read] = []  # of the tensors that were found
         self.left: list[Task] = []
@@ -67,6 +69,8 @@ class Shards:
         self._prefixes[shard.name] = prefix
         self.read_before += [Read(group.digests, group.replaced) for group in groups]
         self.kept |= {name: DeltaKept(*sums) for group in groups for name, sums in group.kept.items()}
+        for group in groups:
+            self.effects |= {name: [Effect(*sums) for sums in found] for name, found in group.effects.items()}
         for task in shard.tasks[: prefix.tensors]:
             self._tell(task, earlier=True)
         if prefix.tensors == len(shard.tasks):
@@ -87,6 +91,7 @@ class Shards:
         writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
         writer.tensor_done(read)
         self.kept |= read.kept
+        self.effects |= read.effects
         self._tell(task)
         if task is shard.tasks[-1]:
             self.digests[shard.name] = writer.close()
@@ -119,10 +124,15 @@ class Shards:
                 kind=task.kind,
                 done=self._done,
                 kept=self.kept.get(task.name),
+                effects=self._shares_of(task),
                 earlier=earlier,
                 output=self._output,
             )
         )
+
+    def _shares_of(self, task: Task) -> tuple[float | None, ...] | None:
+        effects = self.effects.get(task.name)
+        return None if effects is None else tuple(effect.kept for effect in effects)
 
     def _worked(self, nbytes: int, seconds: float) -> None:
         self._written += nbytes
@@ -132,8 +142,10 @@ class Shards:
         digests = _joined(read.digests for read in done.facts)
         replaced = _joined(read.replaced for read in done.facts)
         kept = {name: sums for read in done.facts for name, sums in read.kept.items()}
+        effects = {name: sums for read in done.facts for name, sums in read.effects.items()}
         start = done.tensors - len(done.facts)
-        self._journal.keep_group(Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced, kept))
+        group = Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced, kept, effects)
+        self._journal.keep_group(group)
 
     def __enter__(self) -> Shards:
         plan = self._plan

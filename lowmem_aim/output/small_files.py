@@ -19,7 +19,7 @@ from lowmem_aim.output.heatmap import joined
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.picture import heatmap_png
 from lowmem_aim.output.portable import StageFacts, how_to_run, portable_recipe
-from lowmem_aim.output.provenance import kept_by_module, kept_shares, provenance
+from lowmem_aim.output.provenance import effects_of, kept_by_module, kept_shares, provenance
 from lowmem_aim.output.token_ids import with_vocabulary
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.activations import Activations
@@ -65,6 +65,8 @@ def output_files(
     kept = kept_by_module(plan, merged)
     if joined(kept.values()).before:
         facts["kept"] = kept_shares(kept)
+    if effects := effects_of(plan, inputs, merged):
+        facts["effects"] = effects
     if picture := heatmap_png(kept):
         facts["versions"] |= drawn_with()
         files[PICTURE] = picture

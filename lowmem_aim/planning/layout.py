@@ -57,14 +57,14 @@ def make_plan(
             f"a shard size of {shard_parameters} parameters is too small", hint="write it in full, or as 2B"
         )
     tasks = [_task(match, recipe) for match in matches(recipe, inputs)]
-    if recipe.method.texts:  # what lies outside the layers first: it waits for nothing
+    if recipe.solve:  # the experts run block by block; what lies outside the layers first: it waits for nothing
         tasks.sort(key=_block)
     _check(tasks, recipe, seed)
     if shard_parameters is None:
         groups = _grouped(tasks, shard_bytes, lambda task: task.nbytes)
     else:
         groups = _grouped(tasks, shard_parameters, lambda task: math.prod(task.shape))
-    order = _block if recipe.method.texts else None
+    order = _block if recipe.solve else None
     shards = tuple(shard_of(_name(number, len(groups)), group, order) for number, group in enumerate(groups, start=1))
     return Plan(recipe, shards, seed, nonfinite)
 

@@ -62,6 +62,7 @@ class Survey:
     settings: Mapping[str, str]  # the same for all tensors
     aim: Mapping[str, Any] | None
     acm: Mapping[str, Any] | None
+    experts: tuple[str, ...]  # labels of those that are run on texts of their own
     kinds: tuple[Kind, ...]
     left_out: Mapping[str, tuple[str, ...]]  # why -> tensors that are not merged
     shards: int
@@ -93,14 +94,22 @@ def survey(plans: Mapping[str, Plan], inputs: Inputs, missing: Mapping[str, int]
         settings={key: text for key, text in common.items() if all(own.get(key) == text for own in commons)},
         aim=_aim([one.aim for one in recipes if one.aim], listed=bool(names)),
         acm=next((_acm(one.acm) for one in recipes if one.acm), None),
+        experts=_experts(recipe, inputs),
         kinds=tuple(_kinds(tasks, common)),
         left_out=_left_out(tasks, recipe, inputs),
         shards=len(first.shards),
         read_bytes=_read_bytes(
-            tasks, with_base=inputs.base is not None and any(one.builds_on_base or one.relaxed for one in recipes)
+            tasks,
+            with_base=inputs.base is not None
+            and any(one.builds_on_base or one.relaxed or one.solve for one in recipes),
         ),
         write_bytes=sum(plan.output_bytes for plan in plans.values()),
     )
+
+
+def _experts(recipe: Recipe, inputs: Inputs) -> tuple[str, ...]:
+    experts = recipe.slices[0].experts if recipe.solve else ()
+    return tuple(inputs.opened[expert.reference].label for expert in experts)
 
 
 def all_told(texts: Sequence[str]) -> str:

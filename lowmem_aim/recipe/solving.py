@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from lowmem_aim.errors import printable
@@ -12,7 +11,7 @@ from lowmem_aim.recipe.recipe import ModelEntry, Slice, Solve
 from lowmem_aim.recipe.relaxations import plain_value
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.words import is_activations_file
-from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
+from lowmem_aim.recipe.yaml_tree import Node
 
 SOLVE_KEYS = ("calibration", "samples", "block_size", "seed", "pack", "dtype")
 _OWN = "give each model texts such as it was tuned on, as `calibration: texts.jsonl` beside `model:`"
@@ -30,39 +29,42 @@ def own_texts(read: Values, item: Node) -> str:
 def solve_of(
     read: Values, node: Node | None, method: Method | None, slices: Sequence[Slice], *, by_flags: bool, acm: bool
 ) -> Solve | None:
-    """The table `solve:` of a recipe; None if the method measures no texts.
+    """The table `solve:` of a recipe; None if no texts of experts are measured.
 
-    Problems are collected in `read`: texts without a meaning, or that are missing.
+    Methods that solve need them; with any other method that has a base, they tell what the merge keeps of each expert.
+    Problems are collected in `read`.
     """
     table = _table(read, node) if node is not None else Solve()
     experts = [expert for part in slices for expert in part.experts]
-    if method is None:
+    given = node is not None or any(expert.calibration for expert in experts)
+    if method is None or not slices or not (method.texts or given):
         return None
-    if not method.texts:
-        _tell_idle(read, node, method, experts)
-        return None
+    where = Node(None, slices[0].where)
+    name = f"`{method.name}`" if method.texts else "`solve`"
     if any(part.sliced or part.module for part in slices):
-        text = f"`{method.name}` runs whole models, and this recipe takes layers or modules of them"
-        read.problem(Node(None, slices[0].where), text, _WITHOUT)
-    if acm:
-        text = f"`acm` compares a merged model before it is made, and `{method.name}` makes it block by block"
-        read.problem(Node(None, slices[0].where if slices else ""), text, f"leave `acm` out; {_WITHOUT}")
-    lacking = [expert for expert in experts if not expert.calibration]
-    if lacking and not table.calibration:
-        where = Node(None, lacking[0].where)
-        names = ", ".join(f"`{printable(expert.reference)}`" for expert in lacking)
-        flags = "write `--expert FOLDER=texts.jsonl`" if by_flags else _OWN
-        read.problem(where, f"`{method.name}` needs texts of {names}", f"{flags}; {_WITHOUT}")
-    for expert in lacking if table.calibration else ():
-        text = f"`{printable(expert.reference)}` has no texts of its own, and `{method.name}` takes those of `solve`"
-        note = "with texts that are nobody's own it is hardly more than an average"
-        read.notices.append(Remark(expert.where, f"{text}: {note}"))
+        text = f"{name} runs whole models, and this recipe takes layers or modules of them"
+        read.problem(where, text, _WITHOUT if method.texts else "leave the texts of experts out")
+    if acm and method.texts:
+        text = f"`acm` compares a merged model before it is made, and {name} makes it block by block"
+        read.problem(where, text, f"leave `acm` out; {_WITHOUT}")
+    if not slices[0].base:
+        read.problem(where, f"{name} needs a `base_model`: deltas are what is measured", "name it as `base_model`")
+    _check_texts(read, table, [expert for expert in experts if not expert.calibration], method, by_flags=by_flags)
     return table
 
 
-def texts_of(solve: Solve, expert: ModelEntry) -> Solve:
-    """The settings by which the texts of one expert are read: its own, or the shared ones."""
-    return replace(solve, calibration=expert.calibration or solve.calibration)
+def _check_texts(read: Values, table: Solve, lacking: Sequence[ModelEntry], method: Method, *, by_flags: bool) -> None:
+    """Check that there are texts for the experts that have none of their own; those are told of."""
+    name = f"`{method.name}`" if method.texts else "`solve`"
+    if lacking and not table.calibration:
+        names = ", ".join(f"`{printable(expert.reference)}`" for expert in lacking)
+        hint = "write `--expert FOLDER=texts.jsonl`" if by_flags else _OWN
+        hint += f"; {_WITHOUT}" if method.texts else ""
+        read.problem(Node(None, lacking[0].where), f"{name} needs texts of {names}", hint)
+    for expert in lacking if table.calibration else ():
+        text = f"`{printable(expert.reference)}` has no texts of its own, and {name} takes the shared ones"
+        note = f": with texts that are nobody's own {name} is hardly more than an average" if method.texts else ""
+        read.notices.append(Remark(expert.where, text + note))
 
 
 def _table(read: Values, node: Node) -> Solve:
@@ -87,20 +89,3 @@ def _texts(read: Values, node: Node, found: Any) -> Any:
         read.problem(node, text, "name a .jsonl or .txt file, `builtin`, or a dataset on the Hub")
         return None
     return found
-
-
-def _tell_idle(read: Values, node: Node | None, method: Method, experts: Sequence[ModelEntry]) -> None:
-    """Tell of texts that the method does not measure: a notice or, of a flag, a problem."""
-    places = [node.where] if node is not None else []
-    places += [expert.where for expert in experts if expert.calibration]
-    for where in places[:1]:
-        text = f"texts of experts have no meaning for `{method.name}`, which measures none"
-        if where == COMMAND_LINE or (node is not None and _by_flag(node)):
-            read.problem(Node(None, where), text, "leave them out, or choose `regmean`")
-        else:
-            read.notices.append(Remark(where, text))
-
-
-def _by_flag(node: Node) -> bool:
-    texts = node.get("calibration")
-    return texts is not None and texts.by_flag

@@ -70,6 +70,19 @@ def layer_row(run: Progress, width: int) -> Text | None:
     return cells.row("layers", drawn, Text(_figures(run, planned)))
 
 
+def effect_rows(run: Progress, width: int) -> Iterator[Text]:
+    """Yield a row for each expert: what the merge keeps, layer by layer, of the expert's effect on its own texts."""
+    cells = Cells.of(run, width)
+    for expert, name in enumerate(run.expert_names()):
+        share, layers = run.effects.in_all(expert), run.effects.by_layer(expert)
+        if cells is None or share is None:
+            continue
+        own = [_mean([layers.get(layer) for layer in of_cell]) for of_cell in cells.layers]
+        label = printable(name, 60)
+        label = label if len(label) < cells.label else f"{label[: cells.label - 2]}…"
+        yield cells.row(label, [_heat(one, Scale()) for one in own], Text(f"kept {share:.0%}"))
+
+
 def heat_map(run: Progress, width: int) -> Iterator[Text]:
     """Yield a row for each kind of module, then the scale of heights and colours; nothing without the room for it."""
     cells, rows = Cells.of(run, width), list(heat_rows(run.kept))

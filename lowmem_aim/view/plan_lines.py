@@ -143,6 +143,6 @@ def _slowest(step: Mapping[str, Any]) -> str:
 def _speed(name: str, value: float) -> str:
     if name.startswith("compute"):  # `compute by ties` where there are several methods
         return f"{name.replace('compute', 'computing', 1)} {value / 1e6:.0f} M elements/s"
-    if name.startswith("forward"):
+    if name.startswith(("forward", "matrix products")):
         return f"{name} {value / 1e9:.0f} GFLOP/s"
     return f"{name} {shown(value)}/s"

@@ -30,6 +30,7 @@ from lowmem_aim.events import (
     Unit,
     Worked,
 )
+from lowmem_aim.output.effects import EffectShares
 from lowmem_aim.output.heatmap import DeltaSums, joined, shares_by
 
 STAGES: tuple[Stage, ...] = ("read", "compute", "write")
@@ -77,6 +78,7 @@ class Progress:
     layers: Counter[str] = field(default_factory=Counter)  # finished tensors of each layer
     kept: dict[tuple[str, str], DeltaSums] = field(default_factory=dict)  # (layer, kind) -> of the first output
     kept_by_output: dict[str, DeltaSums] = field(default_factory=dict)
+    effects: EffectShares = field(default_factory=EffectShares)  # of the first output
     snapshot: tuple[float, float] | None = None  # of calibration, the last: when it was made, blocks
     points: dict[str, PointScored] = field(default_factory=dict)  # of a sweep, experts too, in the order of scoring
     paused: bool = False
@@ -129,6 +131,7 @@ class Progress:
             self.tensors, self.earlier = 0, 0
             for counted in (self.layers, self.kept, self.kept_by_output):
                 counted.clear()
+            self.effects.found.clear()
         self.planned = event
 
     def _end(self, label: str, t: float) -> None:
@@ -151,6 +154,8 @@ class Progress:
             self.kept_by_output.setdefault(event.output, DeltaSums()).add(event.kept)
             if event.output == next(iter(self.kept_by_output)):
                 self.kept.setdefault((layer, event.kind), DeltaSums()).add(event.kept)
+        if event.effects and event.output == self._first_output(event.output):
+            self.effects.add(event.layer, event.effects)
         if event.earlier and self.current:
             self.current.done = event.done  # the work of an earlier run
             self.current.marks.clear()
@@ -158,6 +163,15 @@ class Progress:
         else:
             self._advance(event.done)
             self.item, self.shape = event.name, event.shape
+
+    def _first_output(self, name: str) -> str:
+        """The output whose effects are shown: the first of those that the plan names."""
+        outputs = self.planned.about.get("outputs") if self.planned else None
+        return str(outputs[0]) if outputs else name
+
+    def expert_names(self) -> list[str]:
+        """The labels of the experts, in the recipe's order, as the plan tells them."""
+        return [str(name) for name in self.planned.about.get("experts", ())] if self.planned else []
 
     def _sample(self, t: float, sample: Sampled) -> None:
         self.samples.append((t, sample))

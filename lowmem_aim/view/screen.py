@@ -16,7 +16,7 @@ from lowmem_aim.errors import printable
 from lowmem_aim.events import Sampled, Stage
 from lowmem_aim.output.heatmap import BLOCKS
 from lowmem_aim.units import clock, shown
-from lowmem_aim.view.layer_rows import LABEL, heat_map, layer_row
+from lowmem_aim.view.layer_rows import LABEL, effect_rows, heat_map, layer_row
 from lowmem_aim.view.point_rows import point_rows
 from lowmem_aim.view.progress import STAGES, PhaseSeen, Progress
 from lowmem_aim.view.wrapping import wrapped, wrapped_command
@@ -63,6 +63,8 @@ def _blocks(run: Progress, width: int, keys: bool) -> Iterator[Block]:
         yield from _memory(run, run.latest, width)
     if row := layer_row(run, width):
         yield Block(65, [row])
+    for row in effect_rows(run, width):
+        yield Block(64, [row])
     for number, row in enumerate(point_rows(run, width)):
         yield Block(68 - number, [row])
     for number, row in enumerate(heat_map(run, width)):

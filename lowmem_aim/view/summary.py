@@ -73,6 +73,8 @@ def facts(run: Progress) -> dict[str, Any]:
         outputs = {name: kept.share for name, kept in run.kept_by_output.items() if name}
         layers = _in_order(run.kept_by(0))
         found["kept"] = {"delta": share, "layers": layers, "kinds": run.kept_by(1), "outputs": outputs}
+    if effects := run.effects.facts(run.expert_names()):
+        found["effects"] = effects
     return found
 
 
@@ -99,6 +101,9 @@ def _summary(run: Progress, width: int | None) -> Iterator[str]:
             peaks.append(f"VRAM {shown(latest.vram_peak)} of {shown(planned.vram_budget or 0)}")
         yield f"  peaks     {', '.join(peaks)} (the budget)"
     yield from _kept(run, width)
+    if effects := run.effects.facts(run.expert_names()):
+        shares = ", ".join(f"{printable(one['model'], 40)} {one['kept']:.1%}" for one in effects)
+        yield f"  effects   {shares} of what each expert does on its own texts"
     for text in run.warnings[:MOST_WARNINGS]:
         yield f"  warning   {printable(text, 500)}"
     if len(run.warnings) > MOST_WARNINGS:

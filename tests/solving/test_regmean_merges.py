@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lowmem_aim.errors import ModelError, RecipeError
+from lowmem_aim.events import Event, TensorDone
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.merging import effects
 from lowmem_aim.methods import moments as tiles
 from lowmem_aim.methods import solved
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
@@ -211,7 +214,8 @@ def test_the_output_says_which_texts_it_was_made_with(llama_with_texts: Path, tm
     [
         ({"expert": ("a", "b")}, r"`regmean` needs texts of `a`, `b`"),
         ({"expert": ("a", "b"), "solve_calibration": "x.safetensors"}, "holds activations"),
-        ({"expert": ("a=x.jsonl", "b=y.jsonl"), "method": "ties"}, "no meaning for `ties`"),
+        ({"expert": ("a=x.jsonl", "b"), "method": "ties"}, "`solve` needs texts of `b`"),
+        ({"expert": ("a=x.jsonl",), "method": "linear", "base": None}, "needs a `base_model`"),
         ({"theta": 0.7}, "`acm` compares a merged model before it is made"),
     ],
 )
@@ -230,3 +234,68 @@ def test_a_file_of_texts_that_is_not_there_is_told_before_work(llama_with_texts:
     with pytest.raises(ModelError, match=r"none\.jsonl"):
         merge(job(folder, "regmean", expert=experts), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["ties", "regmean"])
+def test_what_a_merge_keeps_of_each_expert_is_told(
+    architecture: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects, "SAMPLED", 1000)  # all outputs
+    folder = models(architecture, tmp_path)
+    events: list[Event] = []
+    out = merge(
+        job(folder, method, omega="0.7", calibration=str(folder / "math.jsonl")),
+        tmp_path / "out",
+        Options(),
+        events.append,
+    )
+    ours, base = tensors_in(out), tensors_in(folder / "base")
+    told = {event.name: event.effects for event in events if isinstance(event, TensorDone)}
+    moments = [by_an_ordinary_forward(folder / name, tokens(TEXTS[name])) for name in NAMES]
+    shares: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name in moments[0]:
+        turned = architecture in TURNED
+        for expert, table in zip(NAMES, moments, strict=True):
+            own = tensors_in(folder / expert)[name].double() - base[name].double()
+            lost = own - (ours[name].double() - base[name].double())
+            own, lost = (x.T if turned else x for x in (own, lost))
+            share = 1 - float((lost @ table[name] * lost).sum() / (own @ table[name] * own).sum())
+            shares[expert].append(share)
+        found = told[name]
+        assert found is not None
+        assert [round(share or 0.0, 3) for share in found] == [round(own[-1], 3) for own in shares.values()], name
+    facts = json.loads((out / "lowmem_aim.json").read_text())["effects"]
+    assert [one["model"] for one in facts] == list(NAMES)
+    for one, own in zip(facts, shares.values(), strict=True):
+        assert abs(one["kept"] - sum(own) / len(own)) < 1e-3
+        assert list(one["layers"]) == ["0", "1", "2"]
+    assert "## What is kept of each expert" in (out / "README.md").read_text()
+    plain = job(folder, method, omega="0.7", calibration=str(folder / "math.jsonl"))
+    if method == "ties":  # measuring changes nothing
+        without = tensors_in(merge(replace(plain, solve=None), tmp_path / "without"))
+        assert all(torch.equal(without[name], value) for name, value in ours.items())
+
+
+def test_a_method_without_a_base_is_told_of_too(llama_with_texts: Path, tmp_path: Path) -> None:
+    out = merge(
+        job(
+            llama_with_texts,
+            "linear",
+            expert=tuple(f"{llama_with_texts / name}={llama_with_texts / name}.jsonl" for name in NAMES),
+        ),
+        tmp_path / "out",
+    )
+    facts = json.loads((out / "lowmem_aim.json").read_text())["effects"]
+    assert all(0.0 < one["kept"] < 1.0 for one in facts)
+
+
+def test_what_is_kept_is_the_same_for_every_slice_and_kill(
+    llama_with_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects, "SAMPLED", 11)
+    ties = job(llama_with_texts, "ties", density=("0.5",))
+    whole = digests(merge(ties, tmp_path / "whole", SHARDS))
+    assert digests(merge(ties, tmp_path / "rows", replace(SHARDS, slice_rows=3))) == whole
+    stop(ties, tmp_path / "out", 15)
+    assert digests(merge(ties, tmp_path / "out", SHARDS)) == whole
