@@ -37,7 +37,7 @@ def test_a_program_passes_if_it_runs_to_its_end(program: str, passed: bool) -> N
 
 def test_a_program_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_scoring, "SECONDS", 1)
-    monkeypatch.setattr(code_scoring, "_START_SECONDS", 1)
+    monkeypatch.setattr(code_scoring, "START_SECONDS", 1)
     assert not tried("while True: pass").passed
     assert not tried("import signal, time\nsignal.alarm(0)\ntime.sleep(100)").passed
 
