@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,9 +32,9 @@ _HINT = "what the model has written is kept: give the same command again, or lea
 
 
 def scored_apart(names: Sequence[str], loaded: Loaded, asked: Asked) -> dict[str, Score]:
-    """The scores of tasks that have been asked for and keep the answers (see `harness.scored`), from a process apart.
+    """Return the scores that a process apart gives tasks which keep the answers, see `harness.scored`.
 
-    Raises UsageError if the process gives none.
+    Raises UsageError if the process gives none, DiskError.
     """
     tasks = {key: task for name in names for key, task in tasks_of(name, loaded.tasks).items()}
     content = json.dumps({"asked": _as_json(names, asked), "answers": {key: _answers(tasks[key]) for key in tasks}})
@@ -94,7 +95,7 @@ def _score(said: Mapping[str, Any]) -> Score:
 
 def _failure(ended: Ended, seconds: int) -> str:
     """Why there are no scores; continues `the process ...`."""
-    if ended.code is None:
+    if ended.code is None or ended.code == -getattr(signal, "SIGXCPU", 0):
         return f"took more than {seconds} seconds"
     if ended.code < 0:
         return f"was ended by signal {-ended.code}, by somebody or by a system short of memory"

@@ -21,7 +21,8 @@ from lowmem_aim.system.process_limits import end_with_parent, leave_network, lim
 
 _FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/opt", "/etc", "/proc", "/sys")
 _DEVICES = ("/dev/zero", "/dev/random", "/dev/urandom")  # and no disks, which root could read
-_AGAIN_SECONDS = 1  # after the first time that an item is told to end, in case the program goes on
+# After an item was told to end, in case its program goes on. Long, so that the task is not told while it looks at that.
+_AGAIN_SECONDS = 10
 
 
 def main() -> None:

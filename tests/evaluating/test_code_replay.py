@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hub.data_sets import write_data_sets
+from hub.playing import asked_for_data_sets, playing
+from hub.server import Hub
 
 from lowmem_aim.errors import UsageError
 from lowmem_aim.evaluating import replay, tasks
@@ -71,7 +75,7 @@ def attempts(folder: Path, port: int) -> dict[str, str]:
         "open('here', 'w').write('x')": "",
         "import os; assert os.path.samefile(os.path.expanduser('~'), '.')": "",
         "import os; assert not {'HF_TOKEN', 'OTHER'} & {*os.environ}": "",
-        "open('large', 'wb').write(bytes(200_000_000))": "OSError",
+        "open('large', 'wb').truncate(200_000_000)": "OSError",
         "bytearray(5_000_000_000)": "MemoryError",
         "while True: pass": "TimeoutError",
         "import lm_eval.api.metrics as m, lm_eval.evaluator_utils as e; m.mean = e.mean = lambda items: 0.25": "",
@@ -89,13 +93,14 @@ def attempts(folder: Path, port: int) -> dict[str, str]:
 def test_programs_are_run_by_a_process_that_can_do_little(
     tmp_path: Path, llama: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, out = tmp_path / "tasks", tmp_path / "scores.json"
+    monkeypatch.chdir(tmp_path)
+    folder, out = Path("tasks"), tmp_path / "scores.json"  # the files of tasks name their items by relative paths
     folder.mkdir()
     (tmp_path / "secret").write_text("secret")
     (folder / "both.yaml").write_text(GROUP)
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("OTHER", "secret")
-    monkeypatch.setattr(replay, "SECONDS", 1)
+    monkeypatch.setattr(replay, "SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         programs = attempts(tmp_path, server.getsockname()[1])
         write(folder, "runs", list(programs.items()), RUNS)
@@ -124,6 +129,19 @@ def test_a_task_that_does_not_say_that_it_runs_programs_is_refused_too(tmp_path:
     write(tmp_path, "lazy", [("a", "b")], "process_results: !function code.lazily\n")
     asked = Asked(("lazy",), (tmp_path,), allow_code=True)
     with pytest.raises(UsageError, match="`lazy` runs the programs that the model writes"):
+        tasks.loaded(asked)
+
+
+def test_items_that_cannot_be_loaded_without_a_network_are_missed_before_work(tmp_path: Path) -> None:
+    address = "'hf://datasets/google/IFEval/ifeval_input_data.jsonl'"
+    write(tmp_path, "far", [], "unsafe_code: true\n")
+    file = tmp_path / "far.yaml"
+    text = file.read_text().replace(f"{tmp_path}/far.jsonl", address)
+    file.write_text(text.replace("{{q}}", "{{prompt}}").replace("{{a}}", "-"))
+    asked = Asked(("far",), (tmp_path,), allow_execution=True)
+    hub = Hub(datasets=write_data_sets(tmp_path / "hub"))
+    told = pytest.raises(UsageError, match=r"`hf://datasets/google/IFEval/.*` is loaded with a network alone")
+    with playing(hub) as there, asked_for_data_sets(there, tmp_path / "cache"), told:
         tasks.loaded(asked)
 
 
@@ -182,6 +200,7 @@ def test_what_is_not_the_scores_that_were_asked_for_is_none(content: bytes) -> N
     ("ended", "told"),
     [
         (Ended(b"", None, ""), "took more than 310 seconds"),
+        (Ended(b"", -signal.SIGXCPU, ""), "took more than 310 seconds"),
         (Ended(b"", -9, ""), "ended by signal 9"),
         (Ended(b"{}", 0, ""), "something else than their scores"),
         (Ended(json.dumps({"scores": {"a": RIGHT}}).encode(), 1, "OSError: \x1b[2J"), r"failed: OSError: \\x1b\[2J"),
