@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import site
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -141,9 +142,9 @@ def _variables() -> dict[str, str]:
     nltk = sys.modules.get("nltk")
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, (package_folder(), os.environ.get("PYTHONPATH", "")))),
+        **({"PYTHONUSERBASE": site.getuserbase()} if site.ENABLE_USER_SITE else {}),  # it has another home
         "HF_HUB_CACHE": str(constants.HF_HUB_CACHE),
         "HF_DATASETS_CACHE": str(config.HF_DATASETS_CACHE),
-        "HF_ENDPOINT": str(config.HF_ENDPOINT),
         **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"), "1"),
         **({"NLTK_DATA": os.pathsep.join(map(str, nltk.data.path))} if nltk else {}),
         "CUDA_VISIBLE_DEVICES": "",
