@@ -63,7 +63,7 @@ TASK_FLAGS = bundle(
     _tasks(
         "--allow-code-execution",
         is_flag=True,
-        help="Run the programs that the model writes, each in a process of its own.",
+        help="Run the programs that the model writes, in processes apart, with limits and without network.",
     ),
 )
 FORWARD_FLAGS = bundle(

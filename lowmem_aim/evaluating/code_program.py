@@ -11,18 +11,23 @@ import json
 import os
 import sys
 
-from lowmem_aim.system.process_limits import end_after, leave_network, limit_for_good
+from lowmem_aim.system.process_limits import end_after, end_with_parent, leave_network, limit_for_good
 
 
 def main() -> None:
-    """Run what is on standard input. The arguments: bytes of memory and of a file that it may have, and seconds."""
-    memory, file_bytes, seconds = map(int, sys.argv[1:])
+    """Run what is on standard input.
+
+    The arguments: the id of the parent, bytes of memory and of a file that the program may have, and seconds.
+    """
+    parent, memory, file_bytes, seconds = map(int, sys.argv[1:])
     results = os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     text = sys.stdin.read()
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     print(json.dumps({"network": leave_network()}), file=results, flush=True)
+    end_with_parent(parent)
+    os.chdir(os.environ["HOME"])
     limit_for_good(memory, file_bytes, seconds)
     end_after(seconds)
     try:

@@ -7,29 +7,22 @@ the system allows that, and limits of memory, time and file sizes. All that come
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import lowmem_aim
-from lowmem_aim.errors import UsageError, printable
-from lowmem_aim.system.files import temporary_folder
+from lowmem_aim.errors import UsageError
+from lowmem_aim.evaluating.apart import run_apart
 
 MEMORY_BYTES = 4_000_000_000
 FILE_BYTES = 100_000_000  # of a file that a program writes
 SECONDS = 10
-_START_SECONDS = 20  # of the process itself, on a busy machine
+START_SECONDS = 20  # of the process itself, on a busy machine
 _LONGEST = 2000  # bytes of what comes back
-_PATH = "/usr/local/bin:/usr/bin:/bin"
+_PROGRAM = "evaluating.code_program"
 
 
 @dataclass(frozen=True)
@@ -41,36 +34,10 @@ class Tried:
 
 
 def tried(program: str) -> Tried:
-    """Run a program in a process of its own until it ends, or until its time is over."""
-    with temporary_folder() as folder, tempfile.TemporaryFile() as text, tempfile.TemporaryFile() as results:
-        text.write(program.encode("utf-8", "replace"))
-        text.seek(0)
-        limits = map(str, (MEMORY_BYTES, FILE_BYTES, SECONDS))
-        # Files and no pipes: a process that the program leaves behind could keep a pipe open for ever.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lowmem_aim.evaluating.code_program", *limits],
-            stdin=text,
-            stdout=results,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=_environment(folder),
-            start_new_session=True,
-        )
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS + _START_SECONDS)
-        finally:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it has started too
-            process.wait()
-        results.seek(0)
-        return checked(results.read(_LONGEST))
-
-
-def _environment(folder: str) -> dict[str, str]:
-    """Variables for the process: where Python finds this package, and nothing of the user's."""
-    package = str(Path(lowmem_aim.__file__).parents[1])
-    return {"PYTHONPATH": package, "PATH": _PATH, "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+    """Run a program in a process of its own until it ends, or until its time is over. Raises DiskError."""
+    limits = (MEMORY_BYTES, FILE_BYTES, SECONDS)
+    content = program.encode("utf-8", "replace")
+    return checked(run_apart(_PROGRAM, limits, content, SECONDS + START_SECONDS, _LONGEST).results)
 
 
 def checked(content: bytes) -> Tried:
@@ -125,16 +92,3 @@ class CodeEval:
 def _one_of(n: int, passed: Sequence[bool]) -> float:
     """The chance that one of `n` programs, drawn from all, passes."""
     return 1 - math.comb(len(passed) - sum(passed), n) / math.comb(len(passed), n)
-
-
-def runs_elsewhere(tasks: Any) -> Iterator[UsageError]:
-    """Yield an error for each loaded task that runs what the model writes in another way than by `code_eval`."""
-    for name, task in tasks.items():
-        scored_by = [getattr(metric, "__self__", metric) for metric in getattr(task, "_metric_fn_list", {}).values()]
-        known = [value for function in scored_by for value in getattr(function, "__globals__", {}).values()]
-        if getattr(task, "UNSAFE_CODE", False) and not any(isinstance(value, CodeEval) for value in known):
-            yield UsageError(
-                f"the task `{printable(name)}` runs the programs that the model writes in a way of its own, in this "
-                "process",
-                hint="leave it out of `--tasks`: only tasks that use `code_eval` are evaluated, such as `humaneval`",
-            )

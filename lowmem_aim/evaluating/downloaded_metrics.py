@@ -49,14 +49,19 @@ def refusal(who: str, metric: str) -> UsageError:
 def scored_by_downloads(tasks: Mapping[str, Any]) -> Iterator[UsageError]:
     """Yield an error for each such metric of loaded tasks, in their files or in what they are scored by."""
     for name, task in tasks.items():
-        asked = {metric for function in _functions_of(task) for metric in _asked_for(function, set())}
+        asked = asked_by(task) - {OURS}
         if getattr(getattr(task, "config", None), "process_results", None) is None:
             # The harness has none of that name, and was given none when it asked the library.
             asked |= {metric for metric, function in getattr(task, "_metric_fn_list", {}).items() if function is None}
         yield from (refusal(f"the task `{printable(name)}`", metric) for metric in sorted(asked))
 
 
-def _functions_of(task: Any) -> Iterator[Callable[..., Any]]:
+def asked_by(task: Any) -> set[str]:
+    """The metrics that the functions which score a loaded task ask the library for."""
+    return {metric for function in functions_of(task) for metric in _asked_for(function, set())}
+
+
+def functions_of(task: Any) -> Iterator[Callable[..., Any]]:
     """The functions that score a task: those of its file, its metrics, and those of a class of its own."""
     config = vars(task.config).values() if getattr(task, "config", None) is not None else ()
     lists = (getattr(task, name, {}).values() for name in ("_metric_fn_list", "_aggregation_list"))
@@ -68,12 +73,12 @@ def _functions_of(task: Any) -> Iterator[Callable[..., Any]]:
 
 
 def _asked_for(function: Any, seen: set[Any]) -> Iterator[str]:
-    """The metrics, but for ours, that a function, or one of its module that it calls, asks the library for."""
+    """The metrics that a function, or one of its module that it calls, asks the library for."""
     if function in seen:
         return
     seen.add(function)
     with contextlib.suppress(OSError, TypeError):  # its text is not to be had
-        yield from (metric for metric in _ASKED.findall(inspect.getsource(function)) if metric != OURS)
+        yield from _ASKED.findall(inspect.getsource(function))
     for name in function.__code__.co_names:
         called = function.__globals__.get(name)
         if inspect.isfunction(called) and called.__module__ == function.__module__:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy
@@ -15,13 +15,17 @@ from lowmem_aim.evaluating.downloaded_metrics import nothing_downloaded
 from lowmem_aim.evaluating.harness_settings import MULTITURN, SYSTEM
 from lowmem_aim.evaluating.scores import Score
 from lowmem_aim.evaluating.tasks import Asked, Loaded
+from lowmem_aim.evaluating.unsafe_tasks import tasks_of
 
 # Draws for the standard error of metrics that have no formula for it; the harness takes minutes for its 100,000.
 BOOTSTRAPS = 1000
 
 
-def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
-    """The score of a model, an `LM` of the harness, on each task. Raises UsageError for a metric that a task lacks."""
+def scored(model: Any, loaded: Loaded, asked: Asked, unscored: Collection[str] = ()) -> dict[str, Score]:
+    """The score of a model, an `LM` of the harness, on each task. Raises UsageError for a metric that a task lacks.
+
+    The tasks of the names in `unscored` are asked for with all others, and keep the answers in their `instances`.
+    """
     from lm_eval.api import metrics, task
     from lm_eval.evaluator import evaluate
 
@@ -33,10 +37,13 @@ def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
     torch.manual_seed(asked.seed)
     for one in loaded.tasks["tasks"].values():
         _set_up(one, asked)
+    for name in unscored:
+        for one in tasks_of(name, loaded.tasks).values():
+            one.apply_filters = _nothing  # the harness scores what the filters have left of the answers
     with nothing_downloaded():
         results = evaluate(
             lm=model,
-            task_dict=loaded.tasks,
+            task_dict=_without_groups(loaded.tasks, unscored),
             limit=asked.limit,
             apply_chat_template=asked.chat_template,
             system_instruction=asked.settings.get(SYSTEM),
@@ -45,7 +52,18 @@ def scored(model: Any, loaded: Loaded, asked: Asked) -> dict[str, Score]:
             bootstrap_iters=BOOTSTRAPS,
             confirm_run_unsafe_code=asked.allow_execution,
         )
-    return {name: _score(name, results, asked) for name in loaded.names}
+    return {name: _score(name, results, asked) for name in loaded.names if name not in unscored}
+
+
+def _nothing() -> None:
+    """Filter no answer."""
+
+
+def _without_groups(tasks: Mapping[str, Any], unscored: Collection[str]) -> dict[str, Any]:
+    """The harness' table without the groups that hold tasks which are not scored."""
+    apart = {task for name in unscored for task in tasks_of(name, tasks)}
+    groups = {name: group for name, group in tasks["groups"].items() if apart.isdisjoint(tasks_of(name, tasks))}
+    return {**tasks, "groups": groups}
 
 
 def _set_up(task: Any, asked: Asked) -> None:

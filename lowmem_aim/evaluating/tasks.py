@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_aim.errors import LowmemAimError, NetworkError, UsageError, did_you_mean, printable, raise_all
-from lowmem_aim.evaluating.code_scoring import runs_elsewhere
 from lowmem_aim.evaluating.downloaded_metrics import nothing_downloaded, scored_by_downloads
 from lowmem_aim.evaluating.harness_settings import set_generation, wrong_settings
 from lowmem_aim.evaluating.task_code import codes
-from lowmem_aim.evaluating.task_data import is_offline, missing, missing_punkt
+from lowmem_aim.evaluating.task_data import data_sets, is_offline, missing, missing_punkt, not_here
 from lowmem_aim.evaluating.task_index import index_of
+from lowmem_aim.evaluating.unsafe_tasks import is_unsafe, not_allowed, refusal
 
 HARNESS = "lm_eval"
 _INSTALL = "`pip install 'lowmem-aim[eval]'`"
@@ -155,9 +155,10 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
         raise _not_loaded(error, asked) from error
     raise_all(
         [
-            *runs_elsewhere(tasks["tasks"]),
+            *([] if asked.allow_execution else not_allowed(tasks["tasks"])),
             *scored_by_downloads(tasks["tasks"]),
             *missing_punkt(entries, fetching(asked)),
+            *([] if is_offline() else _online_alone(entries, tasks["tasks"])),
             *_metrics(asked, tasks["tasks"]),
         ]
     )
@@ -167,6 +168,16 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
     # Those that let the model write come last, since it is loaded whole for them.
     tasks["tasks"] = dict(sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
     return Loaded(tasks, names)
+
+
+def _online_alone(entries: Sequence[Any], tasks: Mapping[str, Any]) -> Iterator[UsageError]:
+    """Yield an error for each data set of an unsafe task that cannot be loaded where the task is scored."""
+    unsafe = [entry for entry in entries if entry.name in tasks and is_unsafe(tasks[entry.name])]
+    for name in not_here(data_sets(unsafe)):
+        yield UsageError(
+            f"the data set {name} is loaded with a network alone, and what runs the model's programs has none",
+            hint="leave its task out of `--tasks`",
+        )
 
 
 def fetching(asked: Asked) -> str:
@@ -243,10 +254,7 @@ def _kinds(asked: Asked, entries: Sequence[Any]) -> Iterator[UsageError]:
                 hint="leave it out of `--tasks`",
             )
         if (entry.cfg or {}).get("unsafe_code") and not asked.allow_execution:
-            yield UsageError(
-                f"the task `{printable(entry.name)}` runs the programs that the model writes",
-                hint="`--allow-code-execution`, if this machine may run them; docs/evaluation.md has the limits",
-            )
+            yield refusal(entry.name)
 
 
 def _is_of_network(error: Exception) -> bool:

@@ -22,7 +22,6 @@ class WritingTask:
     texts: int  # that the model is to write
     tokens: int  # of one of them, at most
     drawn: bool  # at random, and not greedily
-    runs: bool  # what is written is run as a program
 
 
 def writing_tasks(loaded: Loaded, asked: Asked) -> list[WritingTask]:
@@ -40,8 +39,7 @@ def _task(name: str, task: Any, limit: float | None) -> WritingTask:
     if limit is not None:
         items = math.ceil(items * limit) if limit < 1 else min(items, int(limit))
     texts = items * int(task.get_config("repeats") or 1)
-    runs = bool(getattr(task, "UNSAFE_CODE", False))
-    return WritingTask(name, texts, int(settings["max_gen_toks"]), bool(settings["do_sample"]), runs)
+    return WritingTask(name, texts, int(settings["max_gen_toks"]), bool(settings["do_sample"]))
 
 
 def too_long(tasks: Sequence[WritingTask], max_length: int) -> Iterator[UsageError]:

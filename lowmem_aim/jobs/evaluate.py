@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,8 +18,10 @@ from lowmem_aim.evaluating.code_scoring import require_processes
 from lowmem_aim.evaluating.harness_settings import THINKING, THOUGHT
 from lowmem_aim.evaluating.models import require_chat_template, to_evaluate, tokenizer_of
 from lowmem_aim.evaluating.origin import digest_of_model, origin_of
+from lowmem_aim.evaluating.replay import scored_apart
 from lowmem_aim.evaluating.scores import Scores, write_scores
 from lowmem_aim.evaluating.tasks import Asked, Loaded
+from lowmem_aim.evaluating.unsafe_tasks import unsafe_names
 from lowmem_aim.evaluating.writing_tasks import costs, too_long, writing_tasks
 from lowmem_aim.events import Emit, Notice, Planned, silent
 from lowmem_aim.jobs.identity import identity_on
@@ -33,6 +35,7 @@ from lowmem_aim.models.vetted import tokenizer_files
 from lowmem_aim.output.folder import ANSWERS
 from lowmem_aim.output.provenance import versions
 from lowmem_aim.output.workspace import Workspace, workspace
+from lowmem_aim.system.confinement import cannot_confine
 from lowmem_aim.system.files import cache_folder, partial_folder, real
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.options import DEFAULTS, Options, wrong_options
@@ -86,9 +89,9 @@ def check(model: str, asked: Asked, loaded: Loaded, output: Path, forwards: Forw
     """Raise what `score` would raise before work, as far as it is known without a run's folder; return the label."""
     with _opened(model, asked, output, options, silent) as checkpoint:
         meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
-        _check_writing(
-            checkpoint, meta_model, tokenizer_of(checkpoint), loaded, asked, forwards, start(options, silent)
-        )
+        run = start(options, silent)
+        _check_running(loaded, run)
+        _check_writing(checkpoint, meta_model, tokenizer_of(checkpoint), loaded, asked, forwards, run)
         return checkpoint.label
 
 
@@ -110,6 +113,7 @@ def _evaluated(
     if asked.chat_template:
         require_chat_template(checkpoint, tokenizer)
     loaded = tasks.loaded(asked)
+    _check_running(loaded, run)
     _check_writing(checkpoint, meta_model, tokenizer, loaded, asked, forwards, run)
     digest = digest_of_model(checkpoint, run.emit)
     with workspace(partial_folder(output), fresh=options.fresh) as space:
@@ -149,7 +153,17 @@ def _scores(
     )
     ask, write = partial(blockwise.answers, known=known), partial(writing.texts, known=known)
     template = {key: value for key, value in asked.settings.items() if key == THINKING}
-    return scored(AskedModel(meta_model.model.config, tokenizer, ask, write, length, template), loaded, asked)
+    model = AskedModel(meta_model.model.config, tokenizer, ask, write, length, template)
+    apart = unsafe_names(loaded.names, loaded.tasks)
+    scores = scored(model, loaded, asked, apart)
+    if apart:
+        run.emit(Notice(f"what the model has written is run: {_listed(apart)}"))
+        scores |= scored_apart(apart, loaded, asked)
+    return {name: scores[name] for name in loaded.names}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{printable(name)}`" for name in names)
 
 
 def _check_writing(
@@ -174,11 +188,18 @@ def _check_writing(
     with noted(errors):
         generation_config(checkpoint)
     raise_all(errors)
-    if any(task.runs for task in writes) and (network := require_processes()):
-        run.emit(Notice(f"programs that the model writes can use the network here: {network}", "warning"))
     room = sum(room_of(run.budget, torch.device(run.device)).values())
     weights = checkpoint.numel * meta_model.dtype.itemsize
     run.emit(Notice(costs(writes, checkpoint.nbytes, weights, room, forwards.batch_size)))
+
+
+def _check_running(loaded: Loaded, run: Run) -> None:
+    """Say what the programs that the model writes can do here. Raises UsageError if they cannot be run."""
+    if not unsafe_names(loaded.names, loaded.tasks):
+        return
+    for what, why in (("use the network", require_processes()), ("read and change your files", cannot_confine())):
+        if why:
+            run.emit(Notice(f"programs that the model writes can {what} here: {why}", "warning"))
 
 
 def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked, forwards: Forwards) -> Scores:

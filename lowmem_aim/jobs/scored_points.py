@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem_aim.errors import UsageError, printable
 from lowmem_aim.evaluating.comparison import Comparison, compared
 from lowmem_aim.evaluating.fronts import undominated
 from lowmem_aim.evaluating.recommended import recommended
@@ -101,4 +102,9 @@ class ScoredPoints:
 
 
 def _read(files: Mapping[str, Path]) -> Sequence[Scores]:
-    return [read_scores(file) for file in files.values() if file.is_file()]
+    """The scores in those of the files that are there, by the names that they must be of. Raises UsageError."""
+    found = {name: read_scores(file) for name, file in files.items() if file.is_file()}
+    if wrong := [name for name, scores in found.items() if scores.name != name]:
+        told = [f"`{printable(str(files[name]))}` has the scores of `{printable(found[name].name)}`" for name in wrong]
+        raise UsageError(told, hint="remove the file: what it stands for is then scored again")
+    return list(found.values())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,10 @@ def lock_in(out: Path, name: str) -> Path:
 
 
 def check_sweep_folder(out: Path) -> None:
-    """Raise UsageError if `out` is a file, or holds anything but a sweep; DiskError if it cannot be written."""
+    """Raise UsageError if `out` is a file, or holds anything but a sweep of this tool's own files and folders.
+
+    Raises DiskError if it cannot be written.
+    """
     shown = printable(str(out))
     with disk_errors(out):
         if os.path.lexists(out) and not is_folder(out):
@@ -118,7 +122,34 @@ def check_sweep_folder(out: Path) -> None:
         if held and (PRIVATE not in held or CONFIG in held or any((out / PRIVATE).glob("sha256.txt"))):
             what = "a merged model" if CONFIG in held else f"`{printable(min(held - {PRIVATE}, default=PRIVATE))}`"
             raise UsageError(f"the output folder `{shown}` holds {what}, and no sweep", hint="name a new folder")
+        if strange := [f"`{printable(str(path))}` is no {kind} of a sweep's own" for path, kind in _strange(out)]:
+            raise UsageError(strange, hint="remove it, or name a new folder: links and pipes are not followed")
     check_writable(existing_folder(out))
+
+
+def _strange(out: Path) -> Iterator[tuple[Path, str]]:
+    """Yield links, pipes and the like that stand in the place of a sweep's own, and what belongs there."""
+    for name in (*_FOLDERS, REPORT):
+        if _is_other(out / name, stat.S_IFDIR):
+            yield out / name, "folder"
+    for model in sorted((out / MODELS).glob("*")):
+        if model.is_symlink():
+            yield model, "folder"
+    own = (out / name for name in (f"{ADDS_MOST}.yml", f"{LOSES_LEAST}.yml", TRIALS, SAMPLER))
+    listed = (
+        path for place in (f"{RECIPES}/*.yml", f"{EXPERTS}/*.json", f"{SCORES}/*.json") for path in out.glob(place)
+    )
+    for file in (*own, *sorted(listed)):
+        if _is_other(file, stat.S_IFREG):
+            yield file, "file"
+
+
+def _is_other(path: Path, kind: int) -> bool:
+    """Whether anything but this kind of file lies there; what another worker has just removed is nothing."""
+    try:
+        return stat.S_IFMT(path.lstat().st_mode) != kind
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ run.py            a running job: its options, device, memory budget and events
 files.py          files: opened only if regular, written whole or not at all
 address_space.py  the limit of a process's address space
 process_limits.py limits that a process sets itself: its memory, its time, no network
+confinement.py    the files and processes that a process can reach, limited by itself for good
 faults.py         system calls that failed, explained to the user
 lock.py           the lock of an output folder
 characters.py     the characters that stdout and stderr can show: ASCII in place of bars, if need be

@@ -7,9 +7,13 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 _PAGES_FILE = Path("/proc/self/statm")
+_PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
+_LOOK_SECONDS = 1.0  # between two looks for the parent, where no system tells of its end
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET of Linux
 
 
@@ -43,6 +47,22 @@ def end_after(seconds: int) -> None:
     """End this process after some seconds, whatever it does then; 0: not at all. A parent that was killed cannot."""
     if hasattr(signal, "alarm"):  # not on Windows
         signal.alarm(seconds)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process as soon as its parent, the process with this id, is gone, even if that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    elif hasattr(os, "getppid"):
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it was gone before that
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 def resident_bytes() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_a_program_passes_if_it_runs_to_its_end(program: str, passed: bool) -> N
 
 def test_a_program_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_scoring, "SECONDS", 1)
-    monkeypatch.setattr(code_scoring, "_START_SECONDS", 1)
+    monkeypatch.setattr(code_scoring, "START_SECONDS", 1)
     assert not tried("while True: pass").passed
     assert not tried("import signal, time\nsignal.alarm(0)\ntime.sleep(100)").passed
 
@@ -63,15 +65,31 @@ def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
         f"import subprocess\nchild = subprocess.Popen(['sleep', '600'])\nopen({str(file)!r}, 'w').write(str(child.pid))"
     )
     assert tried(program).passed
-    stat = Path(f"/proc/{file.read_text()}/stat")
+    assert has_ended(int(file.read_text()))
+
+
+def test_a_program_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    program = f"import os, time\nopen({str(file)!r}, 'w').write(f'{{os.getpid()}}.')\ntime.sleep(600)"
+    runs = f"from lowmem_aim.evaluating.code_scoring import tried\ntried({program!r})"
+    with subprocess.Popen([sys.executable, "-c", runs]) as runner:
+        while not (file.exists() and file.read_text().endswith(".")):
+            time.sleep(0.05)
+        runner.kill()
+    assert has_ended(int(file.read_text().strip(".")))
+
+
+def has_ended(process: int) -> bool:
+    """Whether the process ends within some seconds; one that is dead, and not yet collected by anybody, has ended."""
+    stat = Path(f"/proc/{process}/stat")
     for _ in range(100):
         try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":  # dead, and not yet collected by anybody
-                return
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
         except OSError:
-            return
+            return True
         time.sleep(0.05)
-    raise AssertionError(stat)
+    return False
 
 
 @pytest.mark.parametrize(
