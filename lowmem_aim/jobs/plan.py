@@ -202,7 +202,7 @@ class Estimate:
         """Floating-point operations of methods that solve, each way of merging a tensor once."""
         experts, ways = self.ready.experts, dict[Hashable, float]()
         for plan in self.ready.plans.values():
-            tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.method.texts else 0
+            tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.texts else 0
             for task in plan.tasks if plan.recipe.method.rows_of_linears else ():
                 subject = subject_of(task, plan.recipe, plan.seed)
                 ways[task.name, plan.way(task)] = operations(subject, tokens=tokens)

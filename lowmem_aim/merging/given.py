@@ -44,7 +44,7 @@ class Given:
     def subject(self, task: Task, plan: Plan, shape: tuple[int, ...] | None = None) -> Subject:
         """The facts about a tensor, and what its method works with; `shape` in place of its own."""
         facts = subject_of(task, plan.recipe, plan.seed, shape)
-        return replace(facts, space=self.space, moments=self._moments(task) if plan.recipe.method.texts else None)
+        return replace(facts, space=self.space, moments=self._moments(task) if plan.recipe.texts else None)
 
     def block_of(self, task: Task) -> int | None:
         """The block that must be measured before a tensor is merged."""

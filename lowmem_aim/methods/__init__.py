@@ -21,7 +21,7 @@ nuslerp.py        nuslerp
 multislerp.py     multislerp
 karcher.py        karcher
 model_stock.py    model_stock
-task_vectors.py   task_arithmetic, and the combine of its whole family
+task_vectors.py   what the task-vector family has in common
 ties.py           ties
 dare.py           dare_linear, dare_ties
 della.py          della, della_linear
@@ -32,6 +32,8 @@ nearswap.py       nearswap
 arcee_fusion.py   arcee_fusion
 widen.py          widen
 solved.py         solved deltas of linears: what the methods below have in common
+output_space.py   coefficients that are solved in the space of outputs
+task_arithmetic.py  task_arithmetic
 covariance.py     covariance
 regmean.py        regmean, regmean_plus
 """

@@ -126,6 +126,7 @@ class PerExpert:
 
     low: float | None = None
     high: float | None = None
+    words: tuple[str, ...] = ()  # that may stand in the place of a number
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     choices: tuple[bool | str, ...] = ()
+    words: tuple[str, ...] = ()  # that may stand in the place of a number
 
     @property
     def required(self) -> bool:
@@ -179,8 +181,11 @@ class Parameter:
             wrong = f"`{self.name}` must be one of {', '.join(allowed)}, not `{printable(str(value), 40)}`"
             wrong += did_you_mean(str(value), allowed)
             return "" if value in self.choices else wrong
+        if value in self.words:
+            return ""
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-            return f"`{self.name}` must be a finite number, not `{printable(str(value), 40)}`"
+            words = "".join(f", or `{word}`" for word in self.words)
+            return f"`{self.name}` must be a finite number{words}, not `{printable(str(value), 40)}`"
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             return f"`{self.name}` must {self._range()}, not {value:g}{self._as_percent(value)}"
         return ""
@@ -201,7 +206,7 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
     for mark in marks:
         if isinstance(mark, PerExpert):
             value = default if default is REQUIRED else default[0]
-            return Parameter(name, True, "number", value, mark.low, mark.high)
+            return Parameter(name, True, "number", value, mark.low, mark.high, words=mark.words)
         if isinstance(mark, Within):
             return Parameter(name, False, "number", default, mark.low, mark.high)
         if isinstance(mark, OneOf):

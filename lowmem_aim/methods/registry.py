@@ -26,7 +26,7 @@ from lowmem_aim.methods import (  # noqa: F401  (imported for what they register
     regmean,
     sce,
     slerp,
-    task_vectors,
+    task_arithmetic,
     ties,
     widen,
 )

@@ -122,7 +122,7 @@ def solved(
     assert tensor.space is not None
     linears, space = Linears.of(tensor), tensor.space
     if linears.transposed:
-        gathered = yield _Gathered(linears, tensor.experts, space)
+        gathered = yield Gathered(linears, tensor.experts, space)
         found = [gathered.moments(number) for number in range(linears.count)] if moments is None else moments
         answers = gathered.solved([Solution(goal(one), space, tensor.name) for one in found])
     else:
@@ -130,7 +130,7 @@ def solved(
         solutions = [Solution(goal(one), space, tensor.name) for one in found]
 
         def answers(rows: Rows, number: int, first: int) -> Tensor:
-            return solutions[number].of(_deltas(rows))
+            return solutions[number].of(deltas_of(rows))
 
     space.settle()
 
@@ -153,7 +153,7 @@ def shares_of(weight: Sequence[float]) -> tuple[float, ...]:
     return tuple(w / total if total else 0.0 for w in weight)
 
 
-def _deltas(rows: Rows) -> list[Tensor]:
+def deltas_of(rows: Rows) -> list[Tensor]:
     base = rows.base
     return [expert - base for expert in rows.experts]
 
@@ -169,7 +169,7 @@ class _DeltaMoments:
         self._moments = [[Moment(linears.inputs, space) for _ in range(experts)] for _ in range(linears.count)]
 
     def part(self, rows: Rows) -> tuple[int, list[Tensor]]:
-        deltas = _deltas(rows)
+        deltas = deltas_of(rows)
         self._space.settle()
         return self._linears.place(rows)[0], deltas
 
@@ -182,7 +182,7 @@ class _DeltaMoments:
         return self._moments
 
 
-class _Gathered:
+class Gathered:
     """A fold that keeps the deltas of linears (in, out), and gives them, and takes the solved ones, by outputs."""
 
     def __init__(self, linears: Linears, experts: int, space: MatrixSpace) -> None:
@@ -191,7 +191,7 @@ class _Gathered:
         self._answers: dict[tuple[int, int], Stored] = {}  # number, first output -> (outputs, inputs)
 
     def part(self, rows: Rows) -> tuple[tuple[int, int], list[Tensor]]:
-        deltas = [delta.T.contiguous() for delta in _deltas(rows)]
+        deltas = [delta.T.contiguous() for delta in deltas_of(rows)]
         self._space.settle()
         return self._linears.place(rows), deltas
 
@@ -200,7 +200,7 @@ class _Gathered:
         for expert, delta in enumerate(deltas):
             self._kept[number, expert, first] = self._space.store.put(delta)
 
-    def finish(self) -> _Gathered:
+    def finish(self) -> Gathered:
         return self
 
     def __del__(self) -> None:
@@ -211,15 +211,19 @@ class _Gathered:
         """Di Di^T of one linear (in, out)."""
         found = [Moment(self._linears.inputs, self._space) for _ in range(self._experts)]
         for output in self._outputs():
-            for moment, delta in zip(found, self._by_outputs(number, output), strict=True):
+            for moment, delta in zip(found, self._some_outputs(number, output), strict=True):
                 moment.add(delta)
         return found
+
+    def by_outputs(self, number: int) -> Iterator[list[Tensor]]:
+        """Yield the deltas of all experts for some outputs of one linear after another, (outputs, inputs)."""
+        return (self._some_outputs(number, output) for output in self._outputs())
 
     def solved(self, solutions: Sequence[Solution]) -> Callable[[Rows, int, int], Tensor]:
         """Solve all linears, and return the function that gives a tile of rows of the solved deltas."""
         for number, solution in enumerate(solutions):
             for output in self._outputs():
-                found = solution.of(self._by_outputs(number, output))
+                found = solution.of(self._some_outputs(number, output))
                 self._answers[number, output] = self._space.store.put(found)
 
         def answers(rows: Rows, number: int, first: int) -> Tensor:
@@ -230,7 +234,7 @@ class _Gathered:
     def _outputs(self) -> range:
         return range(0, self._linears.columns, ROWS)
 
-    def _by_outputs(self, number: int, output: int) -> list[Tensor]:
+    def _some_outputs(self, number: int, output: int) -> list[Tensor]:
         """The deltas of all experts for some outputs, (outputs, inputs)."""
         store, first_rows = self._space.store, range(0, self._linears.height, ROWS)
         return [

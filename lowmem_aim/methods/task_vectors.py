@@ -1,4 +1,4 @@
-"""The common tail of the task-vector family, and task arithmetic, which is nothing but that tail.
+"""The common tail of the task-vector family.
 
 Deltas (task vectors) Di = Wi - W0, sparsified -> Vi = wi Di -> if signs are elected, per element only the Vi of the
 elected sign stay -> sum -> if `normalize`, divided by the weights that took part -> times lambda -> + W0.
@@ -14,7 +14,7 @@ from lowmem_aim.methods.exact import ExactSums, exact_sum, wide
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.gram import footprint_of_gram
 from lowmem_aim.methods.linear import ZERO_WEIGHT, weighted_sum
-from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Script, Subject, Weights, merge_method
+from lowmem_aim.methods.method import Combine, Fold, Rescale, Rows, Subject
 from lowmem_aim.methods.selection import Everything, Selection
 from lowmem_aim.system.on_demand import torch
 
@@ -32,14 +32,6 @@ def takes_deltas(tensor: Subject, parameters: Mapping[str, Any], loops: bool) ->
 def takes_span(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
     """The memory of a round of dot products among the models or deltas, and of `span`."""
     return footprint_of_gram(tensor.experts, loops) | takes_deltas(tensor, parameters, loops)
-
-
-@merge_method("task_arithmetic", source="arXiv 2212.04089", compiled=True, takes=takes_deltas)
-def task_arithmetic(tensor: Subject, *, weight: Weights, normalize: bool = False, lambda_: float = 1.0) -> Script:
-    """W0 + lambda sum wi Di."""
-    everything, unscaled = (Everything(),) * tensor.experts, (1.0,) * tensor.experts
-    return combine_deltas(everything, weight, unscaled, normalize=normalize, lambda_=lambda_, elect=False)
-    yield  # no rounds
 
 
 def rescale_factors(

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, UsageError
-from lowmem_aim.methods.method import Method, Subject
+from lowmem_aim.methods.method import Subject
+from lowmem_aim.methods.solved import ROWS
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.roles import is_linear
 from lowmem_aim.planning.sources import Match, matches
@@ -89,18 +90,18 @@ def _task(match: Match, recipe: Recipe) -> Task:
         match.filling,
         vocabulary=match.vocabulary,
         inputs_first=match.inputs_first,
-        tile=_tile(recipe.method, match, linear=linear),
+        tile=_tile(recipe, match, linear=linear),
         linear=linear,
         omega=recipe.aim.omega_at(match.name, match.t) if recipe.aim else 1.0,
         layer=match.layer,
     )
 
 
-def _tile(method: Method, match: Match, *, linear: bool) -> int:
+def _tile(recipe: Recipe, match: Match, *, linear: bool) -> int:
     """Rows that slices of a tensor must have; 0: any number."""
     if len(match.shape) < 2:
-        return math.prod(match.shape) if method.whole_rows else 0
-    return method.rows_of_linears if linear else 0
+        return math.prod(match.shape) if recipe.method.whole_rows else 0
+    return (recipe.method.rows_of_linears or ROWS * bool(recipe.texts)) if linear else 0
 
 
 def subject_of(task: Task, recipe: Recipe, seed: int, shape: tuple[int, ...] | None = None) -> Subject:

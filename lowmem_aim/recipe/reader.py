@@ -75,7 +75,13 @@ class _Reader(Values):
         acm = self._acm(base, aim)
         self._check_bases(slices, base, [key for key, table in (("aim", aim), ("acm", acm)) if table])
         solve = solve_of(
-            self, self.root.switched_on("solve"), method, slices, by_flags=self.by_flags, acm=acm is not None
+            self,
+            self.root.switched_on("solve"),
+            method,
+            parameters,
+            slices,
+            by_flags=self.by_flags,
+            acm=acm is not None,
         )
         dtype = self._dtype()
         listed = [entry.reference for part in slices for entry in part.entries]

@@ -67,7 +67,7 @@ def _rows(recipe: Recipe) -> _Rows:
         recipe.tokenizer,
         recipe.chat_template,
         recipe.sliced and recipe.builds_on_base,
-        (recipe.method.texts, recipe.solve, _parameters(recipe) if recipe.method.texts == "merged" else None),
+        (recipe.solve, _parameters(recipe) if recipe.method.texts == "merged" else None),
     )
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_aim.errors import RecipeError, printable
 from lowmem_aim.recipe.references import parsed
-from lowmem_aim.recipe.words import PERMUTED, SOURCES, UNION, Normalise, RowSource
+from lowmem_aim.recipe.words import PERMUTED, SOLVED, SOURCES, UNION, Normalise, RowSource
 
 if TYPE_CHECKING:
-    from lowmem_aim.methods.method import Method, Parameter  # torch
+    from lowmem_aim.methods.method import Method, Parameter, Texts
 
 DEFAULT_OMEGA = 0.4  # the authors'; they recommend 0.2 to 0.6
 
@@ -47,6 +47,20 @@ def _on_gradient(value: Any, t: float) -> Any:
     left = min(int(place), max(len(value) - 2, 0))
     right = min(left + 1, len(value) - 1)
     return value[left] + (value[right] - value[left]) * (place - left)
+
+
+def texts_of(method: Method, parameters: Mapping[str, Setting], slices: Sequence[Slice]) -> Texts:
+    """The texts that a merge is solved from: those of its method, or of weights that are `solved`."""
+    tables = [parameters, *(part.parameters for part in slices)]
+    tables += [expert.parameters for part in slices for expert in part.experts]
+    weights = [table["weight"] for table in tables if "weight" in table]
+    return method.texts or ("experts" if any(map(_is_solved, weights)) else "")
+
+
+def _is_solved(weight: Setting) -> bool:
+    """Whether a weight is `solved`, for any tensor."""
+    found = [value for _, value in weight.value] if weight.filtered else [weight.value]
+    return any(SOLVED in value if isinstance(value, tuple) else value == SOLVED for value in found)
 
 
 @dataclass(frozen=True)
@@ -239,6 +253,11 @@ class Recipe:
         return list(dict.fromkeys(adapter for name in self.references if (adapter := parsed(name).adapter)))
 
     @property
+    def texts(self) -> Texts:
+        """The texts that the merge is solved from: those of the method, or of weights that are `solved`."""
+        return texts_of(self.method, self.parameters, self.slices)
+
+    @property
     def sliced(self) -> bool:
         """Whether the recipe says of any slice which layers of the models are taken."""
         return any(part.sliced for part in self.slices)
@@ -313,7 +332,7 @@ class Recipe:
             where = setting.where if setting else where
             value = setting.at(tensor, t) if setting else None
             if value is not None:
-                return float(value) if parameter.kind == "number" else value
+                return float(value) if parameter.kind == "number" and not isinstance(value, str) else value
         if parameter.required:
             raise RecipeError(
                 f"{where}: `{parameter.name}` has no value for `{printable(tensor)}`",

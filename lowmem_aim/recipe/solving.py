@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem_aim.errors import printable
 from lowmem_aim.methods.method import Method
-from lowmem_aim.recipe.recipe import ModelEntry, Slice, Solve
+from lowmem_aim.recipe.recipe import ModelEntry, Setting, Slice, Solve, texts_of
 from lowmem_aim.recipe.relaxations import plain_value
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.words import is_activations_file
@@ -27,7 +27,14 @@ def own_texts(read: Values, item: Node) -> str:
 
 
 def solve_of(
-    read: Values, node: Node | None, method: Method | None, slices: Sequence[Slice], *, by_flags: bool, acm: bool
+    read: Values,
+    node: Node | None,
+    method: Method | None,
+    parameters: Mapping[str, Setting],
+    slices: Sequence[Slice],
+    *,
+    by_flags: bool,
+    acm: bool,
 ) -> Solve | None:
     """The table `solve:` of a recipe; None if no texts of experts are measured.
 
@@ -37,33 +44,39 @@ def solve_of(
     table = _table(read, node) if node is not None else Solve()
     experts = [expert for part in slices for expert in part.experts]
     given = node is not None or any(expert.calibration for expert in experts)
-    if method is None or not slices or not (method.texts or given):
+    if method is None or not slices:
+        return None
+    needed = texts_of(method, parameters, slices) != ""
+    if not needed and not given:
         return None
     where = Node(None, slices[0].where)
-    name = f"`{method.name}`" if method.texts else "`solve`"
+    name = f"`{method.name}`" if needed else "`solve`"
     if any(part.sliced or part.module for part in slices):
         text = f"{name} runs whole models, and this recipe takes layers or modules of them"
-        read.problem(where, text, _WITHOUT if method.texts else "leave the texts of experts out")
-    if acm and method.texts:
+        read.problem(where, text, _WITHOUT if needed else "leave the texts of experts out")
+    if acm and needed:
         text = f"`acm` compares a merged model before it is made, and {name} makes it block by block"
         read.problem(where, text, f"leave `acm` out; {_WITHOUT}")
     if not slices[0].base:
         read.problem(where, f"{name} needs a `base_model`: deltas are what is measured", "name it as `base_model`")
-    _check_texts(read, table, [expert for expert in experts if not expert.calibration], method, by_flags=by_flags)
+    _check_texts(
+        read, table, [expert for expert in experts if not expert.calibration], name, needed=needed, by_flags=by_flags
+    )
     return table
 
 
-def _check_texts(read: Values, table: Solve, lacking: Sequence[ModelEntry], method: Method, *, by_flags: bool) -> None:
+def _check_texts(
+    read: Values, table: Solve, lacking: Sequence[ModelEntry], name: str, *, needed: bool, by_flags: bool
+) -> None:
     """Check that there are texts for the experts that have none of their own; those are told of."""
-    name = f"`{method.name}`" if method.texts else "`solve`"
     if lacking and not table.calibration:
         names = ", ".join(f"`{printable(expert.reference)}`" for expert in lacking)
         hint = "write `--expert FOLDER=texts.jsonl`" if by_flags else _OWN
-        hint += f"; {_WITHOUT}" if method.texts else ""
+        hint += f"; {_WITHOUT}" if needed else ""
         read.problem(Node(None, lacking[0].where), f"{name} needs texts of {names}", hint)
     for expert in lacking if table.calibration else ():
         text = f"`{printable(expert.reference)}` has no texts of its own, and {name} takes the shared ones"
-        note = f": with texts that are nobody's own {name} is hardly more than an average" if method.texts else ""
+        note = f": with texts that are nobody's own {name} is hardly more than an average" if needed else ""
         read.notices.append(Remark(expert.where, text + note))
 
 

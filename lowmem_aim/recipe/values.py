@@ -208,7 +208,8 @@ class Values:
         if isinstance(node.value, dict):
             self.problem(node, f"`{parameter.name}` cannot be a table", hint)
             return None
-        value = _number(node.value) if parameter.kind == "number" else _switch(node.value)
+        number = parameter.kind == "number" and node.value not in parameter.words
+        value = _number(node.value) if number else _switch(node.value) if parameter.kind != "number" else node.value
         wrong = parameter.problem(value)
         if wrong:
             self.problem(node, wrong, hint)

@@ -19,6 +19,7 @@ RowSource = Literal["usual", "model", "model_token", "zero"]
 Normalise = Literal["samples", "layers"]
 NORMALISATIONS: tuple[Normalise, ...] = ("samples", "layers")
 SCALINGS = ("identity", "sqrt", "square", "rank")
+SOLVED = "solved"  # a weight of task arithmetic
 PERMUTED = "permuted"  # the control that is drawn
 CONTROLS = ("uniform", PERMUTED, "inverted")  # what may take the place of AIM's factors, to judge AIM by
 UNION, BASE = "union", "base"  # all models' tokens, or the base's

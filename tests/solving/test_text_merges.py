@@ -1,4 +1,4 @@
-"""Merges by `regmean` and `regmean_plus` against computations on whole models in memory; and always the same bytes."""
+"""Merges that are solved from texts, against computations on whole models in memory; and always the same bytes."""
 
 from __future__ import annotations
 
@@ -299,3 +299,52 @@ def test_what_is_kept_is_the_same_for_every_slice_and_kill(
     assert digests(merge(ties, tmp_path / "rows", replace(SHARDS, slice_rows=3))) == whole
     stop(ties, tmp_path / "out", 15)
     assert digests(merge(ties, tmp_path / "out", SHARDS)) == whole
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_weights_are_solved_in_the_space_of_outputs(architecture: str, tmp_path: Path) -> None:
+    folder = models(architecture, tmp_path)
+    ours = tensors_in(merge(job(folder, "task_arithmetic", weight=("solved",)), tmp_path / "out"))
+    moments = [by_an_ordinary_forward(folder / name, tokens(TEXTS[name])) for name in NAMES]
+    own, *others = (tensors_in(folder / name) for name in ("base", *NAMES))
+    for name, merged in ours.items():
+        deltas = [other[name].double() - own[name].double() for other in others]
+        turned = architecture in TURNED and re.search(TURNED[architecture], name) is not None
+        shares = coefficients([d.T if turned else d for d in deltas], [table.get(name) for table in moments])
+        error = merged.double() - own[name].double() - shares[0] * deltas[0] - shares[1] * deltas[1]
+        assert float(error.norm()) <= 1e-4 * float((deltas[0] + deltas[1]).norm()), name
+
+
+def coefficients(deltas: Sequence[Tensor], moments: Sequence[Tensor | None]) -> list[float]:
+    """The least squares over both experts' outputs, in float64; the mean without any."""
+    left, right = torch.zeros(2, 2).double(), torch.zeros(2).double()
+    for i, moment in enumerate(moments):
+        if moment is not None:
+            whole = (deltas[i] @ moment * deltas[i]).sum()
+            for j in range(2):
+                right[j] += (deltas[j] @ moment * deltas[i]).sum() / whole
+                for k in range(2):
+                    left[j, k] += (deltas[j] @ moment * deltas[k]).sum() / whole
+    if not left.any():
+        return [0.5, 0.5]
+    found: list[float] = torch.linalg.solve(left + 1e-4 * left.diagonal().mean() * torch.eye(2), right).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"expert": ("a", "b")}, "`task_arithmetic` needs texts"),
+        ({"method": "ties"}, "must be a finite number"),
+        ({"weight": ("solve",)}, "a finite number, or `solved`"),
+    ],
+)
+def test_solved_weights_that_cannot_be_are_told(llama_with_texts: Path, flags: dict[str, Any], told: str) -> None:
+    given = {"method": "task_arithmetic", "base": "base", "expert": ("a=x.jsonl", "b=y.jsonl"), "weight": ("solved",)}
+    with pytest.raises(RecipeError, match=told):
+        read_recipe(applied(empty_recipe(), given | flags))
+
+
+def test_weights_are_solved_for_all_models_or_none(llama_with_texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="for all models of a tensor, or for none"):
+        merge(job(llama_with_texts, "task_arithmetic", weight=("solved", "1")), tmp_path / "out")
