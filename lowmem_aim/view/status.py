@@ -21,6 +21,7 @@ from lowmem_aim.output.records import (
     KeptAnswers,
     KeptComparison,
     PlanSize,
+    SolvingSnapshot,
     SweepSize,
 )
 from lowmem_aim.system import interrupts
@@ -129,7 +130,8 @@ def status_of(out: Path, stages: Sequence[Path] = ()) -> Status:
         headers = dict(zip(size.shards, size.headers, strict=False))
         owner = owner_of(private / "lock")
         activations = os.path.isfile(private / ACTIVATIONS) and journal.kept(KeptActivations) is not None
-        kept = bool(finished or last or activations or calibration or journal.kept(KeptComparison))
+        measured = any(journal.kept(kind) for kind in (KeptComparison, SolvingSnapshot))
+        kept = bool(finished or last or activations or calibration or measured)
         answers = journal.kept(KeptAnswers)
         kept = kept or answers is not None or sweep is not None or any(map(keeps_something, stages))
         progress = None if finished else _now(private / LOG)

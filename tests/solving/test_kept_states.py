@@ -16,11 +16,14 @@ from stopping import Stopped
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.errors import DiskError
 from lowmem_aim.events import Event, Notice
-from lowmem_aim.output.folder import STATES
+from lowmem_aim.output.folder import PRIVATE, STATES
 from lowmem_aim.output.journal import Journal
+from lowmem_aim.output.records import SolvingSnapshot
+from lowmem_aim.output.workspace import workspace
 from lowmem_aim.solving import kept_states
 from lowmem_aim.solving.expert_moments import ExpertMoments
 from lowmem_aim.solving.kept_states import KeptStates
+from lowmem_aim.view.status import status_of
 
 BLOCKS = 4
 
@@ -170,3 +173,16 @@ def test_a_full_disk_is_an_error_and_the_snapshot_before_still_counts(
     driven.clear()
     merge.run()
     assert min(driven) == 1
+
+
+def test_a_run_that_has_kept_only_states_is_told_to_have_kept_something_and_fresh_discards_them(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    merge = Merge(folders, tmp_path / PRIVATE)
+    with pytest.raises(Stopped):
+        merge.run(2)
+    assert status_of(tmp_path).kept
+    assert merge.files()
+    with workspace(tmp_path, fresh=True) as space:
+        assert not merge.files()
+        assert not space.journal.holds(SolvingSnapshot)
