@@ -52,7 +52,9 @@ class Target:
         tasks = [task.name for task in self.plan.tasks]
         kept = {name: self.shards.kept[name] for name in tasks if name in self.shards.kept}
         effects = {name: self.shards.effects[name] for name in tasks if name in self.shards.effects}
-        return Merged(shards, self.reads.model_digests(), self.reads.replaced_elements(self.plan), kept, effects)
+        singular = {name: self.shards.singular[name] for name in tasks if name in self.shards.singular}
+        replaced = self.reads.replaced_elements(self.plan)
+        return Merged(shards, self.reads.model_digests(), replaced, kept, effects, singular)
 
 
 class SummedProgress:
@@ -94,11 +96,14 @@ class TargetTensor:
     relax: Relax | None
     sampler: DeltaSampler
     effects: EffectSampler | None
+    singular: Mapping[str, str]  # of tensors so far, what became of them
 
     @classmethod
     def of(cls, target: Target, task: Task, given: Given) -> TargetTensor:
         """The tensor of a task that the target lacks."""
-        return cls(target, task, target.relaxation.of(task), DeltaSampler(task), given.sampler(task))
+        return cls(
+            target, task, target.relaxation.of(task), DeltaSampler(task), given.sampler(task), given.space.singular
+        )
 
     def begun(self, given: Given) -> Rounds:
         """The rounds of the target's method over the tensor, none of them run yet."""
@@ -139,6 +144,8 @@ class TargetTensor:
             read = replace(read, kept={self.task.name: DeltaKept(*self.sampler.sums())})
         if self.effects:
             read = replace(read, effects={self.task.name: self.effects.effects()})
+        if self.task.name in self.singular and self.target.plan.recipe.method.rows_of_linears:
+            read = replace(read, singular={self.task.name: self.singular[self.task.name]})
         self.target.shards.tensor_done(self.task, read)
 
 

@@ -36,6 +36,7 @@ class MatrixSpace:
         """`store` keeps tiles on `device`, in RAM or in a file; `tell` is given what the user should hear of."""
         self.store, self.device, self.tell = store, device, tell
         self._threads = threads
+        self.singular: dict[str, str] = {}  # tensor -> what became of it, in the words of a sentence
 
     def each(self, work: Callable[[T], object], items: Iterable[T]) -> None:
         """Call work(item) for every item, in threads: the items depend on each other in nothing.

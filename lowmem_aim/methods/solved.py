@@ -91,6 +91,7 @@ class Solution:
                 break
         if terms and (self._system is None or self._goal.ridge > goal.ridge):
             done = "averaged" if self._system is None else f"solved with a ridge of {self._goal.ridge:g}"
+            space.singular[name] = done
             space.tell(f"`{printable(name)}` is {done}: its system is singular")
 
     def of(self, deltas: Sequence[Tensor]) -> Tensor:

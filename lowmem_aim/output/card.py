@@ -92,7 +92,7 @@ def card_text(facts: dict[str, Any], portable: str, recipe: Recipe, left: str) -
         f"---\n{yaml_text(front)}---\n\n# A merge by {recipe.method.name}{_with(recipe)}\n\n"
         f"Made with lowmem-aim from {', '.join(inline(m) for m in models)} "
         f"by the method `{recipe.method.name}` ({recipe.method.source}), seed {facts['seed']}.\n"
-        f"{_warning(recipe)}{relaxed}{left}{_effects(facts)}\n"
+        f"{_warning(recipe)}{relaxed}{left}{_effects(facts)}{_singular(facts)}\n"
         f"## Recipe\n\n{_fenced(portable, 'yaml')}\n\n"
         f"## Digests\n\n| file or model | role | digest |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Versions: {used}.\n{_replaced(facts)}{_changes(facts)}"
@@ -115,6 +115,17 @@ def _effects(facts: dict[str, Any]) -> str:
         "outputs of each: 100 % is all of it, 0 % what the base has.\n\n| expert | kept | least |\n|---|---|---|\n"
         + "\n".join(rows)
         + "\n"
+    )
+
+
+def _singular(facts: dict[str, Any]) -> str:
+    """The section on tensors whose systems could not be solved as they are, if there are any."""
+    rows = [f"| {inline(one['tensor'])} | {inline(one['done'])} |" for one in facts.get("singular", [])]
+    if not rows:
+        return ""
+    return (
+        "\n## Singular systems\n\nThe weights of these tensors could not be solved for with the recipe's ridge.\n\n"
+        "| tensor | instead |\n|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 

@@ -46,3 +46,4 @@ class Merged:
     replaced: Sequence[Replaced] = ()
     kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left
     effects: Mapping[str, Sequence[Effect]] = field(default_factory=dict)  # tensor -> of each expert
+    singular: Mapping[str, str] = field(default_factory=dict)  # tensor -> what was done where no system could be solved

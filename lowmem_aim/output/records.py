@@ -183,6 +183,7 @@ class Group(Record):
     replaced: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # likewise -> elements that were not finite
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensor -> sums, see `relaxing.delta_sampler`
     effects: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)  # tensor -> of each expert its sums
+    singular: Mapping[str, str] = field(default_factory=dict)  # tensor -> what was done where no system could be solved
 
 
 # The kinds that a later run can build on. If a run's folder has none of them, nothing is lost with it.

@@ -34,6 +34,7 @@ class Read:
     replaced: ByModel[int]  # how many elements were not finite, and took the base's value
     kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left
     effects: Mapping[str, Sequence[Effect]] = field(default_factory=dict)  # tensor -> of each expert
+    singular: Mapping[str, str] = field(default_factory=dict)  # tensor -> what was done where no system could be solved
 
 
 class Shards:
@@ -55,6 +56,7 @@ class Shards:
         self._written = 0  # bytes that have gone to the disk
         self.kept: dict[str, DeltaKept] = {}  # of every tensor that was relaxed
         self.effects: dict[str, Sequence[Effect]] = {}  # of every tensor that texts have reached
+        self.singular: dict[str, str] = {}  # of tensors whose systems could not be solved as they are
         self.digests: dict[str, str] = {}  # file name -> sha256
         self.read_before: list[Read] = []  # of the tensors that were found
         self.left: list[Task] = []
@@ -70,6 +72,7 @@ class Shards:
         self.read_before += [Read(group.digests, group.replaced) for group in groups]
         self.kept |= {name: DeltaKept(*sums) for group in groups for name, sums in group.kept.items()}
         for group in groups:
+            self.singular |= group.singular
             self.effects |= {name: [Effect(*sums) for sums in found] for name, found in group.effects.items()}
         for task in shard.tasks[: prefix.tensors]:
             self._tell(task, earlier=True)
@@ -92,6 +95,7 @@ class Shards:
         writer.tensor_done(read)
         self.kept |= read.kept
         self.effects |= read.effects
+        self.singular |= read.singular
         self._tell(task)
         if task is shard.tasks[-1]:
             self.digests[shard.name] = writer.close()
@@ -143,9 +147,9 @@ class Shards:
         replaced = _joined(read.replaced for read in done.facts)
         kept = {name: sums for read in done.facts for name, sums in read.kept.items()}
         effects = {name: sums for read in done.facts for name, sums in read.effects.items()}
-        start = done.tensors - len(done.facts)
-        group = Group(shard.name, start, done.tensors, done.end, done.sha256, digests, replaced, kept, effects)
-        self._journal.keep_group(group)
+        singular = {name: told for read in done.facts for name, told in read.singular.items()}
+        place = (shard.name, done.tensors - len(done.facts), done.tensors, done.end, done.sha256)
+        self._journal.keep_group(Group(*place, digests, replaced, kept, effects, singular))
 
     def __enter__(self) -> Shards:
         plan = self._plan

@@ -65,6 +65,8 @@ def output_files(
     kept = kept_by_module(plan, merged)
     if joined(kept.values()).before:
         facts["kept"] = kept_shares(kept)
+    if merged.singular:
+        facts["singular"] = [{"tensor": name, "done": done} for name, done in merged.singular.items()]
     if effects := effects_of(plan, inputs, merged):
         facts["effects"] = effects
     if picture := heatmap_png(kept):

@@ -56,6 +56,7 @@ class Start:
         models = [{"model": expert} | ({"parameters": own} if own else {}) for expert in self.experts]
         table: dict[str, Any] = {"merge_method": self.method.name, "base_model": self.base, "models": models}
         table |= {"parameters": whole or None, "tokenizer_source": self.tokenizer if self.by_text else None}
+        table["solve"] = {"calibration": BUILTIN} if self.method.texts else None
         table["aim"] = None if self.omega is None else {"omega": self.omega, "calibration": BUILTIN}
         return {key: value for key, value in table.items() if value is not None}
 
@@ -111,6 +112,7 @@ class Start:
         yield f"{'' if self.by_text else '# '}tokenizer_source: {self.tokenizer}"
         if self.base is None:
             return
+        yield from self._texts() if self.method.texts else ()
         yield ""
         off = "" if self.omega is not None else "# "
         yield from _comment(
@@ -123,10 +125,22 @@ class Start:
         yield f"{off}  omega: {_scalar(DEFAULT_OMEGA if self.omega is None else self.omega)}"
         yield f"{off}  calibration: {BUILTIN}"
 
+    def _texts(self) -> Iterator[str]:
+        yield ""
+        yield from _comment(
+            "the experts' texts. Give each model some 64 such as it was tuned on, prompts with their answers, as "
+            "`calibration: texts.jsonl` beside `model:`; with the general ones that come with the program, the result "
+            "is hardly more than an average"
+        )
+        yield "solve:"
+        yield f"  calibration: {BUILTIN}"
+
 
 def starting_values(method: Method, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values to start from for `count` experts: (of each expert, of the whole merge), by the parameters' names."""
     chosen: dict[str, Any] = {"weight": float(f"{1 / count:.3g}"), "density": 0.5 if count < MANY else 0.3}
+    if method.rows_of_linears:
+        chosen["weight"] = 1.0
     chosen["t"] = 0.0001 if method.name == "nearswap" else 0.5
     values = {p.name: chosen.get(p.name, _some_value(p) if p.required else None) for p in method.parameters.values()}
     own = {name: v for name, v in values.items() if v is not None and method.parameters[name].per_expert}
@@ -161,6 +175,8 @@ def why(method: Method, name: str) -> str:
 def _why_weight(method: Method) -> str:
     if method.name == "nuslerp":
         return "the second weight's share of the sum is the place between the two models; equal weights: half-way"
+    if method.rows_of_linears:
+        return "how much each expert counts where they disagree: only the ratios of the weights matter"
     normalised = [method.parameters[name] for name in ("normalize", "normalize_weights") if name in method.parameters]
     if normalised and normalised[0].default:
         return "the result is divided by the sum of the weights, so only their ratios count"

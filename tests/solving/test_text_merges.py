@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lowmem_aim.errors import ModelError, RecipeError
-from lowmem_aim.events import Event, TensorDone
+from lowmem_aim.events import Event, Notice, TensorDone
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging import effects
 from lowmem_aim.methods import moments as tiles
@@ -348,3 +348,22 @@ def test_solved_weights_that_cannot_be_are_told(llama_with_texts: Path, flags: d
 def test_weights_are_solved_for_all_models_or_none(llama_with_texts: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="for all models of a tensor, or for none"):
         merge(job(llama_with_texts, "task_arithmetic", weight=("solved", "1")), tmp_path / "out")
+
+
+def test_systems_that_are_singular_are_told_in_the_card(llama_with_texts: Path, tmp_path: Path) -> None:
+    notices: list[str] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Notice):
+            notices.append(event.text)
+
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "ab"}\n')  # of which no moment has full rank
+    experts = tuple(f"{llama_with_texts / name}={short}" for name in NAMES)
+    flags = {"parameter": ("shrink=1", "ridge=0"), "expert": experts}
+    out = merge(job(llama_with_texts, "regmean", **flags), tmp_path / "out", Options(), emit)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert any(name in text and "singular" in text for text in notices)
+    facts = json.loads((out / "lowmem_aim.json").read_text())["singular"]
+    assert name in {one["tensor"] for one in facts}
+    assert f"| `{name}` | `solved with a ridge of" in (out / "README.md").read_text()
