@@ -10,7 +10,7 @@ import torch
 from method_cases import CPU, NAME, resolved
 from torch import Tensor
 
-from lowmem_aim.methods import solved
+from lowmem_aim.methods import linears
 from lowmem_aim.methods.method import Rounds, Rows, Subject
 from lowmem_aim.methods.moments import MatrixSpace, Moment
 from lowmem_aim.methods.registry import METHODS
@@ -60,8 +60,8 @@ def _tiles(base: Tensor, experts: Sequence[Tensor]) -> list[Rows]:
     flat = [t.reshape(-1, columns) for t in (base, *experts)]
     found = []
     for matrix in range(0, len(flat[0]), height):
-        for start in range(matrix, matrix + height, solved.ROWS):
-            stop = min(start + solved.ROWS, matrix + height)
+        for start in range(matrix, matrix + height, linears.ROWS):
+            stop = min(start + linears.ROWS, matrix + height)
             found.append(Rows(flat[0][start:stop], tuple(t[start:stop] for t in flat[1:]), start * columns))
     return found
 

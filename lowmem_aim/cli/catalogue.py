@@ -84,7 +84,12 @@ def example(method: Method) -> str:
     table: dict[str, Any] = {"merge_method": method.name}
     if method.base in ("required", "optional"):
         table["base_model"] = "./base"
-    table["models"] = [{"model": name} | ({"parameters": dict(own)} if own else {}) for name in experts]
+    table["models"] = [
+        {"model": name}
+        | ({"calibration": f"{name}.jsonl"} if method.texts else {})
+        | ({"parameters": dict(own)} if own else {})
+        for name in experts
+    ]
     if top:
         table["parameters"] = top
     table["dtype"] = "bfloat16"

@@ -134,7 +134,7 @@ RECIPE_FLAGS = bundle(
         metavar="TEXTS",
         shell_complete=completion.texts,
         help="Measure experts that have no texts of their own on these: a .jsonl or .txt file, `builtin`, or the Hub "
-        "id of a dataset.",
+        "id of a dataset. [default: none]",
     ),
     _recipe(
         "--weight",

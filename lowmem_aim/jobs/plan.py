@@ -20,7 +20,8 @@ from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
 from lowmem_aim.jobs.stages import Stages
-from lowmem_aim.methods.solved import ROWS, operations
+from lowmem_aim.methods.linears import ROWS
+from lowmem_aim.methods.solved import operations
 from lowmem_aim.models.opening import Finder
 from lowmem_aim.output.folder import SMALL_FILES_BYTES, existing_folder
 from lowmem_aim.planning.layout import subject_of

@@ -11,6 +11,7 @@ gram.py           dot products between whole tensors, and of rows
 columns.py        dot products between columns
 low_rank.py       weights with a low-rank change added
 moments.py        second moments of inputs: large symmetric matrices, in tiles
+linears.py        the linears in a tensor: their deltas in tiles, and the moments of these
 systems.py        linear systems of such matrices, factorised, and solved for rows
 kernels.py        the compiled loops as functions of tensors
 loops.py          the loops that numba compiles for the CPU

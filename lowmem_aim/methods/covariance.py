@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from lowmem_aim.methods.linears import ROWS
 from lowmem_aim.methods.method import PerExpert, Script, Subject, Within, merge_method
-from lowmem_aim.methods.solved import ROWS, Goal, Moments, Rest, rest_of, shares_of, solved, takes_solved
+from lowmem_aim.methods.solved import Goal, Moments, Rest, rest_of, shares_of, solved, takes_solved
 from lowmem_aim.methods.systems import Term
 
 PositiveWeights = Annotated[tuple[float, ...], PerExpert(0.0)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lowmem_aim.methods.linears import Gathered, Linears, deltas_of
 from lowmem_aim.methods.method import Fold, Rows, Subject
-from lowmem_aim.methods.solved import Gathered, Linears, Moments, deltas_of, shares_of
+from lowmem_aim.methods.solved import Moments, shares_of
 from lowmem_aim.system.on_demand import torch
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Annotated
 
 from lowmem_aim.methods.covariance import PositiveWeights
+from lowmem_aim.methods.linears import ROWS
 from lowmem_aim.methods.method import Script, Subject, Within, merge_method
-from lowmem_aim.methods.solved import ROWS, Goal, Moments, Rest, rest_of, shares_of, solved, takes_solved
+from lowmem_aim.methods.solved import Goal, Moments, Rest, rest_of, shares_of, solved, takes_solved
 from lowmem_aim.methods.systems import Term
 
 Fraction = Annotated[float, Within(0.0, 1.0)]

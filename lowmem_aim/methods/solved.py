@@ -7,60 +7,31 @@ what the ridge r pulls to: 0 (the base), or the experts' mean. From any delta Y 
 
 Starting with the mean, the step is zero where the experts agree, and its error is relative to what they disagree in.
 Rows of X follow from the same rows of Di, once the matrices are there.
-
-Linears are (out, in), or (in, out) as GPT-2 has them, or stacks of either. Rows come in tiles of `ROWS`, which end with
-a matrix of a stack: products of one shape give the same bytes, whatever the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lowmem_aim.errors import printable
 from lowmem_aim.methods.footprint import FLOAT, Footprint
+from lowmem_aim.methods.linears import ROWS, DeltaMoments, Gathered, Linears, deltas_of
 from lowmem_aim.methods.method import Combine, OneOf, Rows, Script, Subject
 from lowmem_aim.methods.moments import TILE, MatrixSpace, Moment, moment_bytes
 from lowmem_aim.methods.systems import NotPositive, System, Term
 from lowmem_aim.methods.task_vectors import span, takes_deltas
 from lowmem_aim.system.on_demand import torch
-from lowmem_aim.system.tensor_store import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROWS = 256  # of a linear, solved at a time
 LEAST_RIDGE = 1e-7  # a tenth of the first that takes the place of none
 RAISES = 3  # of the ridge, tenfold each, before the mean is taken instead
 Rest = Annotated[str, OneOf(("average", "task_arithmetic"))]
 # The moments of a matrix, one for each expert; None where no text has reached it.
 Moments = Sequence[Moment | None]
-
-
-@dataclass(frozen=True)
-class Linears:
-    """The linears in a tensor: one, or a stack of them."""
-
-    count: int
-    height: int  # rows of one of them
-    columns: int
-    transposed: bool  # (in, out), not (out, in)
-
-    @classmethod
-    def of(cls, tensor: Subject) -> Linears:
-        """The linears of a tensor, which must have at least two dimensions."""
-        height, columns = tensor.shape[-2:]
-        return cls(tensor.numel // max(height * columns, 1), height, columns, tensor.input_dim == -2)
-
-    @property
-    def inputs(self) -> int:
-        """Input channels of each."""
-        return self.height if self.transposed else self.columns
-
-    def place(self, rows: Rows) -> tuple[int, int]:
-        """The number of the linear that a tile of rows is of, and the first row in it."""
-        return divmod(rows.start // self.columns, self.height)
 
 
 @dataclass(frozen=True)
@@ -125,9 +96,9 @@ def solved(
     if linears.transposed:
         gathered = yield Gathered(linears, tensor.experts, space)
         found = [gathered.moments(number) for number in range(linears.count)] if moments is None else moments
-        answers = gathered.solved([Solution(goal(one), space, tensor.name) for one in found])
+        answers = gathered.solved([Solution(goal(one), space, tensor.name).of for one in found])
     else:
-        found = (yield _DeltaMoments(linears, tensor.experts, space)) if moments is None else moments
+        found = (yield DeltaMoments(linears, tensor.experts, space)) if moments is None else moments
         solutions = [Solution(goal(one), space, tensor.name) for one in found]
 
         def answers(rows: Rows, number: int, first: int) -> Tensor:
@@ -152,99 +123,6 @@ def shares_of(weight: Sequence[float]) -> tuple[float, ...]:
     """The weights divided by their sum; all 0 if that is 0."""
     total = sum(weight)
     return tuple(w / total if total else 0.0 for w in weight)
-
-
-def deltas_of(rows: Rows) -> list[Tensor]:
-    base = rows.base
-    return [expert - base for expert in rows.experts]
-
-
-# --- rounds -----------------------------------------------------------------------------------------------------------
-
-
-class _DeltaMoments:
-    """A fold of Di^T Di of every linear (out, in)."""
-
-    def __init__(self, linears: Linears, experts: int, space: MatrixSpace) -> None:
-        self._linears, self._space = linears, space
-        self._moments = [[Moment(linears.inputs, space) for _ in range(experts)] for _ in range(linears.count)]
-
-    def part(self, rows: Rows) -> tuple[int, list[Tensor]]:
-        deltas = deltas_of(rows)
-        self._space.settle()
-        return self._linears.place(rows)[0], deltas
-
-    def add(self, part: tuple[int, list[Tensor]]) -> None:
-        number, deltas = part
-        for moment, delta in zip(self._moments[number], deltas, strict=True):
-            moment.add(delta)
-
-    def finish(self) -> list[list[Moment]]:
-        return self._moments
-
-
-class Gathered:
-    """A fold that keeps the deltas of linears (in, out), and gives them, and takes the solved ones, by outputs."""
-
-    def __init__(self, linears: Linears, experts: int, space: MatrixSpace) -> None:
-        self._linears, self._experts, self._space = linears, experts, space
-        self._kept: dict[tuple[int, int, int], Stored] = {}  # number, expert, first row -> (outputs, rows)
-        self._answers: dict[tuple[int, int], Stored] = {}  # number, first output -> (outputs, inputs)
-
-    def part(self, rows: Rows) -> tuple[tuple[int, int], list[Tensor]]:
-        deltas = [delta.T.contiguous() for delta in deltas_of(rows)]
-        self._space.settle()
-        return self._linears.place(rows), deltas
-
-    def add(self, part: tuple[tuple[int, int], list[Tensor]]) -> None:
-        (number, first), deltas = part
-        for expert, delta in enumerate(deltas):
-            self._kept[number, expert, first] = self._space.store.put(delta)
-
-    def finish(self) -> Gathered:
-        return self
-
-    def __del__(self) -> None:
-        for slot in (*self._kept.values(), *self._answers.values()):
-            self._space.store.drop(slot)
-
-    def moments(self, number: int) -> list[Moment]:
-        """Di Di^T of one linear (in, out)."""
-        found = [Moment(self._linears.inputs, self._space) for _ in range(self._experts)]
-        for output in self._outputs():
-            for moment, delta in zip(found, self._some_outputs(number, output), strict=True):
-                moment.add(delta)
-        return found
-
-    def by_outputs(self, number: int) -> Iterator[list[Tensor]]:
-        """Yield the deltas of all experts for some outputs of one linear after another, (outputs, inputs)."""
-        return (self._some_outputs(number, output) for output in self._outputs())
-
-    def solved(self, solutions: Sequence[Solution]) -> Callable[[Rows, int, int], Tensor]:
-        """Solve all linears, and return the function that gives a tile of rows of the solved deltas."""
-        for number, solution in enumerate(solutions):
-            for output in self._outputs():
-                found = solution.of(self._some_outputs(number, output))
-                self._answers[number, output] = self._space.store.put(found)
-
-        def answers(rows: Rows, number: int, first: int) -> Tensor:
-            return torch.cat([part[:, first : first + rows.count].T for part in self._solved(number)], dim=1)
-
-        return answers
-
-    def _outputs(self) -> range:
-        return range(0, self._linears.columns, ROWS)
-
-    def _some_outputs(self, number: int, output: int) -> list[Tensor]:
-        """The deltas of all experts for some outputs, (outputs, inputs)."""
-        store, first_rows = self._space.store, range(0, self._linears.height, ROWS)
-        return [
-            torch.cat([store.get(self._kept[number, expert, row])[output : output + ROWS] for row in first_rows], dim=1)
-            for expert in range(self._experts)
-        ]
-
-    def _solved(self, number: int) -> Iterator[Tensor]:
-        return (self._space.store.get(self._answers[number, output]) for output in self._outputs())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

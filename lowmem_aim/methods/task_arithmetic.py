@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from lowmem_aim.methods.footprint import FLOAT, Footprint
+from lowmem_aim.methods.linears import ROWS
 from lowmem_aim.methods.method import PerExpert, Script, Subject, merge_method
 from lowmem_aim.methods.moments import TILE
 from lowmem_aim.methods.output_space import solved_coefficients
 from lowmem_aim.methods.selection import Everything
-from lowmem_aim.methods.solved import ROWS
 from lowmem_aim.methods.task_vectors import combine_deltas, takes_deltas
 
 SOLVED = "solved"

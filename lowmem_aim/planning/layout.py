@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_aim.errors import RecipeError, UsageError
+from lowmem_aim.methods.linears import ROWS
 from lowmem_aim.methods.method import Subject
-from lowmem_aim.methods.solved import ROWS
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.roles import is_linear
 from lowmem_aim.planning.sources import Match, matches

@@ -139,8 +139,6 @@ class Start:
 def starting_values(method: Method, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values to start from for `count` experts: (of each expert, of the whole merge), by the parameters' names."""
     chosen: dict[str, Any] = {"weight": float(f"{1 / count:.3g}"), "density": 0.5 if count < MANY else 0.3}
-    if method.rows_of_linears:
-        chosen["weight"] = 1.0
     chosen["t"] = 0.0001 if method.name == "nearswap" else 0.5
     values = {p.name: chosen.get(p.name, _some_value(p) if p.required else None) for p in method.parameters.values()}
     own = {name: v for name, v in values.items() if v is not None and method.parameters[name].per_expert}

@@ -255,6 +255,7 @@ DONE = TensorDone(
     "mlp.up_proj",
     1096810496,
     kept=(5120.5, 2210.25),
+    effects=(0.93, 0.88),
     output="omega-0.4",
 )
 EXAMPLES: list[tuple[float, Event]] = [

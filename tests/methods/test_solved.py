@@ -11,7 +11,7 @@ from method_cases import CPU, merge, tensors
 from solving_cases import Space, inputs, moment_of, solve
 from torch import Tensor
 
-from lowmem_aim.methods import moments, solved
+from lowmem_aim.methods import linears, moments, solved
 from lowmem_aim.methods.moments import Moment, Tiles, moment_bytes
 from lowmem_aim.methods.systems import System, Term
 
@@ -23,7 +23,7 @@ METHODS_OF_TEXTS = ("regmean", "regmean_plus")
 def _many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "TILE", 16)
     monkeypatch.setattr(solved, "TILE", 16)
-    monkeypatch.setattr(solved, "ROWS", 8)
+    monkeypatch.setattr(linears, "ROWS", 8)
 
 
 def error(ours: Tensor, base: Tensor, truth: Tensor) -> float:

@@ -358,11 +358,11 @@ def test_systems_that_are_singular_are_told_in_the_card(llama_with_texts: Path, 
             notices.append(event.text)
 
     short = tmp_path / "short.jsonl"
-    short.write_text('{"text": "ab"}\n')  # of which no moment has full rank
+    short.write_text(json.dumps({"text": "a" * 20}) + "\n")  # the first inputs are all the same
     experts = tuple(f"{llama_with_texts / name}={short}" for name in NAMES)
     flags = {"parameter": ("shrink=1", "ridge=0"), "expert": experts}
     out = merge(job(llama_with_texts, "regmean", **flags), tmp_path / "out", Options(), emit)
-    name = "model.layers.0.mlp.down_proj.weight"
+    name = "model.layers.0.self_attn.q_proj.weight"
     assert any(name in text and "singular" in text for text in notices)
     facts = json.loads((out / "lowmem_aim.json").read_text())["singular"]
     assert name in {one["tensor"] for one in facts}

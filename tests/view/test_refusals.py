@@ -493,6 +493,13 @@ def acm_has_no_texts(scene: Scene) -> None:
     scene.recipe["acm"] = {"calibration": str(scene.place.folder / "none.jsonl")}
 
 
+@refusal(3, "at least 16 are needed", quick=True)
+def an_experts_texts_are_too_short(scene: Scene) -> None:
+    scene.recipe["merge_method"] = "regmean"
+    for model in scene.recipe["models"]:
+        model |= {"parameters": {}, "calibration": str(scene.named("short.txt", "too short"))}
+
+
 # --- memory and disk --------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +577,7 @@ def test_every_check_has_a_case() -> None:
         "check_device": "a_device_is_not_there",
         "check_calibration": "activations_are_of_another_model",
         "check_comparison": "acm_is_given_activations",
+        "check_experts": "an_experts_texts_are_too_short",
         "check_merge_memory": "rows_do_not_fit",
         "check_begun_with": "an_interrupted_runs_texts_are_others",
         "check_model_runs": "a_forward_does_not_fit",
