@@ -3,6 +3,8 @@
 questions.py      log-likelihood questions as token ids, and the forwards that answer them
 answers.py        answers that a model has given, kept for the next run
 scoring.py        continuations scored from what the output head is given, without its logits in memory
+rounds.py         the rounds in which questions are answered: what is read in each, and what that takes of memory
+pace.py           the time that a model takes, estimated from one of its blocks and a part of its head
 outlook.py        the cost of log-likelihoods, told before work
 likelihoods.py    log-likelihoods from a model of which one block at a time is in memory
 whole_model.py    a model loaded whole, to write texts: spread over the device, RAM and disk
