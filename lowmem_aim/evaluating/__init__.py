@@ -19,6 +19,7 @@ harness_settings.py settings of the harness that have no flag: which there are, 
 task_index.py     the harness' index of its own tasks, of the few folders that matter
 tasks.py          the harness' tasks: found by name, and checked before anything of them runs
 writing_tasks.py  tasks that let the model write: how much at most, and what that costs
+writing_outlook.py the cost of letting a model write, found before it does
 harness.py        the harness run on a model, and the one number of each task that counts
 models.py         a model to evaluate: built without weights, and its tokenizer
 origin.py         the origin of a model: what it is, and of a merge, what was merged and how

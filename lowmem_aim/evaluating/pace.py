@@ -24,7 +24,7 @@ from lowmem_aim.blocks.recorder import recorded_calls
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.evaluating.questions import Question
 from lowmem_aim.evaluating.rounds import Rounds
-from lowmem_aim.evaluating.scoring import Sums, rows_at_a_time
+from lowmem_aim.evaluating.scoring import POSITIONS, Sums, rows_at_a_time
 from lowmem_aim.measuring.batches import SIDE_BY_SIDE, batches_of, groups_in_order
 from lowmem_aim.system.devices import wait_for
 from lowmem_aim.system.tensor_store import Stored
@@ -75,15 +75,14 @@ def measured(runner: BlockRunner, samples: Sequence[Tensor], scored: int) -> Pac
         record = partial(_recorded, runner, place, shared)
         record(samples[0])  # at the first call, libraries are loaded and algorithms are chosen
         recording, texts = _timed(runner, lambda: list(map(record, samples)))
-        both, (running, ran) = _timed(
-            runner, partial(runner.with_block, place, partial(_through, runner, place, texts))
-        )
+        begun = time.perf_counter()
+        entered, running, ran = runner.with_block(place, partial(_through, runner, place, texts))
         reading, head = _head(runner, runner.store.get(texts[0][1])[:1], scored)
         count = sum(tokens for _, _, tokens in texts)
         blocks = len(runner.blocks)
         # Every text is passed on by all blocks twice: when its calls are recorded, and when its head's input is taken.
         token = 2 * recording / count + blocks * running / ran
-        return Pace(blocks * max(0.0, both - running) + reading, token, head)
+        return Pace(blocks * (entered - begun) + reading, token, head)
 
 
 def _recorded(
@@ -94,22 +93,24 @@ def _recorded(
     return calls[place], state, tokens.numel()
 
 
-def _through(runner: BlockRunner, place: int, texts: Sequence[tuple[Call, Stored, int]]) -> tuple[float, int]:
-    """(seconds, tokens) of as many texts in the block at a place as there is time for; each block starts unmeasured."""
-    store, seconds, ran = runner.store, 0.0, 0
+def _through(runner: BlockRunner, place: int, texts: Sequence[tuple[Call, Stored, int]]) -> tuple[float, float, int]:
+    """Run as many texts through the block at a place as there is time for.
+
+    Returns the time at which the block was there, and the seconds and tokens of these texts, the first of which is run
+    once before without being counted.
+    """
+    entered, store, seconds, ran = time.perf_counter(), runner.store, 0.0, 0
+
+    def run(call: Call, state: Stored) -> None:
+        hidden_of(runner.run_block(place, call.from_store(store).having(store.get(state))))
+
     for number, (call, state, tokens) in enumerate([texts[0], *texts]):
-        stored = call.having(None)
-        took, _ = _timed(
-            runner,
-            lambda stored=stored, state=state: hidden_of(  # type: ignore[misc]
-                runner.run_block(place, stored.from_store(store).having(store.get(state)))
-            ),
-        )
+        took, _ = _timed(runner, partial(run, call, state))
         if number or took > SECONDS:
             seconds, ran = seconds + took, ran + tokens
         if seconds > SECONDS:
             break
-    return seconds, ran
+    return entered, seconds, ran
 
 
 def _head(runner: BlockRunner, states: Tensor, scored: int) -> tuple[float, float]:
@@ -117,15 +118,16 @@ def _head(runner: BlockRunner, states: Tensor, scored: int) -> tuple[float, floa
     head = OutputHead(runner)
     rows = min(head.rows, rows_at_a_time(head))
     reading, part = _timed(runner, lambda: head.part(0, rows))
-    x = states[0, :1].expand(scored, -1).contiguous()
-    sums = Sums([[Question(array("i", [0] * scored), array("i", [0] * scored))]], runner.device)
+    some = min(scored, POSITIONS)
+    x = states[0, :1].expand(some, -1).contiguous()
+    sums = Sums([[Question(array("i", [0] * some), array("i", [0] * some))]], runner.device)
 
     def add() -> None:
         sums.add(0, 0, 0, F.linear(x, *part))
 
     add()
     adding, _ = _timed(runner, add)
-    return reading * head.rows / rows, adding * head.rows / rows
+    return reading * head.rows / rows, adding * head.rows / rows * scored / some
 
 
 def _timed(runner: BlockRunner, work: Callable[[], R]) -> tuple[float, R]:
