@@ -7,6 +7,7 @@ A round that is finished is kept for good, one under way as a calibration is: a 
 
 from __future__ import annotations
 
+import gc
 import itertools
 from array import array
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,7 @@ class BlockwiseModel:
         """The answers to the questions of each sequence. Raises NotTogether."""
         run, place, folder = self.run, torch.device(self.run.device), self.space.private
         self.checkpoint.warm_up()  # before the budget is divided
+        gc.collect()  # what the round before has left: a runner and its calls refer to each other
         batches = batches_of(groups, sequences)
         shares = shares_for(needs_of_round(groups, sequences, self.meta_model), run.budget, place, folder)
         snapshots, scoring = Snapshots(folder, self.space.journal), Scoring(questions)
