@@ -14,6 +14,7 @@ import yaml
 from conftest import Run
 from merge_cases import digests
 
+import lowmem_aim
 from lowmem_aim.errors import DiskError
 from lowmem_aim.evaluating import report
 from lowmem_aim.evaluating.comparison import compared
@@ -90,6 +91,21 @@ def swept(place: Path, keep: Keep = "best", disk: int | None = None, **grid: Any
 
 def done(place: Path, emit: Callable[[Event], None] = silent, **asked: Any) -> Result:
     return sweep(swept(place, **asked), place / "out", OPTIONS, emit)
+
+
+def test_from_python(place: Path, undrawn: None, run: Run) -> None:
+    settings = {"include_path": [place / "tasks"]}
+    out, recipe = place / "out", place / "recipe.yml"
+    found = lowmem_aim.sweep(
+        recipe, out, ["sums"], settings, parameters={"density": [0.3, 0.4]}, omegas=[1], options=OPTIONS
+    )
+    names = ["ties-density-0.3", "ties-density-0.4"]
+    assert [model["name"] for model in found["models"]] == names
+    assert found["population"] == ["math", "code"]
+    assert set(found["recommended"].values()) <= set(names)
+    assert found["models"] == json.loads((out / "report" / "report.json").read_text())["models"]
+    # `plan` takes the recipe of a point like any other.
+    assert run("plan", out / "recipes" / f"{names[1]}.yml", place / "planned", "--no-measure").code == 0
 
 
 def models_in(out: Path) -> set[str]:
