@@ -300,6 +300,9 @@ def test_a_search_that_is_half_done_plans_the_rest(place: Path, quick: None) -> 
     samples = Swept(space.samples(), Asked(("sums",), (place / "tasks",)), keep="none")
     found = plan_search(Searched(samples, space, 5, controls=False), place / "out", OPTIONS)
     assert (found.finished, found.judges, found.merged, found.time.models) == (2, 2, 5, 6)
+    all_stay = Searched(replace(samples, keep="all", disk=3 * found.disk_bytes), space, 50)
+    with pytest.raises(DiskError, match="50 merged models at a time"):
+        plan_search(all_stay, place / "out", OPTIONS)
     (place / "out" / "experts" / "code.json").touch()
     done_already = plan_search(Searched(samples, space, 2, controls=False), place / "out", OPTIONS)
     assert (done_already.merged, done_already.merges, done_already.time.each) == (0, None, None)
