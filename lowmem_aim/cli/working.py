@@ -172,10 +172,11 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     help="Measure the disk and the device for two seconds, to estimate the time. [default: --measure]",
 )
 def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: Any) -> None:
-    """Show what `merge` with the same arguments would do and need; `sweep --plan` does so for many merges.
+    """Show what `merge` with the same arguments would do and need.
 
     The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
-    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with.
+    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with. For a sweep, there is
+    `sweep --plan`.
     """
     import json
 

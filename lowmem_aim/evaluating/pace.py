@@ -7,6 +7,7 @@ does meanwhile counts too.
 
 from __future__ import annotations
 
+import statistics
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 SECONDS = 0.5  # in a block, if one text takes less
 MOST_TEXTS = 12
+REPEATS = 7  # of what takes moments, so that a pause of the machine does not count as many times
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def samples_of(rounds: Rounds) -> list[Tensor]:
 
 def _some(items: Sequence[T]) -> Sequence[T]:
     """At most MOST_TEXTS of the items, from everywhere among them."""
-    step = -(-len(items) // MOST_TEXTS)
-    return items[step // 2 :: step]
+    count = min(len(items), MOST_TEXTS)
+    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
 
 
 def measured(runner: BlockRunner, samples: Sequence[Tensor], scored: int) -> Pace:
@@ -126,7 +128,7 @@ def _head(runner: BlockRunner, states: Tensor, scored: int) -> tuple[float, floa
         sums.add(0, 0, 0, F.linear(x, *part))
 
     add()
-    adding, _ = _timed(runner, add)
+    adding = statistics.median(_timed(runner, add)[0] for _ in range(REPEATS))
     return reading * head.rows / rows, adding * head.rows / rows * scored / some
 
 

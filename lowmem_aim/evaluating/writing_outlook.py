@@ -14,7 +14,7 @@ from lowmem_aim.blocks.forwards import Broken
 from lowmem_aim.blocks.runner import BlockRunner
 from lowmem_aim.blocks.shares import share_out
 from lowmem_aim.errors import LowmemAimError
-from lowmem_aim.evaluating.pace import Pace, measured
+from lowmem_aim.evaluating.pace import MOST_TEXTS, Pace, measured
 from lowmem_aim.evaluating.scoring import WORK_BYTES
 from lowmem_aim.evaluating.whole_model import room_of
 from lowmem_aim.evaluating.writing_tasks import WritingTask
@@ -67,7 +67,7 @@ def _paces(
         checkpoint.warm_up()  # before the budget is divided
         shares = share_out(run.budget, device, needs)
         one, many = (
-            measured(BlockRunner(checkpoint, meta_model, device, shares, run.budget), [tokens], 1)
+            measured(BlockRunner(checkpoint, meta_model, device, shares, run.budget), [tokens] * MOST_TEXTS, 1)
             for tokens in (torch.zeros(batch, 1, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64))
         )
     except (LowmemAimError, Broken, ForwardFailed):

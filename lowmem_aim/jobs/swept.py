@@ -142,7 +142,7 @@ def _merges(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: b
     _check_disk(swept, out, one, room)
     in_a_batch = 0 if swept.ray else room - swept.staying * one  # each of Ray's tasks reads for itself
     batches = [batch for whole in found.passes for batch in in_batches(whole, in_a_batch)]
-    return Merges(batches, read_more_often(found.together, len(batches) / len(found.passes)))
+    return Merges(batches, read_more_often(found.together, len(batches) / max(1, len(found.passes))))
 
 
 def largest(passes: Iterable[Pass]) -> int:

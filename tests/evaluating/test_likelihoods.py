@@ -152,7 +152,7 @@ def test_what_it_takes_is_told_before_work(llama: Path, tmp_path: Path) -> None:
     assert 8 * (60 + 4 * 2) < computed < tokens / 2
     assert rounds == sum(isinstance(event, Advanced) for event in seen) / tiny.LAYERS > 1
     assert "read from disk" in told.text
-    assert "about 0:00 (an estimate)" in told.text
+    assert re.search(r"; about \d+:\d\d \(an estimate\)$", told.text)
 
 
 def test_the_time_is_estimated_by_the_work_of_all_rounds() -> None:
@@ -165,7 +165,7 @@ def test_one_block_and_a_part_of_the_head_are_run_to_estimate_the_time(architect
     folder, seen = tiny.build(architecture, tmp_path / "model"), list[Event]()
     asking.ours(folder, tmp_path / "work", REQUESTS, emit=seen.append)
     told = [event.text for event in seen if isinstance(event, Notice) and "log-likelihoods" in event.text]
-    assert [text.rpartition("; ")[2] for text in told] == ["about 0:00 (an estimate)"] * 2
+    assert [text.endswith("(an estimate)") for text in told] == [True, True]
 
 
 def test_a_model_that_is_run_in_another_way_gets_no_estimate(
