@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowmem_aim import errors, events
     from lowmem_aim.errors import LowmemAimError
-    from lowmem_aim.jobs.api import calibrate, compare, evaluate, merge, plan, read_recipe, relax, verify
+    from lowmem_aim.jobs.api import calibrate, compare, evaluate, merge, plan, read_recipe, relax, sweep, verify
     from lowmem_aim.jobs.forecast import Forecast
     from lowmem_aim.recipe.recipe import Recipe
     from lowmem_aim.system.options import Options
@@ -35,6 +35,7 @@ __all__ = [
     "plan",
     "read_recipe",
     "relax",
+    "sweep",
     "verify",
 ]
 
@@ -44,7 +45,8 @@ _HOMES = {
     "Options": "lowmem_aim.system.options",
     "Recipe": "lowmem_aim.recipe.recipe",
     **dict.fromkeys(
-        ("calibrate", "compare", "evaluate", "merge", "plan", "read_recipe", "relax", "verify"), "lowmem_aim.jobs.api"
+        ("calibrate", "compare", "evaluate", "merge", "plan", "read_recipe", "relax", "sweep", "verify"),
+        "lowmem_aim.jobs.api",
     ),
 }
 

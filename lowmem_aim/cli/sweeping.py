@@ -133,10 +133,10 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
     """
     if flags["search"] is None:
         refuse_if_running(out)
-    asked = _asked(recipe, flags, only_plan)
+    asked = _asked(recipe, flags)
     from lowmem_aim.jobs.searched import Searched
 
-    if only_plan and not isinstance(asked, Searched):
+    if only_plan:
         _plan(asked, out, options_of(flags), style)
         return
     from lowmem_aim.jobs.sweep import Result, sweep
@@ -159,13 +159,13 @@ def sweep_command(recipe: Path, out: Path, only_plan: bool, style: Style, **flag
             click.echo(f"{what.replace('-', ' ')}: {name} ({printable(str(out / what))}.yml)", err=True)
 
 
-def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Searched:
+def _asked(recipe: Path, flags: dict[str, Any]) -> Swept | Searched:
     """The sweep, or the search, that the command line asks for. Raises everything that is wrong with it at once."""
     from lowmem_aim.recipe.points import Grid, points_of
     from lowmem_aim.recipe.search_space import space_of
     from lowmem_aim.recipe.yaml_tree import load_tree, read_tree
 
-    errors: list[LowmemAimError] = [*usage.wrong_values(), *_wrong_search(flags, only_plan)]
+    errors: list[LowmemAimError] = [*usage.wrong_values(), *_wrong_search(flags)]
     methods = _listed(flags["methods"])
     calibration = {
         name: flags[name]
@@ -190,15 +190,12 @@ def _asked(recipe: Path, flags: dict[str, Any], only_plan: bool) -> Swept | Sear
     return Searched(swept, space, flags["search"], _listed(flags["objective"] or ""), flags["controls"])
 
 
-def _wrong_search(flags: dict[str, Any], only_plan: bool) -> Iterator[LowmemAimError]:
+def _wrong_search(flags: dict[str, Any]) -> Iterator[LowmemAimError]:
     if flags["search"] is not None and flags["search"] < 1:
         yield UsageError("`--search` needs one trial or more", "such as `--search 20`")
     if flags["search"] is not None and flags["ray"] is not None:
         hint = "start the same command several times, on as many machines as you like: they share OUT"
         yield UsageError("`--search` and `--ray` exclude each other", hint)
-    if flags["search"] is not None and only_plan:
-        hint = "`lowmem-aim plan RECIPE OUT` tells what one merge takes; each trial is one merge"
-        yield UsageError("`--search` has no plan: what it tries depends on what the first merges score", hint)
     if flags["objective"] is not None and flags["search"] is None:
         yield UsageError("`--objective` has no meaning without `--search`", "add `--search 20`, or leave it out")
 
@@ -208,19 +205,25 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _plan(swept: Swept, out: Path, options: Options, style: Style) -> None:
-    """Print what the sweep would do and need."""
+def _plan(asked: Swept | Searched, out: Path, options: Options, style: Style) -> None:
+    """Print what the sweep, or the search, would do and need."""
     import json
 
+    from lowmem_aim.jobs.search_plan import plan_search
     from lowmem_aim.jobs.sweep_plan import plan_sweep
-    from lowmem_aim.view import plan_lines
+    from lowmem_aim.jobs.swept import Swept
     from lowmem_aim.view.dashboard import showing
+    from lowmem_aim.view.plan_lines import INDENT
+    from lowmem_aim.view.sweep_lines import search_lines, sweep_lines
     from lowmem_aim.view.wrapping import for_terminal
 
     with showing("quiet" if style in ("quiet", "json") else "plain") as view:
-        known = plan_sweep(swept, out, options, view).as_json()
+        if isinstance(asked, Swept):
+            known, lines = plan_sweep(asked, out, options, view).as_json(), sweep_lines
+        else:
+            known, lines = plan_search(asked, out, options, view).as_json(), search_lines
     if style == "json":
         click.echo(json.dumps(known))
         formats.answered()
     else:
-        click.echo(for_terminal(plan_lines.sweep_lines(known), plan_lines.INDENT))
+        click.echo(for_terminal(lines(known), INDENT))

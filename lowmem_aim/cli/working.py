@@ -175,7 +175,8 @@ def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: 
     """Show what `merge` with the same arguments would do and need.
 
     The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
-    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with.
+    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with. For a sweep, there is
+    `sweep --plan`.
     """
     import json
 

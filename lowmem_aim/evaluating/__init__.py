@@ -3,6 +3,8 @@
 questions.py      log-likelihood questions as token ids, and the forwards that answer them
 answers.py        answers that a model has given, kept for the next run
 scoring.py        continuations scored from what the output head is given, without its logits in memory
+rounds.py         the rounds in which questions are answered: what is read in each, and what that takes of memory
+pace.py           the time that a model takes, estimated from one of its blocks and a part of its head
 outlook.py        the cost of log-likelihoods, told before work
 likelihoods.py    log-likelihoods from a model of which one block at a time is in memory
 whole_model.py    a model loaded whole, to write texts: spread over the device, RAM and disk
@@ -19,6 +21,7 @@ harness_settings.py settings of the harness that have no flag: which there are, 
 task_index.py     the harness' index of its own tasks, of the few folders that matter
 tasks.py          the harness' tasks: found by name, and checked before anything of them runs
 writing_tasks.py  tasks that let the model write: how much at most, and what that costs
+writing_outlook.py the cost of letting a model write, found before it does
 harness.py        the harness run on a model, and the one number of each task that counts
 replay.py         such tasks scored in a process apart, which is given the answers; what it gives back, checked
 replayed_model.py the model as that process has it: answers that were given before

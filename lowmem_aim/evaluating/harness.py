@@ -31,12 +31,7 @@ def scored(model: Any, loaded: Loaded, asked: Asked, unscored: Collection[str] =
 
     metrics.print = lambda *told: None  # stdout is for the result
     task.tqdm = lambda items, **_: items  # a script may have imported tqdm before `quiet` could silence it
-    # `simple_evaluate` would do these, and run git and pip to describe the machine.
-    random.seed(asked.seed)
-    numpy.random.seed(asked.seed)
-    torch.manual_seed(asked.seed)
-    for one in loaded.tasks["tasks"].values():
-        _set_up(one, asked)
+    _set_up_all(loaded, asked)
     for name in unscored:
         for one in tasks_of(name, loaded.tasks).values():
             one.apply_filters = _nothing  # the harness scores what the filters have left of the answers
@@ -64,6 +59,40 @@ def _without_groups(tasks: Mapping[str, Any], unscored: Collection[str]) -> dict
     apart = {task for name in unscored for task in tasks_of(name, tasks)}
     groups = {name: group for name, group in tasks["groups"].items() if apart.isdisjoint(tasks_of(name, tasks))}
     return {**tasks, "groups": groups}
+
+
+def requests_of(model: Any, loaded: Loaded, asked: Asked) -> dict[str, list[Any]]:
+    """The requests that `scored` would make of a model, an `LM` of the harness, by their kind. None is answered."""
+    from lm_eval.api import task
+    from lm_eval.evaluator_utils import get_sample_size
+
+    task.tqdm = lambda items, **_: items
+    _set_up_all(loaded, asked)
+    found: dict[str, list[Any]] = {}
+    with nothing_downloaded():
+        for one in loaded.tasks["tasks"].values():
+            one.build_all_requests(
+                limit=get_sample_size(one, asked.limit),
+                rank=0,
+                world_size=1,
+                system_instruction=asked.settings.get(SYSTEM),
+                apply_chat_template=asked.chat_template,
+                fewshot_as_multiturn=asked.settings.get(MULTITURN, True),
+                chat_template=model.apply_chat_template if asked.chat_template else None,
+                tokenizer_name=model.tokenizer_name if asked.chat_template else "",
+            )
+            for request in one.instances:
+                found.setdefault(request.request_type, []).extend([request] * request.repeats)
+    return found
+
+
+def _set_up_all(loaded: Loaded, asked: Asked) -> None:
+    # `simple_evaluate` would do these, and run git and pip to describe the machine.
+    random.seed(asked.seed)
+    numpy.random.seed(asked.seed)
+    torch.manual_seed(asked.seed)
+    for one in loaded.tasks["tasks"].values():
+        _set_up(one, asked)
 
 
 def _set_up(task: Any, asked: Asked) -> None:

@@ -7,6 +7,7 @@ A round that is finished is kept for good, one under way as a calibration is: a 
 
 from __future__ import annotations
 
+import gc
 import itertools
 from array import array
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from lowmem_aim.blocks.past import can_continue
 from lowmem_aim.blocks.runner import BlockRunner
-from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.evaluating.answers import Answers
-from lowmem_aim.evaluating.outlook import Outlook
-from lowmem_aim.evaluating.questions import Answer, Question, Reading, readings_of
-from lowmem_aim.evaluating.scoring import WORK_BYTES, Scoring
+from lowmem_aim.evaluating.outlook import outlook_of
+from lowmem_aim.evaluating.questions import Answer, Question, readings_of
+from lowmem_aim.evaluating.rounds import in_rounds, needs_of_round
+from lowmem_aim.evaluating.scoring import Scoring
 from lowmem_aim.events import Notice, PhaseEnded, PhaseStarted
-from lowmem_aim.measuring.batches import Group, among, batches_of, groups_in_order, groups_of, lengths_of, rounds_of
-from lowmem_aim.measuring.mean_activations import allocations_as_budget_errors, needs_of, shares_for
+from lowmem_aim.measuring.batches import Group, batches_of, groups_in_order
+from lowmem_aim.measuring.mean_activations import allocations_as_budget_errors, shares_for
 from lowmem_aim.measuring.purpose import Progress
 from lowmem_aim.measuring.snapshots import Snapshots
 from lowmem_aim.measuring.ways import NotTogether, run_batches, run_blocks
@@ -32,11 +32,6 @@ from lowmem_aim.models.meta_model import MetaModel
 from lowmem_aim.output.records import KeptAnswers, RunAlone
 from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.system.run import Run
-
-# Of the disk that a round may take, its hidden states get a part: the last snapshot of them and the next lie beside.
-COPIES = 3
-MOST_SEQUENCES = 20_000  # of a round: each takes some memory, however short it is
-SEQUENCE_BYTES = 2048  # of these
 
 
 @dataclass(frozen=True)
@@ -71,15 +66,17 @@ class BlockwiseModel:
     def _rounds(self, questions: Sequence[Question], left: set[int]) -> Iterator[dict[int, Answer]]:
         """Yield the answers to the questions that are `left`, a round at a time; whoever takes them shortens `left`."""
         readings = readings_of(questions, range(len(questions))) if left else []
-        blocks, outlook = len(self.meta_model.blocks), ""
+        blocks, has_told = len(self.meta_model.blocks), False
         while left:
             wanted = {number for number, reading in enumerate(readings) if not left.isdisjoint(reading.questions)}
-            rounds = list(self._cut(readings, wanted))
-            if not outlook:
-                outlook = str(self._outlook(rounds, readings, len(questions), len(left)))
-                self.run.emit(Notice(outlook))
+            alone = self.space.journal.kept(RunAlone) is not None
+            rounds = in_rounds(readings, wanted, self.meta_model, self.spill, alone=alone, emit=self.run.emit)
+            if not has_told:
+                told = outlook_of(rounds, questions, left, self.checkpoint, self.meta_model, self.run)
+                self.run.emit(Notice(str(told)))
+                has_told = True
             try:
-                for groups in rounds:
+                for groups in rounds.groups:
                     members = [readings[number] for group in groups for number in group.members]
                     asked = [sorted(left.intersection(reading.questions)) for reading in members]
                     done = len(questions) - len(left)
@@ -94,55 +91,6 @@ class BlockwiseModel:
                 self.run.emit(Notice(f"{reason}; requests are run one by one instead", "warning"))
                 self.space.journal.keep(RunAlone())
 
-    def _outlook(
-        self, rounds: Sequence[Sequence[Group]], readings: Sequence[Reading], requests: int, left: int
-    ) -> Outlook:
-        sequences = [reading.tokens for reading in readings]
-        members = [number for groups in rounds for group in groups for number in group.members]
-        shared = sum(group.common * (len(group.members) - 1) for groups in rounds for group in groups)
-        tokens = sum(len(sequences[number]) for number in members)
-        budget, device = self.run.budget, torch.device(self.run.device)
-        needs = max((self._needs(groups, sequences) for groups in rounds), key=lambda needs: needs.least)
-        on_host = budget.vram is None
-        return Outlook(
-            requests=requests,
-            known=requests - left,
-            sequences=len(members),
-            tokens=tokens,
-            computed=tokens - shared,
-            rounds=len(rounds),
-            stored=self.checkpoint.nbytes,
-            least=budget.ram_used() + needs.least_ram(on_host) if on_host else needs.least,
-            there=budget.ram if budget.vram is None else budget.vram_left(device),
-        )
-
-    def _needs(self, groups: Sequence[Group], sequences: Sequence[array[int]]) -> Needs:
-        """The needs of a round. Beside its batches, two sequences are run alone, to compare."""
-        longest = range(max(len(sequences[number]) for group in groups for number in group.members))
-        sizes = [size for group in groups for size in lengths_of(group, sequences)]
-        members = sum(len(group.members) for group in groups)
-        beside = WORK_BYTES + SEQUENCE_BYTES * members
-        return needs_of(self.meta_model, [longest, longest, *map(range, sizes)], beside=beside)
-
-    def _cut(self, readings: Sequence[Reading], wanted: set[int]) -> Iterator[list[Group]]:
-        """Yield rounds of readings that are wanted.
-
-        What is run together is decided among all of them, and rounds have the same size whatever the budget: a resumed
-        run decides alike.
-        """
-        sequences = [reading.tokens for reading in readings]
-        if self.space.journal.kept(RunAlone):
-            groups = [Group([number]) for number in range(len(readings))]
-        else:
-            groups = groups_of(sequences)
-            if any(group.common for group in groups) and not can_continue(self.meta_model.model):
-                why = "this model passes on more than keys and values: what requests begin with alike is read for each"
-                self.run.emit(Notice(why, "warning"))
-                groups = groups_of(sequences, beginnings=False)
-        some = (among(group, wanted) for group in groups)
-        tokens = max(1, self.spill // COPIES // needs_of(self.meta_model, [range(1)]).states)
-        yield from rounds_of((group for group in some if group.members), sequences, tokens, MOST_SEQUENCES)
-
     def _round(
         self,
         groups: Sequence[Group],
@@ -153,8 +101,9 @@ class BlockwiseModel:
         """The answers to the questions of each sequence. Raises NotTogether."""
         run, place, folder = self.run, torch.device(self.run.device), self.space.private
         self.checkpoint.warm_up()  # before the budget is divided
+        gc.collect()  # what the round before has left: a runner and its calls refer to each other
         batches = batches_of(groups, sequences)
-        shares = shares_for(self._needs(groups, sequences), run.budget, place, folder)
+        shares = shares_for(needs_of_round(groups, sequences, self.meta_model), run.budget, place, folder)
         snapshots, scoring = Snapshots(folder, self.space.journal), Scoring(questions)
 
         def runner() -> BlockRunner:

@@ -49,8 +49,8 @@ class Scoring(Purpose):
     def finish(self, runner: BlockRunner) -> None:
         """Go through the head once, for all sequences. Raises ModelError for logits that are no numbers."""
         head, as_model = OutputHead(runner), logits_of_model(runner)
-        sums = _Sums(self._questions, runner.device)
-        step = max(1, min(HEAD_BYTES // (head.columns * 4), LOGITS_BYTES // (POSITIONS * 16)))
+        sums = Sums(self._questions, runner.device)
+        step = rows_at_a_time(head)
         for start in range(0, head.rows, step):
             part = head.part(start, min(start + step, head.rows))
             for number, kept in enumerate(self._kept):
@@ -59,10 +59,16 @@ class Scoring(Purpose):
         self.answers = sums.answers()
 
 
-class _Sums:
+def rows_at_a_time(head: OutputHead) -> int:
+    """The rows of the head that are read at a time."""
+    return max(1, min(HEAD_BYTES // (int(head.columns) * 4), LOGITS_BYTES // (POSITIONS * 16)))
+
+
+class Sums:
     """Sums over the logits at each position of all sequences, from the parts of the vocabulary so far."""
 
     def __init__(self, questions: Sequence[Sequence[Question]], device: torch.device) -> None:
+        """`questions` of each sequence; `device`: where the logits are."""
         lengths = [[len(question.scored) for question in asked] for asked in questions]
         last = [max(own) for own in lengths]
         self._begin = [0, *itertools.accumulate(last)]  # of each sequence: its first position

@@ -34,7 +34,8 @@ USUAL = {
     "ifeval": "prompt_level_strict_acc",
 }
 WRITES = "generate_until"  # the harness' name for tasks that let the model write
-KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", WRITES)
+ROLLING = "loglikelihood_rolling"  # likewise, of those that score whole texts
+KINDS = ("multiple_choice", "loglikelihood", ROLLING, WRITES)
 BETTER = {"hendrycks_math": "`minerva_math`: `hendrycks_math` scores next to nothing, whatever the model"}
 
 
@@ -165,8 +166,7 @@ def loaded(asked: Asked, tasks_found: Found | None = None) -> Loaded:
     names = [part for name in asked.names for part in _scored(manager, name)]
     writing = {name: task for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == WRITES}
     set_generation(asked.settings, [*writing.values()], [name for name in tasks["tasks"] if name not in writing])
-    # Those that let the model write come last, since it is loaded whole for them.
-    tasks["tasks"] = dict(sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE == WRITES))
+    tasks["tasks"] = dict(sorted(tasks["tasks"].items(), key=lambda item: _place(item[1].OUTPUT_TYPE)))
     return Loaded(tasks, names)
 
 
@@ -178,6 +178,14 @@ def _online_alone(entries: Sequence[Any], tasks: Mapping[str, Any]) -> Iterator[
             f"the data set {name} is loaded with a network alone, and what runs the model's programs has none",
             hint="leave its task out of `--tasks`",
         )
+
+
+def _place(kind: str) -> int:
+    """The place of a kind of tasks among all: those that need the most memory come first, to be refused before work.
+
+    Rolling ones read texts that are as long as the model allows. Those that let it write come last: it is loaded whole.
+    """
+    return {ROLLING: 0, WRITES: 2}.get(kind, 1)
 
 
 def fetching(asked: Asked) -> str:

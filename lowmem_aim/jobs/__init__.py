@@ -14,12 +14,14 @@ new_file.py      the new file that a job writes, checked before work
 evaluate.py      the scores of a model, from its questions to a scores.json
 swept.py         the request for a sweep, and all that is checked of it before work
 scored_points.py the points of a sweep in its folder: which are scored, how they compare, whose models stay
+evaluation_plan.py the cost of scoring a model, found without that
 sweep_plan.py    the plan of a sweep: points, readings, disk, memory and time
 one_point.py     one point, merged and scored by itself, beside other processes
 by_ray.py        the points of a sweep as tasks of Ray, on this machine or on a cluster
 sweep.py         the sweep: many merges, each scored, all compared, the best of them named
 study.py         the trials of a search, in a file of optuna's
 searched.py      the request for a search, and all that is checked of it before work
+search_plan.py   the plan of a search: trials, ranges, readings of the inputs, disk, memory and time
 search.py        the search: a sweep whose points are chosen one after the other, by several processes
 asked.py         requests for an evaluation, from keys and values
 compare.py       the comparison of models by their scores, from files to a report

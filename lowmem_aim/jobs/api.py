@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowmem_aim.errors import RecipeError, UsageError, printable
 from lowmem_aim.events import Emit, Event, silent
@@ -24,8 +24,10 @@ from lowmem_aim.jobs import plan as plan_job
 from lowmem_aim.jobs.asked import asked_for
 from lowmem_aim.jobs.forecast import Forecast
 from lowmem_aim.jobs.preparation import sound_recipe
+from lowmem_aim.jobs.swept import Swept
 from lowmem_aim.output.verify import verify_outputs
 from lowmem_aim.recipe import reader
+from lowmem_aim.recipe.points import Grid, points_of
 from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.recipe.yaml_tree import Node, load_tree, one_of, parse, tree_of
 from lowmem_aim.system.on_demand import torch
@@ -168,6 +170,40 @@ def compare(
 
     found, _ = compare_job.compare(files, others, report, tasks=tasks, pairs=pairs, sort=sort, force=force)
     return as_json(found)
+
+
+def sweep(
+    recipe: Written,
+    out: str | Path,
+    tasks: Sequence[str],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    methods: Sequence[str] = (),
+    omegas: Sequence[float] = (),
+    parameters: Mapping[str, Sequence[float]] | None = None,
+    controls: bool = True,
+    keep: Literal["best", "all", "none"] = "best",
+    disk: int | None = None,
+    options: Options = DEFAULTS,
+    on_event: OnEvent | None = None,
+) -> dict[str, Any]:
+    """Merge by a recipe in many ways into the new folder `out`, score and compare all, or go on with such a sweep.
+
+    The points are all combinations of `methods`, `omegas` and the values of `parameters`; those that are not given are
+    the recipe's. `tasks` and `settings` are those of `evaluate`, `keep` and `disk` (bytes) those of `lowmem-aim sweep`.
+    Returns the population and the models as `compare` does, and under `recommended` the names of the two best. Raises
+    the errors of `merge` and `evaluate`.
+    """
+    asked, forwards = asked_for(tasks, settings or {})
+    texts = [f"{name}={','.join(map(str, values))}" for name, values in (parameters or {}).items()]
+    grid = Grid(methods, texts, ",".join(map(str, omegas)) or None, controls)
+    swept = Swept(points_of(_tree(recipe), grid), asked, forwards, keep, disk)
+    from lowmem_aim.evaluating.report import as_json
+    from lowmem_aim.jobs.sweep import sweep as run_sweep
+
+    with _alone():
+        found = run_sweep(swept, _path(out), options, _emit(on_event))
+    return {**as_json(found.comparison), "recommended": dict(found.recommended)}
 
 
 def _path(out: str | Path) -> Path:

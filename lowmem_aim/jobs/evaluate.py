@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from lowmem_aim.jobs.identity import identity_on
 from lowmem_aim.jobs.new_file import check_absent, check_new_file
 from lowmem_aim.jobs.resume import agree, differing_weights
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.hub import locate
+from lowmem_aim.models.hub import Located, locate
 from lowmem_aim.models.opening import opened
 from lowmem_aim.models.reader import Reader
 from lowmem_aim.models.vetted import tokenizer_files
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lowmem_aim.models.meta_model import MetaModel
 
 SPILL_BYTES = 10_000_000_000
+Find = Callable[[str, Emit, bool], Located]
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,21 @@ def score(
     model: str, asked: Asked, output: Path, forwards: Forwards, options: Options, feed: AnyFeed, name: str = ""
 ) -> None:
     """Do the work of `evaluate` within a run; `name`: what the scores call the model, in place of its own name."""
-    with _opened(model, asked, output, options, feed) as checkpoint:
+    with opened_to_score(model, asked, output, options, feed) as checkpoint:
         _evaluated(checkpoint, asked, output, forwards, options, feed, name)
 
 
-def check(model: str, asked: Asked, loaded: Loaded, output: Path, forwards: Forwards, options: Options) -> str:
+def check(
+    model: str,
+    asked: Asked,
+    loaded: Loaded,
+    output: Path,
+    forwards: Forwards,
+    options: Options,
+    find: Find = locate,
+) -> str:
     """Raise what `score` would raise before work, as far as it is known without a run's folder; return the label."""
-    with _opened(model, asked, output, options, silent) as checkpoint:
+    with opened_to_score(model, asked, output, options, silent, find) as checkpoint:
         meta_model = to_evaluate(checkpoint, forwards.dtype, options.use_cache)
         run = start(options, silent)
         _check_running(loaded, run)
@@ -226,8 +235,13 @@ def scores_of(checkpoint: Checkpoint, digest: str, scores: Any, asked: Asked, fo
 
 
 @contextmanager
-def _opened(model: str, asked: Asked, output: Path, options: Options, emit: Emit) -> Iterator[Checkpoint]:
-    """Open the model once all that can be checked without torch is right. Raises every error that there is."""
+def opened_to_score(
+    model: str, asked: Asked, output: Path, options: Options, emit: Emit, find: Find = locate
+) -> Iterator[Checkpoint]:
+    """Open the model once all that can be checked without torch is right. Raises every error that there is.
+
+    `find` gives the folder of a model, or of an adapter.
+    """
     errors: list[LowmemAimError] = []
     with noted(errors):
         if problems := list(wrong_options(options)):
@@ -236,7 +250,7 @@ def _opened(model: str, asked: Asked, output: Path, options: Options, emit: Emit
         check_new_file(output, ".json", "scores.json")
     errors += [*tasks.missing_harness(), *tasks.wrong_requests(asked)]
     with noted(errors), Reader(options.use_cache) as reader:
-        checkpoint = opened(model, lambda part, is_adapter: locate(part, emit, is_adapter), options.read, reader)
+        checkpoint = opened(model, lambda part, is_adapter: find(part, emit, is_adapter), options.read, reader)
         try:
             if set(map(real, checkpoint.place)) & set(real(output).parents):
                 raise UsageError(

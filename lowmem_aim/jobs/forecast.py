@@ -14,6 +14,7 @@ from lowmem_aim.errors import LowmemAimError, joined
 from lowmem_aim.events import label_of
 
 SCHEMA = 1  # of `plan --json`
+MERGE = "merge"  # the phase in which models are merged
 
 
 @dataclass(frozen=True)
@@ -148,4 +149,18 @@ def in_passes(forecasts: Sequence[Forecast], errors: list[LowmemAimError]) -> Fo
         steps=tuple(steps),
         speeds={name: speed for one in forecasts for name, speed in one.speeds.items()},
         notes=tuple(dict.fromkeys(note for one in forecasts for note in one.notes)),
+    )
+
+
+def read_more_often(forecast: Forecast, times: float) -> Forecast:
+    """The forecast of merges that read their models so many times as often."""
+    return replace(forecast, steps=tuple(times_of_merge(step, read=times) for step in forecast.steps))
+
+
+def times_of_merge(step: Step, *, read: float, others: float = 1.0) -> Step:
+    """A step of a merge with its reading, and its other limits, so many times as long; any other step as it is."""
+    if step.phase.rpartition(": ")[2] != MERGE:
+        return step
+    return replace(
+        step, limits={name: took * (read if name == "read" else others) for name, took in step.limits.items()}
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lowmem_aim.errors import MemoryBudgetError, noted, printable, raise_all
 from lowmem_aim.events import Emit, Event, Notice, silent
-from lowmem_aim.jobs.forecast import Forecast, Requirement, Step, in_all
+from lowmem_aim.jobs.forecast import MERGE, Forecast, Requirement, Step, in_all
 from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.speed import disk_speed, matmul_speed, merge_speed
@@ -243,4 +243,4 @@ class Estimate:
         limits = {"write": write / speeds["write"]}
         limits |= {"compute": sum(computing)} if computing else {}
         limits |= {"read": read / speeds["read"]} if "read" in speeds else {}
-        yield Step("merge", limits)
+        yield Step(MERGE, limits)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowmem_aim.errors import raise_all
 from lowmem_aim.events import Emit, Notice, silent
-from lowmem_aim.jobs.forecast import Forecast, ForecastOfMany, Pass, Requirement, Step, in_passes
+from lowmem_aim.jobs.forecast import Forecast, ForecastOfMany, Pass, Requirement, in_passes, read_more_often
 from lowmem_aim.jobs.headers import Headers
 from lowmem_aim.jobs.merge_many import prepared_together
 from lowmem_aim.jobs.plan import Estimate, noting
@@ -105,8 +105,4 @@ def _fit_memory(ready: Prepared, names: list[str]) -> bool:
 def _read_by_each(forecast: Forecast, passes: int) -> Forecast:
     """The forecast of one pass as that of several, each of which reads everything."""
 
-    def several(step: Step) -> Step:
-        again = {name: limit * (max(passes, 1) if name == "read" else 1) for name, limit in step.limits.items()}
-        return replace(step, limits=again)
-
-    return replace(forecast, steps=tuple(several(step) if step.phase == "merge" else step for step in forecast.steps))
+    return read_more_often(forecast, max(passes, 1))

@@ -29,7 +29,14 @@ from lowmem_aim.jobs.scored_points import ScoredPoints
 from lowmem_aim.jobs.searched import GAIN, Searched, checked_search
 from lowmem_aim.jobs.study import Study, Trial, agree_on_sampler, sampler_facts
 from lowmem_aim.jobs.sweep import Result, SweepRun
-from lowmem_aim.output.sweep_folder import SAMPLER, SweepFolder, has_begun, shared_sweep_folder, sweep_folder
+from lowmem_aim.output.sweep_folder import (
+    SAMPLER,
+    SweepFolder,
+    has_begun,
+    shared_sweep_folder,
+    sweep_folder,
+    trial_name,
+)
 from lowmem_aim.recipe.points import Point
 from lowmem_aim.recipe.search_space import Suggests, companions
 from lowmem_aim.recipe.written import written
@@ -231,7 +238,7 @@ class _Worker:
         """The point of what a trial has chosen."""
         if trial.number not in self.chosen:
             chosen = self.searched.space.chosen(trial.suggests)
-            self.chosen[trial.number] = self.searched.space.point(f"trial-{trial.number:04}", chosen)
+            self.chosen[trial.number] = self.searched.space.point(trial_name(trial.number), chosen)
         return self.chosen[trial.number]
 
     # -- scores

@@ -11,8 +11,10 @@ from lowmem_aim.errors import LowmemAimError, UsageError, did_you_mean, noted, p
 from lowmem_aim.evaluating.scores import UNITS
 from lowmem_aim.evaluating.tasks import Loaded
 from lowmem_aim.events import Emit
+from lowmem_aim.jobs.evaluate import Find
 from lowmem_aim.jobs.study import missing_optuna
 from lowmem_aim.jobs.swept import Checked, Swept, checked
+from lowmem_aim.models.hub import locate
 from lowmem_aim.recipe.search_space import Space
 from lowmem_aim.system.options import Options
 
@@ -34,16 +36,30 @@ class Searched:
         return {"search": self.space.as_json()}
 
 
-def checked_search(searched: Searched, out: Path, options: Options, emit: Emit) -> Checked:
-    """Make all checks before work. Raises every error that there is, at once."""
+def checked_search(
+    searched: Searched, out: Path, options: Options, emit: Emit, *, measure: bool = False, find: Find = locate
+) -> Checked:
+    """Make all checks before work; `measure`: also find out how long the merges of the samples would take.
+
+    `find` gives the folder of an expert. Raises every error that there is, at once.
+    """
     errors: list[LowmemAimError] = [*missing_optuna()]
     if searched.trials < 1:
         errors.append(UsageError("`--search` needs one trial or more", "such as `--search 20`"))
     if len(set(searched.objectives)) < len(searched.objectives):
         errors.append(UsageError("`--objective` names a task twice", "name each once"))
     options = replace(options, fresh=False)  # the points by which all is checked are never made
+    swept = replace(searched.swept, trials=max(searched.trials, 1))
     with noted(errors):
-        ready = checked(searched.swept, out, options, emit, of_tasks=lambda loaded: _of_tasks(searched, loaded))
+        ready = checked(
+            swept,
+            out,
+            options,
+            emit,
+            measure=measure,
+            of_tasks=lambda loaded: _of_tasks(searched, loaded),
+            find=find,
+        )
     raise_all(errors)
     return ready
 

@@ -22,7 +22,7 @@ from lowmem_aim.merging.shares import CPU_SLICE_ELEMENTS, GPU_SLICE_ELEMENTS, TO
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Combine, Method, Rounds, Rows, Script, Subject
 from lowmem_aim.relaxing.aim import relax
-from lowmem_aim.system.devices import DeviceStreams, threads_an_operation
+from lowmem_aim.system.devices import DeviceStreams, threads_an_operation, wait_for
 from lowmem_aim.system.files import disk_errors
 from lowmem_aim.system.on_demand import torch
 
@@ -229,7 +229,4 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3,
 def _multiply(sequence: Tensor, weight: Tensor) -> None:
     """Multiply, and return when the device is done."""
     torch.nn.functional.linear(sequence, weight)
-    if sequence.device.type == "cuda":
-        torch.cuda.synchronize(sequence.device)
-    elif sequence.device.type == "mps":
-        torch.mps.synchronize()
+    wait_for(sequence.device)

@@ -14,9 +14,10 @@ from lowmem_aim.errors import DiskError, LowmemAimError, UsageError, noted, rais
 from lowmem_aim.evaluating import tasks
 from lowmem_aim.evaluating.tasks import Asked, Loaded
 from lowmem_aim.events import Emit
-from lowmem_aim.jobs.evaluate import Forwards, check
-from lowmem_aim.jobs.forecast import Forecast, Pass
+from lowmem_aim.jobs.evaluate import Find, Forwards, check
+from lowmem_aim.jobs.forecast import Forecast, Pass, read_more_often
 from lowmem_aim.jobs.plan_many import plan_many
+from lowmem_aim.models.hub import locate
 from lowmem_aim.output.folder import existing_folder
 from lowmem_aim.output.sweep_folder import MODELS, check_sweep_folder, is_scored
 from lowmem_aim.recipe.points import Point
@@ -42,16 +43,22 @@ class Swept:
     keep: Keep = "best"  # which merged models stay: the recommended ones, all, or none
     disk: int | None = None  # bytes of merged models at a time; None: half of what is free
     ray: str = ""  # the address of a Ray cluster whose workers make the points, or `local`; "": this process does
+    trials: int = 0  # of a search, whose points are not known yet: `points` are samples of them; 0: no search
+
+    @property
+    def count(self) -> int:
+        """The number of points."""
+        return self.trials or len(self.points)
 
     @property
     def staying(self) -> int:
         """The merged models that stay beside those that are being scored."""
-        return MOST_RECOMMENDED if self.keep == "best" and len(self.points) > MOST_RECOMMENDED else 0
+        return MOST_RECOMMENDED if self.keep == "best" and self.count > MOST_RECOMMENDED else 0
 
     @property
     def at_once(self) -> int:
         """The merged models that must have room on the disk."""
-        return len(self.points) if self.keep == "all" else min(self.staying + 1, len(self.points))
+        return self.count if self.keep == "all" else min(self.staying + 1, self.count)
 
     def room(self, out: Path) -> int:
         """Bytes of disk for merged models. Raises DiskError."""
@@ -85,11 +92,19 @@ class Checked:
 
 
 def checked(
-    swept: Swept, out: Path, options: Options, emit: Emit, *, measure: bool = False, of_tasks: OfTasks | None = None
+    swept: Swept,
+    out: Path,
+    options: Options,
+    emit: Emit,
+    *,
+    measure: bool = False,
+    of_tasks: OfTasks | None = None,
+    find: Find = locate,
 ) -> Checked:
     """Make all checks before work; `measure`: also find out how long the merges would take.
 
-    `of_tasks` makes further checks of the tasks. Raises every error that there is, at once.
+    `of_tasks` makes further checks of the tasks; `find` gives the folder of an expert. Raises every error that there
+    is, at once.
     """
     errors: list[LowmemAimError] = [*_of_the_machine(swept, options)]
     with noted(errors):
@@ -106,8 +121,7 @@ def checked(
     for reference in swept.experts if not errors else ():
         with noted(errors):
             assert loaded is not None
-            aside = _unused_file(existing_folder(out) / f"{out.name}.json")
-            label = check(reference, swept.asked, loaded, aside, swept.forwards, options)
+            label = check(reference, swept.asked, loaded, unused_file(out), swept.forwards, options, find)
             experts[_unused_name(label, experts)] = reference
     raise_all(errors)
     return Checked(experts, merges)
@@ -126,9 +140,9 @@ def _merges(swept: Swept, out: Path, options: Options, emit: Emit, *, measure: b
         raise found.together.error()
     one = largest(found.passes)
     _check_disk(swept, out, one, room)
-    return Merges(
-        [batch for whole in found.passes for batch in in_batches(whole, room - swept.staying * one)], found.together
-    )
+    in_a_batch = 0 if swept.ray else room - swept.staying * one  # each of Ray's tasks reads for itself
+    batches = [batch for whole in found.passes for batch in in_batches(whole, in_a_batch)]
+    return Merges(batches, read_more_often(found.together, len(batches) / max(1, len(found.passes))))
 
 
 def largest(passes: Iterable[Pass]) -> int:
@@ -169,8 +183,9 @@ def _check_disk(swept: Swept, out: Path, nbytes: int, room: int) -> None:
         raise DiskError(text, hint="free some space, give a larger `--disk`, or keep fewer models (`--keep`)")
 
 
-def _unused_file(file: Path) -> Path:
-    """A name like that of `file` that nothing has."""
+def unused_file(out: Path) -> Path:
+    """A name beside the folder `out` that nothing has, as of a file of scores."""
+    file = existing_folder(out) / f"{out.name}.json"
     while os.path.lexists(file):
         file = file.with_name(f"_{file.name}")
     return file

@@ -103,6 +103,22 @@ def is_scored(out: Path, name: str) -> bool:
     return (out / SCORES / f"{name}.json").is_file()
 
 
+def has_scores_of_expert(out: Path, name: str) -> bool:
+    """Whether the scores of an expert are there."""
+    return (out / EXPERTS / f"{name}.json").is_file()
+
+
+def trial_name(number: int) -> str:
+    """The name of the point of a search's trial."""
+    return f"trial-{number:04}"
+
+
+def scored_trials(out: Path) -> int:
+    """The number of trials of a search whose scores are there."""
+    names = (file.stem.removeprefix("trial-") for file in (out / SCORES).glob("trial-*.json"))
+    return sum(name.isdecimal() for name in names)
+
+
 def lock_in(out: Path, name: str) -> Path:
     """The same as `lock_of`, for a process that does not hold the folder."""
     return out / PRIVATE / f"{name}{_LOCK}"

@@ -35,6 +35,14 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when the device has computed all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 @contextlib.contextmanager
 def threads_an_operation(count: int) -> Iterator[None]:
     """Give each torch operation so many threads during the block: one where slices already run in parallel."""

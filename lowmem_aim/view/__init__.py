@@ -3,6 +3,7 @@
 progress.py      events -> the state of the run
 record.py        events as lines of JSON, and the log
 plan_lines.py    a plan as lines for people
+sweep_lines.py   a plan of a sweep, or of a search, as lines for people
 doctor_lines.py  the report of `doctor` as lines for people
 plain_lines.py   a run as plain lines, or as lines of JSON
 wrapping.py      long lines, broken at spaces for a terminal

@@ -15,7 +15,6 @@ from lowmem_aim.units import clock, shown
 INDENT = 10  # columns of a heading
 KINDS_LISTED = 40  # shown; a model of many different modules has more
 MOST_LEFT_OUT = 5  # names shown for one reason
-MOST_POINTS = 12  # of a sweep, whose names are shown
 STARTING_SECONDS = 3.0  # importing torch, opening the models
 
 
@@ -100,39 +99,39 @@ def _kind_lines(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def forecast_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
     """The lines of a Forecast, as JSON has it: what fits, how long it takes, and the verdict."""
-    for need in forecast["needs"]:
+    yield from need_lines(forecast["needs"])
+    if forecast["steps"]:
+        total = STARTING_SECONDS + sum(step["seconds"] for step in forecast["steps"])
+        yield f"time      about {clock(total)} on {forecast['device']}: {steps(forecast)}"
+        yield f"          {measured(forecast)}"
+    yield from verdict_lines(forecast)
+
+
+def need_lines(needs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of what a job needs, as JSON has it."""
+    for need in needs:
         verdict = "fits" if need["fits"] else "DOES NOT FIT"
         amounts = f"{shown(need['least'])} at least, {shown(need['there'])} available"
         yield f"{need['what']:<10}{amounts}: {verdict} ({need['why']})"
-    if forecast["steps"]:
-        parts = [f"{printable(step['phase'])} {clock(step['seconds'])}{_slowest(step)}" for step in forecast["steps"]]
-        total = STARTING_SECONDS + sum(step["seconds"] for step in forecast["steps"])
-        yield f"time      about {clock(total)} on {forecast['device']}: {', '.join(parts)}"
-        yield f"          measured: {', '.join(_speed(name, value) for name, value in forecast['speeds'].items())}"
+
+
+def steps(forecast: Mapping[str, Any]) -> str:
+    """The phases of a Forecast with their times, in one line."""
+    parts = [f"{printable(step['phase'])} {clock(step['seconds'])}{_slowest(step)}" for step in forecast["steps"]]
+    return ", ".join(parts)
+
+
+def measured(forecast: Mapping[str, Any]) -> str:
+    """The speeds that times follow from, in one line."""
+    return f"measured: {', '.join(_speed(name, value) for name, value in forecast['speeds'].items())}"
+
+
+def verdict_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of what is to be noted, and whether a job would run."""
     for note in forecast["notes"]:
         yield f"note      {note}"
     verdict = "it fits" if forecast["needs"] else "nothing is left to do"
     yield f"verdict   {verdict if forecast['fits'] else 'it would not run: see below'}"
-
-
-def sweep_lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of a SweepPlan, as JSON has it: the points, the merges, what they need, and the evaluations."""
-    kinds = [f"{plan['families']} unrelaxed", f"{plan['relaxed']} relaxed", f"{plan['controls']} controls"]
-    scored = f"; {plan['scored']} are scored already" if plan["scored"] else ""
-    yield f"points    {len(plan['points'])}: {', '.join(kinds)}{scored}"
-    more = f" and {len(plan['points']) - MOST_POINTS} more" if len(plan["points"]) > MOST_POINTS else ""
-    yield f"          {', '.join(map(printable, plan['points'][:MOST_POINTS]))}{more}"
-    models = len(plan["points"]) - plan["scored"] + len(plan["experts"])
-    experts, tasks = (", ".join(map(printable, plan[key])) for key in ("experts", "tasks"))
-    yield f"scored    {experts} first; {models} models on {tasks}"
-    batches = [len(batch["output_bytes"]) for batch in plan["batches"]]
-    if batches:
-        times = "once" if len(batches) == 1 else f"{len(batches)} times, for {', '.join(map(str, batches))} points"
-        yield f"inputs    read {times}: {shown(plan['read_bytes'])} in all"
-        yield f"models    {shown(plan['disk_bytes'])} of disk at most"
-    if merges := plan["merges"]:
-        yield from forecast_lines({**merges, "needs": [need for need in merges["needs"] if need["what"] != "disk"]})
-        yield "          the time is that of the merges; how long the models take on the tasks is seen with the first"
 
 
 def _slowest(step: Mapping[str, Any]) -> str:

@@ -83,6 +83,7 @@ def kills() -> list[tuple[str, Callable[[], object]]]:
     from lowmem_aim.blocks.runner import BlockRunner
     from lowmem_aim.evaluating import likelihoods
     from lowmem_aim.evaluating.answers import Answers
+    from lowmem_aim.evaluating.pace import MOST_TEXTS
     from lowmem_aim.evaluating.whole_model import WholeModel
     from lowmem_aim.jobs import evaluate
     from lowmem_aim.measuring.snapshots import Snapshots
@@ -92,9 +93,9 @@ def kills() -> list[tuple[str, Callable[[], object]]]:
 
     return [
         ("before the model is digested", at(evaluate, "digest_of_model", 1)),
-        ("in the first block", at(BlockRunner, "run_block", 2)),
+        ("in the first block", at(BlockRunner, "run_block", MOST_TEXTS + 3)),  # behind those that give the pace
         ("when a block is kept", at(Snapshots, "offer", 2, True)),
-        ("in the third block", at(BlockRunner, "run_block", 30)),
+        ("in the third block", at(BlockRunner, "run_block", MOST_TEXTS + 31)),
         ("before the first round's answers are kept", at(Answers, "keep", 1)),
         ("when they are kept", at(Answers, "keep", 1, True)),
         ("before the second round is cut", at(likelihoods, "batches_of", 2)),

@@ -126,6 +126,11 @@ def line(place: Path, out: Path, *more: str, names: str = "sums,flow") -> tuple[
     )
 
 
+def test_what_needs_the_most_memory_is_asked_first(place: Path) -> None:
+    found = tasks.loaded(Asked(("writes", "sums", "flow"), (place / "tasks",))).tasks["tasks"]
+    assert list(found) == ["flow", "sums", "writes"]
+
+
 def test_scores_are_written_and_known_again(place: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "scores.json"
     done = run(*line(place, out))

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from lowmem_aim.blocks.past import no_past
 from lowmem_aim.errors import MemoryBudgetError, ModelError
+from lowmem_aim.evaluating.pace import Pace
 from lowmem_aim.evaluating.questions import Question, readings_of
 from lowmem_aim.events import Advanced, Emit, Event, Notice, PhaseStarted, Worked
 from lowmem_aim.measuring import recorded
@@ -151,6 +152,31 @@ def test_what_it_takes_is_told_before_work(llama: Path, tmp_path: Path) -> None:
     assert 8 * (60 + 4 * 2) < computed < tokens / 2
     assert rounds == sum(isinstance(event, Advanced) for event in seen) / tiny.LAYERS > 1
     assert "read from disk" in told.text
+    assert re.search(r"; about \d+:\d\d \(an estimate\)$", told.text)
+
+
+def test_the_time_is_estimated_by_the_work_of_all_rounds() -> None:
+    pace = Pace(weights=7.0, token=0.5, head=0.25)
+    assert pace.seconds(tokens=10, texts=4, rounds=3) == 3 * 7.0 + 10 * 0.5 + 4 * 0.25
+
+
+@pytest.mark.parametrize("architecture", others_long(ARCHITECTURES, ("gemma2", "mixtral")))
+def test_one_block_and_a_part_of_the_head_are_run_to_estimate_the_time(architecture: str, tmp_path: Path) -> None:
+    folder, seen = tiny.build(architecture, tmp_path / "model"), list[Event]()
+    asking.ours(folder, tmp_path / "work", REQUESTS, emit=seen.append)
+    told = [event.text for event in seen if isinstance(event, Notice) and "log-likelihoods" in event.text]
+    assert [text.endswith("(an estimate)") for text in told] == [True, True]
+
+
+def test_a_model_that_is_run_in_another_way_gets_no_estimate(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Event] = []
+    monkeypatch.setattr(LlamaModel, "forward", llama_forward(lambda hidden: hidden * 1.25))
+    asking.ours(llama, tmp_path / "work", {KINDS[0]: REQUESTS[KINDS[0]][:4]}, emit=seen.append)
+    told = next(event.text for event in seen if isinstance(event, Notice))
+    assert "log-likelihoods" in told
+    assert "estimate" not in told
 
 
 def test_a_model_that_cannot_run_requests_together_runs_them_alone(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from conftest import Run
 from merge_cases import digests
 
+import lowmem_aim
 from lowmem_aim.errors import DiskError
 from lowmem_aim.evaluating import report
 from lowmem_aim.evaluating.comparison import compared
@@ -19,13 +22,19 @@ from lowmem_aim.evaluating.recommended import recommended
 from lowmem_aim.evaluating.scores import Score, Scores, read_scores
 from lowmem_aim.evaluating.tasks import Asked
 from lowmem_aim.events import Event, PointScored, silent
+from lowmem_aim.jobs import plan
 from lowmem_aim.jobs import sweep as sweep_job
+from lowmem_aim.jobs.search_plan import plan_search
+from lowmem_aim.jobs.searched import Searched
 from lowmem_aim.jobs.sweep import Result, sweep
+from lowmem_aim.jobs.sweep_plan import plan_sweep
 from lowmem_aim.jobs.swept import Keep, Swept, checked, largest
 from lowmem_aim.output import small_files
 from lowmem_aim.recipe.points import Grid, points_of
+from lowmem_aim.recipe.search_space import space_of
 from lowmem_aim.recipe.yaml_tree import load_tree
 from lowmem_aim.system.options import Options
+from lowmem_aim.view.sweep_lines import sweep_lines
 
 OPTIONS = Options(ram=2_000_000_000)
 TASK = """
@@ -69,6 +78,12 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "svg_of", lambda figure: b"")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds of disk and device are measured in moments."""
+    monkeypatch.setattr(plan, "MEASURED_SECONDS", 0.02)
+
+
 def swept(place: Path, keep: Keep = "best", disk: int | None = None, **grid: Any) -> Swept:
     points = points_of(load_tree(place / "recipe.yml"), Grid(**grid))
     return Swept(points, Asked(("sums",), (place / "tasks",)), keep=keep, disk=disk)
@@ -76,6 +91,21 @@ def swept(place: Path, keep: Keep = "best", disk: int | None = None, **grid: Any
 
 def done(place: Path, emit: Callable[[Event], None] = silent, **asked: Any) -> Result:
     return sweep(swept(place, **asked), place / "out", OPTIONS, emit)
+
+
+def test_from_python(place: Path, undrawn: None, run: Run) -> None:
+    settings = {"include_path": [place / "tasks"]}
+    out, recipe = place / "out", place / "recipe.yml"
+    found = lowmem_aim.sweep(
+        recipe, out, ["sums"], settings, parameters={"density": [0.3, 0.4]}, omegas=[1], options=OPTIONS
+    )
+    names = ["ties-density-0.3", "ties-density-0.4"]
+    assert [model["name"] for model in found["models"]] == names
+    assert found["population"] == ["math", "code"]
+    assert set(found["recommended"].values()) <= set(names)
+    assert found["models"] == json.loads((out / "report" / "report.json").read_text())["models"]
+    # `plan` takes the recipe of a point like any other.
+    assert run("plan", out / "recipes" / f"{names[1]}.yml", place / "planned", "--no-measure").code == 0
 
 
 def models_in(out: Path) -> set[str]:
@@ -171,7 +201,7 @@ def test_all_models_can_stay(place: Path, undrawn: None) -> None:
     assert models_in(place / "out") == {"ties", "ties-omega-0.2"}
 
 
-def test_a_plan_tells_points_readings_disk_and_time(place: Path, run: Run) -> None:
+def test_a_plan_tells_points_readings_disk_and_time(place: Path, quick: None, run: Run) -> None:
     line = ("sweep", place / "recipe.yml", place / "out", "--tasks", "sums", "--include-path", place / "tasks")
     found = json.loads(run(*line, "--plan", "--json").out)
     assert (found["points"], found["experts"], found["tasks"]) == (POINTS, ["math", "code"], ["sums"])
@@ -180,12 +210,102 @@ def test_a_plan_tells_points_readings_disk_and_time(place: Path, run: Run) -> No
     assert found["read_bytes"] == batch["read_bytes"] > 0
     assert found["disk_bytes"] == sum(batch["output_bytes"].values())
     assert found["merges"]["steps"]
+    time = found["time"]
+    [outlook] = time["each"]["likelihoods"]
+    assert (time["models"], outlook["requests"], time["writing_seconds"]) == (5, 36, 0)
+    assert time["each"]["seconds"] == pytest.approx(time["each"]["setup"] + outlook["seconds"])
+    assert time["seconds"] == pytest.approx(time["start"] + time["merges"] + 5 * time["each"]["seconds"])
     told = run(*line, "--plan")
     assert told.code == 0
-    for text in ("points    3: 1 unrelaxed, 1 relaxed, 1 controls", "inputs    read once", "of disk at most", "time "):
+    for text in (
+        "points    3: 1 unrelaxed, 1 relaxed, 1 controls",
+        "inputs    read once",
+        "of disk at most",
+        "measured with `math`: 36 requests",
+        "an estimate: start",
+        ", 5 models on the tasks 0:",
+    ):
         assert text in told.out
     assert not (place / "out").exists()
     assert run(*line, "--plan", "--ram", "1MB").code == 5
+
+
+def test_a_plan_counts_only_what_is_left(place: Path, undrawn: None, quick: None) -> None:
+    done(place, keep="none", omegas="1")
+    more = plan_sweep(swept(place), place / "out", OPTIONS)
+    assert (more.scored, more.time.models) == (1, 2)
+    nothing = plan_sweep(swept(place, omegas="1"), place / "out", OPTIONS)
+    assert (nothing.merges, nothing.time.models, nothing.time.each, nothing.time.merges) == (None, 0, None, 0.0)
+    assert nothing.time.seconds == nothing.time.start
+    fresh = plan_sweep(swept(place), place / "out", replace(OPTIONS, fresh=True))
+    assert (fresh.scored, fresh.time.models) == (0, 5)
+
+
+def test_the_time_of_texts_is_told_apart_and_at_most(place: Path, quick: None, run: Run) -> None:
+    task = TASK.replace("NAME", "words").replace("FOLDER", str(place / "tasks")).split("output_type")[0]
+    task += "output_type: generate_until\ndoc_to_text: '{{words}}'\ndoc_to_target: 'a'\n"
+    task += "generation_kwargs: {max_gen_toks: 7}\nmetric_list: [{metric: exact_match}]\n"
+    (place / "tasks" / "words.yaml").write_text(task)
+    asked = Asked(("sums", "words"), (place / "tasks",), limit=5)
+    found = plan_sweep(replace(swept(place), asked=asked), place / "out", OPTIONS).as_json()
+    time, writing = found["time"], found["time"]["each"]["writing"]
+    assert (writing["texts"], writing["written"]) == (5, 35)
+    assert time["writing_seconds"] == 5 * writing["seconds"] > 0
+    told = "\n".join(sweep_lines(found))
+    assert "5 texts of 35 tokens at most, after" in told
+    assert "and then 5 models write for up to 0:" in told
+
+
+def test_each_of_rays_tasks_reads_the_inputs(place: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", sys)  # Ray need not be here
+    found = plan_sweep(replace(swept(place), ray="local"), place / "out", OPTIONS)
+    assert [list(batch.output_bytes) for batch in found.batches] == [[name] for name in POINTS]
+    assert found.disk_bytes == sum(sum(batch.output_bytes.values()) for batch in found.batches)
+
+
+def test_a_plan_of_a_search_tells_trials_readings_disk_and_time(place: Path, quick: None, run: Run) -> None:
+    pytest.importorskip("optuna")
+    line: tuple[Any, ...] = ("sweep", place / "recipe.yml", place / "out", "--omega", "0.1:0.9", "--tasks", "sums")
+    line += ("--include-path", place / "tasks", "-p", "density=0.3:0.9", "--search", "7", "--plan")
+    found = json.loads(run(*line, "--json").out)
+    assert (found["trials"], found["finished"], found["judges"], found["merged"]) == (7, 0, 4, 11)
+    assert found["space"]["methods"] == {"ties": {"density": "0.3:0.9"}}
+    assert (found["experts"], found["tasks"], found["objectives"]) == (["math", "code"], ["sums"], [])
+    assert found["time"]["models"] == 13
+    [step] = found["merges"]["steps"]
+    assert found["time"]["merges"] == step["seconds"]
+    one = swept(place, omegas="1")
+    [batch] = plan_sweep(one, place / "out", OPTIONS).batches
+    assert found["read_bytes"] == 11 * batch.read_bytes
+    assert found["disk_bytes"] == 3 * largest([batch])
+    told = run(*line).out
+    for text in (
+        "search    7 trials",
+        "ties: density 0.3 to 0.9, omega 0.1 to 0.9",
+        "for the HV gain over the experts",
+        "inputs    read for each of 11 merges (4 merges at most to judge",
+        "13 models on the tasks",
+    ):
+        assert text in told
+    assert not (place / "out").exists()
+    assert run(*line, "--ram", "1MB").code == 5
+
+
+def test_a_search_that_is_half_done_plans_the_rest(place: Path, quick: None) -> None:
+    pytest.importorskip("optuna")
+    for name in (".lowmem_aim/lock", "experts/math.json", *(f"scores/trial-000{n}.json" for n in ("0", "1", "1-x"))):
+        (place / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "out" / name).touch()
+    space = space_of(load_tree(place / "recipe.yml"), Grid(parameters=("density=0.3:0.9",)))
+    samples = Swept(space.samples(), Asked(("sums",), (place / "tasks",)), keep="none")
+    found = plan_search(Searched(samples, space, 5, controls=False), place / "out", OPTIONS)
+    assert (found.finished, found.judges, found.merged, found.time.models) == (2, 2, 5, 6)
+    all_stay = Searched(replace(samples, keep="all", disk=3 * found.disk_bytes), space, 50)
+    with pytest.raises(DiskError, match="50 merged models at a time"):
+        plan_search(all_stay, place / "out", OPTIONS)
+    (place / "out" / "experts" / "code.json").touch()
+    done_already = plan_search(Searched(samples, space, 2, controls=False), place / "out", OPTIONS)
+    assert (done_already.merged, done_already.merges, done_already.time.each) == (0, None, None)
 
 
 def test_everything_that_is_wrong_is_told_before_work(place: Path, run: Run) -> None:

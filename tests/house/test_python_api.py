@@ -49,7 +49,7 @@ doc_to_target: 0
 doc_to_choice: choices
 metric_list: [{metric: acc}]
 """
-FUNCTIONS = ("calibrate", "compare", "evaluate", "merge", "plan", "read_recipe", "relax", "verify")
+FUNCTIONS = ("calibrate", "compare", "evaluate", "merge", "plan", "read_recipe", "relax", "sweep", "verify")
 NAMES = {*FUNCTIONS, "Forecast", "LowmemAimError", "Options", "Recipe", "errors", "events"}
 
 
