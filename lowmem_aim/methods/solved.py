@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ROWS = 256  # of a linear, solved at a time
 LEAST_RIDGE = 1e-7  # a tenth of the first that takes the place of none
+TILES_AT_ONCE = 6  # in work: a result, what is added to it, what is kept, as they are read
 RAISES = 3  # of the ridge, tenfold each, before the mean is taken instead
 Rest = Annotated[str, OneOf(("average", "task_arithmetic"))]
 # The moments of a matrix, one for each expert; None where no text has reached it.
@@ -168,37 +169,40 @@ class _DeltaMoments:
         self._linears, self._space = linears, space
         self._moments = [[Moment(linears.inputs, space) for _ in range(experts)] for _ in range(linears.count)]
 
-    def part(self, rows: Rows) -> tuple[int, list[Tensor]]:
-        deltas = _deltas(rows)
+    def part(self, rows: Rows) -> Rows:
         self._space.settle()
-        return self._linears.place(rows)[0], deltas
+        return rows  # deltas would take more memory, in all slices that wait their turn
 
-    def add(self, part: tuple[int, list[Tensor]]) -> None:
-        number, deltas = part
-        for moment, delta in zip(self._moments[number], deltas, strict=True):
-            moment.add(delta)
+    def add(self, part: Rows) -> None:
+        base = part.base
+        for moment, expert in zip(self._moments[self._linears.place(part)[0]], part.stored_experts, strict=True):
+            moment.add(expert.to(torch.float32) - base)
 
     def finish(self) -> list[list[Moment]]:
         return self._moments
 
 
 class _Gathered:
-    """A fold that keeps the deltas of linears (in, out), and gives them, and takes the solved ones, by outputs."""
+    """A fold that keeps the deltas of linears (in, out), and gives them, and takes the solved ones, by outputs.
+
+    They lie in squares of `ROWS` outputs and inputs, each (outputs, inputs).
+    """
 
     def __init__(self, linears: Linears, experts: int, space: MatrixSpace) -> None:
         self._linears, self._experts, self._space = linears, experts, space
-        self._kept: dict[tuple[int, int, int], Stored] = {}  # number, expert, first row -> (outputs, rows)
-        self._answers: dict[tuple[int, int], Stored] = {}  # number, first output -> (outputs, inputs)
+        self._kept: dict[tuple[int, int, int, int], Stored] = {}  # number, expert, first output, first input
+        self._answers: dict[tuple[int, int, int], Stored] = {}  # number, first output, first input
 
-    def part(self, rows: Rows) -> tuple[tuple[int, int], list[Tensor]]:
-        deltas = [delta.T.contiguous() for delta in _deltas(rows)]
+    def part(self, rows: Rows) -> Rows:
         self._space.settle()
-        return self._linears.place(rows), deltas
+        return rows
 
-    def add(self, part: tuple[tuple[int, int], list[Tensor]]) -> None:
-        (number, first), deltas = part
-        for expert, delta in enumerate(deltas):
-            self._kept[number, expert, first] = self._space.store.put(delta)
+    def add(self, part: Rows) -> None:
+        base, (number, first) = part.base, self._linears.place(part)
+        for expert, stored in enumerate(part.stored_experts):
+            turned = (stored.to(torch.float32) - base).T
+            for output in self._outputs():
+                self._kept[number, expert, output, first] = self._put(turned[output : output + ROWS])
 
     def finish(self) -> _Gathered:
         return self
@@ -211,60 +215,68 @@ class _Gathered:
         """Di Di^T of one linear (in, out)."""
         found = [Moment(self._linears.inputs, self._space) for _ in range(self._experts)]
         for output in self._outputs():
-            for moment, delta in zip(found, self._by_outputs(number, output), strict=True):
-                moment.add(delta)
+            for expert, moment in enumerate(found):
+                moment.add(self._delta(number, expert, output))
         return found
 
     def solved(self, solutions: Sequence[Solution]) -> Callable[[Rows, int, int], Tensor]:
         """Solve all linears, and return the function that gives a tile of rows of the solved deltas."""
         for number, solution in enumerate(solutions):
             for output in self._outputs():
-                found = solution.of(self._by_outputs(number, output))
-                self._answers[number, output] = self._space.store.put(found)
+                found = solution.of([self._delta(number, expert, output) for expert in range(self._experts)])
+                for first in self._inputs():
+                    self._answers[number, output, first] = self._put(found[:, first : first + ROWS])
 
         def answers(rows: Rows, number: int, first: int) -> Tensor:
-            return torch.cat([part[:, first : first + rows.count].T for part in self._solved(number)], dim=1)
+            assert first % ROWS == 0
+            parts = [self._answers[number, output, first] for output in self._outputs()]
+            return torch.cat([self._space.store.get(part).T for part in parts], dim=1)
 
         return answers
 
     def _outputs(self) -> range:
         return range(0, self._linears.columns, ROWS)
 
-    def _by_outputs(self, number: int, output: int) -> list[Tensor]:
-        """The deltas of all experts for some outputs, (outputs, inputs)."""
-        store, first_rows = self._space.store, range(0, self._linears.height, ROWS)
-        return [
-            torch.cat([store.get(self._kept[number, expert, row])[output : output + ROWS] for row in first_rows], dim=1)
-            for expert in range(self._experts)
-        ]
+    def _inputs(self) -> range:
+        return range(0, self._linears.height, ROWS)
 
-    def _solved(self, number: int) -> Iterator[Tensor]:
-        return (self._space.store.get(self._answers[number, output]) for output in self._outputs())
+    def _put(self, square: Tensor) -> Stored:
+        return self._space.store.put(square.contiguous())
+
+    def _delta(self, number: int, expert: int, output: int) -> Tensor:
+        """Some outputs of an expert's delta, (outputs, inputs)."""
+        parts = [self._kept[number, expert, output, first] for first in self._inputs()]
+        return torch.cat([self._space.store.get(part) for part in parts], dim=1)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def takes_solved(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
-    """The memory of `solved`, without its matrices: deltas and their like for each element, and some tiles."""
+    """The memory of `solved` with moments of its own: deltas and their like for each element, tiles, and matrices."""
+    return _takes(tensor, parameters, loops, moments=tensor.experts)
+
+
+def takes_solved_by_texts(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    """The memory of `solved` with moments that are there."""
+    return _takes(tensor, parameters, loops, moments=0)
+
+
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool, moments: int) -> Footprint:
     if not tensor.linear:
         return takes_deltas(tensor, parameters, loops)
-    deltas = FLOAT * (tensor.experts + 1)
-    tiles = 6 * FLOAT * TILE * min(TILE, Linears.of(tensor).inputs)
+    linears, experts = Linears.of(tensor), tensor.experts
+    # All deltas, and while the mean is improved: the mean, the step, a difference, and two multiples of that.
+    element = (experts + 5) * FLOAT
+    tiles = TILES_AT_ONCE * FLOAT * TILE * min(TILE, linears.inputs)
+    by_outputs = element * min(ROWS, linears.columns) * linears.inputs if linears.transposed else 0
+    kept = (experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
     return Footprint(
-        element=2 * deltas + 5 * FLOAT,
+        element=element,
         slice=tiles,
-        part=deltas * ROWS * tensor.shape[-1],
-        tensor=tiles,
-        matrices=_matrix_bytes(tensor),
+        tensor=tiles + by_outputs,
+        matrices=linears.count * ((moments + 1) * moment_bytes(linears.inputs) + kept),
     )
-
-
-def _matrix_bytes(tensor: Subject) -> int:
-    """Bytes of all matrices that solving a tensor keeps between its rounds."""
-    linears = Linears.of(tensor)
-    kept = (tensor.experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
-    return linears.count * ((tensor.experts + 1) * moment_bytes(linears.inputs) + kept)
 
 
 def operations(tensor: Subject, *, tokens: int) -> float:

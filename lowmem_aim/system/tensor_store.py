@@ -104,6 +104,11 @@ class TensorStore:
                 self._free.append((slot.capacity, slot.offset))
                 slot.capacity = 0
 
+    @property
+    def file_bytes(self) -> int:
+        """The bytes of the file at its largest."""
+        return self._end
+
     def leave_device(self) -> bool:
         """Move all tensors off the device, to RAM or the file, for good. Returns False if there were none."""
         self._left["device"] = 0
