@@ -1,6 +1,6 @@
 """Merges that solve: wall time, the shares of its parts, and peak memory, under a budget.
 
-    python tests/bench/solving.py [--scale 1b] [--layers 4] [--methods covariance regmean] [--ram 2GB] [--work bench-run]
+    python tests/bench/solving.py [--scale 1b] [--layers 4] [--methods covariance regmean] [--ram 2GB] [--experts 2]
 
 A base and three experts of random numbers, bfloat16, on the CPU; for methods with texts 4 of 256 tokens an expert.
 Prints the rows of the table in docs/performance.md.
@@ -33,14 +33,16 @@ PARTS = {"moments": "added to the moments", "factors": "factorised", "rows": "ro
 def main() -> None:
     options = _options()
     if options.timed:
-        _timed(options.timed)
+        _timed(options.timed, by_texts=options.methods != ["covariance"])
         return
     measure.PATIENCE_SECONDS = options.patience
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     models = build(options.scale, work, options.layers)
     save_texts(work / "solving.jsonl", TEXTS, TOKENS, SCALES[options.scale].vocabulary)
-    print(f"| {options.scale}, --ram | layers | wall s | CPU s | {' | '.join(PARTS.values())} | file MB | anonymous MB |")
+    print(
+        f"| {options.scale}, --ram | layers | wall s | CPU s | {' | '.join(PARTS.values())} | file MB | anonymous MB |"
+    )
     print("|" + "---|" * (len(PARTS) + 6))
     for method in options.methods:
         for ram in options.ram:
@@ -75,7 +77,8 @@ def _cost(method: str, models: Path, options: argparse.Namespace, ram: str) -> t
     recipe.write_text(yaml.safe_dump({**asked, "dtype": "bfloat16"}))
     shutil.rmtree(out, ignore_errors=True)
     command = ["merge", str(recipe), str(out), "--ram", ram, "--device", "cpu", "--quiet"]
-    cost = cost_of([sys.executable, __file__, "--timed", str(found), *command], work / "log.txt")
+    timed = [sys.executable, __file__, "--methods", method, "--timed", str(found), *command]
+    cost = cost_of(timed, work / "log.txt")
     if cost.exit_code:
         raise SystemExit(f"{' '.join(command)} ended with {cost.exit_code}:\n{(work / 'log.txt').read_text()[-2000:]}")
     shutil.rmtree(out)
@@ -92,12 +95,11 @@ def _row(method: str, ram: str, layers: int, cost: Cost, found: dict[str, float]
 # --- the process that is measured -------------------------------------------------------------------------------------
 
 
-def _timed(arguments: list[str]) -> None:
+def _timed(arguments: list[str], *, by_texts: bool) -> None:
     """Run a command of this tool, and write to the file named first how many seconds each part took."""
     from lowmem_aim.cli.main import main as command
     from lowmem_aim.methods import solved, systems
     from lowmem_aim.methods.moments import Moment
-    from lowmem_aim.solving.expert_moments import ExpertMoments
     from lowmem_aim.system.tensor_store import TensorStore
 
     found, workers, stores = Counter[str](), os.cpu_count() or 1, list[TensorStore]()
@@ -123,7 +125,10 @@ def _timed(arguments: list[str]) -> None:
     time_of(Moment, "add", "moments")
     time_of(systems.System, "__init__", "factors")
     time_of(solved.Solution, "of", "rows", workers)
-    time_of(ExpertMoments, "come_to", "texts")
+    if by_texts:  # else without transformers
+        from lowmem_aim.solving.expert_moments import ExpertMoments
+
+        time_of(ExpertMoments, "come_to", "texts")
     opened = TensorStore.__init__
 
     def noted(self: TensorStore, *args: Any, **given: Any) -> None:
