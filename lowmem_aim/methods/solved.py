@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 ROWS = 256  # of a linear, solved at a time
 LEAST_RIDGE = 1e-7  # a tenth of the first that takes the place of none
-TILES_AT_ONCE = 6  # in work: a result, what is added to it, what is kept, as they are read
+# Tiles in work at a time: as they are read, what is made of them, and what is kept of that.
+TILES_OF_ROWS, TILES_OF_FACTOR = 3, 6
 RAISES = 3  # of the ridge, tenfold each, before the mean is taken instead
 Rest = Annotated[str, OneOf(("average", "task_arithmetic"))]
 # The moments of a matrix, one for each expert; None where no text has reached it.
@@ -177,6 +178,7 @@ class _DeltaMoments:
         base = part.base
         for moment, expert in zip(self._moments[self._linears.place(part)[0]], part.stored_experts, strict=True):
             moment.add(expert.to(torch.float32) - base)
+        self._space.settle()  # the rows are let go of: other threads get their memory
 
     def finish(self) -> list[list[Moment]]:
         return self._moments
@@ -203,6 +205,7 @@ class _Gathered:
             turned = (stored.to(torch.float32) - base).T
             for output in self._outputs():
                 self._kept[number, expert, output, first] = self._put(turned[output : output + ROWS])
+        self._space.settle()
 
     def finish(self) -> _Gathered:
         return self
@@ -268,13 +271,14 @@ def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool, moments:
     linears, experts = Linears.of(tensor), tensor.experts
     # All deltas, and while the mean is improved: the mean, the step, a difference, and two multiples of that.
     element = (experts + 5) * FLOAT
-    tiles = TILES_AT_ONCE * FLOAT * TILE * min(TILE, linears.inputs)
+    tile = FLOAT * TILE * min(TILE, linears.inputs)
     by_outputs = element * min(ROWS, linears.columns) * linears.inputs if linears.transposed else 0
+    added = 3 * FLOAT * min(ROWS, linears.height) * linears.columns if moments else 0  # a base, an expert, its delta
     kept = (experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
     return Footprint(
         element=element,
-        slice=tiles,
-        tensor=tiles + by_outputs,
+        slice=TILES_OF_ROWS * tile,
+        tensor=max(TILES_OF_FACTOR * tile, TILES_OF_ROWS * tile + max(by_outputs, added)),
         matrices=linears.count * ((moments + 1) * moment_bytes(linears.inputs) + kept),
     )
 
