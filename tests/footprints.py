@@ -12,7 +12,9 @@ import json
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from method_cases import PARAMETERS, resolved, tensors
 
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rounds, Rows, Subject
+from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.methods.registry import METHODS
 from lowmem_aim.models.headers import matrix_shape
+from lowmem_aim.system.tensor_store import TensorStore
 
 # Beside the parameters of `method_cases`, those that take another way.
 FURTHER: list[tuple[str, dict[str, Any]]] = [
@@ -54,6 +58,9 @@ def measured(method: str, given: dict[str, Any], shape: tuple[int, ...], dtype: 
     )
     parameters = resolved(method, given, experts)
     subject = Subject("t", shape, math.prod(shape), len(experts), input_dim=-2 if shape[0] > shape[-1] else -1)
+    if METHODS[method].rows_of_linears and not METHODS[method].texts:  # with its matrices in a file
+        store = TensorStore(torch.device("cpu"), device_bytes=0, ram_bytes=0, folder=Path(tempfile.gettempdir()))
+        subject = replace(subject, linear=True, space=MatrixSpace(store, torch.device("cpu")))
     flat = [t.reshape(matrix_shape(shape)) for t in (base, *experts)]
     rows = Rows(flat[0], tuple(flat[1:]), 0)
     script = METHODS[method].start(subject, parameters)
@@ -64,7 +71,8 @@ def measured(method: str, given: dict[str, Any], shape: tuple[int, ...], dtype: 
     while fold is not None:
         part, own = taken(lambda fold=fold: fold.part(rows))
         of_slice = max(of_slice, own)
-        fold.add(part)
+        own = taken(lambda fold=fold, part=part: fold.add(part))[1]
+        of_tensor = max(of_tensor, own)
         del part
         fold, own = taken(lambda: next(rounds, None))
         of_tensor = max(of_tensor, own)

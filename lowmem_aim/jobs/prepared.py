@@ -196,9 +196,11 @@ class Prepared:
         if self.experts is None:
             return None
         needs, on_host = self.experts.needs(), self.run.budget.vram is None
-        block = needs.block - needs.module if on_host else 0
-        vram = 0 if on_host else needs.least
-        return shares.Running(needs.least_ram(on_host), block, vram, self.experts.moments_bytes())
+        least, block = needs.least_ram(on_host), needs.block - needs.module if on_host else 0
+        if self.experts.outline is not None:  # a merged model is run, too, and its weights solved on demand
+            plan = next(iter(self.plans.values()))
+            least += shares.Needs.of([plan], self.inputs, self.run.device).one_by_one(ELEMENTS)
+        return shares.Running(least, block, 0 if on_host else needs.least, self.experts.moments_bytes())
 
     @functools.cached_property
     def reached(self) -> int:

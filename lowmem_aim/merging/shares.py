@@ -24,7 +24,7 @@ from lowmem_aim.output.writer import WAITING
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task, as_read
 from lowmem_aim.system.dtypes import DTYPES
-from lowmem_aim.system.memory import Budget, Kind, too_small
+from lowmem_aim.system.memory import LARGE_BYTES, Budget, Kind, too_small
 from lowmem_aim.system.on_demand import torch
 
 # A slice then has 2 MB of bfloat16 in each model: it stays in a processor's cache from read to write.
@@ -43,8 +43,9 @@ OUTPUT_BYTES = 1 << 20
 AHEAD = 4
 # Slices on a GPU at the same time: one copied in, one computed, one copied out.
 STREAMS = 3
-# Holes that slices leave in the heap, as a share of them: what is freed is not always of use to what comes next.
-HOLES = 0.5
+# Holes that slices leave in the heap, as a share of them: what is freed is not always of use to what comes next. Large
+# ones have pages of their own where memory is tight, see `give_back_at_once`.
+HOLES, HOLES_OF_LARGE = 0.5, 0.1
 # A budget of so many times what the slices take is ample: the heap may keep what is freed.
 AMPLE = 4
 
@@ -53,7 +54,7 @@ AMPLE = 4
 class Running:
     """Bytes that running experts between tensors takes, and the moments that are measured then."""
 
-    least: int  # of RAM
+    least: int  # of RAM, while no slice is computed
     block: int  # of RAM, that a block takes if all of it is to be there
     vram: int  # of a device's own memory, at least
     moments: int  # of one block: they may lie in a file
@@ -107,19 +108,21 @@ class Needs:
         """The elements of each model in the smallest slices that are worth while: at least a row."""
         return max(self.row, min(LEAST_SLICE_ELEMENTS, self.largest), 1)
 
+    @property
+    def holes(self) -> float:
+        """The holes that slices leave in the heap, as a share of them."""
+        return HOLES_OF_LARGE if self.least_elements * 2 >= LARGE_BYTES else HOLES
+
     def held(self) -> int:
         """Bytes of RAM that do not depend on the slices."""
-        running = self.running.least if self.running else 0
-        own = self.footprint.tensor + self.reading.tensor + running
+        own = self.footprint.tensor + self.reading.tensor
         return own + GROWTH_BYTES + OUTPUT_BYTES * (self.outputs - 1)
 
     def slices(self, elements: int, workers: int, ahead: int, on_host: bool) -> int:
         """Bytes of RAM of all slices that are alive at once, of so many elements of each model."""
-        read = (ahead + 1) * min(self.passes, 2)  # a queue, and a slice on its way there; another queue reads again
         computed = workers + 2  # as many are begun before the first result is taken
-        written = computed + 1 + WAITING + 1  # one in hand, and one at the disk
         # Of the slice that is read: rows put together anew, and the check for NaN.
-        element = self.stored * (read + computed + 1) + 8 + self.written * written
+        element = self._waiting(ahead) + (self.stored + self.written) * (computed + 1) + 8
         element += self.reading.element * min(self.passes, 2)  # in each queue one slice is being read
         fixed = self.footprint.part * (computed + 1)
         if on_host:
@@ -127,7 +130,16 @@ class Needs:
             fixed += self.footprint.slice * workers
         else:  # pinned copies
             element += 2 * (self.stored + self.written) * workers
-        return math.ceil((elements * element + fixed) * (1 + HOLES))
+        return math.ceil((elements * element + fixed) * (1 + self.holes))
+
+    def waiting(self, elements: int, ahead: int) -> int:
+        """Bytes of RAM of those slices that wait in a queue while none is computed."""
+        return math.ceil(elements * self._waiting(ahead) * (1 + self.holes))
+
+    def _waiting(self, ahead: int) -> int:
+        read = (ahead + 1) * min(self.passes, 2)  # a queue, and a slice on its way there; another queue reads again
+        written = WAITING + 1  # and one at the disk
+        return self.stored * read + self.written * written
 
     def on_device(self, elements: int, workers: int) -> int:
         """Bytes of the device's own memory of slices of so many elements; a tenth is lost between them."""
@@ -137,6 +149,7 @@ class Needs:
     def one_by_one(self, elements: int) -> int:
         """Bytes of RAM that merging slices of so many elements takes, one at a time, in one thread."""
         element = 2 * self.stored + self.written + self.footprint.element + self.reading.element
+        elements = max(elements, self.row)
         held = self.footprint.tensor + self.reading.tensor
         return held + self.footprint.slice + 2 * self.footprint.part + elements * element
 
@@ -145,7 +158,12 @@ class Needs:
 
         `reached` bytes more than it takes now were in use for a moment.
         """
-        return max(self.held() + self.slices(self.least_elements, 1, 1, on_host), reached)
+        working = self.slices(self.least_elements, 1, 1, on_host)
+        return max(self.held() + max(working, self.between(self.least_elements, 1)), reached)
+
+    def between(self, elements: int, ahead: int) -> int:
+        """Bytes of RAM that running experts between tensors takes at least, and the slices that wait meanwhile."""
+        return self.waiting(elements, ahead) + self.running.least if self.running else 0
 
     def least_vram(self) -> int:
         """Least bytes of a device's own memory with which `share_out` succeeds."""
@@ -185,9 +203,10 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
             errors.append(_refused(needs, "VRAM", least, budget.vram - vram_left, budget.vram))
     raise_all(errors)
     rest = left - needs.held()
+    room = min(rest // 2, rest - needs.running.least) if needs.running else rest // 2
     for workers, ahead in ((torch.get_num_threads() if on_host else STREAMS, AHEAD), (1, 1)):
         taken = functools.partial(needs.slices, workers=workers, ahead=ahead, on_host=on_host)
-        elements = _most_elements(rest // 2, taken)
+        elements = _most_elements(room, taken)
         if budget.vram is not None:
             on_device = functools.partial(needs.on_device, workers=workers)
             elements = min(elements, _most_elements(vram_left, on_device))
@@ -197,7 +216,7 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     on_cpu = CPU_SLICE_ELEMENTS if needs.compiled else TORCH_SLICE_ELEMENTS
     elements = max(needs.row, min(elements, on_cpu if device.type == "cpu" else GPU_SLICE_ELEMENTS))
     slices = taken(elements)
-    free = max(0, rest - slices)
+    free = max(0, rest - max(slices, needs.between(elements, ahead)))
     spare = max(0, vram_left - needs.on_device(elements, workers)) if budget.vram is not None else 0
     tight = rest < AMPLE * slices
     if needs.running is None:
@@ -208,7 +227,7 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     # A block's weights go before matrices, which are read again for every slice: weights are for every text.
     matrices = min(needs.footprint.matrices + needs.running.moments, max(0, free - needs.running.block))
     device_matrices = max(0, spare - needs.running.vram) // 2
-    models = needs.running.least + free - matrices
+    models = max(needs.running.least, rest - matrices - needs.waiting(elements, ahead))
     return Shares(elements, workers, ahead, 0, matrices, device_matrices, models, spare - device_matrices, tight=tight)
 
 

@@ -60,17 +60,17 @@ class DeltaMoments:
         self._linears, self._space = linears, space
         self._moments = [[Moment(linears.inputs, space) for _ in range(experts)] for _ in range(linears.count)]
 
-    def part(self, rows: Rows) -> tuple[int, list[Tensor]]:
-        """The number of a tile's linear, and the tile of each delta."""
-        deltas = deltas_of(rows)
+    def part(self, rows: Rows) -> Rows:
+        """The rows themselves, which are there until they are added."""
         self._space.settle()
-        return self._linears.place(rows)[0], deltas
+        return rows  # deltas would take more memory, in all slices that wait their turn
 
-    def add(self, part: tuple[int, list[Tensor]]) -> None:
+    def add(self, part: Rows) -> None:
         """Add a tile to its linear's moments. Raises DiskError."""
-        number, deltas = part
-        for moment, delta in zip(self._moments[number], deltas, strict=True):
-            moment.add(delta)
+        base = part.base
+        for moment, expert in zip(self._moments[self._linears.place(part)[0]], part.stored_experts, strict=True):
+            moment.add(expert.to(torch.float32) - base)
+        self._space.settle()  # the rows are let go of: other threads get their memory
 
     def finish(self) -> list[list[Moment]]:
         """The moments: of each linear, of each expert."""
@@ -78,24 +78,29 @@ class DeltaMoments:
 
 
 class Gathered:
-    """A fold that keeps the deltas of linears (in, out), and gives them, and takes the solved ones, by outputs."""
+    """A fold that keeps the deltas of linears (in, out), and gives them, and takes the solved ones, by outputs.
+
+    They lie in squares of `ROWS` outputs and inputs, each (outputs, inputs).
+    """
 
     def __init__(self, linears: Linears, experts: int, space: MatrixSpace) -> None:
         self._linears, self._experts, self._space = linears, experts, space
-        self._kept: dict[tuple[int, int, int], Stored] = {}  # number, expert, first row -> (outputs, rows)
-        self._answers: dict[tuple[int, int], Stored] = {}  # number, first output -> (outputs, inputs)
+        self._kept: dict[tuple[int, int, int, int], Stored] = {}  # number, expert, first output, first input
+        self._answers: dict[tuple[int, int, int], Stored] = {}  # number, first output, first input
 
-    def part(self, rows: Rows) -> tuple[tuple[int, int], list[Tensor]]:
-        """The place of a tile, and the tile of each delta, (outputs, rows)."""
-        deltas = [delta.T.contiguous() for delta in deltas_of(rows)]
+    def part(self, rows: Rows) -> Rows:
+        """The rows themselves, which are there until they are kept."""
         self._space.settle()
-        return self._linears.place(rows), deltas
+        return rows
 
-    def add(self, part: tuple[tuple[int, int], list[Tensor]]) -> None:
+    def add(self, part: Rows) -> None:
         """Keep a tile. Raises DiskError."""
-        (number, first), deltas = part
-        for expert, delta in enumerate(deltas):
-            self._kept[number, expert, first] = self._space.store.put(delta)
+        base, (number, first) = part.base, self._linears.place(part)
+        for expert, stored in enumerate(part.stored_experts):
+            turned = (stored.to(torch.float32) - base).T
+            for output in self._outputs():
+                self._kept[number, expert, output, first] = self._put(turned[output : output + ROWS])
+        self._space.settle()
 
     def finish(self) -> Gathered:
         """The deltas, all of them kept."""
@@ -109,36 +114,40 @@ class Gathered:
         """Di Di^T of one linear (in, out)."""
         found = [Moment(self._linears.inputs, self._space) for _ in range(self._experts)]
         for output in self._outputs():
-            for moment, delta in zip(found, self._some_outputs(number, output), strict=True):
-                moment.add(delta)
+            for expert, moment in enumerate(found):
+                moment.add(self._delta(number, expert, output))
         return found
 
     def by_outputs(self, number: int) -> Iterator[list[Tensor]]:
         """Yield the deltas of all experts for some outputs of one linear after another, (outputs, inputs)."""
-        return (self._some_outputs(number, output) for output in self._outputs())
+        for output in self._outputs():
+            yield [self._delta(number, expert, output) for expert in range(self._experts)]
 
     def solved(self, solutions: Sequence[Solve]) -> Callable[[Rows, int, int], Tensor]:
         """Solve all linears, and return the function that gives a tile of rows of the solved deltas."""
         for number, solution in enumerate(solutions):
             for output in self._outputs():
-                found = solution(self._some_outputs(number, output))
-                self._answers[number, output] = self._space.store.put(found)
+                found = solution([self._delta(number, expert, output) for expert in range(self._experts)])
+                for first in self._inputs():
+                    self._answers[number, output, first] = self._put(found[:, first : first + ROWS])
 
         def answers(rows: Rows, number: int, first: int) -> Tensor:
-            return torch.cat([part[:, first : first + rows.count].T for part in self._solved(number)], dim=1)
+            assert first % ROWS == 0
+            parts = [self._answers[number, output, first] for output in self._outputs()]
+            return torch.cat([self._space.store.get(part).T for part in parts], dim=1)
 
         return answers
 
     def _outputs(self) -> range:
         return range(0, self._linears.columns, ROWS)
 
-    def _some_outputs(self, number: int, output: int) -> list[Tensor]:
-        """The deltas of all experts for some outputs, (outputs, inputs)."""
-        store, first_rows = self._space.store, range(0, self._linears.height, ROWS)
-        return [
-            torch.cat([store.get(self._kept[number, expert, row])[output : output + ROWS] for row in first_rows], dim=1)
-            for expert in range(self._experts)
-        ]
+    def _inputs(self) -> range:
+        return range(0, self._linears.height, ROWS)
 
-    def _solved(self, number: int) -> Iterator[Tensor]:
-        return (self._space.store.get(self._answers[number, output]) for output in self._outputs())
+    def _put(self, square: Tensor) -> Stored:
+        return self._space.store.put(square.contiguous())
+
+    def _delta(self, number: int, expert: int, output: int) -> Tensor:
+        """Some outputs of an expert's delta, (outputs, inputs)."""
+        parts = [self._kept[number, expert, output, first] for first in self._inputs()]
+        return torch.cat([self._space.store.get(part) for part in parts], dim=1)

@@ -8,7 +8,7 @@ from typing import Annotated
 from lowmem_aim.methods.covariance import PositiveWeights
 from lowmem_aim.methods.linears import ROWS
 from lowmem_aim.methods.method import Script, Subject, Within, merge_method
-from lowmem_aim.methods.solved import Goal, Moments, Rest, rest_of, shares_of, solved, takes_solved
+from lowmem_aim.methods.solved import Goal, Moments, Rest, rest_of, shares_of, solved, takes_solved_by_texts
 from lowmem_aim.methods.systems import Term
 
 Fraction = Annotated[float, Within(0.0, 1.0)]
@@ -16,7 +16,12 @@ Ridge = Annotated[float, Within(0.0)]
 
 
 @merge_method(
-    "regmean", source="arXiv 2212.09849", takes=takes_solved, rounds=(0, 1), rows_of_linears=ROWS, texts="experts"
+    "regmean",
+    source="arXiv 2212.09849",
+    takes=takes_solved_by_texts,
+    rounds=(0, 1),
+    rows_of_linears=ROWS,
+    texts="experts",
 )
 def regmean(
     tensor: Subject,
@@ -43,7 +48,12 @@ def regmean(
 
 
 @merge_method(
-    "regmean_plus", source="arXiv 2508.03121", takes=takes_solved, rounds=(0, 1), rows_of_linears=ROWS, texts="merged"
+    "regmean_plus",
+    source="arXiv 2508.03121",
+    takes=takes_solved_by_texts,
+    rounds=(0, 1),
+    rows_of_linears=ROWS,
+    texts="merged",
 )
 def regmean_plus(
     tensor: Subject,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_RIDGE = 1e-7  # a tenth of the first that takes the place of none
+# Tiles in work at a time: as they are read, what is made of them, and what is kept of that.
+TILES_OF_ROWS, TILES_OF_FACTOR = 3, 6
 RAISES = 3  # of the ridge, tenfold each, before the mean is taken instead
 Rest = Annotated[str, OneOf(("average", "task_arithmetic"))]
 # The moments of a matrix, one for each expert; None where no text has reached it.
@@ -129,25 +131,31 @@ def shares_of(weight: Sequence[float]) -> tuple[float, ...]:
 
 
 def takes_solved(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
-    """The memory of `solved`, without its matrices: deltas and their like for each element, and some tiles."""
+    """The memory of `solved` with moments of its own: deltas and their like for each element, tiles, and matrices."""
+    return _takes(tensor, parameters, loops, moments=tensor.experts)
+
+
+def takes_solved_by_texts(tensor: Subject, parameters: Mapping[str, Any], loops: bool) -> Footprint:
+    """The memory of `solved` with moments that are there."""
+    return _takes(tensor, parameters, loops, moments=0)
+
+
+def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool, moments: int) -> Footprint:
     if not tensor.linear:
         return takes_deltas(tensor, parameters, loops)
-    deltas = FLOAT * (tensor.experts + 1)
-    tiles = 6 * FLOAT * TILE * min(TILE, Linears.of(tensor).inputs)
+    linears, experts = Linears.of(tensor), tensor.experts
+    # All deltas, and while the mean is improved: the mean, the step, a difference, and two multiples of that.
+    element = (experts + 5) * FLOAT
+    tile = FLOAT * TILE * min(TILE, linears.inputs)
+    by_outputs = element * min(ROWS, linears.columns) * linears.inputs if linears.transposed else 0
+    added = 3 * FLOAT * min(ROWS, linears.height) * linears.columns if moments else 0  # a base, an expert, its delta
+    kept = (experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
     return Footprint(
-        element=2 * deltas + 5 * FLOAT,
-        slice=tiles,
-        part=deltas * ROWS * tensor.shape[-1],
-        tensor=tiles,
-        matrices=_matrix_bytes(tensor),
+        element=element,
+        slice=TILES_OF_ROWS * tile,
+        tensor=max(TILES_OF_FACTOR * tile, TILES_OF_ROWS * tile + max(by_outputs, added)),
+        matrices=linears.count * ((moments + 1) * moment_bytes(linears.inputs) + kept),
     )
-
-
-def _matrix_bytes(tensor: Subject) -> int:
-    """Bytes of all matrices that solving a tensor keeps between its rounds."""
-    linears = Linears.of(tensor)
-    kept = (tensor.experts + 1) * FLOAT * linears.height * linears.columns if linears.transposed else 0
-    return linears.count * ((tensor.experts + 1) * moment_bytes(linears.inputs) + kept)
 
 
 def operations(tensor: Subject, *, tokens: int) -> float:

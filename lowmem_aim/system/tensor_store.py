@@ -61,24 +61,26 @@ class TensorStore:
     def put(self, value: Tensor, slot: Stored | None = None) -> Stored:
         """Keep `value`, which must not change from now on, in `slot` or in a new place. Raises DiskError."""
         slot = Stored() if slot is None else slot
-        with self._lock:
-            return self._put(value, slot)
-
-    def _put(self, value: Tensor, slot: Stored) -> Stored:
         nbytes = value.numel() * value.element_size()
-        place = self._place_for(value, nbytes, instead=slot)
-        # Everything that can fail comes first: after a failure the slot still holds what it held before.
-        kept = None
-        if place == "file":
-            self._write(slot, value.cpu(), nbytes)
-        else:
+        with self._lock:
+            place = self._place_for(value, nbytes, instead=slot)
+            if place == "file":
+                # Everything that can fail comes first: after a failure the slot still holds what it held before.
+                self._write(slot, value.cpu(), nbytes)
+                return self._now_holds(slot, place, nbytes, None, torch.empty_like(value, device="meta"))
+            self._left[place] -= nbytes
+        try:  # copying a large tensor takes a while, and others may put and get meanwhile
             kept = value if place == "device" else _in_ram(value, slot.value if slot.place == "ram" else None)
+        except BaseException:
+            with self._lock:
+                self._left[place] += nbytes
+            raise
+        with self._lock:
+            return self._now_holds(slot, place, nbytes, kept, None)
+
+    def _now_holds(self, slot: Stored, place: Place, nbytes: int, value: Tensor | None, like: Tensor | None) -> Stored:
         self._clear(slot)
-        slot.place, slot.nbytes, slot.value = place, nbytes, kept
-        if place == "file":
-            slot.like = torch.empty_like(value, device="meta")
-            return slot
-        self._left[place] -= nbytes
+        slot.place, slot.nbytes, slot.value, slot.like = place, nbytes, value, like
         if place == "device":
             self._on_device.add(slot)
         return slot
@@ -103,6 +105,11 @@ class TensorStore:
             if slot.capacity:
                 self._free.append((slot.capacity, slot.offset))
                 slot.capacity = 0
+
+    @property
+    def file_bytes(self) -> int:
+        """The bytes of the file at its largest."""
+        return self._end
 
     def leave_device(self) -> bool:
         """Move all tensors off the device, to RAM or the file, for good. Returns False if there were none."""

@@ -24,6 +24,7 @@ SUITES = (
     "kills",
     "kills_at_calls",
     "calibration_calls",
+    "solving_kills",
     "many_merges",
     "power_loss",
     "failing_calls",

@@ -14,6 +14,9 @@ from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging.loop import merge_tensors
 from lowmem_aim.system.devices import DeviceStreams
 
+# Methods that solve, and what stands behind an expert's folder for them.
+SOLVING = {"covariance": "", "regmean": "={}", "regmean_plus": "={}"}
+
 
 class Elsewhere(Tensor):
     """A tensor that is on the device: what is computed from it is there too."""
@@ -42,11 +45,15 @@ def with_a_copy(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("method", [*BY_METHOD, *SOLVING])
 def test_every_slice_goes_up_and_comes_down_and_copies_stay_here(
     with_a_copy: Path, measured: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = recipe(with_a_copy, method, **FLAGS[method], omega=0.3, calibration=str(measured))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("A merged model\n\nkeeps what its experts know.\n")
+    experts = tuple(str(with_a_copy / name) + SOLVING.get(method, "") for name in ("math", "code"))
+    flags = FLAGS.get(method, {"expert": tuple(expert.format(texts) for expert in experts)})
+    asked = recipe(with_a_copy, method, **flags, omega=0.3, calibration=str(measured))
     expected = digests(merge(asked, tmp_path / "here"))
     monkeypatch.setitem(merge_tensors.__globals__, "DeviceStreams", FakeStreams)
     monkeypatch.setattr("lowmem_aim.methods.kernels.usable", lambda tensors: not isinstance(tensors[0], Elsewhere))
