@@ -244,7 +244,7 @@ def test_not_even_a_row_is_exit_5_and_leaves_nothing(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(DeviceStreams, "up", never)
-    with pytest.raises(MemoryBudgetError, match="one row of"):
+    with pytest.raises(MemoryBudgetError, match="1 row of"):
         merge(recipe(llama, "linear"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
