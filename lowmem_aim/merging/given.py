@@ -59,8 +59,19 @@ class Given:
         return EffectSampler(task, moments) if moments and reached else None
 
     def by_block(self, tasks: Iterable[Task]) -> Iterator[tuple[int | None, Iterator[Task]]]:
-        """Yield tasks, in their order, with the block that must be measured before them."""
-        return groupby(tasks, key=self.block_of)
+        """Yield tasks, in their order, with the block that must be measured before them.
+
+        Tensors of a layer that belong to no block, such as buffers, go with those before them.
+        """
+        layer, block = None, None
+
+        def key(task: Task) -> int | None:
+            nonlocal layer, block
+            own = self.block_of(task)
+            layer, block = task.layer, block if own is None and layer is not None and task.layer == layer else own
+            return block
+
+        return groupby(tasks, key=key)
 
     def _moments(self, task: Task) -> list[list[Moment | None]] | None:
         if self.moments is None or not task.linear:
