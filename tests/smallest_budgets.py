@@ -53,7 +53,8 @@ class Peak:
 
 
 def experts_of(method: str) -> tuple[str, ...]:
-    return ("one",) if METHODS[method].most == 1 else ("one", "two")
+    names = ("one",) if METHODS[method].most == 1 else ("one", "two")
+    return tuple(f"{name}=builtin" for name in names) if METHODS[method].texts else names
 
 
 def merged(recipes: dict[str, Recipe], out: Path, options: Options) -> None:

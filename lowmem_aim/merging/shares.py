@@ -204,12 +204,16 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     raise_all(errors)
     rest = left - needs.held()
     room = min(rest // 2, rest - needs.running.least) if needs.running else rest // 2
+    if budget.vram is not None:
+        room_there = vram_left - (needs.running.vram if needs.running else 0)
+        if needs.footprint.matrices:
+            room_there //= 2
     for workers, ahead in ((torch.get_num_threads() if on_host else STREAMS, AHEAD), (1, 1)):
         taken = functools.partial(needs.slices, workers=workers, ahead=ahead, on_host=on_host)
         elements = _most_elements(room, taken)
         if budget.vram is not None:
             on_device = functools.partial(needs.on_device, workers=workers)
-            elements = min(elements, _most_elements(vram_left, on_device))
+            elements = min(elements, _most_elements(room_there, on_device))
         if elements >= needs.least_elements:
             break
     elements = max(elements, needs.least_elements)

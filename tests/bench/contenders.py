@@ -45,14 +45,15 @@ def experts_of(method: str, setting: Setting) -> list[Path]:
     return setting.experts[: KNOWN[method].most]
 
 
-def save_recipe(method: str, setting: Setting) -> Path:
-    """mergekit's YAML, which both read."""
+def save_recipe(method: str, setting: Setting, texts: Path | None = None) -> Path:
+    """mergekit's YAML, which both read; methods that run their experts on `texts` are not mergekit's."""
     known = KNOWN[method].parameters
+    own = {"calibration": str(texts)} if texts and KNOWN[method].texts else {}
     models = []
     for expert, weight in zip(experts_of(method, setting), WEIGHTS, strict=False):
         values = {"weight": weight, "density": 0.5}
         parameters = {name: value for name, value in values.items() if name in known}
-        models.append({"model": str(expert)} | ({"parameters": parameters} if parameters else {}))
+        models.append({"model": str(expert)} | own | ({"parameters": parameters} if parameters else {}))
     recipe: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
     if method in BASE_LISTED:
         recipe["models"] = [{"model": str(setting.base)}, *models]

@@ -9,6 +9,7 @@ merges under the two budgets, and checks that
     - calibrating within the smallest budget that is accepted gives the same bytes as within the large one,
     - a merge on the device equals the CPU's to one unit in the last place of bfloat16 (where a threshold decides, a few
       elements may fall either way), as do the activations to a relative 1e-2,
+    - of one layer, the deltas that `covariance` and `regmean` solve for on the device are near the CPU's,
     - a merge that is killed half-way ends, by the same command, with the same bytes.
 
 Prints a table for docs/performance.md; exits with 1 if a check failed.
@@ -42,6 +43,9 @@ from measure import Cost, cost_of, digests
 from models import SCALES, build, model_bytes, save_texts
 
 METHODS = ("task_arithmetic", "slerp", "dare_linear", "dare_ties", "ties")
+# Methods that solve: how far the deltas of device and CPU may be apart, relatively. Matrix products are rounded in
+# another order, and the forwards of `regmean` in bfloat16 with them.
+SOLVING = {"covariance": 1e-2, "regmean": 5e-2}
 COMPARING = ("dare_ties", "ties")  # magnitudes, or signs of sums: within 1e-6 an element may fall either way
 MAY_FALL_OTHERWISE = 1e-4  # share of elements
 ACTIVATIONS_APART = 1e-2  # relative: matrix products in bfloat16 are rounded in another order
@@ -96,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     _agreement(check, setting, device, options)
     for method in options.methods:
         _merge(check, setting, method, activations, device, options)
+    for method in options.solving:
+        _solved(check, setting, method, device, options)
     _killed(check, setting, activations, device, options)
     print("\n".join(("", *check.table())))
     return int(check.failed)
@@ -109,6 +115,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="13b")
     parser.add_argument("--layers", type=int, help="default: as many of the scale's as the disk has room for")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--solving", nargs="*", choices=SOLVING, default=list(SOLVING))
     parser.add_argument("--blocks", type=int, default=121, help="of 512 tokens to calibrate with")
     parser.add_argument("--block-size", type=int, default=BLOCK_TOKENS)
     parser.add_argument("--work", type=Path, default=Path("gpu-check-run"))
@@ -267,6 +274,24 @@ def _merge(
     shutil.rmtree(on_cpu)
 
 
+def _solved(check: Check, setting: Setting, method: str, device: torch.device, o: argparse.Namespace) -> None:
+    """One layer, which the CPU solves in minutes."""
+    layer = Setting(build(o.scale, setting.scratch, 1), setting.scratch)
+    texts = setting.scratch / "few.jsonl"
+    save_texts(texts, 2, 64, SCALES[o.scale].vocabulary)
+    recipe = save_recipe(method, layer, texts)
+    on_device, on_cpu = setting.scratch / "out-device", setting.scratch / "out-cpu"
+    for out in (on_device, on_cpu):
+        shutil.rmtree(out, ignore_errors=True)
+    cost = _run(check, f"{method} of one layer", ["merge", str(recipe), str(on_device)], setting, device, o)
+    check.note(f"{method} of one layer", f"{cost.wall:.1f} s")
+    _quietly(["merge", str(recipe), str(on_cpu), "--device", "cpu"])
+    apart = _apart(on_device, on_cpu, layer.base)
+    check.note(f"{method}: deltas, device against CPU", f"relative {apart:.1e}", apart <= SOLVING[method])
+    shutil.rmtree(on_device)
+    shutil.rmtree(on_cpu)
+
+
 def _command(method: str, setting: Setting, activations: Path, out: Path) -> list[str]:
     shutil.rmtree(out, ignore_errors=True)
     recipe = save_recipe(method, setting)
@@ -313,6 +338,19 @@ def _distance(a: Path, b: Path) -> tuple[int, float]:
                 far += int((ulps > 1).sum())
                 count += ulps.numel()
     return worst, far / count
+
+
+def _apart(a: Path, b: Path, base: Path) -> float:
+    """The largest relative distance, over all tensors, of the deltas of two merges of one base."""
+    worst = 0.0
+    with safe_open(base / "model.safetensors", framework="pt") as before:
+        for file in sorted(a.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as one, safe_open(b / file.name, framework="pt") as two:
+                for name in one.keys():  # noqa: SIM118 (not a dict)
+                    base_value = before.get_tensor(name).float()
+                    first, second = (found.get_tensor(name).float() - base_value for found in (one, two))
+                    worst = max(worst, float((first - second).norm() / second.norm().clamp(min=1e-12)))
+    return worst
 
 
 def _order(values: Tensor) -> Tensor:

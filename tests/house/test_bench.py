@@ -56,12 +56,14 @@ def test_the_gpu_check_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     what = ["--device", "cpu", "--scale", "tiny", "--methods", "ties", "--blocks", "3", "--block-size", "32"]
     limits = ["--work", str(tmp_path), "--ram", "2GB"]
     command = [sys.executable, str(BENCH.with_name("gpu_check.py")), *what, *limits]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     table = done.stdout.partition("\n\n")[2]
     assert "| ties: device against CPU | 0.0e+00 of the elements off by more than 1 ulp | ok |" in table
     assert "| ties, killed half-way, then the same command | the same bytes | ok |" in table
     assert "| calibrate: peak anonymous memory |" in table
+    for method in ("covariance", "regmean"):
+        assert f"| {method}: deltas, device against CPU | relative 0.0e+00 | ok |" in table
     assert re.search(r"\| calibrate, --ram \d+MB \| .* the same bytes \| ok \|", table)
     assert "failed" not in table
 

@@ -22,7 +22,7 @@ from lowmem_aim.events import Event, Notice
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging import shares
 from lowmem_aim.merging.pipeline import Ahead
-from lowmem_aim.merging.shares import Needs, Shares, share_out
+from lowmem_aim.merging.shares import Needs, Running, Shares, share_out
 from lowmem_aim.methods.footprint import Footprint
 from lowmem_aim.methods.linear import weighted_sum
 from lowmem_aim.methods.method import Rows
@@ -164,6 +164,37 @@ class TestShares:
             assert NEEDS.on_device(shared.slice_elements, shared.workers) <= vram
         with pytest.raises(MemoryBudgetError, match="of RAM"):
             share_out(Budget(10 * MB, named), meta, NEEDS)
+
+    @pytest.mark.parametrize("ram", [340, 600, 4000])
+    def test_experts_that_run_between_tensors_have_the_memory_that_slices_do_not_take_meanwhile(
+        self, ram: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running = Running(least=200 * MB, block=300 * MB, vram=0, moments=500 * MB)
+        needs = replace(NEEDS, footprint=replace(NEEDS.footprint, matrices=400 * MB), running=running)
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
+        assert needs.least_ram(True) < 340 * MB
+        shared = share_out(Budget(ram * MB), CPU, needs)
+        held = needs.held() + shared.matrices
+        slices = needs.slices(shared.slice_elements, shared.workers, shared.ahead, True)
+        assert held + slices <= ram * MB
+        assert held + needs.waiting(shared.slice_elements, shared.ahead) + shared.models <= ram * MB
+        assert shared.models >= running.least
+        assert shared.matrices == min(900 * MB, shared.matrices)
+        if ram == 4000:
+            assert (shared.matrices, shared.models >= running.least + running.block) == (900 * MB, True)
+
+    def test_on_a_device_slices_matrices_and_experts_share_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: 0)
+        running = Running(least=50 * MB, block=0, vram=300 * MB, moments=500 * MB)
+        needs, meta = replace(NEEDS, running=running), torch.device("meta")  # no memory of its own is in use
+        with pytest.raises(MemoryBudgetError, match="of VRAM") as caught:
+            share_out(Budget(1000 * MB, MB), meta, needs)
+        named = named_budget(caught.value, "vram")
+        for vram in (named, 2 * named, 100 * named):
+            shared = share_out(Budget(1000 * MB, vram), meta, needs)
+            slices = needs.on_device(shared.slice_elements, shared.workers)
+            assert slices + shared.device_matrices + shared.device_models <= vram
+            assert shared.device_models >= running.vram
 
     @pytest.mark.parametrize("ram", [150, 200, 400, 4000])
     def test_what_is_held_and_all_slices_and_two_kept_tensors_fit(
@@ -336,6 +367,7 @@ def test_the_smallest_budget_that_a_refusal_names_is_accepted_and_kept(tmp_path:
         tiny.perturbed(tmp_path / "base", tmp_path / name, seed=number)
     program = Path(__file__).parents[1] / "smallest_budgets.py"
     cases = ("arcee_fusion:mmap", "widen:mmap", "ties:pread", "ties+dare_ties+della+model_stock+linear:mmap")
+    cases += ("covariance:pread", "regmean:mmap")
     command = [sys.executable, str(program), str(tmp_path), *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
