@@ -115,6 +115,20 @@ def test_regmean_plus_feeds_each_block_what_the_merged_blocks_make(architecture:
     assert any(not torch.equal(plain[name], ours[name]) for name in ours)
 
 
+def test_experts_of_several_dtypes_each_run_beside_the_merged_blocks_in_their_own(tmp_path: Path) -> None:
+    folder = models("llama", tmp_path)
+    plain = tensors_in(merge(job(folder, "regmean_plus"), tmp_path / "plain"))
+
+    def halve(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: value.to(torch.bfloat16) for name, value in tensors.items()})
+
+    tiny.edit_tensors(folder / "code", halve)
+    tiny.edit_config(folder / "code", dtype="bfloat16")
+    mixed = tensors_in(merge(job(folder, "regmean_plus"), tmp_path / "mixed"))
+    for name, value in plain.items():
+        assert float((mixed[name] - value).norm()) <= 0.02 * float(value.norm()), name
+
+
 def by_merged_blocks(architecture: str, folder: Path) -> list[dict[str, Tensor]]:
     """The moments of RegMean++: whole models, and a merged one that is filled block by block."""
     base, *experts = (
