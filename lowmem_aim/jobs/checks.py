@@ -138,7 +138,7 @@ def check_experts(ready: Prepared) -> None:
     measurements = read_texts(settings, [entry.calibration for entry in entries], models, ready.reader, ready.emit)
     outline = ready.outline() if ready.recipe.method.texts == "merged" else None
     ready.experts = Experts(measurements, outline)
-    ready.experts.check_alike()
+    ready.experts.check_alike(ready.inputs)
     tokens = ready.experts.sequences
     run = ModelRun("merge", ready.experts.needs(), sum(map(len, tokens)), 0, ready.experts.dtype)
     ready.model_runs.append(replace(run, length=-(-run.tokens // len(tokens))))

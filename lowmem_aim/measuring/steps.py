@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem_aim.blocks.calls import Call, hidden_of
@@ -40,6 +41,7 @@ class Steps:
         self._tokens = [*texts, texts[0][:CANARY_TOKENS]]  # the canary's copy comes last
         self.so_far = BlockProgress([], [])  # not begun
         self._shared: dict[tuple[Any, ...], Stored] = {}  # parts of calls that several of them have
+        self._dtype: torch.dtype | None = None  # of states that the blocks are given `beside`
         self._canary = SuspendedForward(runner, self._tokens[-1])
         self._stack = contextlib.ExitStack()
 
@@ -74,6 +76,7 @@ class Steps:
         for number in range(self.texts):
             own, state = self._recorded(number)
             self.so_far.calls.append(own)
+            self._dtype = self.runner.store.get(state).dtype
             self.runner.store.drop(state)
 
     def _recorded(self, number: int) -> tuple[list[Call], Stored]:
@@ -134,13 +137,13 @@ class Steps:
     def beside(self, index: int, state_of: Callable[[int], Tensor]) -> None:
         """Run block `index` on other states than the texts' own, for what its modules are given; that counts.
 
-        `state_of`: text -> the hidden state before the block. The outputs are dropped.
+        `state_of`: text -> the hidden state before the block, in any dtype. The outputs are dropped.
         """
         left = deque(range(self.texts))
 
         def drive() -> None:
             while left:
-                self._through(index, left[0], state_of(left[0]), counted=True)
+                self._through(index, left[0], state_of(left[0]).to(self._dtype), counted=True)
                 self.runner.watch.commit()
                 left.popleft()
 

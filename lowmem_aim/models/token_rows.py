@@ -34,6 +34,10 @@ class TokenRows:
     given: Mapping[Place, Tensor]  # (count,) int64: rows whose mean is given; -1: none of this model; all -1: zeros
     mean_from: int  # from this row on, rows are the mean of the model's rows before
 
+    def ids_of(self, place: Place) -> Tensor:
+        """The id that each row of the output has in a model, (count,) int64; -1: it has no such row."""
+        return self.own.get(place, torch.arange(self.count))
+
     @property
     def has_means(self) -> bool:
         """Whether rows are computed, and not only taken from somewhere."""

@@ -17,7 +17,9 @@ from lowmem_aim.measuring.comparison import Merged
 from lowmem_aim.measuring.mean_activations import shares_for
 from lowmem_aim.methods.moments import MatrixSpace
 from lowmem_aim.models.checkpoint import Checkpoint
-from lowmem_aim.models.meta_model import MetaModel, load_meta_model
+from lowmem_aim.models.inputs import Inputs
+from lowmem_aim.models.meta_model import load_meta_model
+from lowmem_aim.models.token_rows import TokenRows
 from lowmem_aim.solving.expert_moments import ExpertMoments
 from lowmem_aim.solving.kept_states import KeptStates
 from lowmem_aim.solving.needs import matrices_bytes, needs_of_moments
@@ -59,15 +61,17 @@ class Experts:
         """Bytes of the moments of the largest block, of all experts."""
         return matrices_bytes([one.meta_model for one in self.measurements])
 
-    def check_alike(self) -> None:
-        """Raise ModelError if the merged model is run on their tokens, and they count their tokens differently."""
-        if self.outline is None:
+    def check_alike(self, inputs: Inputs) -> None:
+        """Raise ModelError if the merged model is run on their tokens, and has other ids for these than an expert."""
+        rows = inputs.token_rows
+        if self.outline is None or rows is None:
             return
-        rows = {one.base.label: _vocabulary(one.meta_model) for one in self.measurements}
-        if len(set(rows.values())) > 1:
-            listed = ", ".join(f"`{printable(label)}` has {count}" for label, count in rows.items())
+        merged = rows.ids_of(inputs.reference.place)  # which has the ids of the model whose vocabulary it has
+        unlike = [one.base.label for one in self.measurements if not _alike(one, rows, merged)]
+        if unlike:
+            listed = ", ".join(f"`{printable(label)}`" for label in unlike)
             raise ModelError(
-                f"the merged model is run on the tokens of all experts, whose vocabularies differ: {listed}",
+                f"the merged model is run on the tokens of all experts, and has other ids for those of {listed}",
                 hint="`merge_method: regmean` runs each expert on its own tokens",
             )
 
@@ -97,5 +101,8 @@ class Experts:
             yield moments
 
 
-def _vocabulary(meta_model: MetaModel) -> int:
-    return int(getattr(meta_model.model.get_input_embeddings(), "num_embeddings", 0))
+def _alike(expert: Measurement, rows: TokenRows, merged: torch.Tensor) -> bool:
+    """Whether the tokens of an expert's texts have the same ids in the merged model; `merged`: of each row."""
+    own = rows.ids_of(expert.base.place)
+    same = own[own == merged]
+    return bool(torch.isin(torch.cat(list(expert.sequences)), same).all())

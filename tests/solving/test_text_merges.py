@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import solving_cases as cases
 import tiny
 import torch
+import vocabularies
 from merge_cases import digests, tensors_in
 from moment_cases import by_an_ordinary_forward, seen
 from stopping import SHARDS, stop
@@ -113,6 +115,35 @@ def test_regmean_plus_feeds_each_block_what_the_merged_blocks_make(architecture:
     assert assert_solved(architecture, folder, ours, moments) >= 4 * tiny.LAYERS
     plain = tensors_in(merge(job(folder, "regmean"), tmp_path / "plain"))
     assert any(not torch.equal(plain[name], ours[name]) for name in ours)
+
+
+def test_experts_of_several_dtypes_each_run_beside_the_merged_blocks_in_their_own(tmp_path: Path) -> None:
+    folder = models("llama", tmp_path)
+    plain = tensors_in(merge(job(folder, "regmean_plus"), tmp_path / "plain"))
+
+    def halve(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: value.to(torch.bfloat16) for name, value in tensors.items()})
+
+    tiny.edit_tensors(folder / "code", halve)
+    tiny.edit_config(folder / "code", dtype="bfloat16")
+    mixed = tensors_in(merge(job(folder, "regmean_plus"), tmp_path / "mixed"))
+    for name, value in plain.items():
+        assert float((mixed[name] - value).norm()) <= 0.02 * float(value.norm()), name
+
+
+def test_regmean_plus_takes_only_texts_whose_tokens_have_the_same_ids_in_the_merged_model(tmp_path: Path) -> None:
+    folder = models("llama", tmp_path)
+    plus = partial(job, folder, "regmean_plus", tokenizer_source="base")
+    expected = tensors_in(merge(plus(), tmp_path / "expected"))
+    vocabularies.add_tokens(folder / "code", ["<|new|>"], padding=3)  # which no text has
+    found = tensors_in(merge(plus(), tmp_path / "more"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if name not in vocabularies.ROWS)
+    (folder / "math.jsonl").write_text(json.dumps({"text": "HELP! 1 + 1 = 2 #'() %&"}))  # tokens of the swapped ones
+    vocabularies.swap_tokens(folder / "math", 40)
+    vocabularies.permute_rows(folder / "math", 40)
+    with pytest.raises(ModelError, match="other ids for those of `math`"):
+        merge(plus(), tmp_path / "swapped")
+    merge(job(folder, "regmean", tokenizer_source="base"), tmp_path / "own")
 
 
 def by_merged_blocks(architecture: str, folder: Path) -> list[dict[str, Tensor]]:
