@@ -16,6 +16,7 @@ import solving_cases as cases
 import tiny
 import torch
 import vocabularies
+from long_cases import others_long
 from merge_cases import digests, tensors_in
 from moment_cases import by_an_ordinary_forward, seen
 from stopping import SHARDS, stop
@@ -99,7 +100,10 @@ def solved_delta(architecture: str, name: str, deltas: Sequence[Tensor], moments
     return found.T if turned else found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture",
+    others_long(("llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe"), ("llama", "gpt2", "qwen3_moe")),
+)
 def test_regmean_solves_every_linear_by_the_inputs_of_each_expert(architecture: str, tmp_path: Path) -> None:
     folder = models(architecture, tmp_path)
     ours = tensors_in(merge(job(folder, "regmean"), tmp_path / "out"))
@@ -188,7 +192,7 @@ def call_of(model: Any, block: Any, text: Tensor) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("method", ["regmean", "regmean_plus"])
-@pytest.mark.parametrize("tensors", [4, 12, 24])
+@pytest.mark.parametrize("tensors", others_long((4, 12, 24), (12,)))
 def test_an_interrupted_merge_ends_with_the_same_bytes(
     llama_with_texts: Path, tmp_path: Path, method: str, tensors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,8 +271,13 @@ def test_a_file_of_texts_that_is_not_there_is_told_before_work(llama_with_texts:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["ties", "regmean"])
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    others_long(
+        (("llama", "ties"), ("gpt2", "regmean"), ("llama", "regmean"), ("gpt2", "ties")),
+        (("llama", "ties"), ("gpt2", "regmean")),
+    ),
+)
 def test_what_a_merge_keeps_of_each_expert_is_told(
     architecture: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
