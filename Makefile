@@ -42,12 +42,14 @@ test-long: install
 FURTHER := della della_linear breadcrumbs breadcrumbs_ties sce model_stock nearswap arcee_fusion ram ramplus_tl karcher \
 	multislerp nuslerp widen
 
-# Two hours and 20 GB of disk: every method at 1b against mergekit, calibration, then how time and memory grow.
+# Two hours and 20 GB of disk: every method at 1b against mergekit, calibration, how time and memory grow, and the shares
+# of a merge that solves.
 bench: install
 	$(BIN)/python tests/bench/bench.py --scale 160m --only calibration
 	$(BIN)/python tests/bench/bench.py --scale 1b
 	$(BIN)/python tests/bench/bench.py --scale 160m --only ours mergekit --methods task_arithmetic $(FURTHER)
 	$(BIN)/python tests/bench/bench.py --scale 160m 3b 8gb-tensor --only ours disk --methods task_arithmetic ties --repeats 1
+	$(BIN)/python tests/bench/solving.py --methods covariance regmean regmean_plus
 
 # On a CUDA machine: memory, agreement with the CPU, resuming and rates, with Llama-2-13B's shapes as the disk allows.
 gpu-check: install

@@ -68,14 +68,16 @@ class TensorStore:
                 # Everything that can fail comes first: after a failure the slot still holds what it held before.
                 self._write(slot, value.cpu(), nbytes)
                 return self._now_holds(slot, place, nbytes, None, torch.empty_like(value, device="meta"))
-            self._left[place] -= nbytes
+            taken = nbytes - (slot.nbytes if slot.place == place else 0)
+            self._left[place] -= taken
         try:  # copying a large tensor takes a while, and others may put and get meanwhile
             kept = value if place == "device" else _in_ram(value, slot.value if slot.place == "ram" else None)
         except BaseException:
             with self._lock:
-                self._left[place] += nbytes
+                self._left[place] += taken
             raise
         with self._lock:
+            self._left[place] += taken - nbytes  # what the slot held comes back now
             return self._now_holds(slot, place, nbytes, kept, None)
 
     def _now_holds(self, slot: Stored, place: Place, nbytes: int, value: Tensor | None, like: Tensor | None) -> Stored:

@@ -6,6 +6,7 @@ import errno
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,23 @@ def test_strides_are_kept(tmp_path: Path) -> None:
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).expand(1, 4, 5, 5)
     with TensorStore(CPU, device_bytes=0, ram_bytes=0, folder=tmp_path) as store:
         assert store.get(store.put(mask)).stride() == mask.stride()
+
+
+def test_tensors_that_fill_the_ram_stay_there_however_many_threads_put_them_again(tmp_path: Path) -> None:
+    with TensorStore(CPU, device_bytes=0, ram_bytes=4 << 20, folder=tmp_path) as store:
+        slots = [store.put(torch.full((1 << 18,), float(i))) for i in range(4)]
+
+        def put_again(number: int) -> None:
+            for count in range(20):
+                store.put(torch.full((1 << 18,), float(number + count)), slots[number])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(put_again, range(4)))
+        assert [slot.place for slot in slots] == ["ram"] * 4
+        assert [float(store.get(slot)[-1]) for slot in slots] == [19.0, 20.0, 21.0, 22.0]
+        assert store.put(torch.zeros(1)).place == "file"
+        store.drop(slots[0])
+        assert store.put(torch.zeros(1 << 18)).place == "ram"
 
 
 class OnDevice(Tensor):

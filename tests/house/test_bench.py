@@ -68,6 +68,19 @@ def test_the_gpu_check_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     assert "failed" not in table
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["covariance", "regmean"])
+def test_merges_that_solve_are_measured(method: str, tmp_path: Path) -> None:
+    what = ["--scale", "tiny", "--methods", method, "--work", str(tmp_path), "--patience", "0"]
+    command = [sys.executable, str(BENCH.with_name("solving.py")), *what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith(f"| {method}, 2GB | 2 |"))
+    shares = re.findall(r"(\d+)%", row)
+    assert len(shares) == 4
+    assert sum(map(int, shares)) <= 100
+
+
 def test_distances_are_counted_in_units_in_the_last_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH.parent))
     import gpu_check
