@@ -70,7 +70,7 @@ def token_sequences(settings: TextSettings, encode: Encode, emit: Emit) -> list[
         tokens = f"{count} token{'s' * (count != 1)}"
         raise ModelError(
             f"the calibration text `{source}` has only {tokens}; at least {FEWEST_TOKENS} are needed",
-            hint="give more text; `--calibration builtin` takes the small set that comes with this tool",
+            hint=f"give more text; `{BUILTIN}` in its place takes the small set that comes with this tool",
         )
     if settings.pack and count < settings.block_size:
         emit(Notice(f"the calibration text `{source}` fills less than one block: {count} tokens in all", "warning"))
@@ -160,7 +160,7 @@ def _from_its_cache() -> Iterator[None]:
 def _from_hub(dataset: str, settings: TextSettings, encode: Encode) -> Iterator[str]:
     """Yield the texts of a Hub dataset in the AIM authors' order: shuffled by `seed`, too long ones skipped."""
     shown = printable(dataset)
-    hint = "pass your own text file, or the small set of this tool: `--calibration file.jsonl|file.txt|builtin`"
+    hint = "pass your own text file, or the small set of this tool: `file.jsonl|file.txt|builtin`"
     try:
         from datasets import get_dataset_split_names, load_dataset
     except ImportError:

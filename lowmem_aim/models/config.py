@@ -22,7 +22,7 @@ MAX_MARKS = 500_000
 MAX_DEPTH = 50  # json, copy and repr fail, or crash the process, at some hundreds; real configs have five
 MAX_LAYERS = 1_000  # the largest public models have 126
 MAX_SIZE = 1 << 24
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 OTHER_LAYERS = ("depth", "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 # Keys that an architecture does not use are 0 or null; lists have one entry a layer.
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")

@@ -96,7 +96,8 @@ class MetaModel:
             kind = printable(str(self.model.config.model_type))
             raise ModelError(
                 f"`{shown}` (model type `{kind}`) cannot be run block by block: {why}",
-                hint="leave `aim:` and `acm:` out (`--omega`, `--theta`): a merge without them runs no model",
+                hint="leave `aim:` and `acm:` out (`--omega`, `--theta`), and texts of experts: a merge without them "
+                "runs no model",
             )
 
     @property
@@ -216,7 +217,7 @@ def _build(kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -
         raise ModelError(
             f"transformers cannot build `{printable(checkpoint.label)}` (model type "
             f"`{printable(str(config.model_type))}`): {short(error)}",
-            hint="does its config.json belong to it? Without `aim:` and `acm:` a merge runs no model",
+            hint="does its config.json belong to it? Without `aim:`, `acm:` and `solve:` a merge runs no model",
         ) from error
     _keep_float32(model, dtype)
     model.requires_grad_(False)
@@ -330,11 +331,21 @@ def _stack(
     return (prefixes.pop(), frozenset(after)) if len(lists) == len(prefixes) == 1 else ("", frozenset())
 
 
+# Modules with matrices (in, out) that lack transformers' mark of such, `is_transposed`.
+_TRANSPOSED = frozenset({"Llama4TextExperts", "RecurrentGemmaRglru"})
+
+
+def inputs_come_first(module: nn.Module) -> bool:
+    """Whether the stacked matrices of a module are (in, out), not (out, in)."""
+    # transformers marks fused experts that are stored so.
+    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ in _TRANSPOSED
+
+
 def _inputs_first(model: Any, weights: ParameterNames) -> Iterator[str]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | Conv1D):
             yield weights.name(f"{path}.weight")
-        elif getattr(module, "is_transposed", False):  # transformers' mark of fused experts stored (in, out)
+        elif inputs_come_first(module):
             yield from (weights.name(f"{path}.{name}") for name, p in module._parameters.items() if p is not None)
 
 

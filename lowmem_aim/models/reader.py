@@ -27,7 +27,7 @@ from lowmem_aim.models.vetted import tokenizer_files, vetted_folder
 from lowmem_aim.system.files import cache_folder, write_file
 
 PUT_TOKENIZER = "put its tokenizer files into the model's folder"
-FORMAT = 7  # of the cached answers; part of their names
+FORMAT = 8  # of the cached answers; part of their names
 TEXTS_AT_ONCE = 64
 FOLDER = "outlines"  # of the cache folder
 READ_BY = ("transformers", "tokenizers", "sentencepiece", "torch")  # whose versions the answers depend on

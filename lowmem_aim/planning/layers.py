@@ -11,7 +11,7 @@ def layer_count(config: Mapping[str, Any]) -> int:
     """The number of layers that a config gives, under any of the names for it; 0 if it gives none."""
     text_config = config.get("text_config")
     for table in (config, text_config if isinstance(text_config, dict) else {}):
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
             if isinstance(table.get(key), int):
                 return int(table[key])
     return 0

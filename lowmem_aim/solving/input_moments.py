@@ -83,7 +83,8 @@ class InputMoments:
                 module = printable(total.matrices[0][0].removesuffix(".weight"))
                 raise ModelError(
                     f"solving: in `{printable(self._label)}`, the inputs of `{module}` overflow or are not numbers",
-                    hint="is this model sound? if it is, run it in a wider dtype (`solve: {dtype: float32}`)",
+                    hint="is this model sound? if it is, run it in a wider dtype (`solve: {dtype: float32}`); it "
+                    "runs as it is, whatever `--nonfinite` says",
                 )
 
     def leave_device(self) -> bool:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_aim.blocks.shares import Needs
 from lowmem_aim.measuring.mean_activations import needs_of
 from lowmem_aim.methods.moments import FLOAT, moment_bytes
-from lowmem_aim.models.meta_model import MetaModel
+from lowmem_aim.models.meta_model import MetaModel, inputs_come_first
 from lowmem_aim.solving.input_moments import rows_at_once
 
 # Linears of these names in one module are given the same inputs, in every model that transformers has.
@@ -57,7 +57,7 @@ def inputs_of(block: nn.Module) -> Iterator[tuple[int, int]]:
             if value is None or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d):
                 continue
             if value.dim() == 3:
-                yield value.shape[0], value.shape[1 if getattr(module, "is_transposed", False) else 2]
+                yield value.shape[0], value.shape[1 if inputs_come_first(module) else 2]
             elif value.dim() == 2 and key == "weight" and not _is_twin(block, path):
                 yield 1, value.shape[0 if isinstance(module, Conv1D) else 1]
 

@@ -224,7 +224,7 @@ class TestCalibrationInput:
     def test_the_default_set_without_network_says_what_to_pass(self, place: Place) -> None:
         done = place.merge("--omega", "0.4")
         assert done.code in (2, 9)  # 2 where the `datasets` package is not installed
-        assert "`--calibration file.jsonl|file.txt|builtin`" in done.err
+        assert "`file.jsonl|file.txt|builtin`" in done.err
         assert not place.out.exists()
 
 

@@ -169,8 +169,9 @@ class TestErrors:
     def test_inputs_that_overflow_are_an_error_that_names_expert_and_module(self, tmp_path: Path) -> None:
         folders = expert_folders("llama", tmp_path)
         tiny.edit_tensors(folders[1], lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e30))
-        with pytest.raises(ModelError, match=r"expert2.*`model.layers.1.mlp.down_proj` overflow"):
+        with pytest.raises(ModelError, match=r"expert2.*`model.layers.1.mlp.down_proj` overflow") as caught:
             measured(folders)
+        assert "whatever `--nonfinite` says" in caught.value.hint
 
     def test_a_model_whose_blocks_cannot_be_run_one_by_one_is_refused_with_a_way_out(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,3 +47,10 @@ def test_the_problems_of_all_experts_are_told_at_once(folder: Path) -> None:
     with pytest.raises(ModelError) as caught:
         read(folder, [str(folder / "none.jsonl"), str(folder / "neither.jsonl")])
     assert len(caught.value.problems) == 2
+
+
+def test_texts_that_are_too_short_are_told_with_a_way_out_that_is_not_aims(folder: Path) -> None:
+    (folder / "short.txt").write_text("x")
+    with pytest.raises(ModelError, match="only 1 token") as caught:
+        read(folder, [str(folder / "short.txt"), ""])
+    assert "--calibration" not in caught.value.hint
