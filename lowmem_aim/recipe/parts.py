@@ -149,7 +149,7 @@ class Parts:
         if not isinstance(item.value, dict):
             self.read.problem(item, "a model is a table: `- model: folder-or-id`", _MODEL_HINT)
             return None
-        keys = ("model", "parameters", "calibration", *(["layer_range"] if sliced else []))
+        keys = ("model", "parameters", *(["layer_range"] if sliced else []), "calibration")
         meant = self.read.check_keys(item, keys, {}, ignoring=True)
         self.complete &= "parameters" not in meant
         reference = self.read.model(item.get("model"), "model")
