@@ -1,4 +1,4 @@
-"""What tests of second moments share: experts with texts of their own, and what was measured of them as matrices."""
+"""Experts with texts of their own, and the second moments that were measured of them as whole matrices."""
 
 from __future__ import annotations
 

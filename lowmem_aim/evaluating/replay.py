@@ -107,7 +107,7 @@ def _failure(ended: Ended, seconds: int) -> str:
 
 
 def _as_json(names: Sequence[str], asked: Asked) -> dict[str, Any]:
-    """What is asked of the process. What only changes the question, such as a chat template, is not: it was asked."""
+    """The request to the process, without what only changes the questions, such as a chat template: they were asked."""
     metrics = {name: metric for name, metric in asked.metrics.items() if name in names}
     less = replace(asked, names=tuple(names), metrics=metrics, settings={}, chat_template=False)
     return {**asdict(less), "folders": [str(folder.absolute()) for folder in asked.folders]}

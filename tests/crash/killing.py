@@ -77,7 +77,7 @@ class Work:
             time.sleep(0.002)
 
     def _follow(self) -> None:
-        """In the fork: write down how far the run is, and keep every calibrated block."""
+        """A fork's setting: it writes down how far the run is, and keeps every calibrated block."""
         dashboard.showing = functools.partial(_written, self._log)
         snapshots.SECONDS = kept_states.SECONDS = 0.0
         write.GROUP_BYTES = GROUP_BYTES
@@ -100,7 +100,7 @@ def _written(file: Path, style: dashboard.Style) -> Iterator[dashboard.View]:
 
 
 def _looked_at(out: Path, before: Status | None) -> Status | None:
-    """What a kill has left: no model, and nothing less than before."""
+    """Check that a kill has left no model, and nothing less than before."""
     assert not (out / "config.json").exists() or (out / "model.safetensors").exists(), "a config beside no weights"
     if not (out / PRIVATE).is_dir():
         return before

@@ -1,4 +1,4 @@
-"""What lies in a sweep's folder in the place of its own files is refused by name: links, pipes, scores of others."""
+"""Strange things in the place of a sweep's own files are refused by name: links, pipes, scores of others."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_slack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the allocator of a real device keeps back is not counted: the budgets are tight."""
+    """Budgets are tight here: the reserve of a real device's allocator is not counted."""
     monkeypatch.setattr(shares, "SLACK_BYTES", 1 << 20)
 
 

@@ -1,4 +1,4 @@
-"""What the study of solved merges asks is right, and none of it is what its experts are tuned on."""
+"""The study of solved merges asks what is right, and nothing that its experts are tuned on."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_a_block_that_is_measured_is_not_measured_again_and_others_are_forgotten
 
 
 def by_a_whole_merged_model(folders: list[Path]) -> list[dict[str, Tensor]]:
-    """Of each expert: tensor -> X^T X on the states of the merged model, which is solved layer by layer."""
+    """Each expert's X^T X by tensor, on the states of the merged model, which is solved layer by layer."""
     merged, *experts = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (folders[0], *folders)
     )
