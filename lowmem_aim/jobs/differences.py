@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lowmem_aim.errors import printable
-from lowmem_aim.jobs.identity import CALIBRATION, COMPARISON, PARAMETERS, RECIPE, ROWS, SHARDS, SMALL
+from lowmem_aim.jobs.identity import CALIBRATION, COMPARISON, PARAMETERS, RECIPE, ROWS, SHARDS, SMALL, TEXTS
 from lowmem_aim.recipe.parts import WAYS
 
 MOST_TOLD = 20
@@ -18,6 +18,7 @@ _CHANGED = {
     PARAMETERS: "the parameters of single tensors have changed",
     SHARDS: "the layout of the output files has changed (`--shard-size`, the dtype, or the models' tensors)",
     CALIBRATION: "the calibration of AIM has changed (its texts, its dtype, or the base's config)",
+    TEXTS: "the texts of the experts have changed (or the dtype in which they are run, or an expert's config)",
     COMPARISON: "the texts of ACM have changed, or its dtype, or the base's config",
     ROWS: "the rows of the vocabulary that belong together have changed: a model has another tokenizer",
 }

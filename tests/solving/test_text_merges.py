@@ -23,7 +23,7 @@ from stopping import SHARDS, stop
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowmem_aim.errors import ModelError, RecipeError
+from lowmem_aim.errors import ModelError, RecipeError, ResumeError
 from lowmem_aim.events import Event, Notice, TensorDone
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.merging import effects
@@ -407,3 +407,13 @@ def test_systems_that_are_singular_are_told_in_the_card(llama_with_texts: Path, 
     facts = json.loads((out / "lowmem_aim.json").read_text())["singular"]
     assert name in {one["tensor"] for one in facts}
     assert f"| `{name}` | `solved with a ridge of" in (out / "README.md").read_text()
+
+
+def test_other_texts_are_told_on_resuming(llama_with_texts: Path, tmp_path: Path) -> None:
+    stop(job(llama_with_texts, "regmean"), tmp_path / "out", 20)
+    other = tmp_path / "math.jsonl"
+    other.write_text(json.dumps({"text": "other texts than those before"}) + "\n")
+    math, code = (llama_with_texts / name for name in NAMES)
+    experts = (f"{math}={other}", f"{code}={code}.jsonl")
+    with pytest.raises(ResumeError, match="the texts of the experts have changed"):
+        merge(job(llama_with_texts, "regmean", expert=experts), tmp_path / "out", SHARDS)
