@@ -37,6 +37,8 @@ _CONTENT = (SMALL, CONFIG, ROWS, CALIBRATION, COMPARISON, TEXTS)
 _LAID_OUT = (PARAMETERS, SHARDS)  # these follow from the recipe, the inputs' tensors and the shard size
 # What shows in the low bits of matrix products on a CPU.
 THREADS, INSTRUCTIONS = "threads of calibration", "instructions of calibration"
+# The same of products that a merge itself consists of: they matter until its last tensor is written.
+SOLVING = ("threads of solving", "instructions of solving")
 
 
 def known_of_merge(
@@ -85,9 +87,12 @@ def identity_of_merge(
         job[COMPARISON] = comparison.digest()
     if experts is not None:
         job[TEXTS] = experts.digest()
-    solves = plan.recipe.method.rows_of_linears > 0  # by matrix products
-    measures = comparison is not None or solves or isinstance(calibration, Measurement)
+    measures = comparison is not None or isinstance(calibration, Measurement)
     environment = _environment(device, measures, plan.recipe.method)
+    if device.type == "cpu" and (experts is not None or plan.recipe.method.rows_of_linears):
+        # Without texts every product is computed in one thread, whatever their number.
+        there = (str(torch.get_num_threads()) if experts else "any", torch.backends.cpu.get_cpu_capability())
+        environment |= dict(zip(SOLVING, there, strict=True))
     if plan.recipe.aim or plan.recipe.acm:
         environment |= drawn_with()  # the card has a picture, or has none
     return Identity(job, known.inputs, environment)

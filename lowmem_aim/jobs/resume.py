@@ -16,7 +16,7 @@ from typing import Any
 from lowmem_aim.errors import DiskError, ResumeError, printable
 from lowmem_aim.events import Emit, Notice, silent
 from lowmem_aim.jobs.differences import differences, most
-from lowmem_aim.jobs.identity import INSTRUCTIONS, THREADS, as_kept, digest_of, is_moved, sizes_of
+from lowmem_aim.jobs.identity import INSTRUCTIONS, SOLVING, THREADS, as_kept, digest_of, is_moved, sizes_of
 from lowmem_aim.merging.slices import Stride, TensorInputs
 from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
@@ -121,7 +121,8 @@ def _compared(identity: Identity, journal: Journal, lost: Sequence[type[Record]]
     needed = ((KeptActivations, "calibration"), (KeptComparison, "texts of ACM"))
     there = [kind for kind in PROGRESS if kind not in lost and journal.holds(kind)]
     measured = all(kind in there for kind, key in needed if key in job)
-    dropped = () if there and not measured else (THREADS, INSTRUCTIONS)
+    dropped: tuple[str, ...] = () if there and not measured else (THREADS, INSTRUCTIONS)
+    dropped += () if there else SOLVING
     return {key: value for key, value in identity.environment.items() if key not in dropped}
 
 

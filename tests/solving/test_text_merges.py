@@ -417,3 +417,13 @@ def test_other_texts_are_told_on_resuming(llama_with_texts: Path, tmp_path: Path
     experts = (f"{math}={other}", f"{code}={code}.jsonl")
     with pytest.raises(ResumeError, match="the texts of the experts have changed"):
         merge(job(llama_with_texts, "regmean", expert=experts), tmp_path / "out", SHARDS)
+
+
+def test_another_number_of_threads_is_refused_on_resuming(llama_with_texts: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        stop(job(llama_with_texts, "regmean"), tmp_path / "out", 20, replace(SHARDS, threads=1))
+        with pytest.raises(ResumeError, match="threads of solving"):
+            merge(job(llama_with_texts, "regmean"), tmp_path / "out", replace(SHARDS, threads=2))
+    finally:
+        torch.set_num_threads(before)
