@@ -102,7 +102,9 @@ def solved_delta(architecture: str, name: str, deltas: Sequence[Tensor], moments
 
 @pytest.mark.parametrize(
     "architecture",
-    others_long(("llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe"), ("llama", "gpt2", "qwen3_moe")),
+    others_long(
+        ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe"), ("llama", "gpt2", "qwen3_moe")
+    ),
 )
 def test_regmean_solves_every_linear_by_the_inputs_of_each_expert(architecture: str, tmp_path: Path) -> None:
     folder = models(architecture, tmp_path)
