@@ -132,7 +132,7 @@ def check_experts(ready: Prepared) -> None:
     entries = ready.recipe.slices[0].experts
     settings = TextSettings(**vars(solve))
     shared = [replace(settings, calibration=entry.calibration or solve.calibration) for entry in entries]
-    if not all(_are_texts_here(ready, "merge", texts) for texts in shared):
+    if not all(_are_texts_here(ready, "texts", texts) for texts in shared):
         return
     models = [ready.inputs.opened[entry.reference] for entry in entries]
     measurements = read_texts(settings, [entry.calibration for entry in entries], models, ready.reader, ready.emit)
@@ -140,8 +140,10 @@ def check_experts(ready: Prepared) -> None:
     ready.experts = Experts(measurements, outline)
     ready.experts.check_alike(ready.inputs)
     tokens = ready.experts.sequences
-    run = ModelRun("merge", ready.experts.needs(), sum(map(len, tokens)), 0, ready.experts.dtype)
-    ready.model_runs.append(replace(run, length=-(-run.tokens // len(tokens))))
+    total, forwards = sum(map(len, tokens)), 2 if ready.recipe.texts == "merged" else 1
+    length = -(-total // len(tokens))
+    needs, read = ready.experts.needs(), forwards * len(entries)  # a merged block is made of all of them
+    ready.model_runs.append(ModelRun("texts", needs, total, length, ready.experts.dtype, forwards, read))
 
 
 def check_device(ready: Prepared) -> None:
@@ -387,4 +389,5 @@ def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Se
     else:
         needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))
-    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)
+    models = 2 if compared else 1
+    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, models, models)

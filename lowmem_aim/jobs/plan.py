@@ -204,9 +204,10 @@ class Estimate:
         experts, ways = self.ready.experts, dict[Hashable, float]()
         for plan in self.ready.plans.values():
             tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.texts else 0
+            times = 2 if plan.recipe.texts == "merged" else 1  # for the texts of the next block, and for the shards
             for task in plan.tasks if plan.recipe.method.rows_of_linears else ():
                 subject = subject_of(task, plan.recipe, plan.seed)
-                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens)
+                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens, times=times)
         return sum(ways.values())
 
     def _tell_of_solving(self, seconds: float) -> None:
@@ -230,7 +231,7 @@ class Estimate:
         for model_run in self.ready.model_runs:
             limits = {"compute": model_run.models * operations * model_run.tokens / speeds[model_run.speed]}
             if "read" in speeds:
-                limits["read"] = model_run.models * sum(task.nbytes for task in blocks) / speeds["read"]
+                limits["read"] = model_run.read * sum(task.nbytes for task in blocks) / speeds["read"]
             yield Step(model_run.phase, limits)
         computing = [
             sum(task.numel for task in plan.tasks if task.action == "merge") / speeds[self._compute(plan)]

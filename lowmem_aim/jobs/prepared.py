@@ -36,14 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A phase in which a model is run: the base for AIM, base and merged model for ACM."""
+    """A run of models over texts: of the base for AIM, of base and merged model for ACM, of the experts."""
 
     phase: str
     needs: Needs
     tokens: int  # of all sequences
     length: int  # of a sequence, on the mean
     dtype: torch.dtype
-    models: int = 1
+    models: int = 1  # that each text is run through
+    read: int = 1  # models whose weights are read
 
     @property
     def speed(self) -> str:
