@@ -216,7 +216,11 @@ class Estimate:
         if self.ready.run.device.type == "cpu" and seconds > LONG_SECONDS:
             elsewhere = clock(self._solving() / GPU_SPEED)
             there += f"; a GPU of {GPU_SPEED / 1e12:g} TFLOP/s in float32 would take {elsewhere}"
-        self.ready.notes.append(f"solving takes {self._solving():.1e} operations{there}")
+        scratch = self._scratch()
+        matrices = f"matrices of {shown(self.ready.matrix_bytes())}" + (
+            f", {shown(scratch)} in a file" if scratch else ""
+        )
+        self.ready.notes.append(f"solving takes {self._solving():.1e} operations{there}; and {matrices}")
 
     def _compute(self, plan: Plan) -> str:
         """The name of a method's arithmetic among the speeds."""

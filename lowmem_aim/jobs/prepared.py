@@ -218,10 +218,14 @@ class Prepared:
 
     def scratch_bytes(self) -> int:
         """Bytes of matrices that lie in a file meanwhile, since they do not fit in memory. Raises MemoryBudgetError."""
-        needs = self.needs()
-        matrices = needs.footprint.matrices + (needs.running.moments if needs.running else 0)
+        matrices = self.matrix_bytes()
         shares = self.shares() if matrices else None
         return max(0, matrices - shares.matrices - shares.device_matrices) if shares else 0
+
+    def matrix_bytes(self) -> int:
+        """Bytes of the matrices of methods that solve, at a time, wherever they lie."""
+        needs = self.needs()
+        return needs.footprint.matrices + (needs.running.moments if needs.running else 0)
 
     def merging_bytes(self) -> int:
         """Bytes of RAM that merging weights on demand takes, while ACM compares, one output after another."""

@@ -393,7 +393,7 @@ def test_the_plan_counts_what_solving_and_running_texts_take(llama_with_texts: P
     for method in ("regmean", "regmean_plus", "ties"):
         forecast = plan(job(llama_with_texts, method), tmp_path / method)
         assert [step.phase for step in forecast.steps] == ["texts", "merge"]
-        told = [re.search(r"solving takes (\S+) operations", note) for note in forecast.notes]
+        told = [re.search(r"solving takes (\S+) operations, here .*; and matrices of", note) for note in forecast.notes]
         counted[method] = [float(found[1]) for found in told if found]
     assert counted["ties"] == []
     (once,), (twice,) = counted["regmean"], counted["regmean_plus"]
