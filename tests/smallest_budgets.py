@@ -3,7 +3,7 @@
     python tests/smallest_budgets.py FOLDER METHOD:READ ...
 
 FOLDER holds the models `base`, `one` and `two`. The smallest budget is the one that a refusal names. Several methods,
-as `ties+dare_ties:mmap`, are merged in one reading of the models; `regmean/acm:mmap` is relaxed by ACM.
+as `ties+dare_ties:mmap`, are merged in one reading of the models; `regmean/both:mmap` is relaxed by AIM and ACM.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowmem_aim.events import silent
 from lowmem_aim.jobs.merge import merge
 from lowmem_aim.jobs.merge_many import merge_many
 from lowmem_aim.methods.registry import METHODS
-from lowmem_aim.recipe.recipe import Acm, Recipe
+from lowmem_aim.recipe.recipe import Acm, Aim, Recipe, Solve
 from lowmem_aim.system.memory import anonymous_bytes
 from lowmem_aim.system.options import Options
 from lowmem_aim.view.feed import reported
@@ -60,7 +60,11 @@ def experts_of(method: str) -> tuple[str, ...]:
 
 def asked(folder: Path, method: str, *relaxed: str) -> Recipe:
     plain = recipe(folder, method, experts_of(method), **PARAMETERS.get(method, {}))
-    return replace(plain, acm=Acm(calibration="builtin", samples=4)) if relaxed else plain
+    if not relaxed:
+        return plain
+    texts = folder / "texts.txt"
+    texts.write_text("A few words: counting pairs of logits takes its time.")
+    return replace(plain, aim=Aim(calibration=str(texts)), acm=Acm(calibration=str(texts)), solve=Solve(samples=4))
 
 
 def merged(recipes: dict[str, Recipe], out: Path, options: Options) -> None:

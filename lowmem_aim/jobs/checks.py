@@ -124,6 +124,9 @@ def check_comparison(ready: Prepared) -> None:
     if left:  # each is compared by itself
         measurement = comparison.measurement
         run = _model_run(ready, "compare", measurement.meta_model, measurement.sequences)
+        # What is run before it leaves code and caches behind.
+        if len(left) > 1 or any(before.phase == "calibrate" for before in ready.model_runs):
+            run = replace(run, needs=replace(run.needs, in_ram=run.needs.in_ram + GROWTH_BYTES))
         _add(ready, replace(run, models=2 * len(left)))
         solved = [name for name in left if ready.recipes[name].texts]
         if ready.experts and solved:
@@ -198,8 +201,11 @@ def check_model_runs(ready: Prepared) -> None:
     if ready.model_runs and unfinished:
         from lowmem_aim.measuring.mean_activations import shares_for  # transformers: only where models are run
 
-        for model_run in ready.model_runs:
-            shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
+        errors: list[LowmemAimError] = []
+        for model_run in ready.model_runs:  # each, since a later one may need more than the first that does not fit
+            with noted(errors):
+                shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
+        raise_all(errors)
 
 
 def check_at_work(ready: Prepared) -> None:
