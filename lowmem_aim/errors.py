@@ -165,6 +165,8 @@ def joined(errors: list[LowmemAimError]) -> LowmemAimError:
     Of several budgets that are too small for different work, only the largest that is asked for is told.
     """
     errors = [error for error in errors if not _asks_for_less(error, errors)]
+    if len(errors) == 1:
+        return errors[0]  # which says how much would be enough
     problems = [problem for error in errors for problem in error.problems]
     return type(errors[0])(problems, [hint for error in errors for hint in error.hints])
 

@@ -9,6 +9,7 @@ tensors of both raises RuntimeError. Memory that torch takes within one operatio
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ class FakeCuda(TorchFunctionMode):
             return isinstance(value, Tensor) and not value.is_meta and id(value.untyped_storage()) in self._held
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
         if func is torch.device:
             return func(*args, **kwargs)
         own = [kind for kind in types if isinstance(vars(kind).get("__torch_function__"), classmethod)]
@@ -105,6 +106,13 @@ class FakeCuda(TorchFunctionMode):
         self.now -= self._held.pop(number)
 
 
+class _Stream:
+    """A stream in which everything is done at once."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+
 def _is_cuda(value: Any) -> bool:
     return (isinstance(value, torch.device) and value.type == "cuda") or (
         isinstance(value, str) and value.partition(":")[0] == "cuda"
@@ -134,6 +142,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         "memory_reserved": lambda where=None: device.now,
         "max_memory_reserved": lambda where=None: device.peak,
         "synchronize": lambda where=None: None,
+        "Stream": lambda where=None: _Stream(),
+        "current_stream": lambda where=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
         "empty_cache": lambda: None,
         "get_device_name": lambda where=None: "a device that is not there",
     }

@@ -42,6 +42,7 @@ class Needs:
     beside: int  # weights beside the blocks, and the statistics
     work: int  # what the longest sequence takes in a block, weights aside: an upper bound, as if nothing were freed
     states: int  # the hidden states of all sequences
+    in_ram: int = 0  # what something else takes of RAM meanwhile, wherever the model runs
 
     @property
     def fixed(self) -> int:
@@ -55,7 +56,7 @@ class Needs:
 
     def least_ram(self, on_host: bool) -> int:
         """Least bytes of RAM, besides the program itself; `on_host`: the model runs there too."""
-        return self.read + (self.least if on_host else SLACK_BYTES + self.module)
+        return self.in_ram + self.read + (self.least if on_host else SLACK_BYTES + self.module)
 
     @classmethod
     def of(cls, meta_model: MetaModel, sequences: Sequence[Sized]) -> Needs:
@@ -114,12 +115,12 @@ def share_out(budget: Budget, device: torch.device, needs: Needs) -> Shares:
             errors.append(_refused("VRAM", needs.least, vram, budget.vram, needs))
     raise_all(errors)
     if budget.vram is None:
-        left = budget.ram - ram - needs.fixed - needs.read
+        left = budget.ram - ram - needs.in_ram - needs.fixed - needs.read
         weights = min(needs.block, left)
         return Shares(weights, 0, left - weights, needs.work)
     on_device = budget.vram - vram - needs.fixed
     # Weights pass through RAM one by one.
-    in_ram = budget.ram - ram - needs.read - SLACK_BYTES
+    in_ram = budget.ram - ram - needs.in_ram - needs.read - SLACK_BYTES
     weights = min(needs.block, on_device)
     return Shares(weights, on_device - weights, in_ram - needs.module)
 

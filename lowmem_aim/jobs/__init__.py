@@ -6,6 +6,7 @@ prepared.py      a merge that could begin: models, plans, what the checks have f
 checks.py        the checks before work, of `plan` and `merge` alike
 stages.py        the merges of a recipe with named stages, each prepared before the first is made
 held.py          the outputs of a merge while a run holds their folders
+on_texts.py      models run on texts within a merge: the moments of experts, and ACM's comparison
 merge.py         the merge, from a recipe to a finished folder
 merge_many.py    the merges by several recipes, their models read once for as many as can share that
 calibrate.py     the calibration by itself, into a file

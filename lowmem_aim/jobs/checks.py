@@ -10,13 +10,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from lowmem_aim.errors import LowmemAimError, MemoryBudgetError, ResumeError, noted, printable, raise_all, whose
-from lowmem_aim.events import Notice
+from lowmem_aim.events import Notice, Phase
 from lowmem_aim.jobs.finished import check_same, of_stage
 from lowmem_aim.jobs.identity import with_unknown_of
 from lowmem_aim.jobs.oddities import tell_oddities
+from lowmem_aim.jobs.on_texts import making_to_compare
 from lowmem_aim.jobs.prepared import ModelRun, Prepared
 from lowmem_aim.jobs.resume import RESUME_HINT, activations_kept, check_same_job
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement, calibration_of
@@ -40,6 +41,7 @@ from lowmem_aim.system.tensors import dtype_named
 from lowmem_aim.units import shown
 
 if TYPE_CHECKING:
+    from lowmem_aim.blocks.shares import Needs
     from lowmem_aim.models.meta_model import MetaModel
 
 R = TypeVar("R", bound=Record)
@@ -90,7 +92,7 @@ def check_calibration(ready: Prepared) -> None:
         return
     _note_unreached(ready, calibration.meta_model)
     if not _is_measured(ready, calibration):
-        ready.model_runs.append(_model_run(ready, "calibrate", calibration.meta_model, calibration.sequences))
+        _add(ready, _model_run(ready, "calibrate", calibration.meta_model, calibration.sequences))
 
 
 def _note_unreached(ready: Prepared, meta_model: MetaModel) -> None:
@@ -113,12 +115,22 @@ def check_comparison(ready: Prepared) -> None:
 
     if not _are_texts_here(ready, "compare", texts_of(acm)):
         return
-    comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run, ready.merging_bytes())
-    unfinished = [name for name in ready.unfinished() if ready.recipes[name].acm]
-    kept = [_kept(ready, name, KeptComparison) for name in unfinished]
-    if not all(found is not None and is_of(found, ready.inputs) for found in kept):
+    comparison = ready.comparison = Comparison.of(acm, base, ready.reader, ready.run)
+    left = []
+    for name in (name for name in ready.unfinished() if ready.recipes[name].acm):
+        kept = _kept(ready, name, KeptComparison)
+        if kept is None or not is_of(kept, ready.inputs):
+            left.append(name)
+    if left:  # each is compared by itself
         measurement = comparison.measurement
-        ready.model_runs.append(_model_run(ready, "compare", measurement.meta_model, measurement.sequences))
+        run = _model_run(ready, "compare", measurement.meta_model, measurement.sequences)
+        # What is run before it leaves code and caches behind.
+        if len(left) > 1 or any(before.phase == "calibrate" for before in ready.model_runs):
+            run = replace(run, needs=replace(run.needs, in_ram=run.needs.in_ram + GROWTH_BYTES))
+        _add(ready, replace(run, models=2 * len(left), read=2 * len(left)))
+        solved = [name for name in left if ready.recipes[name].texts]
+        if ready.experts and solved:
+            _add(ready, _experts_run(ready, "compare", run.needs, times=len(solved)))
 
 
 def check_experts(ready: Prepared) -> None:
@@ -132,18 +144,14 @@ def check_experts(ready: Prepared) -> None:
     entries = ready.recipe.slices[0].experts
     settings = TextSettings(**vars(solve))
     shared = [replace(settings, calibration=entry.calibration or solve.calibration) for entry in entries]
-    if not all(_are_texts_here(ready, "texts", texts) for texts in shared):
+    if not all(_are_texts_here(ready, "merge", texts) for texts in shared):
         return
     models = [ready.inputs.opened[entry.reference] for entry in entries]
     measurements = read_texts(settings, [entry.calibration for entry in entries], models, ready.reader, ready.emit)
     outline = ready.outline() if ready.recipe.method.texts == "merged" else None
     ready.experts = Experts(measurements, outline)
     ready.experts.check_alike(ready.inputs)
-    tokens = ready.experts.sequences
-    total, forwards = sum(map(len, tokens)), 2 if ready.recipe.texts == "merged" else 1
-    length = -(-total // len(tokens))
-    needs, read = ready.experts.needs(), forwards * len(entries)  # a merged block is made of all of them
-    ready.model_runs.append(ModelRun("texts", needs, total, length, ready.experts.dtype, forwards, read))
+    _add(ready, _experts_run(ready, "merge", ready.experts.needs()))
 
 
 def check_device(ready: Prepared) -> None:
@@ -193,8 +201,11 @@ def check_model_runs(ready: Prepared) -> None:
     if ready.model_runs and unfinished:
         from lowmem_aim.measuring.mean_activations import shares_for  # transformers: only where models are run
 
-        for model_run in ready.model_runs:
-            shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
+        errors: list[LowmemAimError] = []
+        for model_run in ready.model_runs:  # each, since a later one may need more than the first that does not fit
+            with noted(errors):
+                shares_for(model_run.needs, ready.run.budget, ready.run.device, ready.folder(unfinished[0]) / PRIVATE)
+        raise_all(errors)
 
 
 def check_at_work(ready: Prepared) -> None:
@@ -321,8 +332,8 @@ AT_ONCE: tuple[Check, ...] = (
 LATER: tuple[Check, ...] = (
     check_device,
     check_calibration,
-    check_comparison,
     check_experts,
+    check_comparison,
     check_merge_memory,
     check_begun_with,
     check_model_runs,
@@ -345,7 +356,7 @@ def _are_texts_here(ready: Prepared, phase: str, texts: TextSettings) -> bool:
     meta_model = load_meta_model(base, dtype_named(texts.dtype) if texts.dtype else None)
     if phase == "calibrate":
         _note_unreached(ready, meta_model)
-    ready.model_runs.append(_model_run(ready, phase, meta_model, [range(texts.block_size)] * texts.samples))
+    _add(ready, _model_run(ready, phase, meta_model, [range(texts.block_size)] * texts.samples))
     return False
 
 
@@ -378,16 +389,31 @@ def _has_activations(ready: Prepared, name: str) -> bool:
         return activations_kept(private, journal)
 
 
+def _add(ready: Prepared, model_run: ModelRun) -> None:
+    """Add a run of models to those that are to be made, which stand in the order of the phases."""
+    order = get_args(Phase)
+    ready.model_runs = sorted([*ready.model_runs, model_run], key=lambda run: order.index(run.phase))
+
+
 def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Sequence[Sized]) -> ModelRun:
     from lowmem_aim.measuring.comparison import needs_of_comparison  # transformers: only where models are run
     from lowmem_aim.measuring.mean_activations import needs_of
 
     compared = phase == "compare"
     if compared:
-        plan = next(iter(ready.plans.values()))
-        needs = needs_of_comparison(meta_model, sequences, plan, ready.merging_bytes())
+        plans, on_host = [plan for plan in ready.plans.values() if plan.recipe.acm], ready.run.budget.vram is None
+        each = [needs_of_comparison(meta_model, sequences, plan, making_to_compare(ready, plan)) for plan in plans]
+        needs = max(each, key=lambda needs: needs.least_ram(on_host))
     else:
         needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))
     models = 2 if compared else 1
     return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, models, models)
+
+
+def _experts_run(ready: Prepared, phase: Phase, needs: Needs, times: int = 1) -> ModelRun:
+    """The run of all experts on their texts, so many times; RegMean++ runs the merged model on all of them, too."""
+    assert ready.experts is not None
+    sequences, models = ready.experts.sequences, times if ready.experts.outline is None else 2 * times
+    tokens, read = sum(map(len, sequences)), models * len(ready.recipe.slices[0].experts)
+    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), ready.experts.dtype, models, read)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from lowmem_aim.errors import DiskError, printable, raise_all
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, Planned, silent
 from lowmem_aim.jobs.held import HeldOutput, agreed, holding, planned, planned_in_all
+from lowmem_aim.jobs.on_texts import consensus_of, moments_of
 from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Behind, Prepared
 from lowmem_aim.jobs.resume import activations_kept, digest_of_file, digests_read
@@ -18,7 +18,6 @@ from lowmem_aim.jobs.stages import Stages
 from lowmem_aim.measuring.calibration import GivenActivations, Measurement
 from lowmem_aim.merging.given import BlockMoments, Given
 from lowmem_aim.merging.loop import matrix_space, merge_tensors
-from lowmem_aim.merging.merged_weights import MergedWeights
 from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.shares import Shares
 from lowmem_aim.merging.targets import SummedProgress, Target
@@ -224,28 +223,16 @@ def _moments(
         return
     from lowmem_aim.solving.kept_states import KeptStates  # transformers: only where models are run
 
-    plan, own = outputs[0].plan, outputs[0].space
+    own = outputs[0].space
     kept = KeptStates(own.private, own.journal)
-    with (
-        MergedWeights(plan, ready.inputs, Relaxation(), own.private) as merged,
-        ready.experts.moments(
-            ready.run,
-            space,
-            ram=shares.models,
-            vram=shares.device_models,
-            folder=own.private,
-            kept=kept,
-            merged=merged,
-        ) as moments,
-    ):
-        merged.measured_by(moments)
+    with moments_of(ready, outputs[0], shares, space, kept) as moments:
         yield moments
     kept.forget()
 
 
 def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | None) -> Relaxation:
     """AIM and then ACM, as the recipe asks for them; ACM is measured here, on the merged model as AIM leaves it."""
-    inputs, aim, relaxation = ready.inputs, output.plan.recipe.aim, Relaxation()
+    aim, relaxation = output.plan.recipe.aim, Relaxation()
     if ready.calibration and activations and aim:
         by_channel = ByChannel(aim, activations, ready.calibration.base)
         output.weaker = by_channel.weaker(output.plan.tasks)
@@ -254,10 +241,7 @@ def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | 
             ready.run.emit(Notice(f"{aim.title}: it takes back less than AIM in {what}"))
         relaxation = relaxation.then(by_channel)
     if ready.comparison and output.plan.recipe.acm:
-        merged = partial(MergedWeights, output.plan, inputs, relaxation)
-        output.consensus = ready.comparison.consensus(
-            output.plan, inputs, merged, ready.outline(), ready.run, output.space
-        )
+        output.consensus = consensus_of(ready, output, relaxation)
         relaxation = relaxation.then(ByLayer(output.consensus))
     return relaxation
 

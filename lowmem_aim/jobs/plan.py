@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,7 +116,7 @@ class Estimate:
         merged = "the program, what the method holds, and slices of each model"
         wants = [(self.ready.needs().least_ram(on_host, reached), merged)]
         for model_run in model_runs:
-            what = f"{model_run.phase}: one module of a block at a time, and one sequence's work"
+            what = f"{model_run.step}: one module of a block at a time, and one sequence's work"
             wants.append((model_run.needs.least_ram(on_host), what))
         least, why = max(wants)
         # The run's own check has the last word: what the program itself takes differs from moment to moment.
@@ -168,7 +168,7 @@ class Estimate:
             disk = disk_speed(existing_folder(ready.out), files, MEASURED_SECONDS)
             speeds = ({"read": disk.read} if disk.read else {}) | {"write": disk.write}
             speeds |= self._merge_speeds()
-            if self._solving():
+            if self._solving(ready.plans.values()):
                 speeds[SOLVE] = matmul_speed(run.device, torch.float32, MEASURED_SECONDS / 4, tokens=ROWS)
             for model_run in ready.model_runs:
                 seconds = MEASURED_SECONDS / 2
@@ -199,10 +199,10 @@ class Estimate:
                 )
         return speeds
 
-    def _solving(self) -> float:
+    def _solving(self, plans: Iterable[Plan]) -> float:
         """Floating-point operations of methods that solve, each way of merging a tensor once."""
         experts, ways = self.ready.experts, dict[Hashable, float]()
-        for plan in self.ready.plans.values():
+        for plan in plans:
             tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.texts else 0
             times = 2 if plan.recipe.texts == "merged" else 1  # for the texts of the next block, and for the shards
             for task in plan.tasks if plan.recipe.method.rows_of_linears else ():
@@ -212,15 +212,20 @@ class Estimate:
 
     def _tell_of_solving(self, seconds: float) -> None:
         """Tell what solving costs; where that is hours, what a GPU would take."""
-        there = f", here {clock(seconds)}"
+        operations, there = self._solving(self.ready.plans.values()), f", here {clock(seconds)}"
         if self.ready.run.device.type == "cpu" and seconds > LONG_SECONDS:
-            elsewhere = clock(self._solving() / GPU_SPEED)
+            elsewhere = clock(operations / GPU_SPEED)
             there += f"; a GPU of {GPU_SPEED / 1e12:g} TFLOP/s in float32 would take {elsewhere}"
-        scratch = self._scratch()
-        matrices = f"matrices of {shown(self.ready.matrix_bytes())}" + (
-            f", {shown(scratch)} in a file" if scratch else ""
-        )
-        self.ready.notes.append(f"solving takes {self._solving():.1e} operations{there}; and {matrices}")
+        again = "; as many again for each output that ACM compares" if self._solving(self._compared()) else ""
+        self.ready.notes.append(f"solving takes {operations:.1e} operations{there}{again}")
+        scratch, matrices = self._scratch(), shown(self.ready.matrix_bytes())
+        there = f", {shown(scratch)} in a file" if scratch else ""
+        self.ready.notes.append(f"the matrices of what is solved at a time take {matrices}{there}")
+
+    def _compared(self) -> list[Plan]:
+        """The plans of outputs whose weights are made once before the merge, for ACM."""
+        compared = any(model_run.phase == "compare" for model_run in self.ready.model_runs)
+        return [plan for plan in self.ready.plans.values() if plan.recipe.acm and compared]
 
     def _compute(self, plan: Plan) -> str:
         """The name of a method's arithmetic among the speeds."""
@@ -232,18 +237,22 @@ class Estimate:
         first = next(iter(plans.values()))
         blocks = [task for task in first.tasks if task.layer is not None]
         operations = 2.0 * sum(task.numel for task in blocks)  # of a token's forward
+        solved_before = sum(self._solving([plan]) for plan in self._compared())
         for model_run in self.ready.model_runs:
             limits = {"compute": model_run.models * operations * model_run.tokens / speeds[model_run.speed]}
+            if model_run.phase == "compare" and solved_before:
+                limits["compute"] += solved_before / speeds[SOLVE]
+                solved_before = 0.0  # in one of its steps
             if "read" in speeds:
                 limits["read"] = model_run.read * sum(task.nbytes for task in blocks) / speeds["read"]
-            yield Step(model_run.phase, limits)
+            yield Step(model_run.step, limits)
         computing = [
             sum(task.numel for task in plan.tasks if task.action == "merge") / speeds[self._compute(plan)]
             for plan in plans.values()
             if self._compute(plan) in speeds
         ]
         if SOLVE in speeds:
-            computing.append(self._solving() / speeds[SOLVE])
+            computing.append(self._solving(plans.values()) / speeds[SOLVE])
             self._tell_of_solving(computing[-1])
         limits = {"write": write / speeds["write"]}
         limits |= {"compute": sum(computing)} if computing else {}

@@ -30,7 +30,7 @@ from lowmem_aim.system.tensors import dtype_name
 
 if TYPE_CHECKING:
     from lowmem_aim.blocks.shares import Needs
-    from lowmem_aim.measuring.comparison import Comparison
+    from lowmem_aim.measuring.comparison import Comparison, Making
     from lowmem_aim.solving.experts import Experts
 
 
@@ -45,6 +45,11 @@ class ModelRun:
     dtype: torch.dtype
     models: int = 1  # that each text is run through
     read: int = 1  # models whose weights are read
+
+    @property
+    def step(self) -> str:
+        """What it is called among the steps of a forecast: experts run on texts while their merge is written."""
+        return "texts" if self.phase == "merge" else self.phase
 
     @property
     def speed(self) -> str:
@@ -198,10 +203,21 @@ class Prepared:
             return None
         needs, on_host = self.experts.needs(), self.run.budget.vram is None
         least, block = needs.least_ram(on_host), needs.block - needs.module if on_host else 0
+        vram = 0 if on_host else needs.least
         if self.experts.outline is not None:  # a merged model is run, too, and its weights solved on demand
             plan = next(iter(self.plans.values()))
-            least += shares.Needs.of([plan], self.inputs, self.run.device).one_by_one(ELEMENTS)
-        return shares.Running(least, block, 0 if on_host else needs.least, self.experts.moments_bytes())
+            making = self.making(plan)
+            least, vram = least + making.ram, vram + making.vram
+        return shares.Running(least, block, vram, self.experts.moments_bytes())
+
+    def making(self, plan: Plan) -> Making:
+        """The memory that making an output's weights one after another takes, in a merge that writes none of them."""
+        from lowmem_aim.measuring.comparison import Making  # transformers: only where models are run
+
+        needs = shares.Needs.of([plan], self.inputs, self.run.device)
+        made = needs.one_by_one(ELEMENTS)
+        on_device = self.run.budget.vram is not None and any(task.tile for task in plan.tasks)
+        return Making(made, made if on_device else 0)
 
     @functools.cached_property
     def reached(self) -> int:
@@ -226,12 +242,6 @@ class Prepared:
         """Bytes of the matrices of methods that solve, at a time, wherever they lie."""
         needs = self.needs()
         return needs.footprint.matrices + (needs.running.moments if needs.running else 0)
-
-    def merging_bytes(self) -> int:
-        """Bytes of RAM that merging weights on demand takes, while ACM compares, one output after another."""
-        compared = [plan for plan in self.plans.values() if plan.recipe.acm]
-        needs = [shares.Needs.of([plan], self.inputs, self.run.device) for plan in compared]
-        return max((need.one_by_one(ELEMENTS) for need in needs), default=0)
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk; if not `together`, of the largest."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import xxhash
@@ -46,15 +45,31 @@ class Merged(Source, contextlib.AbstractContextManager["Merged"], Protocol):
 
 
 @dataclass(frozen=True)
+class Making:
+    """Bytes that making merged weights takes while they are compared."""
+
+    ram: int
+    vram: int = 0  # of a device's own memory
+
+
+@dataclass(frozen=True)
+class MergedOnDemand:
+    """A merged model that is not on disk."""
+
+    outline: Checkpoint  # its config and headers
+    weights: Callable[[], contextlib.AbstractContextManager[Merged]]
+    making: Making
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A comparison of base and merged model for ACM; its texts are read and tokenised before any work."""
 
     acm: Acm
     measurement: Measurement  # of the base
-    merging_bytes: int  # of RAM, that making slices of the merged weights takes
 
     @classmethod
-    def of(cls, acm: Acm, base: Checkpoint, reader: Reader, run: Run, merging_bytes: int) -> Comparison:
+    def of(cls, acm: Acm, base: Checkpoint, reader: Reader, run: Run) -> Comparison:
         """Read and tokenise the texts. Raises ModelError, NetworkError, UsageError."""
         if is_activations_file(acm.calibration):
             raise UsageError(
@@ -63,21 +78,17 @@ class Comparison:
             )
         measurement = measurement_of(texts_of(acm), base, reader, run.emit)
         measurement.warn_if_slow(run)
-        return cls(acm, measurement, merging_bytes)
+        return cls(acm, measurement)
 
     def digest(self) -> str:
         """xxh3-128 of the texts' tokens, the forward's dtype and the base's config."""
         return self.measurement.digest()
 
-    def consensus(
-        self,
-        plan: Plan,
-        inputs: Inputs,
-        merged: Callable[[Path], Merged],  # the merged model's weights; the folder takes what does not fit
-        outline: Checkpoint,  # the merged model's config and headers
-        run: Run,
-        space: Workspace,
-    ) -> Consensus:
+    def needs(self, plan: Plan, making: Making) -> Needs:
+        """The needs of comparing the base with an output."""
+        return needs_of_comparison(self.measurement.meta_model, self.measurement.sequences, plan, making)
+
+    def consensus(self, plan: Plan, inputs: Inputs, merged: MergedOnDemand, run: Run, space: Workspace) -> Consensus:
         """The coefficients of one output's groups: kept in the output's journal by an interrupted run, or measured now.
 
         Raises ResumeError if the models differ by other amounts than when this merge began, and ModelError,
@@ -88,7 +99,7 @@ class Comparison:
             run.emit(Notice("resuming: ACM's comparison is done"))
             measured = before.information
         else:
-            measured = self._measure(plan, inputs, merged, outline, run, space)
+            measured = self._measure(plan, inputs, merged, run, space)
             if before and before.information != measured and space.journal.holds(Group):
                 raise ResumeError(
                     "ACM's comparison of the models no longer gives the result it gave when this merge began",
@@ -107,23 +118,16 @@ class Comparison:
         )
 
     def _measure(
-        self,
-        plan: Plan,
-        inputs: Inputs,
-        merged: Callable[[Path], Merged],
-        outline: Checkpoint,
-        run: Run,
-        space: Workspace,
+        self, plan: Plan, inputs: Inputs, merged: MergedOnDemand, run: Run, space: Workspace
     ) -> dict[str, list[float]]:
         base, meta_model = self.measurement.base, self.measurement.meta_model
         texts = list(self.measurement.sequences)
-        needs = needs_of_comparison(meta_model, texts, plan, self.merging_bytes)
-        shares = shares_for(needs, run.budget, run.device, space.private)
-        merged_meta_model = load_meta_model(outline, meta_model.dtype)
+        shares = shares_for(self.needs(plan, merged.making), run.budget, run.device, space.private)
+        merged_meta_model = load_meta_model(merged.outline, meta_model.dtype)
         parts = text_slices(plan.recipe, inputs)
         chosen = [layer for part in parts if part.base for layer in part.base.layers or ()]
         layers = chosen or range(len(meta_model.blocks))
-        with merged(space.private) as weights:
+        with merged.weights() as weights:
             base_runner, merged_runner = (
                 BlockRunner(source, of, run.device, shares.part(thirds, 3), run.budget, space.private, run.emit)
                 for source, of, thirds in ((base, meta_model, 2), (weights, merged_meta_model, 1))
@@ -133,12 +137,13 @@ class Comparison:
         return found
 
 
-def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, merging_bytes: int) -> Needs:
+def needs_of_comparison(meta_model: MetaModel, texts: Sequence[Sized], plan: Plan, making: Making) -> Needs:
     """The needs of running base and merged model side by side over the texts."""
     # A merged weight takes memory twice: while it is being made, and in its block.
     largest = max((task.nbytes for task in plan.tasks if not task.vocabulary), default=0)
     # Three sets of states: both models' hidden states, and the base's outputs that wait for the merged model's.
-    return needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + largest + merging_bytes)
+    needs = needs_of(meta_model, [*texts, *texts, *texts], beside=WORK_BYTES + making.vram)
+    return replace(needs, in_ram=largest + making.ram)
 
 
 def texts_of(acm: Acm) -> TextSettings:

@@ -38,17 +38,18 @@ class MergedWeights:
     merging it again for every text would take too long.
     """
 
-    def __init__(self, plan: Plan, inputs: Inputs, relaxation: Relaxation, folder: Path) -> None:
+    def __init__(self, plan: Plan, inputs: Inputs, relaxation: Relaxation, folder: Path, device: torch.device) -> None:
+        """`device` is where weights are solved; all others are merged on the CPU."""
         self._plan, self._inputs, self._relaxation, self._folder = plan, inputs, relaxation, folder
+        self._device = device
         self._tasks = {task.name: task for task in plan.tasks}
         self._stride = Stride(ELEMENTS)
         self._made: dict[str, Callable[[Rows], Tensor]] = {}  # tensor -> what makes finished rows of it
         self._opened: dict[str, TensorInputs] = {}
         self._asked: set[str] = set()  # tensors of this block that were asked for
         self._kept: dict[str, Stored] = {}
-        self._store = self._new_store()
-        space = MatrixSpace(self._new_store(), torch.device("cpu"), torch.get_num_threads())
-        self._given = Given(space)
+        self._store = self._new_store(torch.device("cpu"))
+        self._given = Given(MatrixSpace(self._new_store(device), device, torch.get_num_threads()))
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in the output's dtype. Raises ModelError, DiskError."""
@@ -117,6 +118,7 @@ class MergedWeights:
             combine, relax = self._measured(task), self._relaxation.of(task)
 
             def finished(rows: Rows) -> Tensor:
+                rows = self._placed(task, rows)
                 merged = combine(rows)
                 return rounded(merged if relax is None else relax(merged, rows), task)
 
@@ -124,18 +126,28 @@ class MergedWeights:
         return self._made[task.name]
 
     def _measured(self, task: Task) -> Combine:
-        """Run the method's rounds over the tensor, and return the method's combine."""
+        """Run the method's rounds over the tensor, whose block is measured first, and return the method's combine."""
+        block = self._given.block_of(task)
+        if self._given.moments is not None and block is not None:
+            self._given.moments.come_to(block)
         subject = self._given.subject(task, self._plan)
         rounds = Rounds(self._plan.recipe.method.start(subject, task.parameters))
         read = self._read(task)
         cuts = list(self._cuts(task, 0, matrix_shape(task.shape)[0]))
         for fold in rounds:
             for start, stop in cuts:
-                fold.add(fold.part(read.rows(start, stop)))
+                fold.add(fold.part(self._placed(task, read.rows(start, stop))))
         return rounds.combine
 
+    def _placed(self, task: Task, rows: Rows) -> Rows:
+        """The rows where they are computed with: on the device if it has the matrices that they are solved by."""
+        if not task.tile or self._device.type == "cpu":
+            return rows
+        base, *experts = (stored.to(self._device) for stored in (rows.stored_base, *rows.stored_experts))
+        return Rows(base, tuple(experts), rows.start)
+
     def measured_by(self, moments: BlockMoments) -> None:
-        """Solve weights from these moments, whose block is always that of the weights that are asked for."""
+        """Solve weights from these moments, which are brought to the block of each weight that is asked for."""
         self._given = replace(self._given, moments=moments)
 
     def forget(self) -> None:
@@ -146,10 +158,10 @@ class MergedWeights:
         if self._kept:
             self._kept.clear()
             self._store.__exit__(None, None, None)
-            self._store = self._new_store()
+            self._store = self._new_store(torch.device("cpu"))
 
-    def _new_store(self) -> TensorStore:
-        return TensorStore(torch.device("cpu"), device_bytes=0, ram_bytes=0, folder=self._folder)
+    def _new_store(self, device: torch.device) -> TensorStore:
+        return TensorStore(device, device_bytes=0, ram_bytes=0, folder=self._folder)
 
     def expect(self, names: Iterable[str]) -> None:
         """Announce the tensors that these weights are made of, so that the disk can fetch them meanwhile."""

@@ -235,6 +235,20 @@ def share_out(budget: Budget, device: torch.device, needs: Needs, reached: int =
     return Shares(elements, workers, ahead, 0, matrices, device_matrices, models, spare - device_matrices, tight=tight)
 
 
+def share_beside(budget: Budget, device: torch.device, running: Running, ram: int, vram: int) -> Shares:
+    """The shares of experts that are run beside something else: what they need at least, and half of what is to spare.
+
+    `ram` and `vram` are the bytes that the other needs at least. It does not matter here whether the budget has them.
+    """
+    spare = max(0, budget.ram_left() - ram - running.least)
+    own = running.least + spare // 2
+    matrices = min(running.moments, max(0, own - running.least - running.block))
+    if budget.vram is None:
+        return Shares(0, 1, 0, 0, matrices, models=own - matrices)
+    spare = max(0, budget.vram_left(device) - vram - running.vram) // 2
+    return Shares(0, 1, 0, 0, matrices, spare // 2, own - matrices, running.vram + spare - spare // 2)
+
+
 def _most_elements(room: int, taken: Callable[[int], int]) -> int:
     """The elements of the largest slices for which `taken` gives no more than `room` bytes."""
     fixed, many = taken(0), 1 << 20

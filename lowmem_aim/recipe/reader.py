@@ -74,15 +74,8 @@ class _Reader(Values):
         aim = self._aim(base)
         acm = self._acm(base, aim)
         self._check_bases(slices, base, [key for key, table in (("aim", aim), ("acm", acm)) if table])
-        solve = solve_of(
-            self,
-            self.root.switched_on("solve"),
-            method,
-            parameters,
-            slices,
-            by_flags=self.by_flags,
-            acm=acm is not None,
-        )
+        table = self.root.switched_on("solve")
+        solve = solve_of(self, table, method, parameters, slices, by_flags=self.by_flags)
         dtype = self._dtype()
         listed = [entry.reference for part in slices for entry in part.entries]
         tokenizer = tokenizer_of(self, self.root, list(dict.fromkeys([*([base] if base else []), *listed])))

@@ -34,7 +34,6 @@ def solve_of(
     slices: Sequence[Slice],
     *,
     by_flags: bool,
-    acm: bool,
 ) -> Solve | None:
     """The table `solve:` of a recipe; None if no texts of experts are measured.
 
@@ -54,9 +53,6 @@ def solve_of(
     if any(part.sliced or part.module for part in slices):
         text = f"{name} runs whole models, and this recipe takes layers or modules of them"
         read.problem(where, text, _WITHOUT if needed else "leave the texts of experts out")
-    if acm and needed:
-        text = f"`acm` compares a merged model before it is made, and {name} makes it block by block"
-        read.problem(where, text, f"leave `acm` out; {_WITHOUT}")
     if not slices[0].base:
         read.problem(where, f"{name} needs a `base_model`: deltas are what is measured", "name it as `base_model`")
     _check_texts(

@@ -77,7 +77,15 @@ class Experts:
 
     @contextlib.contextmanager
     def moments(
-        self, run: Run, space: MatrixSpace, *, ram: int, vram: int, folder: Path, kept: KeptStates, merged: Merged
+        self,
+        run: Run,
+        space: MatrixSpace,
+        *,
+        ram: int,
+        vram: int,
+        folder: Path,
+        kept: KeptStates | None,
+        merged: Merged,
     ) -> Iterator[ExpertMoments]:
         """The moments, block by block. `ram` and `vram` are bytes for running the models, beside what is in use now.
 

@@ -367,7 +367,7 @@ def test_the_smallest_budget_that_a_refusal_names_is_accepted_and_kept(tmp_path:
         tiny.perturbed(tmp_path / "base", tmp_path / name, seed=number)
     program = Path(__file__).parents[1] / "smallest_budgets.py"
     cases = ("arcee_fusion:mmap", "widen:mmap", "ties:pread", "ties+dare_ties+della+model_stock+linear:mmap")
-    cases += ("covariance:pread", "regmean:mmap")
+    cases += ("covariance:pread", "regmean:mmap", "regmean_plus/both:mmap")
     command = [sys.executable, str(program), str(tmp_path), *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

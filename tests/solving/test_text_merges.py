@@ -20,6 +20,7 @@ from long_cases import others_long
 from merge_cases import digests, tensors_in
 from moment_cases import by_an_ordinary_forward, seen
 from stopping import SHARDS, stop
+from text_merges import NAMES, TEXTS, WEIGHT, job, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,16 +33,9 @@ from lowmem_aim.methods import moments as tiles
 from lowmem_aim.methods import solved
 from lowmem_aim.recipe.from_flags import applied, empty_recipe
 from lowmem_aim.recipe.reader import read_recipe
-from lowmem_aim.recipe.recipe import Recipe
 from lowmem_aim.solving import input_moments, kept_states
 from lowmem_aim.system.options import Options
 
-NAMES = ("math", "code")
-TEXTS = {
-    "math": ["two and two are four", "what is six times seven? it is forty-two.", "9 + 1 = 10"],
-    "code": ["def f(x): return x + 1", "print(sum(range(10)))"],
-}
-WEIGHT = (0.5, 1.0)
 TURNED = {"gpt2": r"\.c_\w+\.weight"}
 
 
@@ -52,25 +46,9 @@ def _many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_moments, "ROWS", 16)
 
 
-def models(architecture: str, folder: Path) -> Path:
-    """`base`, `math` and `code` in a folder, with their texts, of which each line is run by itself."""
-    base = tiny.build(architecture, folder / "base")
-    for seed, name in enumerate(NAMES, start=1):
-        tiny.perturbed(base, folder / name, scale=0.03, seed=seed)
-        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[name]]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llama_with_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models("llama", tmp_path_factory.mktemp("llama"))
-
-
-def job(folder: Path, method: str, **flags: Any) -> Recipe:
-    experts = tuple(f"{folder / name}={folder / name}.jsonl" for name in NAMES)
-    given = {"method": method, "base": str(folder / "base"), "expert": experts, "weight": tuple(map(str, WEIGHT))}
-    return read_recipe(applied(empty_recipe(), given | flags))
 
 
 def tokens(texts: Sequence[str]) -> list[Tensor]:
@@ -254,16 +232,14 @@ def test_the_output_says_which_texts_it_was_made_with(llama_with_texts: Path, tm
         ({"expert": ("a", "b"), "solve_calibration": "x.safetensors"}, "holds activations"),
         ({"expert": ("a=x.jsonl", "b"), "method": "ties"}, "`solve` needs texts of `b`"),
         ({"expert": ("a=x.jsonl",), "method": "linear", "base": None}, "needs a `base_model`"),
-        ({"theta": 0.7}, "`acm` compares a merged model before it is made"),
     ],
 )
 def test_texts_that_are_missing_or_idle_are_told_before_work(
     llama_with_texts: Path, flags: dict[str, Any], told: str
 ) -> None:
-    tree = empty_recipe().with_item("acm", empty_recipe()) if "theta" in flags else empty_recipe()
     given = {"method": "regmean", "base": "base", "expert": ("a=x.jsonl",), "weight": ("1",)}
     with pytest.raises(RecipeError, match=told):
-        read_recipe(applied(tree, given | flags))
+        read_recipe(applied(empty_recipe(), given | flags))
 
 
 def test_a_file_of_texts_that_is_not_there_is_told_before_work(llama_with_texts: Path, tmp_path: Path) -> None:
@@ -393,7 +369,7 @@ def test_the_plan_counts_what_solving_and_running_texts_take(llama_with_texts: P
     for method in ("regmean", "regmean_plus", "ties"):
         forecast = plan(job(llama_with_texts, method), tmp_path / method)
         assert [step.phase for step in forecast.steps] == ["texts", "merge"]
-        told = [re.search(r"solving takes (\S+) operations, here .*; and matrices of", note) for note in forecast.notes]
+        told = [re.search(r"solving takes (\S+) operations, here ", note) for note in forecast.notes]
         counted[method] = [float(found[1]) for found in told if found]
     assert counted["ties"] == []
     (once,), (twice,) = counted["regmean"], counted["regmean_plus"]
