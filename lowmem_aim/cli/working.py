@@ -182,9 +182,9 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
 def plan_command(paths: tuple[Path, ...], measure: bool, activations: bool, style: Style, **flags: Any) -> None:
     """Show what `merge` with the same arguments would do and need.
 
-    The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
-    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with. For a sweep, there is
-    `sweep --plan`.
+    The memory, disk and time needed are compared with what this machine has. Without --activations, only headers are
+    read, also for models on the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end
+    with. For a sweep, there is `sweep --plan`.
     """
     recipe, options = _recipe("plan", paths, flags), options_of(flags)
     if activations:

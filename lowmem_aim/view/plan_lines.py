@@ -139,10 +139,8 @@ def effect_lines(effects: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of what each output would keep of each expert, as JSON has it: a table of layers and experts."""
     for output in effects:
         name, experts = printable(output["output"]), output["experts"]
-        yield (
-            f"effects   {f'{name}: ' if name else ''}how much of what each expert does on its own texts is kept; "
-            "100% is all, 0% what the base does"
-        )
+        of = f"{name}: " if name else ""
+        yield f"effects   {of}kept of each expert's effect on its own texts; 100% is all, 0% what the base has"
         labels = [_cut(printable(expert["model"])) for expert in experts]
         widths = [max(len(label), 7) for label in labels]
         layers = dict.fromkeys(layer for expert in experts for layer in expert["layers"])

@@ -175,7 +175,7 @@ class TestTheCommand:
         )
         assert after[: len(before)] == before
         heading, names, in_all, *layers = after[len(before) :]
-        assert "of what each expert does on its own texts is kept" in heading
+        assert "kept of each expert's effect on its own texts" in heading
         assert names.split() == ["layer", *NAMES]
         [kept] = effects(of(llama, with_texts, "ties", density=("0.5",)), tmp_path / "out")
         assert in_all.split()[2:] == [f"{expert['kept']:.1%}" for expert in kept["experts"]]
