@@ -48,7 +48,7 @@ class ModelRun:
 
     @property
     def step(self) -> str:
-        """What it is called among the steps of a forecast: experts run on texts while their merge is written."""
+        """The name of the step in a forecast: experts are run on texts within the merge."""
         return "texts" if self.phase == "merge" else self.phase
 
     @property
