@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_aim.errors import ModelError, RecipeError, ResumeError
 from lowmem_aim.events import Event, Notice, TensorDone
+from lowmem_aim.jobs import plan as planning
 from lowmem_aim.jobs.merge import merge
-from lowmem_aim.jobs.plan import plan
 from lowmem_aim.merging import effects
 from lowmem_aim.methods import moments as tiles
 from lowmem_aim.methods import solved
@@ -364,10 +364,13 @@ def test_solved_weights_that_cannot_be_are_told(llama_with_texts: Path, flags: d
         read_recipe(applied(empty_recipe(), given | flags))
 
 
-def test_the_plan_counts_what_solving_and_running_texts_take(llama_with_texts: Path, tmp_path: Path) -> None:
+def test_the_plan_counts_what_solving_and_running_texts_take(
+    llama_with_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.05)
     counted = {}
     for method in ("regmean", "regmean_plus", "ties"):
-        forecast = plan(job(llama_with_texts, method), tmp_path / method)
+        forecast = planning.plan(job(llama_with_texts, method), tmp_path / method)
         assert [step.phase for step in forecast.steps] == ["texts", "merge"]
         told = [re.search(r"solving takes (\S+) operations, here ", note) for note in forecast.notes]
         counted[method] = [float(found[1]) for found in told if found]
