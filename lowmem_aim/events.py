@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Phase = Literal["plan", "calibrate", "compare", "merge", "finish", "verify", "convert", "fetch", "evaluate"]
-Job = Literal["merge", "calibrate", "evaluate", "sweep"]
+Job = Literal["merge", "calibrate", "evaluate", "sweep", "plan"]
 Unit = Literal["blocks", "bytes", "files", "data sets", "requests"]
 Stage = Literal["read", "compute", "write"]
 Outcome = Literal["finished", "interrupted", "failed"]

@@ -43,6 +43,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "cohere2": {"sliding_window": 8, "logit_scale": 0.25, "head_dim": 8, "sliding_window_pattern": 3},
     "mixtral": {**_EXPERTS, "sliding_window": 8},
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 1},
+    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
     "gpt_oss": {**_EXPERTS, "sliding_window": 8, "head_dim": 8},
     "deepseek_v3": {
         "moe_intermediate_size": 16,

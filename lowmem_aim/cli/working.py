@@ -6,10 +6,11 @@ to stderr.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +39,13 @@ from lowmem_aim.recipe.words import NORMALISATIONS
 from lowmem_aim.system import interrupts
 
 if TYPE_CHECKING:
-    from lowmem_aim.events import Emit
+    from lowmem_aim.events import Emit, Notice
     from lowmem_aim.recipe.recipe import Recipe
+    from lowmem_aim.system.options import Options
     from lowmem_aim.view.dashboard import Style
 
 
-_flag, _machine, _relaxation = map(flags_of, ("", "Machine", "Relaxation"))
+_flag, _machine, _run, _relaxation = map(flags_of, ("", "Machine", "Run", "Relaxation"))
 
 
 _PATHS = click.argument(
@@ -171,34 +173,66 @@ def merge_command(paths: tuple[Path, ...], style: Style, **flags: Any) -> None:
     default=True,
     help="Measure the disk and the device for two seconds, to estimate the time. [default: --measure]",
 )
-def plan_command(paths: tuple[Path, ...], measure: bool, style: Style, **flags: Any) -> None:
+@_run(
+    "--activations",
+    is_flag=True,
+    help="Then run the experts on their texts, and compute the merge without writing it, to show how much of what each "
+    "expert does would be kept.",
+)
+def plan_command(paths: tuple[Path, ...], measure: bool, activations: bool, style: Style, **flags: Any) -> None:
     """Show what `merge` with the same arguments would do and need.
 
-    The memory, disk and time needed are compared with what this machine has. Only headers are read, also for models on
-    the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end with. For a sweep, there is
-    `sweep --plan`.
+    The memory, disk and time needed are compared with what this machine has. Without --activations, only headers are
+    read, also for models on the Hub. The exit code is 0 if the merge would run, otherwise the one that it would end
+    with. For a sweep, there is `sweep --plan`.
     """
-    import json
+    recipe, options = _recipe("plan", paths, flags), options_of(flags)
+    if activations:
+        from lowmem_aim.jobs.unwritten import check_texts
 
-    recipe = _recipe("plan", paths, flags)
+        check_texts(recipe, paths[-1], options)
     from lowmem_aim.jobs.plan import plan
     from lowmem_aim.view import plan_lines
     from lowmem_aim.view.dashboard import showing
-    from lowmem_aim.view.wrapping import for_terminal
 
     if style == "human" and sys.stderr.isatty():  # the seconds that follow would look like a hang
         click.echo(f"reading headers{', and measuring this machine' * measure} ...", err=True)
     with showing("quiet" if style in ("quiet", "json") else "plain") as view:
-        found = plan(recipe, paths[-1], options_of(flags), view, measure=measure)
+        found = plan(recipe, paths[-1], options, view, measure=measure)
     known = found.as_json()
+    if style != "json":
+        _print_lines([*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)])
+    if activations and found.fits:
+        known["effects"] = _effects(recipe, paths[-1], options, style, view.progress.notices)
     if style == "json":
         click.echo(json.dumps(known))
         formats.answered()
     else:
-        lines = [*plan_lines.survey_lines(known["survey"]), *plan_lines.forecast_lines(known)]
-        click.echo(for_terminal(lines, plan_lines.INDENT))
+        _print_lines([*plan_lines.effect_lines(known["effects"])])
     if found.problems:
         raise found.error()
+
+
+def _effects(
+    recipe: Recipe, out: Path, options: Options, style: Style, told: Sequence[Notice]
+) -> Sequence[Mapping[str, Any]]:
+    """What each output would keep of each expert; progress is shown meanwhile, on stderr."""
+    from lowmem_aim.jobs.unwritten import effects
+
+    found: list[Mapping[str, Any]] = []
+    run(
+        lambda emit: found.extend(effects(recipe, out, options, emit, told=told)),
+        "quiet" if style == "json" else style,  # stdout is to hold one value
+    )
+    return found
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    from lowmem_aim.view import plan_lines
+    from lowmem_aim.view.wrapping import for_terminal
+
+    if lines:
+        click.echo(for_terminal(lines, plan_lines.INDENT))
 
 
 @click.command("relax", cls=usage.RecipeCommand)

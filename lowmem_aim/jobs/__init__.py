@@ -35,6 +35,7 @@ finished.py      whether a finished output is of this job, and of its inputs as 
 headers.py       models found for planning: those on the Hub as headers without weights
 plan.py          what a merge would do and need, found without doing it
 plan_many.py     the same of the merges by several recipes: how often their models are read
+unwritten.py     what a merge would keep of each expert, found by making it without writing it
 forecast.py      memory, disk and time of a job, as `plan` reports them
 speed.py         the speed of a disk and of a device, measured
 init.py          a recipe to start from, checked and written

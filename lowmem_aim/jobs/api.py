@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lowmem_aim.jobs import compare as compare_job
 from lowmem_aim.jobs import evaluate as evaluate_job
 from lowmem_aim.jobs import merge as merge_job
 from lowmem_aim.jobs import plan as plan_job
+from lowmem_aim.jobs import unwritten
 from lowmem_aim.jobs.asked import asked_for
 from lowmem_aim.jobs.forecast import Forecast
 from lowmem_aim.jobs.preparation import sound_recipe
@@ -111,14 +113,30 @@ def plan(
     on_event: OnEvent | None = None,
     *,
     measure: bool = True,
+    activations: bool = False,
 ) -> Forecast:
     """Return what `merge` with the same arguments would do, what it needs here, and every problem that it would meet.
 
     Nothing is merged and nothing is downloaded but headers. `measure`: spend two seconds on an estimate of the time.
-    Raises the errors of models that cannot be opened; all else is among `Forecast.problems`.
+    `activations`: if the merge would run, compute it from whole models without writing it, to find what it would keep
+    of each expert on its own texts (`Forecast.effects`). Raises the errors of models that cannot be opened, UsageError
+    for `activations` without such texts, and then the errors of `merge`; all else is among `Forecast.problems`.
     """
     with _alone():
-        return plan_job.plan(_read(recipe, _path(out), options), _path(out), options, _emit(on_event), measure=measure)
+        found = _read(recipe, _path(out), options)
+        if activations:
+            unwritten.check_texts(found, _path(out), options)
+        told: list[Event] = []
+
+        def emit(event: Event) -> None:
+            told.append(event)
+            _emit(on_event)(event)
+
+        forecast = plan_job.plan(found, _path(out), options, emit, measure=measure)
+        if activations and forecast.fits:
+            effects = unwritten.effects(found, _path(out), options, _emit(on_event), told=told)
+            forecast = replace(forecast, effects=effects)
+        return forecast
 
 
 def verify(out: str | Path, on_event: OnEvent | None = None) -> Path:

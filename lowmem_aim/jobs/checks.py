@@ -127,7 +127,7 @@ def check_comparison(ready: Prepared) -> None:
         # What is run before it leaves code and caches behind.
         if len(left) > 1 or any(before.phase == "calibrate" for before in ready.model_runs):
             run = replace(run, needs=replace(run.needs, in_ram=run.needs.in_ram + GROWTH_BYTES))
-        _add(ready, replace(run, models=2 * len(left)))
+        _add(ready, replace(run, models=2 * len(left), read=2 * len(left)))
         solved = [name for name in left if ready.recipes[name].texts]
         if ready.experts and solved:
             _add(ready, _experts_run(ready, "compare", run.needs, times=len(solved)))
@@ -407,12 +407,13 @@ def _model_run(ready: Prepared, phase: str, meta_model: MetaModel, sequences: Se
     else:
         needs = needs_of(meta_model, sequences)
     tokens = sum(map(len, sequences))
-    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, 2 if compared else 1)
+    models = 2 if compared else 1
+    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), meta_model.dtype, models, models)
 
 
 def _experts_run(ready: Prepared, phase: Phase, needs: Needs, times: int = 1) -> ModelRun:
     """The run of all experts on their texts, so many times; RegMean++ runs the merged model on all of them, too."""
     assert ready.experts is not None
-    sequences, models = ready.experts.sequences, 1 if ready.experts.outline is None else 2
-    tokens = sum(map(len, sequences))
-    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), ready.experts.dtype, models * times)
+    sequences, models = ready.experts.sequences, times if ready.experts.outline is None else 2 * times
+    tokens, read = sum(map(len, sequences)), models * len(ready.recipe.slices[0].experts)
+    return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), ready.experts.dtype, models, read)

@@ -59,6 +59,7 @@ class Forecast:
     speeds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # what a merge would warn of; told as notices too
+    effects: tuple[Mapping[str, Any], ...] = ()  # what each output would keep of each expert (see `jobs.unwritten`)
 
     @property
     def fits(self) -> bool:

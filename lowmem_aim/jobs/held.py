@@ -8,20 +8,46 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from lowmem_aim.errors import printable
-from lowmem_aim.events import Notice, Phase, Planned
+from lowmem_aim.events import Emit, Notice, Phase, Planned
 from lowmem_aim.jobs.finished import check_content, of_stage
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.jobs.resume import activations_kept, agree, differing_tensors
 from lowmem_aim.measuring.calibration import Measurement
+from lowmem_aim.merging.targets import Sink
 from lowmem_aim.output.folder import check_disk, is_finished
+from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import KeptActivations, PlanSize
+from lowmem_aim.output.shards import Shards
 from lowmem_aim.output.workspace import Workspace, workspace
 from lowmem_aim.planning.survey import survey
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.relaxing.relaxation import Consensus
 from lowmem_aim.system.on_demand import torch
+
+
+class Output(Protocol):
+    """One output while it is merged: its plan, where its rows go, and what its relaxations have found."""
+
+    plan: Plan
+    consensus: Consensus | None  # of ACM
+    weaker: Sequence[str]  # the weights of which a control takes back less than AIM would
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for what does not fit in memory, in files without a name."""
+        ...
+
+    @property
+    def journal(self) -> Journal | None:
+        """The journal of what is finished; None if nothing is kept for another run."""
+        ...
+
+    def sink(self, emit: Emit) -> Sink:
+        """The place where finished rows go."""
+        ...
 
 
 @dataclass
@@ -33,6 +59,20 @@ class HeldOutput:
     space: Workspace
     consensus: Consensus | None = None  # of ACM
     weaker: Sequence[str] = ()  # the weights of which a control takes back less than AIM would
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for what does not fit in memory, and for snapshots."""
+        return self.space.private
+
+    @property
+    def journal(self) -> Journal:
+        """The journal of what is finished."""
+        return self.space.journal
+
+    def sink(self, emit: Emit) -> Shards:
+        """The shards, in the staging folder."""
+        return Shards(self.plan, self.space.staging, self.space.journal, emit, self.name)
 
 
 @contextlib.contextmanager

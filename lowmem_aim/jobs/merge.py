@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowmem_aim.errors import DiskError, printable, raise_all
 from lowmem_aim.events import Emit, Notice, PhaseEnded, PhaseStarted, Planned, silent
-from lowmem_aim.jobs.held import HeldOutput, agreed, holding, planned, planned_in_all
+from lowmem_aim.jobs.held import HeldOutput, Output, agreed, holding, planned, planned_in_all
 from lowmem_aim.jobs.on_texts import consensus_of, moments_of
 from lowmem_aim.jobs.preparation import prepared
 from lowmem_aim.jobs.prepared import Behind, Prepared
@@ -28,7 +28,6 @@ from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.output.portable import StageFacts
 from lowmem_aim.output.records import AcceptedEnvironments, Identity, KeptActivations, MadeStage, PlanSize
-from lowmem_aim.output.shards import Shards
 from lowmem_aim.output.small_files import PROVENANCE, output_files
 from lowmem_aim.output.stages import put_away, remove_stages
 from lowmem_aim.output.workspace import Workspace, publish
@@ -155,13 +154,20 @@ def calibrated(
         calibration.tell_unseen(activations, run.emit)
     for space in spaces:
         space.forget_calibration()
+    check_measured(ready, activations)
+    return activations
+
+
+def check_measured(ready: Prepared, activations: Activations) -> None:
+    """Check that activations fit the base, and tell of parts of names that exclude nothing. Raises ModelError."""
+    calibration = ready.calibration
+    assert calibration is not None
     idle = dict[str, None]()
     for aim in ready.aims:
         check_activations(activations, calibration.base, aim)
         idle |= dict.fromkeys(idle_exclusions(activations, calibration.base, aim))
     for part in idle:
-        run.emit(Notice(f"`aim.exclude`: `{printable(part)}` matches no weight that AIM relaxes", "warning"))
-    return activations
+        ready.run.emit(Notice(f"`aim.exclude`: `{printable(part)}` matches no weight that AIM relaxes", "warning"))
 
 
 def _measured(
@@ -195,8 +201,8 @@ def _measured(
 # --- merge ------------------------------------------------------------------------------------------------------------
 
 
-def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: Activations | None) -> list[Merged]:
-    """Write the shards of every output into its staging folder. With ACM, first compare base and merged model.
+def merge_outputs(ready: Prepared, outputs: Sequence[Output], activations: Activations | None) -> list[Merged]:
+    """Merge all tensors of every output into its sink. With ACM, first compare base and merged model.
 
     Raises ModelError, ResumeError, MemoryBudgetError, DiskError.
     """
@@ -205,17 +211,15 @@ def merge_outputs(ready: Prepared, outputs: Sequence[HeldOutput], activations: A
     targets = []
     for number, output in enumerate(outputs):
         relaxation = _relaxation(ready, output, activations)
-        space = output.space
-        shards = Shards(output.plan, space.staging, space.journal, progress.of(number), output.name)
-        targets.append(Target(output.plan, shards, relaxation, ReadLog(inputs)))
-    shares, folder = ready.shares(grown=True), outputs[0].space.private
-    with matrix_space(run, shares, folder) as matrices, _moments(ready, outputs, shares, matrices) as moments:
+        targets.append(Target(output.plan, output.sink(progress.of(number)), relaxation, ReadLog(inputs)))
+    shares, scratch = ready.shares(grown=True), outputs[0].scratch
+    with matrix_space(run, shares, scratch) as matrices, _moments(ready, outputs, shares, matrices) as moments:
         return merge_tensors(targets, inputs, run, shares, Given(matrices, moments))
 
 
 @contextlib.contextmanager
 def _moments(
-    ready: Prepared, outputs: Sequence[HeldOutput], shares: Shares, space: MatrixSpace
+    ready: Prepared, outputs: Sequence[Output], shares: Shares, space: MatrixSpace
 ) -> Iterator[BlockMoments | None]:
     """The moments of the experts' texts, in the memory that the merge's shares leave; None if the method takes none."""
     if ready.experts is None:
@@ -223,14 +227,15 @@ def _moments(
         return
     from lowmem_aim.solving.kept_states import KeptStates  # transformers: only where models are run
 
-    own = outputs[0].space
-    kept = KeptStates(own.private, own.journal)
-    with moments_of(ready, outputs[0], shares, space, kept) as moments:
+    own = outputs[0]
+    kept = KeptStates(own.scratch, own.journal) if own.journal else None
+    with moments_of(ready, own, shares, space, kept) as moments:
         yield moments
-    kept.forget()
+    if kept:
+        kept.forget()
 
 
-def _relaxation(ready: Prepared, output: HeldOutput, activations: Activations | None) -> Relaxation:
+def _relaxation(ready: Prepared, output: Output, activations: Activations | None) -> Relaxation:
     """AIM and then ACM, as the recipe asks for them; ACM is measured here, on the merged model as AIM leaves it."""
     aim, relaxation = output.plan.recipe.aim, Relaxation()
     if ready.calibration and activations and aim:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lowmem_aim.jobs.held import HeldOutput
+from lowmem_aim.jobs.held import Output
 from lowmem_aim.jobs.prepared import Prepared
 from lowmem_aim.merging.given import BlockMoments
 from lowmem_aim.merging.loop import matrix_space
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def moments_of(
-    ready: Prepared, output: HeldOutput, shares: Shares, space: MatrixSpace, kept: KeptStates | None = None
+    ready: Prepared, output: Output, shares: Shares, space: MatrixSpace, kept: KeptStates | None = None
 ) -> Iterator[BlockMoments]:
     """The moments of the experts' texts, block by block; `kept` has snapshots of how far they are.
 
     They lie in `space`, and `shares` says what running models may take. Raises MemoryBudgetError, DiskError.
     """
     assert ready.experts is not None
-    folder, run = output.space.private, ready.run
+    folder, run = output.scratch, ready.run
     with (
         MergedWeights(output.plan, ready.inputs, Relaxation(), folder, run.device) as merged,
         ready.experts.moments(
@@ -43,7 +43,7 @@ def moments_of(
         yield moments
 
 
-def consensus_of(ready: Prepared, output: HeldOutput, relaxation: Relaxation) -> Consensus:
+def consensus_of(ready: Prepared, output: Output, relaxation: Relaxation) -> Consensus:
     """ACM's coefficients of an output, from comparing the base with the merged model as `relaxation` leaves it.
 
     Raises ResumeError, ModelError, MemoryBudgetError, DiskError.
@@ -54,7 +54,7 @@ def consensus_of(ready: Prepared, output: HeldOutput, relaxation: Relaxation) ->
     shares = _shares_of_experts(ready, output.plan, ready.comparison)
     weights = partial(_weights, ready, output, relaxation, shares)
     merged = MergedOnDemand(ready.outline(), weights, making_to_compare(ready, output.plan, shares))
-    return ready.comparison.consensus(output.plan, ready.inputs, merged, ready.run, output.space)
+    return ready.comparison.consensus(output.plan, ready.inputs, merged, ready.run, output.scratch, output.journal)
 
 
 def making_to_compare(ready: Prepared, plan: Plan, experts: Shares | None = None) -> Making:
@@ -81,14 +81,12 @@ def _shares_of_experts(ready: Prepared, plan: Plan, comparison: Comparison) -> S
 
 
 @contextlib.contextmanager
-def _weights(
-    ready: Prepared, output: HeldOutput, relaxation: Relaxation, shares: Shares | None
-) -> Iterator[MergedWeights]:
+def _weights(ready: Prepared, output: Output, relaxation: Relaxation, shares: Shares | None) -> Iterator[MergedWeights]:
     """The weights of an output that is yet to be made; `shares`: of the experts, if weights are solved from texts.
 
     These have moments of their own: those of the merge are measured when its turn has come.
     """
-    folder = output.space.private
+    folder = output.scratch
     with contextlib.ExitStack() as stack:
         moments = None
         if shares is not None:

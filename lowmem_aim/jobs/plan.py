@@ -116,7 +116,7 @@ class Estimate:
         merged = "the program, what the method holds, and slices of each model"
         wants = [(self.ready.needs().least_ram(on_host, reached), merged)]
         for model_run in model_runs:
-            what = f"{model_run.phase}: one module of a block at a time, and one sequence's work"
+            what = f"{model_run.step}: one module of a block at a time, and one sequence's work"
             wants.append((model_run.needs.least_ram(on_host), what))
         least, why = max(wants)
         # The run's own check has the last word: what the program itself takes differs from moment to moment.
@@ -204,9 +204,10 @@ class Estimate:
         experts, ways = self.ready.experts, dict[Hashable, float]()
         for plan in plans:
             tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.texts else 0
+            times = 2 if plan.recipe.texts == "merged" else 1  # for the texts of the next block, and for the shards
             for task in plan.tasks if plan.recipe.method.rows_of_linears else ():
                 subject = subject_of(task, plan.recipe, plan.seed)
-                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens)
+                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens, times=times)
         return sum(ways.values())
 
     def _tell_of_solving(self, seconds: float) -> None:
@@ -217,6 +218,9 @@ class Estimate:
             there += f"; a GPU of {GPU_SPEED / 1e12:g} TFLOP/s in float32 would take {elsewhere}"
         again = "; as many again for each output that ACM compares" if self._solving(self._compared()) else ""
         self.ready.notes.append(f"solving takes {operations:.1e} operations{there}{again}")
+        scratch, matrices = self._scratch(), shown(self.ready.matrix_bytes())
+        there = f", {shown(scratch)} in a file" if scratch else ""
+        self.ready.notes.append(f"the matrices of what is solved at a time take {matrices}{there}")
 
     def _compared(self) -> list[Plan]:
         """The plans of outputs whose weights are made once before the merge, for ACM."""
@@ -240,8 +244,8 @@ class Estimate:
                 limits["compute"] += solved_before / speeds[SOLVE]
                 solved_before = 0.0  # in one of its steps
             if "read" in speeds:
-                limits["read"] = model_run.models * sum(task.nbytes for task in blocks) / speeds["read"]
-            yield Step(model_run.phase, limits)
+                limits["read"] = model_run.read * sum(task.nbytes for task in blocks) / speeds["read"]
+            yield Step(model_run.step, limits)
         computing = [
             sum(task.numel for task in plan.tasks if task.action == "merge") / speeds[self._compute(plan)]
             for plan in plans.values()

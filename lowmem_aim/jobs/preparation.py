@@ -131,6 +131,17 @@ def sound_recipe(tree: Node, out: Path, options: Options, before: Sequence[Lowme
     errors = [*before, *([] if wrong is None else [wrong])]
     if recipe is not None and not errors:
         return recipe
+    raise with_all_else(errors, recipe, out, options)
+
+
+def with_all_else(
+    before: Sequence[LowmemAimError], recipe: Recipe | None, out: Path, options: Options
+) -> LowmemAimError:
+    """The errors that a recipe, or what was asked of it, has already, as one with all that is found without planning.
+
+    That is what is wrong with the output, the models and texts that the recipe names, the options and the budget.
+    """
+    errors = list(before)
     with noted(errors):
         _check_output(out, [out / name for name in one_by_one(recipe)] if recipe else [out])
     for part in recipe.in_order.values() if recipe else ():
@@ -138,7 +149,7 @@ def sound_recipe(tree: Node, out: Path, options: Options, before: Sequence[Lowme
     with noted(errors):
         _check_options(options)
         check_certain_memory(options)
-    raise joined(errors)
+    return joined(errors)
 
 
 def look_for_models(recipe: Recipe, finder: Finder, stages: Collection[str], errors: list[LowmemAimError]) -> None:

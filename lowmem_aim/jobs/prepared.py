@@ -36,14 +36,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A phase in which a model is run: the base for AIM, base and merged model for ACM."""
+    """A run of models over texts: of the base for AIM, of base and merged model for ACM, of the experts."""
 
     phase: str
     needs: Needs
     tokens: int  # of all sequences
     length: int  # of a sequence, on the mean
     dtype: torch.dtype
-    models: int = 1
+    models: int = 1  # that each text is run through
+    read: int = 1  # models whose weights are read
+
+    @property
+    def step(self) -> str:
+        """The name of the step in a forecast: experts are run on texts within the merge."""
+        return "texts" if self.phase == "merge" else self.phase
 
     @property
     def speed(self) -> str:
@@ -228,10 +234,14 @@ class Prepared:
 
     def scratch_bytes(self) -> int:
         """Bytes of matrices that lie in a file meanwhile, since they do not fit in memory. Raises MemoryBudgetError."""
-        needs = self.needs()
-        matrices = needs.footprint.matrices + (needs.running.moments if needs.running else 0)
+        matrices = self.matrix_bytes()
         shares = self.shares() if matrices else None
         return max(0, matrices - shares.matrices - shares.device_matrices) if shares else 0
+
+    def matrix_bytes(self) -> int:
+        """Bytes of the matrices of methods that solve, at a time, wherever they lie."""
+        needs = self.needs()
+        return needs.footprint.matrices + (needs.running.moments if needs.running else 0)
 
     def bytes_to_write(self) -> int:
         """Bytes of the outputs that earlier runs have not yet taken of the disk; if not `together`, of the largest."""

@@ -68,7 +68,7 @@ class Measurement:
         facts = (self.settings.dtype, [sequence.tolist() for sequence in self.sequences], config)
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
-    def activations(self, run: Run, folder: Path, journal: Journal, *, use_cache: bool) -> Activations:
+    def activations(self, run: Run, folder: Path, journal: Journal | None, *, use_cache: bool) -> Activations:
         """Load the activations from the cache, or measure and cache them; without `use_cache`, always measure.
 
         Raises the errors of `measure`.
@@ -91,11 +91,11 @@ class Measurement:
         """The file in the cache that these activations have, or would have, for a device."""
         return cache_folder() / f"{self._key(str(device))}.safetensors"
 
-    def measure(self, run: Run, folder: Path, journal: Journal) -> Activations:
+    def measure(self, run: Run, folder: Path, journal: Journal | None) -> Activations:
         """Measure now, within the budget, whatever the cache holds.
 
-        `folder` takes hidden states that do not fit the budget, and snapshots: with their records in the journal, they
-        are what an interrupted run resumes from. Raises ModelError, MemoryBudgetError, DiskError.
+        `folder` takes hidden states that do not fit the budget, and, if there is a journal, snapshots: with their
+        records in it, they are what an interrupted run resumes from. Raises ModelError, MemoryBudgetError, DiskError.
         """
         from lowmem_aim.measuring.mean_activations import mean_activations
         from lowmem_aim.measuring.snapshots import Snapshots
@@ -108,7 +108,7 @@ class Measurement:
             device=str(run.device),
             budget=run.budget,
             spill=folder,
-            snapshots=Snapshots(folder, journal),
+            snapshots=Snapshots(folder, journal) if journal else None,
             emit=run.emit,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
@@ -22,8 +23,8 @@ from lowmem_aim.models.checkpoint import Checkpoint
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.models.meta_model import MetaModel, load_meta_model
 from lowmem_aim.models.reader import Reader
+from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.records import Group, KeptComparison
-from lowmem_aim.output.workspace import Workspace
 from lowmem_aim.planning.modules import text_slices
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.recipe.recipe import Acm
@@ -88,24 +89,28 @@ class Comparison:
         """The needs of comparing the base with an output."""
         return needs_of_comparison(self.measurement.meta_model, self.measurement.sequences, plan, making)
 
-    def consensus(self, plan: Plan, inputs: Inputs, merged: MergedOnDemand, run: Run, space: Workspace) -> Consensus:
+    def consensus(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        merged: MergedOnDemand,
+        run: Run,
+        folder: Path,
+        journal: Journal | None,
+    ) -> Consensus:
         """The coefficients of one output's groups: kept in the output's journal by an interrupted run, or measured now.
 
-        Raises ResumeError if the models differ by other amounts than when this merge began, and ModelError,
-        MemoryBudgetError, DiskError.
+        `folder` takes what does not fit in memory; without a journal nothing is kept. Raises ResumeError if the models
+        differ by other amounts than when this merge began, and ModelError, MemoryBudgetError, DiskError.
         """
-        before = space.journal.kept(KeptComparison)
+        before = journal.kept(KeptComparison) if journal else None
         if before is not None and is_of(before, inputs):
             run.emit(Notice("resuming: ACM's comparison is done"))
             measured = before.information
         else:
-            measured = self._measure(plan, inputs, merged, run, space)
-            if before and before.information != measured and space.journal.holds(Group):
-                raise ResumeError(
-                    "ACM's comparison of the models no longer gives the result it gave when this merge began",
-                    hint="`--fresh` starts over",
-                )
-            space.journal.keep(KeptComparison(_stamp(inputs), measured))
+            measured = self._measure(plan, inputs, merged, run, folder)
+            if journal:
+                _keep(KeptComparison(_stamp(inputs), measured), before, journal)
         # In the order of the model: the journal's records have an order of their own.
         information = {group: measured[group] for group in sorted(measured, key=_place)}
         sequences = self.measurement.sequences
@@ -118,18 +123,18 @@ class Comparison:
         )
 
     def _measure(
-        self, plan: Plan, inputs: Inputs, merged: MergedOnDemand, run: Run, space: Workspace
+        self, plan: Plan, inputs: Inputs, merged: MergedOnDemand, run: Run, folder: Path
     ) -> dict[str, list[float]]:
         base, meta_model = self.measurement.base, self.measurement.meta_model
         texts = list(self.measurement.sequences)
-        shares = shares_for(self.needs(plan, merged.making), run.budget, run.device, space.private)
+        shares = shares_for(self.needs(plan, merged.making), run.budget, run.device, folder)
         merged_meta_model = load_meta_model(merged.outline, meta_model.dtype)
         parts = text_slices(plan.recipe, inputs)
         chosen = [layer for part in parts if part.base for layer in part.base.layers or ()]
         layers = chosen or range(len(meta_model.blocks))
         with merged.weights() as weights:
             base_runner, merged_runner = (
-                BlockRunner(source, of, run.device, shares.part(thirds, 3), run.budget, space.private, run.emit)
+                BlockRunner(source, of, run.device, shares.part(thirds, 3), run.budget, folder, run.emit)
                 for source, of, thirds in ((base, meta_model, 2), (weights, merged_meta_model, 1))
             )
             found = information_between(base_runner, merged_runner, texts, run.emit, weights.forget, layers)
@@ -154,6 +159,16 @@ def texts_of(acm: Acm) -> TextSettings:
 def _place(group: str) -> tuple[int, int]:
     """The sort key of a group: its place in the model."""
     return (1, int(group)) if group.isdecimal() else ({EMBEDDING: 0, NORM: 2, HEAD: 3}[group], 0)
+
+
+def _keep(found: KeptComparison, before: KeptComparison | None, journal: Journal) -> None:
+    """Keep a comparison in the place of an earlier run's. Raises ResumeError if tensors were merged by another one."""
+    if before and before.information != found.information and journal.holds(Group):
+        raise ResumeError(
+            "ACM's comparison of the models no longer gives the result it gave when this merge began",
+            hint="`--fresh` starts over",
+        )
+    journal.keep(found)
 
 
 def is_of(kept: KeptComparison, inputs: Inputs) -> bool:

@@ -63,7 +63,7 @@ def merge_tensors(targets: Sequence[Target], inputs: Inputs, run: Run, shares: S
         threads = torch.get_num_threads()
         stack.enter_context(threads_an_operation(1))  # slices run in parallel already
         for target in targets:
-            target.reads.add_all(stack.enter_context(target.shards).read_before)
+            target.reads.add_all(stack.enter_context(target.sink).read_before)
         stride = Stride(shares.slice_elements, run.options.slice_rows, run.emit)
         streams = DeviceStreams(run.device)
         settings = PassSettings(stride, shares, run.emit, streams.release)
@@ -128,7 +128,7 @@ class _Loop:
             self.given.moments.come_to(number)
         yield
         for target in self.targets:
-            target.shards.settle()
+            target.sink.settle()
         self.given.moments.finished(number)
 
     def passes_over(self, task: Task, stream: Stream) -> Job:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lowmem_aim.merging.slices import TensorInputs, TensorReader
 from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.output.merged import Replaced
-from lowmem_aim.output.shards import Read
+from lowmem_aim.output.tensor_facts import Read
 from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan
 from lowmem_aim.system.tensors import digest_of_digests

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
@@ -16,7 +17,7 @@ from lowmem_aim.merging.slices import TensorInputs, TensorReader, finite
 from lowmem_aim.methods import kernels
 from lowmem_aim.methods.method import Rounds, Rows
 from lowmem_aim.output.merged import DeltaKept, Merged
-from lowmem_aim.output.shards import Shards
+from lowmem_aim.output.tensor_facts import Read, TensorFacts
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.delta_sampler import DeltaSampler
 from lowmem_aim.relaxing.relaxation import Relax, Relaxation
@@ -27,19 +28,49 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Sink(Protocol):
+    """The place where the finished rows of one output go: `output.shards` writes them. A context manager.
+
+    Entering it finds out which tasks are `left`. All methods raise DiskError.
+    """
+
+    facts: TensorFacts
+    digests: dict[str, str]  # file name -> sha256, of what is written
+    read_before: list[Read]  # of the tensors that earlier runs have finished
+    left: list[Task]
+
+    def append(self, task: Task, rows: Tensor) -> None:
+        """Take the next rows of a tensor; tensors come in the plan's order."""
+        ...
+
+    def tensor_done(self, task: Task, read: Read) -> None:
+        """Mark a tensor as whole."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all tensors that are done are where they are to stay."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class Target:
-    """One output: its plan, its shards, how it relaxes merged rows, and what was read for it."""
+    """One output: its plan, where its rows go, how it relaxes merged rows, and what was read for it."""
 
     plan: Plan
-    shards: Shards  # entered by the loop
+    sink: Sink  # entered by the loop
     relaxation: Relaxation
     reads: ReadLog
 
     @functools.cached_property
     def left(self) -> dict[str, Task]:
-        """The tasks that no earlier run has finished, by tensor name; known once the shards are entered."""
-        return {task.name: task for task in self.shards.left}
+        """The tasks that no earlier run has finished, by tensor name; known once the sink is entered."""
+        return {task.name: task for task in self.sink.left}
 
     def uses_base(self, task: Task) -> bool:
         """Whether the base's rows of a tensor go into this output."""
@@ -48,11 +79,12 @@ class Target:
 
     def merged(self) -> Merged:
         """Digests and figures of what was read and written, in the plan's order."""
-        shards = {shard.name: self.shards.digests[shard.name] for shard in self.plan.shards}
+        facts, digests = self.sink.facts, self.sink.digests
+        shards = {shard.name: digests[shard.name] for shard in self.plan.shards if shard.name in digests}
         tasks = [task.name for task in self.plan.tasks]
-        kept = {name: self.shards.kept[name] for name in tasks if name in self.shards.kept}
-        effects = {name: self.shards.effects[name] for name in tasks if name in self.shards.effects}
-        singular = {name: self.shards.singular[name] for name in tasks if name in self.shards.singular}
+        kept = {name: facts.kept[name] for name in tasks if name in facts.kept}
+        effects = {name: facts.effects[name] for name in tasks if name in facts.effects}
+        singular = {name: facts.singular[name] for name in tasks if name in facts.singular}
         replaced = self.reads.replaced_elements(self.plan)
         return Merged(shards, self.reads.model_digests(), replaced, kept, effects, singular)
 
@@ -129,7 +161,7 @@ class TargetTensor:
         self.sampler.add(finished.before, finished.after)  # not in `finish`: a slice that fails is computed again
         if self.effects and finished.effects is not None:
             self.effects.add(finished.effects)
-        self.target.shards.append(self.task, finished.rows)
+        self.target.sink.append(self.task, finished.rows)
 
     def done(self, tensor: TensorInputs, digests: Mapping[TensorReader, str]) -> None:
         """Mark the tensor as finished once all rows are written; `digests` are of what was read of it.
@@ -146,7 +178,7 @@ class TargetTensor:
             read = replace(read, effects={self.task.name: self.effects.effects()})
         if self.task.name in self.singular and self.target.plan.recipe.method.rows_of_linears:
             read = replace(read, singular={self.task.name: self.singular[self.task.name]})
-        self.target.shards.tensor_done(self.task, read)
+        self.target.sink.tensor_done(self.task, read)
 
 
 @dataclass(frozen=True)

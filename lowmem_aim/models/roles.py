@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import lt
 from typing import Any
 
 TEXT = "text_decoder"  # the section of a vision-language model that continues text
@@ -81,9 +82,11 @@ NO_ROLES = TensorRoles({}, frozenset(), frozenset(), frozenset())
 def is_linear(tensor: str, shape: Sequence[int]) -> bool:
     """Whether a tensor of a layer is a matrix that inputs are multiplied with, or a stack of them, by name and shape.
 
-    It is no bias of stacked experts, no convolution, no embedding, and no state such as a Mamba's `A_log`.
+    It is no bias of stacked experts, no convolution, no embedding, and no state such as a Mamba's `A_log`. A matrix may
+    have one output, as the gate of a shared expert has; stacks of vectors are no linears.
     """
     module, _, own = tensor.rpartition(".")
-    if len(shape) not in (2, 3) or min(shape[-2:]) < 2 or "bias" in own or "embed" in module:
+    least = (1, 2) if len(shape) == 2 else (1, 2, 2)
+    if len(shape) not in (2, 3) or any(map(lt, shape, least)) or "bias" in own or "embed" in module:
         return False
     return "weight" in own or "proj" in own

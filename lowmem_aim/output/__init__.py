@@ -7,7 +7,9 @@ records.py          the kinds of records that a journal may hold
 journal.py          the journal of a run, in sqlite
 requests.py         requests to a run from another terminal: to pause, to go on
 writer.py           one shard's file, written front to back and made durable
+tensor_facts.py     facts about the tensors of an output, and the events that tell them
 shards.py           all shards of an output
+unwritten.py        a merge of which nothing is written, in the place of its shards
 merged.py           digests and figures of what a merge has written and read
 small_files.py      every small file of an output, by name
 copied.py           the files that an output takes over from its reference

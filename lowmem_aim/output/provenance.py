@@ -8,7 +8,7 @@ from typing import Any
 import lowmem_aim
 from lowmem_aim.methods.method import Method
 from lowmem_aim.models.inputs import Inputs
-from lowmem_aim.output.effects import EffectShares
+from lowmem_aim.output.effects import DIGITS, EffectShares
 from lowmem_aim.output.heatmap import Modules, by_module, inside, joined, shares_by
 from lowmem_aim.output.merged import Merged
 from lowmem_aim.planning.tasks import Plan
@@ -68,6 +68,15 @@ def effects_of(plan: Plan, inputs: Inputs, merged: Merged) -> list[dict[str, Any
         if task.name in merged.effects:
             shares.add(task.layer, [effect.kept for effect in merged.effects[task.name]])
     return shares.facts([inputs.opened[expert.reference].label for expert in plan.recipe.slices[0].experts])
+
+
+def effects_by_tensor(plan: Plan, merged: Merged) -> dict[str, list[float | None]]:
+    """The share of each expert's effect that is kept in each tensor that texts reach; None: it has no effect there."""
+    found = {task.name: merged.effects[task.name] for task in plan.tasks if task.name in merged.effects}
+    return {
+        name: [None if effect.kept is None else round(effect.kept, DIGITS) for effect in effects]
+        for name, effects in found.items()
+    }
 
 
 def kept_shares(kept: Modules) -> dict[str, Any]:

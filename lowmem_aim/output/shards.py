@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem_aim.events import Emit, Notice, TensorDone, Worked
+from lowmem_aim.events import Emit, Notice, Worked
 from lowmem_aim.output.journal import Journal
 from lowmem_aim.output.merged import DeltaKept, Effect
 from lowmem_aim.output.records import Group
+from lowmem_aim.output.tensor_facts import ByModel, Read, TensorFacts
 from lowmem_aim.output.writer import Commit, Prefix, ShardWriter, finished_prefix
 from lowmem_aim.planning.tasks import Plan, Shard, Task
 from lowmem_aim.system.files import disk_errors
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 V = TypeVar("V")
-ByModel = Mapping[str, Mapping[str, V]]  # number of the model's folder -> tensor -> a fact
-
-
-@dataclass(frozen=True)
-class Read:
-    """Facts about tensors that were read to their end."""
-
-    digests: ByModel[str]  # xxh3-128 of the bytes as read
-    replaced: ByModel[int]  # how many elements were not finite, and took the base's value
-    kept: Mapping[str, DeltaKept] = field(default_factory=dict)  # tensor -> how much of its delta is left
-    effects: Mapping[str, Sequence[Effect]] = field(default_factory=dict)  # tensor -> of each expert
-    singular: Mapping[str, str] = field(default_factory=dict)  # tensor -> what was done where no system could be solved
 
 
 class Shards:
@@ -48,15 +36,12 @@ class Shards:
 
         `output` is the output's name in events, if there are several.
         """
-        self._plan, self._staging, self._journal, self._emit, self._output = plan, staging, journal, emit, output
+        self._plan, self._staging, self._journal, self._emit = plan, staging, journal, emit
         self._shards = {task.name: shard for shard in plan.shards for task in shard.tasks}
         self._writers: dict[str, ShardWriter] = {}  # those that are open, by file name: one at most
         self._prefixes: dict[str, Prefix] = {}  # what was found of the shards, by file name
-        self._done = 0  # bytes of tensors that are handed on
         self._written = 0  # bytes that have gone to the disk
-        self.kept: dict[str, DeltaKept] = {}  # of every tensor that was relaxed
-        self.effects: dict[str, Sequence[Effect]] = {}  # of every tensor that texts have reached
-        self.singular: dict[str, str] = {}  # of tensors whose systems could not be solved as they are
+        self.facts = TensorFacts(emit, output)
         self.digests: dict[str, str] = {}  # file name -> sha256
         self.read_before: list[Read] = []  # of the tensors that were found
         self.left: list[Task] = []
@@ -69,13 +54,11 @@ class Shards:
                 file.unlink(missing_ok=True)
             return shard.tasks
         self._prefixes[shard.name] = prefix
-        self.read_before += [Read(group.digests, group.replaced) for group in groups]
-        self.kept |= {name: DeltaKept(*sums) for group in groups for name, sums in group.kept.items()}
-        for group in groups:
-            self.singular |= group.singular
-            self.effects |= {name: [Effect(*sums) for sums in found] for name, found in group.effects.items()}
+        for read in map(_read_before, groups):
+            self.read_before.append(read)
+            self.facts.add(read)
         for task in shard.tasks[: prefix.tensors]:
-            self._tell(task, earlier=True)
+            self.facts.tell(task, earlier=True)
         if prefix.tensors == len(shard.tasks):
             with ShardWriter(file, shard.nbytes, prefix=prefix) as writer:  # cuts off what may have come after the end
                 self.digests[shard.name] = writer.close()
@@ -93,10 +76,8 @@ class Shards:
         shard = self._shards[task.name]
         writer = self._writer(shard)  # begins the shard, if a tensor without a row is its first
         writer.tensor_done(read)
-        self.kept |= read.kept
-        self.effects |= read.effects
-        self.singular |= read.singular
-        self._tell(task)
+        self.facts.add(read)
+        self.facts.tell(task)
         if task is shard.tasks[-1]:
             self.digests[shard.name] = writer.close()
             del self._writers[shard.name]
@@ -116,28 +97,6 @@ class Shards:
                 writer.append(shard.header)
         return self._writers[shard.name]
 
-    def _tell(self, task: Task, earlier: bool = False) -> None:
-        self._done += task.nbytes
-        self._emit(
-            TensorDone(
-                name=task.name,
-                shape=task.shape,
-                dtype=task.dtype.name,
-                action=task.action,
-                layer=task.layer,
-                kind=task.kind,
-                done=self._done,
-                kept=self.kept.get(task.name),
-                effects=self._shares_of(task),
-                earlier=earlier,
-                output=self._output,
-            )
-        )
-
-    def _shares_of(self, task: Task) -> tuple[float | None, ...] | None:
-        effects = self.effects.get(task.name)
-        return None if effects is None else tuple(effect.kept for effect in effects)
-
     def _worked(self, nbytes: int, seconds: float) -> None:
         self._written += nbytes
         self._emit(Worked("write", nbytes, seconds, done=self._written))
@@ -154,10 +113,10 @@ class Shards:
     def __enter__(self) -> Shards:
         plan = self._plan
         self.left = [task for shard in plan.shards for task in self._left_of(shard)]
-        self._written = self._done
-        if self._done:
+        self._written = done = self.facts.done_bytes
+        if done:
             found = f"{len(plan.tasks) - len(self.left)}/{len(plan.tasks)} tensors"
-            sizes = f"{shown(self._done)} of {shown(plan.tensor_bytes)}"
+            sizes = f"{shown(done)} of {shown(plan.tensor_bytes)}"
             self._emit(Notice(f"resuming: {found}, {sizes}"))
         return self
 
@@ -166,6 +125,13 @@ class Shards:
     ) -> None:
         for writer in self._writers.values():
             writer.__exit__(kind, error, trace)
+
+
+def _read_before(group: Group) -> Read:
+    """The facts about the tensors of a group that an earlier run has finished."""
+    kept = {name: DeltaKept(*sums) for name, sums in group.kept.items()}
+    effects = {name: [Effect(*sums) for sums in found] for name, found in group.effects.items()}
+    return Read(group.digests, group.replaced, kept, effects, group.singular)
 
 
 def _joined(facts: Iterable[ByModel[V]]) -> dict[str, dict[str, V]]:

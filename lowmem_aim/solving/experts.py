@@ -89,8 +89,8 @@ class Experts:
     ) -> Iterator[ExpertMoments]:
         """The moments, block by block. `ram` and `vram` are bytes for running the models, beside what is in use now.
 
-        `folder` takes hidden states that do not fit; `merged` has the merged model's weights on demand. Raises
-        MemoryBudgetError, DiskError.
+        `folder` takes hidden states that do not fit, `kept` has snapshots of them; `merged` has the merged model's
+        weights on demand. Raises MemoryBudgetError, DiskError.
         """
         used = 0 if run.budget.vram is None else run.budget.vram - run.budget.vram_left(run.device)
         budget = Budget(run.budget.ram_used() + ram, None if run.budget.vram is None else used + vram)

@@ -253,6 +253,8 @@ def reported(job: Job, out: Path, emit: Emit, command: str = "") -> Iterator[Fee
 def _folders(job: Job, out: Path) -> list[Path]:
     """The folders in which a run keeps what a later one can build on."""
     with contextlib.suppress(LowmemAimError):  # a name too long, or a folder that cannot be read
+        if job == "plan":
+            return []
         if job == "sweep":
             return [out]
         return [partial_folder(out)] if job != "merge" else [*outputs_in(out), *stages_in(out)]

@@ -16,6 +16,7 @@ INDENT = 10  # columns of a heading
 KINDS_LISTED = 40  # shown; a model of many different modules has more
 MOST_LEFT_OUT = 5  # names shown for one reason
 STARTING_SECONDS = 3.0  # importing torch, opening the models
+EXPERT_LABEL = 24  # columns of an expert's name above its shares
 
 
 def survey_lines(survey: Mapping[str, Any]) -> Iterator[str]:
@@ -132,6 +133,30 @@ def verdict_lines(forecast: Mapping[str, Any]) -> Iterator[str]:
         yield f"note      {note}"
     verdict = "it fits" if forecast["needs"] else "nothing is left to do"
     yield f"verdict   {verdict if forecast['fits'] else 'it would not run: see below'}"
+
+
+def effect_lines(effects: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of what each output would keep of each expert, as JSON has it: a table of layers and experts."""
+    for output in effects:
+        name, experts = printable(output["output"]), output["experts"]
+        of = f"{name}: " if name else ""
+        yield f"effects   {of}kept of each expert's effect on its own texts; 100% is all, 0% what the base has"
+        labels = [_cut(printable(expert["model"])) for expert in experts]
+        widths = [max(len(label), 7) for label in labels]
+        layers = dict.fromkeys(layer for expert in experts for layer in expert["layers"])
+        rows = [("layer", labels), ("in all", [_percent(expert["kept"]) for expert in experts])]
+        rows += [(layer, [_percent(expert["layers"].get(layer)) for expert in experts]) for layer in layers]
+        for title, cells in rows:
+            shown_cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            yield f"{'':<{INDENT}}{title:<6}  {shown_cells}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= EXPERT_LABEL else f"{label[: EXPERT_LABEL - 1]}…"
 
 
 def _slowest(step: Mapping[str, Any]) -> str:

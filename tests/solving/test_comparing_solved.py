@@ -184,8 +184,8 @@ def test_the_plan_has_the_experts_of_the_comparison(
     monkeypatch.setattr(memory, "free_bytes", lambda: 8000 * MB)
     several = {"omega": "0.1,1"}
     ties, solved = (planning.plan(compared(folder, method, **several), tmp_path) for method in ("ties", "regmean"))
-    assert [step.phase for step in ties.steps] == ["calibrate", "compare", "merge", "merge"]
-    assert [step.phase for step in solved.steps] == ["calibrate", "compare", "compare", "merge", "merge"]
+    assert [step.phase for step in ties.steps] == ["calibrate", "compare", "texts", "merge"]
+    assert [step.phase for step in solved.steps] == ["calibrate", "compare", "compare", "texts", "merge"]
     assert any("as many again for each output that ACM compares" in note for note in solved.notes)
     assert not any("ACM" in note for note in ties.notes)
     one_more_model = SLACK_BYTES

@@ -28,6 +28,7 @@ LINEARS = {
     "gemma3_text": r"layers\.\d+\..*proj\.weight",
     "gpt2": r"\.h\.\d+\.(attn|mlp)\.c_\w+\.weight",
     "mixtral": r"layers\.\d+\..*(proj|gate|w[123])\.weight",
+    "qwen2_moe": r"layers\.\d+\..*(proj|mlp\.gate|shared_expert_gate)\.weight",
     "qwen3_moe": r"layers\.\d+\..*(proj|mlp\.gate)\.weight",
     "gpt_oss": r"layers\.\d+\..*(proj\.weight|router\.weight|experts\.\w+_proj)$",
     "llama4_text": r"layers\.\d+\..*(proj\.weight|router\.weight|experts\.\w+_proj)$",

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from lowmem_aim.errors import ModelError, RecipeError, ResumeError
 from lowmem_aim.events import Event, Notice, TensorDone
 from lowmem_aim.jobs.merge import merge
+from lowmem_aim.jobs.plan import plan
 from lowmem_aim.merging import effects
 from lowmem_aim.methods import moments as tiles
 from lowmem_aim.methods import solved
@@ -80,7 +81,9 @@ def solved_delta(architecture: str, name: str, deltas: Sequence[Tensor], moments
 
 @pytest.mark.parametrize(
     "architecture",
-    others_long(("llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe"), ("llama", "gpt2", "qwen3_moe")),
+    others_long(
+        ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe"), ("llama", "gpt2", "qwen3_moe")
+    ),
 )
 def test_regmean_solves_every_linear_by_the_inputs_of_each_expert(architecture: str, tmp_path: Path) -> None:
     folder = models(architecture, tmp_path)
@@ -359,6 +362,18 @@ def test_solved_weights_that_cannot_be_are_told(llama_with_texts: Path, flags: d
     given = {"method": "task_arithmetic", "base": "base", "expert": ("a=x.jsonl", "b=y.jsonl"), "weight": ("solved",)}
     with pytest.raises(RecipeError, match=told):
         read_recipe(applied(empty_recipe(), given | flags))
+
+
+def test_the_plan_counts_what_solving_and_running_texts_take(llama_with_texts: Path, tmp_path: Path) -> None:
+    counted = {}
+    for method in ("regmean", "regmean_plus", "ties"):
+        forecast = plan(job(llama_with_texts, method), tmp_path / method)
+        assert [step.phase for step in forecast.steps] == ["texts", "merge"]
+        told = [re.search(r"solving takes (\S+) operations, here ", note) for note in forecast.notes]
+        counted[method] = [float(found[1]) for found in told if found]
+    assert counted["ties"] == []
+    (once,), (twice,) = counted["regmean"], counted["regmean_plus"]
+    assert 1.5 * once < twice < 2 * once  # a merged block is solved for its texts, and again for the shards
 
 
 def test_weights_are_solved_for_all_models_or_none(llama_with_texts: Path, tmp_path: Path) -> None:
