@@ -183,12 +183,12 @@ def check_certain_memory(options: Options) -> None:
 def check_merge_memory(ready: Prepared) -> None:
     """Check, before hours of calibration, that what the method holds, and slices worth while, fit the budget.
 
-    Raises MemoryBudgetError, DiskError if matrices that do not fit have no space on the disk.
+    Raises MemoryBudgetError, DiskError if what lies in files meanwhile has no space on the disk.
     """
     if ready.unfinished():
         ready.shares()
-        if scratch := ready.scratch_bytes():
-            what = "the output, and matrices that do not fit in memory,"
+        if scratch := ready.scratch_bytes() + ready.taken_bytes():
+            what = "the output, and what lies in files meanwhile,"
             check_disk(ready.out, ready.position.unmade_bytes + ready.bytes_to_write() + scratch, what)
 
 
@@ -415,5 +415,5 @@ def _experts_run(ready: Prepared, phase: Phase, needs: Needs, times: int = 1) ->
     """The run of all experts on their texts, so many times; RegMean++ runs the merged model on all of them, too."""
     assert ready.experts is not None
     sequences, models = ready.experts.sequences, times if ready.experts.outline is None else 2 * times
-    tokens, read = sum(map(len, sequences)), models * len(ready.recipe.slices[0].experts)
+    tokens, read = sum(map(len, sequences)), times * len(ready.recipe.slices[0].experts)
     return ModelRun(phase, needs, tokens, -(-tokens // len(sequences)), ready.experts.dtype, models, read)

@@ -136,15 +136,17 @@ class Estimate:
         """The need of disk space: hidden states, at worst all and two snapshots, go before the output is written."""
         ready = self.ready
         written, spilled, scratch = ready.bytes_to_write(), ready.bytes_to_spill(), self._scratch()
+        taken = ready.taken_bytes()
         stages, missing = ready.position.unmade_bytes, sum(self.hub.missing.values())
         parts = [f"the output {shown(written)}, and {shown(SMALL_FILES_BYTES)} to spare"]
         parts += [f"the stages {shown(stages)}, until it is finished"] if stages else []
         parts += [f"hidden states before that, at most {shown(spilled)}"] if spilled else []
         parts += [f"matrices {shown(scratch)} meanwhile"] if scratch else []
+        parts += [f"a merged block {shown(taken)} meanwhile"] if taken else []
         parts += [f"downloads of {shown(missing)} besides, in the Hub's cache"] if missing else []
         free = shutil.disk_usage(existing_folder(ready.out)).free
         at_once = written + spilled if ready.experts else max(written, spilled)  # experts run while it is written
-        return Requirement("disk", stages + at_once + scratch + SMALL_FILES_BYTES, free, "; ".join(parts))
+        return Requirement("disk", stages + at_once + scratch + taken + SMALL_FILES_BYTES, free, "; ".join(parts))
 
     def _scratch(self) -> int:
         """Bytes of matrices in a file; 0 where a budget is too small, which is told."""
@@ -204,10 +206,9 @@ class Estimate:
         experts, ways = self.ready.experts, dict[Hashable, float]()
         for plan in plans:
             tokens = sum(map(len, experts.sequences)) if experts and plan.recipe.texts else 0
-            times = 2 if plan.recipe.texts == "merged" else 1  # for the texts of the next block, and for the shards
             for task in plan.tasks if plan.recipe.method.rows_of_linears else ():
                 subject = subject_of(task, plan.recipe, plan.seed)
-                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens, times=times)
+                ways[task.name, plan.way(task)] = operations(subject, tokens=tokens)
         return sum(ways.values())
 
     def _tell_of_solving(self, seconds: float) -> None:
@@ -237,7 +238,9 @@ class Estimate:
         first = next(iter(plans.values()))
         blocks = [task for task in first.tasks if task.layer is not None]
         operations = 2.0 * sum(task.numel for task in blocks)  # of a token's forward
-        solved_before = sum(self._solving([plan]) for plan in self._compared())
+        # What the texts of RegMean++ go through is made besides.
+        times = [(plan, 2 if plan.recipe.texts == "merged" else 1) for plan in self._compared()]
+        solved_before = sum(self._solving([plan]) * count for plan, count in times)
         for model_run in self.ready.model_runs:
             limits = {"compute": model_run.models * operations * model_run.tokens / speeds[model_run.speed]}
             if model_run.phase == "compare" and solved_before:

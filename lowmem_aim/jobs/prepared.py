@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,6 +238,14 @@ class Prepared:
         matrices = self.matrix_bytes()
         shares = self.shares() if matrices else None
         return max(0, matrices - shares.matrices - shares.device_matrices) if shares else 0
+
+    def taken_bytes(self) -> int:
+        """Bytes of merged weights that lie in a file until the texts have gone through them: those of a block."""
+        merged = [plan for plan in self.plans.values() if plan.recipe.texts == "merged"]
+        layers = Counter[int | None]()
+        for task in merged[0].tasks if merged else ():  # the others differ in how they are relaxed
+            layers[task.layer] += task.nbytes if task.tile else 0
+        return max(layers.values(), default=0)
 
     def matrix_bytes(self) -> int:
         """Bytes of the matrices of methods that solve, at a time, wherever they lie."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
+from torch import Tensor
 
 from lowmem_aim.blocks.offload import Source
 from lowmem_aim.blocks.runner import BlockRunner
@@ -39,6 +40,10 @@ WORK_BYTES = 96 << 20  # what counting pairs and parts of the heads take
 
 class Merged(Source, contextlib.AbstractContextManager["Merged"], Protocol):
     """A source of the merged model's weights."""
+
+    def take(self, name: str, rows: Tensor) -> None:
+        """Keep the next rows of a tensor, merged elsewhere, so that they are not made again. Raises DiskError."""
+        ...
 
     def forget(self) -> None:
         """Drop whatever is kept of the weights so far: the next block has other ones."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lowmem_aim.merging.effects import EffectSampler
 from lowmem_aim.methods.method import Subject
 from lowmem_aim.methods.moments import MatrixSpace, Moment
 from lowmem_aim.planning.layout import subject_of
 from lowmem_aim.planning.tasks import Plan, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BlockMoments(Protocol):
@@ -27,6 +30,15 @@ class BlockMoments(Protocol):
 
     def of(self, names: Sequence[str]) -> list[list[Moment | None]]:
         """The moments of a tensor of the measured block: for each of its matrices, of each expert."""
+        ...
+
+    @property
+    def takes(self) -> bool:
+        """Whether the texts go through the merged blocks, so that their rows are to be given to `take`."""
+        ...
+
+    def take(self, name: str, rows: Tensor) -> None:
+        """Take the next rows of a tensor of the measured block, merged, rounded and not relaxed. Raises DiskError."""
         ...
 
     def finished(self, block: int) -> None:
@@ -51,6 +63,11 @@ class Given:
         if self.moments is None or task.action == "copy":
             return None
         return self.moments.block_of(task.experts[0].tensor)
+
+    def taker(self, task: Task) -> BlockMoments | None:
+        """What takes the merged rows of a tensor, for the texts of the next block; None if nothing does."""
+        takes = self.moments is not None and self.moments.takes and task.tile and self.block_of(task) is not None
+        return self.moments if takes else None
 
     def sampler(self, task: Task) -> EffectSampler | None:
         """A sampler of the experts' effects in a tensor, whose block is measured; None where there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lowmem_aim.models.inputs import Inputs
 from lowmem_aim.planning.sources import Source
 from lowmem_aim.planning.tasks import Plan, Task
 from lowmem_aim.relaxing.relaxation import Relaxation
+from lowmem_aim.system.devices import threads_an_operation
 from lowmem_aim.system.on_demand import torch
 from lowmem_aim.system.tensor_store import Stored, TensorStore
 from lowmem_aim.system.tensors import empty_apart
@@ -35,7 +37,7 @@ class MergedWeights:
 
     A context manager: what is kept is dropped at its end. A weight that is asked for again, because its block does not
     fit the budget and is loaded module by module, is kept until the next block in a file without a name in `folder`:
-    merging it again for every text would take too long.
+    merging it again for every text would take too long. So are rows that were merged elsewhere.
     """
 
     def __init__(self, plan: Plan, inputs: Inputs, relaxation: Relaxation, folder: Path, device: torch.device) -> None:
@@ -48,6 +50,7 @@ class MergedWeights:
         self._opened: dict[str, TensorInputs] = {}
         self._asked: set[str] = set()  # tensors of this block that were asked for
         self._kept: dict[str, Stored] = {}
+        self._taken: dict[str, list[Stored]] = {}  # rows, one after another
         self._store = self._new_store(torch.device("cpu"))
         self._given = Given(MatrixSpace(self._new_store(device), device, torch.get_num_threads()))
 
@@ -56,15 +59,22 @@ class MergedWeights:
         if name in self._kept:
             return self._store.get(self._kept[name])
         task = self._tasks[name]
+        if name in self._taken:
+            return torch.cat([self._store.get(part) for part in self._taken[name]]).view(task.shape)
         if task.base and _places(task) is not None:
             return self.rows(name, 0, task.base.info.matrix[0]).view(task.base.info.shape)
         rows, columns = matrix_shape(task.shape)
         whole = empty_apart((rows, columns), task.dtype.torch)
-        self._fill(task, whole, 0)
+        with threads_an_operation(1) if task.tile else contextlib.nullcontext():  # as the merge does: the same bytes
+            self._fill(task, whole, 0)
         if name in self._asked:
             self._kept[name] = self._store.put(whole.view(task.shape))
         self._asked.add(name)
         return whole.view(task.shape)
+
+    def take(self, name: str, rows: Tensor) -> None:
+        """Keep the next rows of a tensor, merged elsewhere, until the next block. Raises DiskError."""
+        self._taken.setdefault(name, []).append(self._store.put(rows))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start:stop of a tensor seen as (rows, columns), in the output's dtype. Raises ModelError."""
@@ -155,8 +165,9 @@ class MergedWeights:
         self._made.clear()
         self._opened.clear()
         self._asked.clear()
-        if self._kept:
+        if self._kept or self._taken:
             self._kept.clear()
+            self._taken.clear()
             self._store.__exit__(None, None, None)
             self._store = self._new_store(torch.device("cpu"))
 

@@ -95,7 +95,7 @@ class Needs:
             row=max((_row(task) for task in tasks), default=1),
             largest=max((task.numel for task in tasks), default=1),
             stored=models * stored,
-            written=widest * len(plans),
+            written=widest * (len(plans) + any(plan.recipe.texts == "merged" for plan in plans)),  # and for the texts
             footprint=footprint | _finishing(plans, tasks),
             compiled=loops and all(method.compiled for method in methods),
             passes=1 + max(method.rounds[1] for method in methods),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from lowmem_aim.errors import ModelError, printable
 from lowmem_aim.events import Emit, Event, TensorDone, Worked
 from lowmem_aim.merging.effects import EffectSampler
-from lowmem_aim.merging.given import Given
+from lowmem_aim.merging.given import BlockMoments, Given
 from lowmem_aim.merging.reads import ReadLog
 from lowmem_aim.merging.slices import TensorInputs, TensorReader, finite
 from lowmem_aim.methods import kernels
@@ -117,6 +117,7 @@ class FinishedRows:
     before: int = 0  # in the units of `methods.exact`
     after: int = 0
     effects: Tensor | None = None  # see `EffectSampler.of`
+    merged: Tensor | None = None  # the rows as they are before they are relaxed, where that is asked for
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,13 @@ class TargetTensor:
     sampler: DeltaSampler
     effects: EffectSampler | None
     singular: Mapping[str, str]  # of tensors so far, what became of them
+    taker: BlockMoments | None  # what takes the rows as they are before they are relaxed
 
     @classmethod
     def of(cls, target: Target, task: Task, given: Given) -> TargetTensor:
         """The tensor of a task that the target lacks."""
-        return cls(
-            target, task, target.relaxation.of(task), DeltaSampler(task), given.sampler(task), given.space.singular
-        )
+        relax, effects, taker = target.relaxation.of(task), given.sampler(task), given.taker(task)
+        return cls(target, task, relax, DeltaSampler(task), effects, given.space.singular, taker)
 
     def begun(self, given: Given) -> Rounds:
         """The rounds of the target's method over the tensor, none of them run yet."""
@@ -161,6 +162,8 @@ class TargetTensor:
         self.sampler.add(finished.before, finished.after)  # not in `finish`: a slice that fails is computed again
         if self.effects and finished.effects is not None:
             self.effects.add(finished.effects)
+        if self.taker and finished.merged is not None:
+            self.taker.take(self.task.name, finished.merged)
         self.target.sink.append(self.task, finished.rows)
 
     def done(self, tensor: TensorInputs, digests: Mapping[TensorReader, str]) -> None:
@@ -201,10 +204,12 @@ class MergedTensor:
 
     def finish(self, rows: Rows, streams: DeviceStreams) -> list[FinishedRows]:
         """Merge a slice, and finish it for each of the parts. Raises ModelError as `TargetTensor.finish`."""
-        merged = self.rounds.combine(rows)
+        merged, first = self.rounds.combine(rows), self.parts[0]
+        plain = streams.down(rounded(merged.clone(), first.task)) if first.taker else None
         # Relaxing overwrites. One copy after another, so that no more than one is in memory.
         finished = [part.finish(merged.clone(), rows, streams) for part in self.parts[:-1]]
-        return [*finished, self.parts[-1].finish(merged, rows, streams)]
+        finished.append(self.parts[-1].finish(merged, rows, streams))
+        return [replace(finished[0], merged=plain), *finished[1:]]
 
 
 def copied(stored: Tensor, task: Task) -> Tensor:

@@ -158,15 +158,12 @@ def _takes(tensor: Subject, parameters: Mapping[str, Any], loops: bool, moments:
     )
 
 
-def operations(tensor: Subject, *, tokens: int, times: int = 1) -> float:
-    """Floating-point operations of solving a tensor so many times.
-
-    `tokens`: of all texts, or 0 where moments are of the deltas.
-    """
+def operations(tensor: Subject, *, tokens: int) -> float:
+    """Floating-point operations of solving a tensor; `tokens`: of all texts, or 0 where moments are of the deltas."""
     if not tensor.linear:
         return 0.0
     linears, experts = Linears.of(tensor), tensor.experts
     inputs, outputs = float(linears.inputs), tensor.numel / max(linears.count * linears.inputs, 1)
     moments = tokens / linears.count if tokens else experts * outputs  # half of each is computed; tokens are routed
     solving = inputs / 3 + 2 * (experts + 1) * outputs
-    return linears.count * (moments + times * solving) * inputs**2
+    return linears.count * (moments + solving) * inputs**2

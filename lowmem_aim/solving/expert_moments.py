@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 from lowmem_aim.blocks.calls import ForwardFailed, raised_here
 from lowmem_aim.blocks.forwards import Broken
@@ -70,7 +71,7 @@ class ExpertMoments:
         self._owners = blocks_by_tensor(experts[0].meta_model)
         self._statistics = [InputMoments(space, expert.label) for expert in experts]
         self._states = self._all_states(merged)
-        self._solves_states = merged is not None  # a block is passed only while its moments are there
+        self._merged = merged  # with it, a block is passed only while its moments are there
         self._stack = contextlib.ExitStack()
         self._begun = False
         self._measured = -1  # the block whose moments are there
@@ -104,7 +105,7 @@ class ExpertMoments:
                 self._begin(block)
             assert self._states.next <= block, "blocks only go forward"
             while self._states.next < block:
-                if self._solves_states and self._measured != self._states.next:
+                if self.takes and self._measured != self._states.next:
                     self._measure(self._states.next)
                 self._states.pass_block()
             if self._kept:
@@ -120,6 +121,16 @@ class ExpertMoments:
         lists = [found.get(name) for found, name in zip(self._found, names, strict=True)]
         matrices = matrices_in(self._experts[0].meta_model, names[0])
         return [[None if own is None else own[matrix] for own in lists] for matrix in range(matrices)]
+
+    @property
+    def takes(self) -> bool:
+        """Whether the texts go through the merged blocks, so that their rows are to be given to `take`."""
+        return self._merged is not None
+
+    def take(self, name: str, rows: Tensor) -> None:
+        """Take the next rows of a tensor of the measured block, merged, rounded and not relaxed. Raises DiskError."""
+        assert self._merged is not None
+        self._merged.source.take(name, rows)
 
     def finished(self, block: int) -> None:
         """Take notice that the tensors of a block, and of those before, are all written durably. Raises DiskError."""

@@ -73,9 +73,16 @@ def build_models(folder: Path) -> Path:
         base = tiny.build(architecture, folder / architecture / "base", dtype=torch.bfloat16, shard_size="40KB")
         for seed, name in enumerate(EXPERTS, start=1):
             tiny.perturbed(base, folder / architecture / name, scale=0.05, seed=seed)
-    lines = [f"Text {number} of the calibration set, " + "with more words " * (number % 5) for number in range(12)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+            (folder / architecture / f"{name}.jsonl").write_text("".join(texts_of(seed)))
+    (folder / "texts.jsonl").write_text("".join(texts_of(0)))
     return folder
+
+
+def texts_of(expert: int) -> Iterator[str]:
+    """The lines of a file of texts: of an expert, by its number, or to calibrate with, 0."""
+    what = f"of expert {expert}" if expert else "of the calibration set"
+    for number in range(12):
+        yield json.dumps({"text": f"Text {number} {what}, " + "with more words " * (number % 5)}) + "\n"
 
 
 def commands(models: Path, folder: Path) -> Iterator[tuple[str, Command]]:
