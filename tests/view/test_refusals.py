@@ -235,9 +235,9 @@ def a_config_has_too_many_layers(scene: Scene) -> None:
     tiny.edit_config(scene.math, num_hidden_layers=10**6)
 
 
-@refusal(3, "is quantised")
-def a_model_is_quantised(scene: Scene) -> None:
-    tiny.edit_config(scene.math, quantization_config={"quant_method": "gptq"})
+@refusal(3, "weights of 3 bits are not read")
+def a_model_is_quantised_in_a_way_that_is_not_read(scene: Scene) -> None:
+    tiny.edit_config(scene.math, quantization_config={"quant_method": "gptq", "bits": 3})
 
 
 @refusal(3, "transformers does not accept the config")
@@ -275,7 +275,7 @@ def a_shard_is_missing(scene: Scene) -> None:
 
 @refusal(3, "leads out of its model folder")
 def a_file_is_a_link_to_elsewhere(scene: Scene) -> None:
-    (scene.math / "x.json").symlink_to("/etc/hostname")
+    (scene.math / "vocab.json").symlink_to("/etc/hostname")
 
 
 @refusal(3, "DeepSpeed ZeRO-3")
