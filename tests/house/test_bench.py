@@ -62,7 +62,7 @@ def test_the_gpu_check_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     assert "| ties: device against CPU | 0.0e+00 of the elements off by more than 1 ulp | ok |" in table
     assert "| ties, killed half-way, then the same command | the same bytes | ok |" in table
     assert "| calibrate: peak anonymous memory |" in table
-    for method in ("covariance", "regmean"):
+    for method in ("covariance", "regmean", "regmean_plus"):
         assert f"| {method}: deltas, device against CPU | relative 0.0e+00 | ok |" in table
     assert re.search(r"\| calibrate, --ram \d+MB \| .* the same bytes \| ok \|", table)
     assert "failed" not in table
