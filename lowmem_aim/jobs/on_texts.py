@@ -25,16 +25,23 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def moments_of(
-    ready: Prepared, output: Output, shares: Shares, space: MatrixSpace, kept: KeptStates | None = None
+    ready: Prepared,
+    output: Output,
+    shares: Shares,
+    space: MatrixSpace,
+    kept: KeptStates | None = None,
+    *,
+    compared: bool = False,
 ) -> Iterator[BlockMoments]:
     """The moments of the experts' texts, block by block; `kept` has snapshots of how far they are.
 
-    They lie in `space`, and `shares` says what running models may take. Raises MemoryBudgetError, DiskError.
+    They lie in `space`, and `shares` says what running models may take. `compared`: it is ACM that compares what is
+    made of them, and no merge is under way. Raises MemoryBudgetError, DiskError.
     """
     assert ready.experts is not None
     folder, run = output.scratch, ready.run
     with (
-        MergedWeights(output.plan, ready.inputs, Relaxation(), folder, run.device) as merged,
+        MergedWeights(output.plan, ready.inputs, Relaxation(), folder, run.device, as_merged=not compared) as merged,
         ready.experts.moments(
             run, space, ram=shares.models, vram=shares.device_models, folder=folder, kept=kept, merged=merged
         ) as moments,
@@ -91,7 +98,7 @@ def _weights(ready: Prepared, output: Output, relaxation: Relaxation, shares: Sh
         moments = None
         if shares is not None:
             matrices = stack.enter_context(matrix_space(ready.run, shares, folder))
-            moments = stack.enter_context(moments_of(ready, output, shares, matrices))
+            moments = stack.enter_context(moments_of(ready, output, shares, matrices, compared=True))
             # The experts are set up before the models that are compared: what is set up last is undone first.
             moments.come_to(0)
         weights = MergedWeights(output.plan, ready.inputs, relaxation, folder, ready.run.device)

@@ -40,10 +40,22 @@ class MergedWeights:
     merging it again for every text would take too long. So are rows that were merged elsewhere.
     """
 
-    def __init__(self, plan: Plan, inputs: Inputs, relaxation: Relaxation, folder: Path, device: torch.device) -> None:
-        """`device` is where weights are solved; all others are merged on the CPU."""
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        relaxation: Relaxation,
+        folder: Path,
+        device: torch.device,
+        *,
+        as_merged: bool = False,
+    ) -> None:
+        """`device` is where weights are solved; all others are merged on the CPU.
+
+        `as_merged`: by operations of one thread, as the merge solves them, which gives the same bytes.
+        """
         self._plan, self._inputs, self._relaxation, self._folder = plan, inputs, relaxation, folder
-        self._device = device
+        self._device, self._as_merged = device, as_merged
         self._tasks = {task.name: task for task in plan.tasks}
         self._stride = Stride(ELEMENTS)
         self._made: dict[str, Callable[[Rows], Tensor]] = {}  # tensor -> what makes finished rows of it
@@ -65,7 +77,7 @@ class MergedWeights:
             return self.rows(name, 0, task.base.info.matrix[0]).view(task.base.info.shape)
         rows, columns = matrix_shape(task.shape)
         whole = empty_apart((rows, columns), task.dtype.torch)
-        with threads_an_operation(1) if task.tile else contextlib.nullcontext():  # as the merge does: the same bytes
+        with threads_an_operation(1) if task.tile and self._as_merged else contextlib.nullcontext():
             self._fill(task, whole, 0)
         if name in self._asked:
             self._kept[name] = self._store.put(whole.view(task.shape))
