@@ -11,7 +11,7 @@ from lowmem_aim.recipe.recipe import ModelEntry, Setting, Slice, Solve, texts_of
 from lowmem_aim.recipe.relaxations import plain_value
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.words import BUILTIN, is_activations_file
-from lowmem_aim.recipe.yaml_tree import Node
+from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
 
 SOLVE_KEYS = ("calibration", "samples", "block_size", "seed", "pack", "dtype")
 _OWN = "give each model texts such as it was tuned on, as `calibration: texts.jsonl` beside `model:`"
@@ -37,8 +37,6 @@ def solve_of(
     method: Method | None,
     parameters: Mapping[str, Setting],
     slices: Sequence[Slice],
-    *,
-    by_flags: bool,
 ) -> Solve | None:
     """The table `solve:` of a recipe; None if no texts of experts are measured.
 
@@ -60,19 +58,15 @@ def solve_of(
         read.problem(where, text, _WITHOUT if needed else "leave the texts of experts out")
     if not slices[0].base and method.base != "required":  # which is told already
         read.problem(where, f"{name} needs a `base_model`: deltas are what is measured", "name it as `base_model`")
-    _check_texts(
-        read, table, [expert for expert in experts if not expert.calibration], name, needed=needed, by_flags=by_flags
-    )
+    _check_texts(read, table, [expert for expert in experts if not expert.calibration], name, needed=needed)
     return table
 
 
-def _check_texts(
-    read: Values, table: Solve, lacking: Sequence[ModelEntry], name: str, *, needed: bool, by_flags: bool
-) -> None:
+def _check_texts(read: Values, table: Solve, lacking: Sequence[ModelEntry], name: str, *, needed: bool) -> None:
     """Check that there are texts for the experts that have none of their own; those are told of."""
     if lacking and not table.calibration:
         names = ", ".join(f"`{printable(expert.reference)}`" for expert in lacking)
-        hint = "write `--expert FOLDER=texts.jsonl`" if by_flags else _OWN
+        hint = "write `--expert FOLDER=texts.jsonl`" if lacking[0].where == COMMAND_LINE else _OWN
         hint += f"; {_WITHOUT}" if needed else ", or to none: the merge is the same without"
         read.problem(Node(None, lacking[0].where), f"{name} needs texts of {names}", hint)
     for expert in lacking if table.calibration else ():
