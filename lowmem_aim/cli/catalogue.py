@@ -152,5 +152,6 @@ def _described(parameter: Parameter) -> str:
         what += f" in [{parameter.low:g}, {parameter.high:g}]"
     elif parameter.low is not None:
         what += f", {parameter.low:g} or more"
+    what += "".join(f", or `{word}`" for word in parameter.words)
     default = "required" if parameter.required else f"default {_shown(parameter.default)}"
     return f"{parameter.name}: {what}; {default}{'; for each model' * parameter.per_expert}"

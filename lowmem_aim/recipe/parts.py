@@ -158,7 +158,7 @@ class Parts:
         parameters = settings_of(self.read, item, self.method, of_model=True)
         layers = self._layers(item, meant) if sliced else None
         self.complete &= layers is not None or not sliced  # the model is looked for all the same
-        texts = own_texts(self.read, item)
+        texts = own_texts(self.read, item, meant)
         return ModelEntry(reference, parameters, item.where, layers, texts) if reference else None
 
     def _layers(self, item: Node, meant: Collection[str]) -> range | None:

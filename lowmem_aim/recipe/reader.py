@@ -75,7 +75,7 @@ class _Reader(Values):
         acm = self._acm(base, aim)
         self._check_bases(slices, base, [key for key, table in (("aim", aim), ("acm", acm)) if table])
         table = self.root.switched_on("solve")
-        solve = solve_of(self, table, method, parameters, slices, by_flags=self.by_flags)
+        solve = solve_of(self, table, method, parameters, slices)
         dtype = self._dtype()
         listed = [entry.reference for part in slices for entry in part.entries]
         tokenizer = tokenizer_of(self, self.root, list(dict.fromkeys([*([base] if base else []), *listed])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lowmem_aim.errors import printable
@@ -10,20 +10,25 @@ from lowmem_aim.methods.method import Method
 from lowmem_aim.recipe.recipe import ModelEntry, Setting, Slice, Solve, texts_of
 from lowmem_aim.recipe.relaxations import plain_value
 from lowmem_aim.recipe.values import Remark, Values
-from lowmem_aim.recipe.words import is_activations_file
-from lowmem_aim.recipe.yaml_tree import Node
+from lowmem_aim.recipe.words import BUILTIN, is_activations_file
+from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
 
 SOLVE_KEYS = ("calibration", "samples", "block_size", "seed", "pack", "dtype")
 _OWN = "give each model texts such as it was tuned on, as `calibration: texts.jsonl` beside `model:`"
 _WITHOUT = "`covariance` solves without texts"
+_TELLING = "telling what is kept of each expert"
 
 
-def own_texts(read: Values, item: Node) -> str:
-    """The `calibration` of a model of the recipe: "" if it has none, or a wrong one, which is told."""
+def own_texts(read: Values, item: Node, meant: Collection[str]) -> str:
+    """The `calibration` of a model of the recipe; "" if it has none.
+
+    `meant`: keys of it that are misspelled. In place of a wrong one, which is told, stands `builtin`: texts that are
+    wrong are not told as missing, too.
+    """
     node = item.get("calibration")
     if node is None or node.value is None:
-        return ""
-    return str(_texts(read, node, plain_value(read, "calibration", node, "model")) or "")
+        return BUILTIN if "calibration" in meant else ""
+    return _texts(read, node, plain_value(read, "calibration", node, "model"))
 
 
 def solve_of(
@@ -32,8 +37,6 @@ def solve_of(
     method: Method | None,
     parameters: Mapping[str, Setting],
     slices: Sequence[Slice],
-    *,
-    by_flags: bool,
 ) -> Solve | None:
     """The table `solve:` of a recipe; None if no texts of experts are measured.
 
@@ -49,26 +52,22 @@ def solve_of(
     if not needed and not given:
         return None
     where = Node(None, slices[0].where)
-    name = f"`{method.name}`" if needed else "`solve`"
+    name = f"`{method.name}`" if needed else _TELLING
     if any(part.sliced or part.module for part in slices):
         text = f"{name} runs whole models, and this recipe takes layers or modules of them"
         read.problem(where, text, _WITHOUT if needed else "leave the texts of experts out")
-    if not slices[0].base:
+    if not slices[0].base and method.base != "required":  # which is told already
         read.problem(where, f"{name} needs a `base_model`: deltas are what is measured", "name it as `base_model`")
-    _check_texts(
-        read, table, [expert for expert in experts if not expert.calibration], name, needed=needed, by_flags=by_flags
-    )
+    _check_texts(read, table, [expert for expert in experts if not expert.calibration], name, needed=needed)
     return table
 
 
-def _check_texts(
-    read: Values, table: Solve, lacking: Sequence[ModelEntry], name: str, *, needed: bool, by_flags: bool
-) -> None:
+def _check_texts(read: Values, table: Solve, lacking: Sequence[ModelEntry], name: str, *, needed: bool) -> None:
     """Check that there are texts for the experts that have none of their own; those are told of."""
     if lacking and not table.calibration:
         names = ", ".join(f"`{printable(expert.reference)}`" for expert in lacking)
-        hint = "write `--expert FOLDER=texts.jsonl`" if by_flags else _OWN
-        hint += f"; {_WITHOUT}" if needed else ""
+        hint = "write `--expert FOLDER=texts.jsonl`" if lacking[0].where == COMMAND_LINE else _OWN
+        hint += f"; {_WITHOUT}" if needed else ", or to none: the merge is the same without"
         read.problem(Node(None, lacking[0].where), f"{name} needs texts of {names}", hint)
     for expert in lacking if table.calibration else ():
         text = f"`{printable(expert.reference)}` has no texts of its own, and {name} takes the shared ones"
@@ -91,10 +90,10 @@ def _table(read: Values, node: Node) -> Solve:
     return Solve(**{key: value for key, value in values.items() if value is not None})
 
 
-def _texts(read: Values, node: Node, found: Any) -> Any:
-    """A name of texts; a file of activations is a problem, and gives None."""
+def _texts(read: Values, node: Node, found: Any) -> str:
+    """A name of texts; `builtin` if it was wrong (None), or is that of a file of activations, which is a problem."""
     if isinstance(found, str) and is_activations_file(found):
         text = f"`{printable(found)}` holds activations, and second moments are measured from texts"
         read.problem(node, text, "name a .jsonl or .txt file, `builtin`, or a dataset on the Hub")
-        return None
-    return found
+        return BUILTIN
+    return BUILTIN if found is None else str(found)

@@ -259,6 +259,29 @@ BROKEN = {
         ],
     ),
     "merges of nothing": Broken("merge_method: linear\n^<<: 5\n", [("`<<` merges tables only", "plain values")]),
+    # -- texts of experts
+    "texts that are wrong are not missing, too": Broken(
+        "merge_method: regmean\nbase_model: b\nmodels:\n- {model: a, ^calibration: [x.jsonl]}\n"
+        "- {model: c, ^calibration: x.safetensors}\n- {model: d, ^calibratoin: x.jsonl}\n",
+        [
+            ("`model.calibration` must be a file, `builtin`, or a Hub dataset id, not a list", "every key"),
+            ("`x.safetensors` holds activations", "name a .jsonl or .txt file"),
+            ("unknown key `calibratoin`; did you mean `calibration`?", "model, parameters, calibration"),
+        ],
+    ),
+    "shared texts that are wrong are not missing, too": Broken(
+        "merge_method: regmean\nbase_model: b\nmodels: [{model: a}]\nsolve: {^calibration: x.safetensors}\n",
+        [("`x.safetensors` holds activations", "name a .jsonl or .txt file")],
+    ),
+    "a base that is missing where texts are measured": Broken(
+        "^merge_method: regmean\nmodels: [{model: a, calibration: builtin}]\n",
+        [("`regmean` needs a `base_model`", "name the model that the others were tuned from")],
+    ),
+    "texts of some experts": Broken(
+        "merge_method: linear\nbase_model: b\nparameters: {weight: 1}\n"
+        "models: [{model: a, calibration: builtin}, ^{model: c}]\n",
+        [("telling what is kept of each expert needs texts of `c`", "or to none: the merge is the same without")],
+    ),
     # -- aim and acm
     "aim without a base": Broken(
         "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n^aim: {omega: 0.4}\n^acm: {}\n",

@@ -60,6 +60,9 @@ class TestMethods:
         assert recipe.method.name == name
         assert not recipe.notices
 
+    def test_words_that_may_stand_for_a_number_are_told(self, run: Run) -> None:
+        assert "weight: a number, or `solved`; required" in run("methods", "task_arithmetic").out
+
     def test_an_unknown_one_is_named_with_what_was_meant(self, run: Run) -> None:
         done = run("methods", "breadcrumb")
         assert done.code == 2

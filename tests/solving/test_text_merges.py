@@ -251,7 +251,7 @@ def test_the_output_says_which_texts_it_was_made_with(llama_with_texts: Path, tm
     [
         ({"expert": ("a", "b")}, r"`regmean` needs texts of `a`, `b`"),
         ({"expert": ("a", "b"), "solve_calibration": "x.safetensors"}, "holds activations"),
-        ({"expert": ("a=x.jsonl", "b"), "method": "ties"}, "`solve` needs texts of `b`"),
+        ({"expert": ("a=x.jsonl", "b"), "method": "ties"}, "what is kept of each expert needs texts of `b`"),
         ({"expert": ("a=x.jsonl",), "method": "linear", "base": None}, "needs a `base_model`"),
     ],
 )
