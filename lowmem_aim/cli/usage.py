@@ -211,5 +211,5 @@ def program() -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed, quoted for a shell."""
-    return shlex.join([PROGRAM, *sys.argv[1:]])
+    """The command that resumes this run, quoted for a shell: as it was typed, without `--fresh`, which starts over."""
+    return shlex.join([PROGRAM, *(word for word in sys.argv[1:] if word != "--fresh")])

@@ -171,10 +171,11 @@ def measurement_of(settings: TextSettings, base: Checkpoint, reader: Reader, emi
     meta_model = load_meta_model(base, dtype_named(settings.dtype) if settings.dtype else None)
     meta_model.require_blocks()
     context = getattr(meta_model.model.config.get_text_config(), "max_position_embeddings", None)
-    shorter = isinstance(context, int) and 16 <= context < settings.block_size
-    settings = replace(settings, block_size=context) if shorter else settings
+    asked = settings.block_size
+    if isinstance(context, int) and 16 <= context < asked:
+        settings = replace(settings, block_size=context)
     sequences = token_sequences(settings, partial(reader.encode, base), emit)
-    if shorter and max(map(len, sequences)) == context:  # no matter to texts that are shorter by themselves
+    if settings.block_size < asked and max(map(len, sequences)) == context:  # no matter to texts that are shorter
         emit(Notice(f"the sequences have at most {context} tokens: `{printable(base.label)}` allows no more"))
     _check_ids(base, meta_model, sequences)
     return Measurement(settings, base, meta_model, sequences)

@@ -14,7 +14,7 @@ from conftest import Place, Ran, Run
 
 from lowmem_aim.cli.commands import cli
 from lowmem_aim.cli.mergekit_flags import UNNEEDED
-from lowmem_aim.cli.usage import program
+from lowmem_aim.cli.usage import command_line, program
 
 COMMANDS = sorted(cli.commands)
 ARGUMENTS = {  # that are enough for a command to be understood
@@ -318,6 +318,11 @@ def test_the_hub_is_not_asked_beside_a_wrong_model(place: Place) -> None:
     done = place.merge("--expert", "someone/some-model")
     place.refused(done, 3, "config.json")
     assert "some-model" not in done.err
+
+
+def test_the_command_that_resumes_a_run_does_not_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lowmem-aim", "merge", "my recipe.yml", "out", "--fresh", "--quiet"])
+    assert command_line() == "lowmem-aim merge 'my recipe.yml' out --quiet"
 
 
 def test_next_commands_start_the_program_as_the_user_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
