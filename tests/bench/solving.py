@@ -140,7 +140,7 @@ def _timed(arguments: list[str], *, by_texts: bool) -> None:
     try:
         command()
     finally:
-        found["file"] = max(store.file_bytes for store in stores)
+        found["file"] = max((store.file_bytes for store in stores), default=0)
         Path(arguments[0]).write_text(json.dumps(found))
 
 
