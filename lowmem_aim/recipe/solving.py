@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from lowmem_aim.recipe.relaxations import plain_value
 from lowmem_aim.recipe.values import Remark, Values
 from lowmem_aim.recipe.words import BUILTIN, is_activations_file
 from lowmem_aim.recipe.yaml_tree import COMMAND_LINE, Node
+from lowmem_aim.units import counted
 
 SOLVE_KEYS = ("calibration", "samples", "block_size", "seed", "pack", "dtype")
 _OWN = "give each model texts such as it was tuned on, as `calibration: texts.jsonl` beside `model:`"
@@ -58,21 +60,26 @@ def solve_of(
         read.problem(where, text, _WITHOUT if needed else "leave the texts of experts out")
     if not slices[0].base and method.base != "required":  # which is told already
         read.problem(where, f"{name} needs a `base_model`: deltas are what is measured", "name it as `base_model`")
-    _check_texts(read, table, [expert for expert in experts if not expert.calibration], name, needed=needed)
+    _check_texts(read, table, experts, name, needed=needed)
     return table
 
 
-def _check_texts(read: Values, table: Solve, lacking: Sequence[ModelEntry], name: str, *, needed: bool) -> None:
-    """Check that there are texts for the experts that have none of their own; those are told of."""
+def _check_texts(read: Values, table: Solve, experts: Sequence[ModelEntry], name: str, *, needed: bool) -> None:
+    """Check that all experts have texts; tell of those that have none of their own, or the same as others."""
+    lacking = [expert for expert in experts if not expert.calibration]
     if lacking and not table.calibration:
         names = ", ".join(f"`{printable(expert.reference)}`" for expert in lacking)
         hint = "write `--expert FOLDER=texts.jsonl`" if lacking[0].where == COMMAND_LINE else _OWN
         hint += f"; {_WITHOUT}" if needed else ", or to none: the merge is the same without"
         read.problem(Node(None, lacking[0].where), f"{name} needs texts of {names}", hint)
+    note = f": with texts that are nobody's own {name} is hardly more than an average" if needed else ""
     for expert in lacking if table.calibration else ():
         text = f"`{printable(expert.reference)}` has no texts of its own, and {name} takes the shared ones"
-        note = f": with texts that are nobody's own {name} is hardly more than an average" if needed else ""
         read.notices.append(Remark(expert.where, text + note))
+    for texts, count in Counter(expert.calibration for expert in experts if expert.calibration).items():
+        if count > 1 and needed:
+            text = f"{counted(count, 'expert')} have the same texts, `{printable(texts)}`"
+            read.notices.append(Remark(experts[0].where, text + note))
 
 
 def _table(read: Values, node: Node) -> Solve:

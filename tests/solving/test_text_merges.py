@@ -263,6 +263,21 @@ def test_texts_that_are_missing_or_idle_are_told_before_work(
         read_recipe(applied(empty_recipe(), given | flags))
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"expert": ("a=x.jsonl", "b=y.jsonl")}, []),
+        ({"expert": ("a=x.jsonl", "b"), "solve_calibration": "z.jsonl"}, ["`b` has no texts of its own, and"]),
+        ({"expert": ("a=x.jsonl", "b=x.jsonl", "c=y.jsonl")}, ["2 experts have the same texts, `x.jsonl`"]),
+    ],
+)
+def test_texts_that_are_nobodys_own_are_told(flags: dict[str, Any], told: list[str]) -> None:
+    recipe = read_recipe(applied(empty_recipe(), {"method": "regmean", "base": "base"} | flags))
+    assert [notice for text in told for notice in recipe.notices if text in notice] == list(recipe.notices)
+    assert all("hardly more than an average" in notice for notice in recipe.notices)
+    assert len(recipe.notices) == len(told)
+
+
 def test_a_file_of_texts_that_is_not_there_is_told_before_work(llama_with_texts: Path, tmp_path: Path) -> None:
     folder = llama_with_texts
     experts = (f"{folder / 'math'}={tmp_path / 'none.jsonl'}", f"{folder / 'code'}={folder / 'code'}.jsonl")
