@@ -65,7 +65,7 @@ class Given:
         return self.moments.block_of(task.experts[0].tensor)
 
     def taker(self, task: Task) -> BlockMoments | None:
-        """What takes the merged rows of a tensor, for the texts of the next block; None if nothing does."""
+        """The one that takes the merged rows of a tensor, for the texts of the next block; None if nothing does."""
         takes = self.moments is not None and self.moments.takes and task.tile and self.block_of(task) is not None
         return self.moments if takes else None
 

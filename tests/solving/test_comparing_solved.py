@@ -193,6 +193,7 @@ def test_the_plan_has_the_experts_of_the_comparison(
     assert solved.needs[0].least >= ties.needs[0].least + one_more_model
 
 
+@pytest.mark.long
 def test_models_and_experts_are_run_on_the_device_and_weights_solved_there(
     folder: Path, whole: Callable[[str], Path], tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:

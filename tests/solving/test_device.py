@@ -21,7 +21,7 @@ METHODS |= {"task_arithmetic": {"weight": ("solved",)}}
 CASES = list(product(METHODS, ("llama", "gpt2", "qwen3_moe")))
 
 
-@pytest.mark.parametrize(("method", "architecture"), others_long(CASES, [("task_arithmetic", "gpt2")]))
+@pytest.mark.parametrize(("method", "architecture"), others_long(CASES, [("regmean_plus", "llama")]))
 def test_a_device_solves_what_the_cpu_solves(
     method: str, architecture: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

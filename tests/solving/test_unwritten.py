@@ -88,6 +88,7 @@ def test_what_is_told_is_what_the_merge_keeps(
     assert list(told) == merged(job, tmp_path / "out")
 
 
+@pytest.mark.long
 def test_it_is_the_same_with_acm(llama: Path, with_texts: dict[str, str], texts_of_math: str, tmp_path: Path) -> None:
     table = yaml.safe_dump(
         {
