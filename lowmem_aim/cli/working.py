@@ -216,7 +216,7 @@ def plan_command(paths: tuple[Path, ...], measure: bool, activations: bool, styl
 def _effects(
     recipe: Recipe, out: Path, options: Options, style: Style, told: Sequence[Notice]
 ) -> Sequence[Mapping[str, Any]]:
-    """What each output would keep of each expert; progress is shown meanwhile, on stderr."""
+    """The shares that each output would keep of each expert; progress is shown meanwhile, on stderr."""
     from lowmem_aim.jobs.unwritten import effects
 
     found: list[Mapping[str, Any]] = []

@@ -50,7 +50,7 @@ def of(llama: Path, with_texts: dict[str, str], method: str, **flags: Any) -> Re
 
 
 def merged(job: Recipe, out: Path) -> list[dict[str, Any]]:
-    """What a merge keeps, as `effects` has it: from each lowmem_aim.json, and from the events of its tensors."""
+    """The shares that a merge keeps, as `effects` has them: from each lowmem_aim.json, and from the events of its tensors."""
     events: list[Event] = []
     merge(job, out, emit=events.append)
     found = []
@@ -78,7 +78,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 def test_what_is_told_is_what_the_merge_keeps(
     method: str, llama: Path, with_texts: dict[str, str], texts_of_math: str, tmp_path: Path
 ) -> None:
-    """Of two outputs: relaxed by AIM, and, at an omega of 1, not."""
+    """A recipe of two outputs: one relaxed by AIM, one not, its omega being 1."""
     aim = {"omega": "0.4,1", "calibration": texts_of_math, "samples": 2}
     job = of(llama, with_texts, method, **FLAGS[method], **aim)
     told = effects(job, tmp_path / "out")
