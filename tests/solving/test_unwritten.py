@@ -50,7 +50,7 @@ def of(llama: Path, with_texts: dict[str, str], method: str, **flags: Any) -> Re
 
 
 def merged(job: Recipe, out: Path) -> list[dict[str, Any]]:
-    """The shares that a merge keeps, as `effects` has them: from each lowmem_aim.json, and from the events of its tensors."""
+    """The shares that a merge keeps, as `effects` has them: from each lowmem_aim.json, and from its tensors' events."""
     events: list[Event] = []
     merge(job, out, emit=events.append)
     found = []
